@@ -1,0 +1,55 @@
+"""Training settings of the presets. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How a stage is optimised."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 100
+    final_lr: float = 0.02  # of the peak, reached by a cosine
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.995  # 0 turns it off
+    save_every: int = 250
+    log_every: int = 25
+    bf16: bool = False  # autocast; parameters and optimiser stay float32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class T2IConfig:
+    """The toy text-to-image model and its training."""
+
+    vae_loop: LoopConfig
+    unet_loop: LoopConfig
+    image_size: int
+    context_length: int  # tokens of a prompt; VLV has as many queries
+    context_width: int
+    text_layers: int
+    vae_channels: tuple[int, ...]
+    latent_channels: int
+    unet_channels: tuple[int, ...]
+    pool: int  # scenes 0..pool-1 are the training set
+
+
+T2I = {
+    "tiny": T2IConfig(
+        vae_loop=LoopConfig(steps=2000, batch=16, lr=2e-3, ema=0.99, bf16=True),
+        unet_loop=LoopConfig(steps=5500, batch=64, lr=1e-3, warmup=200, ema=0.998),
+        image_size=64,
+        context_length=32,
+        context_width=128,
+        text_layers=3,
+        vae_channels=(16, 32, 64, 64),
+        latent_channels=8,
+        unet_channels=(64, 128),
+        pool=65_536,
+    )
+}

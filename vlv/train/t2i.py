@@ -1,0 +1,137 @@
+"""Train the toy text-to-image model of the synthetic world: autoencoder, then UNet and text encoder.
+
+It stands where Stable Diffusion stands in the paper: trained on image-text pairs beforehand, and
+frozen in everything that follows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import l1_loss, mse_loss
+
+from vlv import scenes
+from vlv.diffusion import T2I
+from vlv.train import data, presets
+from vlv.train.loop import Loop
+from vlv.train.presets import T2IConfig
+from vlv.train.tokenizers import clip_tokenizer
+
+
+def build(config: T2IConfig) -> T2I:
+    """The untrained model of a configuration, with a tokenizer for the scenes' prompts."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    rng = np.random.default_rng(0)
+    texts = [scenes.prompt(scenes.sample(s), rng) for s in range(4000)]
+    tokenizer = clip_tokenizer(texts, config.context_length)
+    vae = AutoencoderKL(
+        block_out_channels=config.vae_channels,
+        down_block_types=("DownEncoderBlock2D",) * len(config.vae_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(config.vae_channels),
+        layers_per_block=1,
+        latent_channels=config.latent_channels,
+        norm_num_groups=8,
+        sample_size=config.image_size,
+        mid_block_add_attention=False,
+    )
+    levels = len(config.unet_channels)
+    unet = UNet2DConditionModel(
+        sample_size=config.image_size // 2 ** (len(config.vae_channels) - 1),
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        layers_per_block=1,
+        block_out_channels=config.unet_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        cross_attention_dim=config.context_width,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.context_width,
+            intermediate_size=4 * config.context_width,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=4,
+            max_position_embeddings=config.context_length,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    scheduler = DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
+    )
+    return T2I(vae, unet, text_encoder, tokenizer, scheduler)
+
+
+def train_vae(t2i: T2I, config: T2IConfig, run: Path) -> Loop:
+    """Pixel reconstruction plus a small KL term (Rombach et al. 2022); sets the latents' scale."""
+    loop = Loop("vae", run, config.vae_loop, {"vae": t2i.vae})
+
+    def loss(step: int) -> dict[str, torch.Tensor]:
+        c = config.vae_loop
+        pixels = data.images(data.seeds(step, c.batch, config.pool)).to(t2i.vae.device) / 127.5 - 1
+        posterior = t2i.vae.encode(pixels).latent_dist
+        decoded = t2i.vae.decode(posterior.sample()).sample.float()
+        pixel = l1_loss(decoded, pixels) + mse_loss(decoded, pixels)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return {"loss": pixel + 1e-4 * kl, "pixel": pixel, "kl": kl}
+
+    loop.run(loss)
+    with torch.inference_mode():
+        sample = t2i.vae.encode(data.images(range(512)).to(t2i.vae.device) / 127.5 - 1).latent_dist.sample()
+    t2i.vae.register_to_config(scaling_factor=round(1 / sample.std().item(), 5))
+    return loop
+
+
+def latents(t2i: T2I, config: T2IConfig, run: Path) -> torch.Tensor:
+    """Scaled latents of the scenes 0..pool-1, [pool, c, s, s] float16, computed once and kept in `run`."""
+    path = run / "latents.pt"
+    if not path.exists():
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            parts = [
+                t2i.encode_images(data.images(range(i, min(i + 256, config.pool))).to(t2i.vae.device)).half().cpu()
+                for i in range(0, config.pool, 256)
+            ]
+        temporary = path.with_suffix(".tmp")
+        torch.save(torch.cat(parts), temporary)
+        temporary.replace(path)
+    return torch.load(path, weights_only=True, mmap=True)
+
+
+def train_unet(t2i: T2I, config: T2IConfig, run: Path) -> Loop:
+    """Noise prediction from true prompts, one in ten of them empty for classifier-free guidance."""
+    cache = latents(t2i, config, run)
+    t2i.vae.requires_grad_(False)
+    loop = Loop("t2i", run, config.unet_loop, {"unet": t2i.unet, "text_encoder": t2i.text_encoder})
+
+    def loss(step: int) -> dict[str, torch.Tensor]:
+        chosen = data.seeds(step, config.unet_loop.batch, config.pool)
+        rng = np.random.default_rng([1, step])
+        prompts = [scenes.prompt(scenes.sample(s), rng) if rng.random() > 0.1 else "" for s in chosen]
+        batch = cache[chosen].float().to(t2i.vae.device)
+        return {"loss": t2i.noise_loss(batch, t2i.encode_text(prompts), snr_gamma=5.0)}
+
+    loop.run(loss)
+    return loop
+
+
+def main(config: T2IConfig, run: Path, out: Path, device: str = "cpu") -> None:
+    """Train both parts, resuming whatever `run` holds, and write the diffusers folder `out`."""
+    torch.manual_seed(0)
+    t2i = build(config).to(device)
+    for loop in (train_vae(t2i, config, run), train_unet(t2i, config, run)):
+        loop.write_log(run)
+    t2i.eval().half().save(out)
+
+
+if __name__ == "__main__":
+    main(presets.T2I["tiny"], Path("runs/tiny"), Path("runs/tiny/t2i"))
