@@ -29,7 +29,8 @@ BACKGROUNDS = {
     "white": (245, 245, 245), "black": (25, 25, 25), "gray": (140, 140, 140), "blue": (110, 160, 240),
     "green": (130, 205, 130), "yellow": (245, 230, 120), "pink": (250, 175, 200), "purple": (150, 105, 200),
 }  # fmt: skip
-SIZES = {"small": 18, "large": 28}  # nominal sides in pixels
+SIZES = {"small": 16, "large": 28}  # sides in pixels
+GRID = 4  # objects lie on multiples of this many pixels: half a cell of the toy model's latents
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 
 
@@ -70,11 +71,10 @@ def _sprites() -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
     cache = {}
     for i, kind in enumerate(KINDS):
         glyph = sheet.crop((SPRITE * i, 0, SPRITE * (i + 1), SPRITE))
-        for nominal in SIZES.values():
-            for side in range(nominal - 1, nominal + 2):
-                rgba = np.asarray(glyph.resize((side, side), Image.Resampling.BOX), np.float32)
-                alpha = rgba[..., 3:] / 255
-                cache[kind, side] = (rgba[..., :3] * alpha, 1 - alpha)
+        for side in SIZES.values():
+            rgba = np.asarray(glyph.resize((side, side), Image.Resampling.BOX), np.float32)
+            alpha = rgba[..., 3:] / 255
+            cache[kind, side] = (rgba[..., :3] * alpha, 1 - alpha)
     return cache
 
 
@@ -88,12 +88,10 @@ def sample(seed: int) -> Scene:
     things = []
     for kind, quadrant in zip(kinds, np.sort(rng.choice(4, count, replace=False)), strict=True):
         size = str(rng.choice(list(SIZES)))
-        side = SIZES[size] + int(rng.integers(-1, 2))
+        side = SIZES[size]
         row, column = divmod(int(quadrant), 2)
-        slack = CANVAS // 2 - side
-        x = column * CANVAS // 2 + int(rng.integers(0, slack + 1))
-        y = row * CANVAS // 2 + int(rng.integers(0, slack + 1))
-        things.append(Thing(str(kind), size, row, column, x, y, side))
+        x, y = GRID * rng.integers((CANVAS // 2 - side) // GRID + 1, size=2) + CANVAS // 2 * np.array([column, row])
+        things.append(Thing(str(kind), size, row, column, int(x), int(y), side))
     return Scene(background, tuple(int(c) for c in color), tuple(things))
 
 

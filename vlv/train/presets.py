@@ -41,15 +41,53 @@ class T2IConfig:
 
 T2I = {
     "tiny": T2IConfig(
-        vae_loop=LoopConfig(steps=2000, batch=16, lr=2e-3, ema=0.99, bf16=True),
-        unet_loop=LoopConfig(steps=5500, batch=64, lr=1e-3, warmup=200, ema=0.998),
+        vae_loop=LoopConfig(steps=2500, batch=16, lr=2e-3, ema=0.99, bf16=True),
+        unet_loop=LoopConfig(steps=4500, batch=64, lr=1e-3, warmup=200, ema=0.998),
         image_size=64,
         context_length=32,
         context_width=128,
         text_layers=3,
-        vae_channels=(16, 32, 64, 64),
-        latent_channels=8,
+        vae_channels=(16, 32, 64, 96),
+        latent_channels=12,
         unet_channels=(64, 128),
         pool=65_536,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Stage1Config:
+    """Stage 1: images only, through the frozen text-to-image model."""
+
+    loop: LoopConfig
+    pool: int
+    noise_draws: int = 1  # noises and time steps per encoded image
+
+
+STAGE1 = {
+    "tiny": Stage1Config(
+        loop=LoopConfig(steps=2400, batch=64, lr=1e-3, warmup=100, ema=0.995), pool=65_536, noise_draws=2
+    )
+}
+
+
+@dataclass(frozen=True)
+class Stage2Config:
+    """Stage 2: the language model learns to read the embeddings; the encoder follows at a lower rate."""
+
+    loop: LoopConfig
+    pool: int
+    encoder_lr: float
+    llm_layers: int
+    llm_heads: int  # width = 64 * heads
+
+
+STAGE2 = {
+    "tiny": Stage2Config(
+        loop=LoopConfig(steps=1500, batch=64, lr=1e-3, warmup=100, ema=0.99),
+        pool=65_536,
+        encoder_lr=1e-4,
+        llm_layers=4,
+        llm_heads=3,
     )
 }

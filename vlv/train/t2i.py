@@ -7,23 +7,26 @@ frozen in everything that follows.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch.nn.functional import l1_loss, mse_loss
-
-from vlv import scenes
-from vlv.diffusion import T2I
-from vlv.train import data, presets
-from vlv.train.loop import Loop
+from vlv.train import cli, presets
 from vlv.train.presets import T2IConfig
-from vlv.train.tokenizers import clip_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlv.diffusion import T2I
 
 
 def build(config: T2IConfig) -> T2I:
     """The untrained model of a configuration, with a tokenizer for the scenes' prompts."""
+    import numpy as np
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from vlv import scenes
+    from vlv.diffusion import T2I
+    from vlv.train.tokenizers import clip_tokenizer
 
     rng = np.random.default_rng(0)
     texts = [scenes.prompt(scenes.sample(s), rng) for s in range(4000)]
@@ -65,41 +68,52 @@ def build(config: T2IConfig) -> T2I:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    scheduler = DDPMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
-    )
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
     return T2I(vae, unet, text_encoder, tokenizer, scheduler)
 
 
-def train_vae(t2i: T2I, config: T2IConfig, run: Path) -> Loop:
-    """Pixel reconstruction plus a small KL term (Rombach et al. 2022); sets the latents' scale."""
+def train_vae(t2i: T2I, config: T2IConfig, run: Path) -> None:
+    """Pixel reconstruction plus a small KL term (Rombach et al. 2022); sets the latents' scale.
+
+    Pixels off the background weigh more, or the plain background, most of a scene, takes all capacity.
+    """
+    import torch
+
+    from vlv.train import data
+    from vlv.train.loop import Loop
+
     loop = Loop("vae", run, config.vae_loop, {"vae": t2i.vae})
 
     def loss(step: int) -> dict[str, torch.Tensor]:
         c = config.vae_loop
         pixels = data.images(data.seeds(step, c.batch, config.pool)).to(t2i.vae.device) / 127.5 - 1
+        background = pixels.flatten(2).median(dim=2).values[..., None, None]
+        weight = 1 + 4 * ((pixels - background).abs().amax(1, keepdim=True) > 0.1).float()
         posterior = t2i.vae.encode(pixels).latent_dist
         decoded = t2i.vae.decode(posterior.sample()).sample.float()
-        pixel = l1_loss(decoded, pixels) + mse_loss(decoded, pixels)
+        pixel = (weight * (decoded - pixels).square()).mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return {"loss": pixel + 1e-4 * kl, "pixel": pixel, "kl": kl}
+        return {"loss": pixel + 1e-5 * kl, "pixel": pixel, "kl": kl}
 
     loop.run(loss)
     with torch.inference_mode():
         sample = t2i.vae.encode(data.images(range(512)).to(t2i.vae.device) / 127.5 - 1).latent_dist.sample()
     t2i.vae.register_to_config(scaling_factor=round(1 / sample.std().item(), 5))
-    return loop
 
 
-def latents(t2i: T2I, config: T2IConfig, run: Path) -> torch.Tensor:
+def latents(t2i: T2I, pool: int, run: Path) -> torch.Tensor:
     """Scaled latents of the scenes 0..pool-1, [pool, c, s, s] float16, computed once and kept in `run`."""
+    import torch
+
+    from vlv.train import data
+
     path = run / "latents.pt"
     if not path.exists():
         torch.manual_seed(0)
         with torch.inference_mode():
             parts = [
-                t2i.encode_images(data.images(range(i, min(i + 256, config.pool))).to(t2i.vae.device)).half().cpu()
-                for i in range(0, config.pool, 256)
+                t2i.encode_images(data.images(range(i, min(i + 256, pool))).to(t2i.vae.device)).half().cpu()
+                for i in range(0, pool, 256)
             ]
         temporary = path.with_suffix(".tmp")
         torch.save(torch.cat(parts), temporary)
@@ -107,9 +121,15 @@ def latents(t2i: T2I, config: T2IConfig, run: Path) -> torch.Tensor:
     return torch.load(path, weights_only=True, mmap=True)
 
 
-def train_unet(t2i: T2I, config: T2IConfig, run: Path) -> Loop:
+def train_unet(t2i: T2I, config: T2IConfig, run: Path) -> None:
     """Noise prediction from true prompts, one in ten of them empty for classifier-free guidance."""
-    cache = latents(t2i, config, run)
+    import numpy as np
+
+    from vlv import scenes
+    from vlv.train import data
+    from vlv.train.loop import Loop
+
+    cache = latents(t2i, config.pool, run)
     t2i.vae.requires_grad_(False)
     loop = Loop("t2i", run, config.unet_loop, {"unet": t2i.unet, "text_encoder": t2i.text_encoder})
 
@@ -121,17 +141,23 @@ def train_unet(t2i: T2I, config: T2IConfig, run: Path) -> Loop:
         return {"loss": t2i.noise_loss(batch, t2i.encode_text(prompts), snr_gamma=5.0)}
 
     loop.run(loss)
-    return loop
 
 
-def main(config: T2IConfig, run: Path, out: Path, device: str = "cpu") -> None:
-    """Train both parts, resuming whatever `run` holds, and write the diffusers folder `out`."""
+def train(config: T2IConfig, run: Path, out: Path, device: str) -> None:
+    """Train both parts, resuming what `run` holds, and write the diffusers folder `out`."""
+    import torch
+
     torch.manual_seed(0)
     t2i = build(config).to(device)
-    for loop in (train_vae(t2i, config, run), train_unet(t2i, config, run)):
-        loop.write_log(run)
+    train_vae(t2i, config, run)
+    train_unet(t2i, config, run)
     t2i.eval().half().save(out)
 
 
+def main() -> None:
+    args = cli.parser("t2i", presets.T2I, __doc__).parse_args()
+    train(presets.T2I[args.preset], args.run, args.out or args.run / "t2i", args.device)
+
+
 if __name__ == "__main__":
-    main(presets.T2I["tiny"], Path("runs/tiny"), Path("runs/tiny/t2i"))
+    cli.run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -16,8 +17,6 @@ def _merges(texts: Iterable[str], empty, vocab_size: int, suffix: str | None) ->
     bpe.pre_tokenizer = empty.backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix=suffix, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
-    import json
-
     return [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
 
 

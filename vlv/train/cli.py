@@ -1,0 +1,35 @@
+"""What the three training commands have in common: their flags, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+def parser(stage: str, presets: Iterable[str], doc: str) -> argparse.ArgumentParser:
+    """Flags --preset, --run, --out, --device and --debug of `python -m vlv.train.<stage>`."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m vlv.train.{stage}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--preset", choices=sorted(presets), default="tiny", help="sizes and schedule")
+    p.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of saves and logs; resumed if it exists")
+    p.add_argument("--out", type=Path, help=f"what to write (default: RUN/{stage})")
+    p.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1 … (default: cpu)")
+    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    return p
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command: 130 after Ctrl-C (its saves are kept), 1 and one sentence after a failure."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from the last save", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError, ArithmeticError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,56 @@
+"""Stage 1: the encoder learns, from images alone, embeddings that a frozen text-to-image model can draw from.
+
+Paper section 3.1: VAE, UNet and CLIP text layers stay frozen; the vision encoder, its language model,
+the queries and the projection learn from the error of the predicted noise.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from vlv.config import PRESETS, VLVConfig
+from vlv.train import cli
+from vlv.train.presets import STAGE1, Stage1Config
+
+
+def train(config: VLVConfig, settings: Stage1Config, t2i_folder: Path, run: Path, out: Path, device: str) -> None:
+    """Train, resuming what `run` holds, and write the checkpoint folder `out`: encoder and t2i/, no llm/."""
+    import torch
+
+    from vlv import checkpoint
+    from vlv.diffusion import T2I
+    from vlv.encoder import VLVEncoder
+    from vlv.train import data
+    from vlv.train.loop import Loop
+    from vlv.train.t2i import latents
+
+    torch.manual_seed(0)
+    t2i = T2I.load(t2i_folder).to(device)
+    encoder = VLVEncoder(config).to(device)
+    encoder.bottleneck.text.copy_from(t2i.text_encoder)
+    encoder.bottleneck.text.requires_grad_(False)
+    encoder.to_llm.requires_grad_(False)  # belongs to stage 2
+    cache = latents(t2i, settings.pool, run)
+    loop = Loop("stage1", run, settings.loop, {"encoder": encoder})
+
+    def loss(step: int) -> dict[str, torch.Tensor]:
+        chosen = data.seeds(step, settings.loop.batch, settings.pool)
+        context = encoder.context(data.images(chosen).to(device))
+        return {"loss": t2i.noise_loss(cache[chosen].float().to(device), context, settings.noise_draws)}
+
+    loop.run(loss)
+    checkpoint.save(out, encoder, torch.float16)
+    shutil.copytree(t2i_folder, out / "t2i", dirs_exist_ok=True)
+
+
+def main() -> None:
+    parser = cli.parser("stage1", STAGE1, __doc__)
+    parser.add_argument("--t2i", type=Path, help="diffusers folder to reconstruct through (default: RUN/t2i)")
+    args = parser.parse_args()
+    t2i, out = args.t2i or args.run / "t2i", args.out or args.run / "stage1"
+    train(PRESETS[args.preset], STAGE1[args.preset], t2i, args.run, out, args.device)
+
+
+if __name__ == "__main__":
+    cli.run(main)
