@@ -25,10 +25,11 @@ def upsample_normalize_reference(pixels: Tensor, resize: Tensor, mean: Tensor, s
     """uint8 [B, 3, S, S] RGB -> float32 [B, T, T, 3], channels last.
 
     resize: float32 [T, S] from `bicubic_matrix`; mean, std: float32 [3]. Both passes round to 8 bits, as
-    Pillow does, so the result is the published processor's.
+    Pillow does, so the result is the published processor's. Pillow rounds halves up, and at 2x one value
+    in 128 is a half.
     """
-    wide = (pixels.to(resize.dtype) @ resize.T).round_().clamp_(0, 255)  # horizontal pass first
-    full = (resize @ wide).round_().clamp_(0, 255).permute(0, 2, 3, 1)
+    wide = (pixels.to(resize.dtype) @ resize.T).add_(0.5).floor_().clamp_(0, 255)  # horizontal pass first
+    full = (resize @ wide).add_(0.5).floor_().clamp_(0, 255).permute(0, 2, 3, 1)
     return (full / 255 - mean) / std
 
 

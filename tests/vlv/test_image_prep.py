@@ -1,0 +1,69 @@
+"""The upsampling and normalisation inside the encoder against Pillow's bicubic and the published processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kernels.upsample_normalize import bicubic_matrix, upsample_normalize
+from vlv.encoder import IMAGENET_MEAN, IMAGENET_STD
+
+PHOTOS = Path(__file__).parents[3] / "shared" / "images"
+
+
+def through_pillow(crop: np.ndarray, target: int) -> torch.Tensor:
+    """uint8 [S, S, 3] -> float32 [T, T, 3]: Pillow's bicubic, then rescale and normalise as the processor does."""
+    big = np.asarray(Image.fromarray(crop).resize((target, target), Image.Resampling.BICUBIC))
+    scaled = big.astype(np.float64) / 255
+    return torch.from_numpy((scaled - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)).float()
+
+
+def through_ours(crop: np.ndarray, target: int) -> torch.Tensor:
+    pixels = torch.from_numpy(crop.transpose(2, 0, 1).copy())[None]
+    resize = bicubic_matrix(crop.shape[0], target)
+    return upsample_normalize(pixels, resize, torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD))[0]
+
+
+def assert_within_a_grey_level(crop: np.ndarray, target: int) -> None:
+    difference = (through_ours(crop, target) - through_pillow(crop, target)).abs()
+    level = 1 / 255 / torch.tensor(IMAGENET_STD)
+    assert (difference <= level * 1.0001).all()  # 1.0001: the float32 of the levels themselves
+    # both round to 8 bits, so nearly every pixel is the same to the rounding of float32
+    assert (difference < 1e-5).float().mean() > 0.999
+
+
+def scene(size: int) -> np.ndarray:
+    """A synthetic picture with what photos have: smooth shades, hard edges, noise, clipped whites and blacks."""
+    random = np.random.default_rng(size)
+    y, x = np.mgrid[:size, :size] / size
+    shades = np.stack([x, y, 0.5 + 0.5 * np.sin(20 * x * y)], -1) * 255
+    shades[size // 4 : size // 2, size // 3 : size // 2] = [255, 0, 255]
+    shades += random.normal(0, 20, shades.shape) * (y > 0.7)[..., None]
+    return shades.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size,target", [(384, 768), (64, 128), (64, 192), (50, 200), (96, 96), (37, 74), (33, 165)])
+def test_equals_pillow_on_synthetic_pictures(size: int, target: int):
+    assert_within_a_grey_level(scene(size), target)
+
+
+@pytest.mark.parametrize("size,target", [(48, 80), (100, 64)])
+def test_equals_pillow_between_unrelated_sizes(size: int, target: int):
+    assert_within_a_grey_level(scene(size), target)
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="no ../shared/images beside the repository")
+@pytest.mark.parametrize("name", ["sample1.jpg", "sample6.jpg", "sample9.jpg"])
+def test_equals_pillow_on_photos(name: str):
+    photo = Image.open(PHOTOS / name).convert("RGB").resize((384, 384), Image.Resampling.BILINEAR)
+    assert_within_a_grey_level(np.asarray(photo), 768)
+
+
+def test_worst_case_overshoot_is_clipped_between_the_passes():
+    """A checkerboard of 0 and 255: bicubic overshoots most here, and Pillow clips after each pass."""
+    board = ((np.indices((64, 64)).sum(0) % 2) * 255).astype(np.uint8)
+    assert_within_a_grey_level(np.repeat(board[..., None], 3, -1), 128)
