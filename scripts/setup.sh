@@ -50,6 +50,7 @@ if ! "$venv/bin/python" -c 'import torch' >>"$log" 2>&1; then
     step "this torch is a CUDA build and lacks its libraries; installing them" \
         $pip install --progress-bar off "$(grep '^torch==' "$lock")"
 fi
-step "installing this project" $pip install --no-deps --no-build-isolation --editable .
+# compat: a plain path entry, which also finds packages that are added later
+step "installing this project" $pip install --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
 echo "$key" >"$stamp"
 say "done in $SECONDS s"
