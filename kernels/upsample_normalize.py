@@ -9,7 +9,8 @@ from torch import Tensor
 def bicubic_matrix(size: int, target: int) -> Tensor:
     """The matrix [target, size] of Pillow's bicubic resampling along one axis (a = -0.5), float32.
 
-    Source: Pillow's src/libImaging/Resample.c; taps beyond the border are dropped and the rest rescaled.
+    Source: Pillow's src/libImaging/Resample.c; taps beyond the border are dropped, the rest rescaled and
+    rounded to 22 bits.
     """
     scale = size / target
     stretch = max(scale, 1.0)
@@ -18,19 +19,30 @@ def bicubic_matrix(size: int, target: int) -> Tensor:
     near = 1.5 * distance**3 - 2.5 * distance**2 + 1
     far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
     taps = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    return (taps / taps.sum(1, keepdim=True)).float()
+    return (taps / taps.sum(1, keepdim=True) * 2**22).round().div(2**22).float()
+
+
+def _resample(x: Tensor, taps: Tensor) -> Tensor:
+    """Pillow's pass along the last axis: grey levels [..., S] -> rounded, clipped grey levels [..., T].
+
+    Pillow sums 22-bit taps in integers and rounds halves up; at 2x one sum in 128 is a half, or all but. Taps
+    split into multiples of 2**-11 and the rest make every float32 sum here exact, so the levels are Pillow's.
+    """
+    coarse = (taps * 2**11).round() / 2**11
+    total = x @ coarse.T + 0.5
+    level = total.floor()
+    return (level + (total - level + x @ (taps - coarse).T).floor()).clamp(0, 255)
 
 
 def upsample_normalize_reference(pixels: Tensor, resize: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] RGB -> float32 [B, T, T, 3], channels last.
 
     resize: float32 [T, S] from `bicubic_matrix`; mean, std: float32 [3]. Both passes round to 8 bits, as
-    Pillow does, so the result is the published processor's. Pillow rounds halves up, and at 2x one value
-    in 128 is a half.
+    Pillow does, so the result is the published processor's.
     """
-    wide = (pixels.to(resize.dtype) @ resize.T).add_(0.5).floor_().clamp_(0, 255)  # horizontal pass first
-    full = (resize @ wide).add_(0.5).floor_().clamp_(0, 255).permute(0, 2, 3, 1)
-    return (full / 255 - mean) / std
+    wide = _resample(pixels.to(resize.dtype), resize)  # [B, 3, S, T], the horizontal pass first
+    full = _resample(wide.transpose(-1, -2), resize)  # [B, 3, T columns, T rows]
+    return (full.permute(0, 3, 2, 1) / 255 - mean) / std
 
 
 upsample_normalize = upsample_normalize_reference
