@@ -42,7 +42,7 @@ class T2IConfig:
 T2I = {
     "tiny": T2IConfig(
         vae_loop=LoopConfig(steps=2500, batch=16, lr=2e-3, ema=0.99, bf16=True),
-        unet_loop=LoopConfig(steps=4500, batch=64, lr=1e-3, warmup=200, ema=0.998),
+        unet_loop=LoopConfig(steps=4000, batch=48, lr=1e-3, warmup=200, ema=0.998),
         image_size=64,
         context_length=32,
         context_width=128,
@@ -50,7 +50,7 @@ T2I = {
         vae_channels=(16, 32, 64, 96),
         latent_channels=12,
         unet_channels=(64, 128),
-        pool=65_536,
+        pool=32_768,
     )
 }
 
@@ -66,7 +66,7 @@ class Stage1Config:
 
 STAGE1 = {
     "tiny": Stage1Config(
-        loop=LoopConfig(steps=2400, batch=64, lr=1e-3, warmup=100, ema=0.995), pool=65_536, noise_draws=2
+        loop=LoopConfig(steps=2000, batch=32, lr=1e-3, warmup=100, ema=0.995), pool=32_768, noise_draws=2
     )
 }
 
@@ -84,8 +84,8 @@ class Stage2Config:
 
 STAGE2 = {
     "tiny": Stage2Config(
-        loop=LoopConfig(steps=1500, batch=64, lr=1e-3, warmup=100, ema=0.99),
-        pool=65_536,
+        loop=LoopConfig(steps=1500, batch=48, lr=1e-3, warmup=100, ema=0.99),
+        pool=2**20,
         encoder_lr=1e-4,
         llm_layers=4,
         llm_heads=3,

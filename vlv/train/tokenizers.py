@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 END = "<|endoftext|>"
 
 
-def _merges(texts: Iterable[str], empty, vocab_size: int, suffix: str | None) -> list[tuple[str, str]]:
+def _merges(texts: Iterable[str], empty, vocab_size: int, suffix: str) -> list[tuple[str, str]]:
     """Train BPE merges with the pre-tokenisation of `empty`, a tokenizer of the target class."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix=suffix))
     bpe.normalizer = empty.backend_tokenizer.normalizer
@@ -35,6 +35,6 @@ def qwen_tokenizer(texts: Iterable[str], vocab_size: int = 512):
     """A Qwen2Tokenizer over the merges of `texts`; its first id is the end-of-text and padding token."""
     from transformers import Qwen2Tokenizer
 
-    merges = _merges(texts, Qwen2Tokenizer(), vocab_size, None)
+    merges = _merges(texts, Qwen2Tokenizer(), vocab_size, "")
     words = [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
     return Qwen2Tokenizer({w: i for i, w in enumerate(dict.fromkeys(words))}, merges, model_max_length=1024)

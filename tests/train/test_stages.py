@@ -1,0 +1,83 @@
+"""The three stages at the smallest size: every folder that they write loads and does its work."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vlv import scenes
+from vlv.captioner import Captioner
+from vlv.checkpoint import Checkpoint, CheckpointError
+from vlv.config import PRESETS
+from vlv.diffusion import T2I
+from vlv.train import data, presets, stage1, stage2, t2i
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder in which all three stages went a few steps."""
+    folder = tmp_path_factory.mktemp("run")
+    few = presets.LoopConfig(steps=3, batch=4, lr=1e-3, warmup=1)
+    small = replace(presets.T2I["tiny"], vae_loop=few, unet_loop=few, pool=64)
+    t2i.train(small, folder, folder / "t2i", "cpu")
+    one = replace(presets.STAGE1["tiny"], loop=few, pool=64)
+    stage1.train(PRESETS["tiny"], one, folder / "t2i", folder, folder / "stage1", "cpu")
+    two = replace(presets.STAGE2["tiny"], loop=few)
+    stage2.train(two, folder / "stage1", folder, folder / "stage2", "cpu")
+    return folder
+
+
+def test_the_t2i_folder_is_a_plain_diffusers_pipeline(run):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(run / "t2i", safety_checker=None, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("a large cat at the top left", num_inference_steps=2, output_type="np").images[0]
+    assert picture.shape == (64, 64, 3)
+
+
+def test_stage_1_leaves_the_frozen_parts_alone(run):
+    frozen = T2I.load(run / "t2i")
+    encoder = Checkpoint.open(run / "stage1").load_encoder()
+    clip = frozen.text_encoder.state_dict()
+    layer = encoder.bottleneck.text.layers[0]
+    assert torch.equal(layer.fc1.weight, clip["encoder.layers.0.mlp.fc1.weight"].float())
+    with pytest.raises(CheckpointError, match="no llm/"):
+        Checkpoint.open(run / "stage1").llm  # noqa: B018
+
+
+def test_stage_2_leaves_queries_projection_and_clip_alone(run):
+    before = Checkpoint.open(run / "stage1").load_encoder().bottleneck
+    after = Checkpoint.open(run / "stage2").load_encoder().bottleneck
+    assert torch.equal(before.queries, after.queries)
+    for a, b in ((before.projection, after.projection), (before.text, after.text)):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(before.prompt, after.prompt)
+
+
+def test_the_whole_checkpoint_captions_and_reconstructs(run):
+    checkpoint = Checkpoint.open(run / "stage2")
+    pixels = data.images(range(scenes.HELD_OUT, scenes.HELD_OUT + 2))
+    captions = Captioner.load(checkpoint).captions(pixels, max_new_tokens=8)
+    assert len(captions) == 2
+    context = checkpoint.load_encoder().context(pixels)
+    both = T2I.load(checkpoint.t2i).reconstruct(context, steps=2)
+    assert both.dtype == torch.uint8 and both.shape == pixels.shape
+    alone = T2I.load(checkpoint.t2i).reconstruct(context[1:], steps=2)
+    assert (alone[0].int() - both[1].int()).abs().max() <= 1  # the batch does not matter
+
+
+def test_a_context_of_another_length_is_refused(run):
+    model = T2I.load(run / "t2i")
+    with pytest.raises(ValueError, match="5 tokens"):
+        model.reconstruct(torch.zeros(1, 5, 128), steps=1)
+
+
+def test_clip_layers_agree_with_transformers(run):
+    """Our text layers on transformers' token embeddings give the text encoder's context."""
+    model = T2I.load(run / "t2i")
+    encoder = Checkpoint.open(run / "stage1").load_encoder()
+    ids = model.tokenizer(["a small bus"], padding="max_length", max_length=32, return_tensors="pt").input_ids
+    ours = encoder.bottleneck.text(model.text_encoder.embeddings.token_embedding(ids))
+    theirs = model.encode_text(["a small bus"])
+    assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-5

@@ -1,0 +1,1 @@
+"""Measuring what the captions say and what the embeddings hold."""
