@@ -1,0 +1,1 @@
+"""Captions for files: the batch command line, its pipeline, and the language-model engines behind it."""

@@ -1,0 +1,188 @@
+"""Decode processes: image files in, uint8 crops in shared memory out.
+
+Processes, because Pillow holds the GIL for much of its work, and because a file that brings its
+decoder down (a crash in a codec, the kernel's out-of-memory killer) then costs one image and not
+the run. Our own rather than concurrent.futures' pool: that one is broken for good after one crash,
+cannot say which file it was, and leaves its processes behind when the parent is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from serve.sources import Item
+from vlv.image import ImageError, load_crop
+
+_Job = tuple[Item, int, asyncio.Future]  # an item, its slot, and the promise of an answer
+WINDOW = 2  # items at a process: the one it decodes, and the next, so that it does not wait for us
+
+
+class DecodeError(RuntimeError):
+    """Decode processes cannot be started at all."""
+
+
+def _work(pipe: Connection, memory, slots: int, size: int) -> None:
+    """Say that it runs; then decode (item, slot) until the pipe ends, answering None or (kind, message)."""
+    # Ctrl-C reaches the whole process group: the parent decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    crops = _crops(memory, slots, size)
+    pipe.send(None)
+    while True:
+        try:
+            item, slot = pipe.recv()
+        except (EOFError, OSError):  # the parent has closed the pipe, or was killed
+            return
+        try:
+            crops[slot] = load_crop(item.read(), size)
+            answer = None
+        except ImageError as error:
+            answer = (error.kind, str(error))
+        except MemoryError:
+            answer = ("too-large", "not enough memory to decode the image")
+        try:
+            pipe.send(answer)
+        except OSError:
+            return
+
+
+def _crops(memory, slots: int, size: int) -> np.ndarray:
+    return np.frombuffer(memory, np.uint8).reshape(slots, 3, size, size)
+
+
+class _Worker:
+    """One process, our end of its pipe, and what it has not answered yet (oldest first)."""
+
+    def __init__(self, context, *args):
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, *args), name="vlv-decode", daemon=True)
+        # the child inherits the mask: a Ctrl-C while it is still importing would print a traceback
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        self.waiting: deque[_Job] = deque()
+        self.ready = False
+
+
+class DecodePool:
+    """`decode(item)` from any number of tasks; at most `slots` crops exist at a time.
+
+    A crop lives in a slot until `release`: that bounds the memory, whatever the input. Use as an
+    async context manager, from one event loop.
+    """
+
+    def __init__(self, size: int, workers: int, slots: int):
+        self._context = multiprocessing.get_context("spawn")
+        self._args = (self._context.RawArray(ctypes.c_uint8, slots * 3 * size * size), slots, size)
+        self.crops = _crops(*self._args)  # uint8 [slots, 3, size, size]
+        self._free = deque(range(slots))
+        self._available = asyncio.Semaphore(slots)
+        self._count, self._workers = workers, []
+        self._backlog: deque[_Job] = deque()
+
+    async def __aenter__(self) -> DecodePool:
+        for _ in range(self._count):
+            self._start()
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        loop = asyncio.get_running_loop()
+        for worker in self._workers:
+            loop.remove_reader(worker.pipe.fileno())
+            worker.pipe.close()
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join()
+
+    async def slot(self) -> int:
+        """A free slot, as soon as there is one."""
+        await self._available.acquire()
+        return self._free.popleft()
+
+    def release(self, slot: int) -> None:
+        """Give a slot back once its crop has been copied or is not wanted."""
+        self._free.append(slot)
+        self._available.release()
+
+    async def decode(self, item: Item, slot: int) -> None:
+        """Decode into `crops[slot]`. Raises ImageError, or DecodeError."""
+        answer = asyncio.get_running_loop().create_future()
+        self._backlog.append((item, slot, answer))
+        self._deal()
+        await answer
+
+    def _start(self) -> None:
+        worker = _Worker(self._context, *self._args)
+        self._workers.append(worker)
+        asyncio.get_running_loop().add_reader(worker.pipe.fileno(), self._readable, worker)
+
+    def _deal(self) -> None:
+        while self._backlog:
+            worker = min(self._workers, key=lambda w: len(w.waiting))
+            if len(worker.waiting) == WINDOW:
+                return
+            job = self._backlog.popleft()
+            worker.waiting.append(job)
+            with contextlib.suppress(OSError):  # it has died: its pipe ends, and _died deals the job again
+                worker.pipe.send(job[:2])
+
+    def _readable(self, worker: _Worker) -> None:
+        try:
+            answer = worker.pipe.recv()
+        except (EOFError, OSError):
+            self._died(worker)
+            return
+        if worker.ready:
+            _settle(worker.waiting.popleft(), ImageError(*answer) if answer else None)
+            self._deal()
+        worker.ready = True
+
+    def _died(self, worker: _Worker) -> None:
+        """The oldest unanswered item is to blame; the others go to another process."""
+        asyncio.get_running_loop().remove_reader(worker.pipe.fileno())
+        worker.pipe.close()
+        worker.process.join()
+        self._workers.remove(worker)
+        ending = _ending(worker.process)
+        if not worker.ready:
+            failure = DecodeError(f"a decode process did not start ({ending}): its message is above")
+            for job in [*worker.waiting, *self._backlog]:
+                _settle(job, failure)
+            self._backlog.clear()
+            return
+        if worker.waiting:
+            _settle(worker.waiting.popleft(), ImageError("damaged", f"decoding it killed the process ({ending})"))
+        self._backlog.extendleft(reversed(worker.waiting))
+        self._start()
+        self._deal()
+
+
+def _settle(job: _Job, failure: Exception | None) -> None:
+    answer = job[2]
+    if answer.done():  # its task was cancelled
+        return
+    if failure:
+        answer.set_exception(failure)
+    else:
+        answer.set_result(None)
+
+
+def _ending(process) -> str:
+    code = process.exitcode
+    return f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+
+
+def default_workers() -> int:
+    """Decode processes for this machine: the cores this process may use, less one for the models."""
+    return max(1, min(len(os.sched_getaffinity(0)) - 1, 32))

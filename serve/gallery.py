@@ -1,0 +1,149 @@
+"""A page of image | reconstruction | caption that needs nothing but a browser."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from serve.sinks import explained
+from serve.sources import Item
+from vlv.checkpoint import Checkpoint, CheckpointError
+from vlv.image import ImageError, load_crop
+
+BATCH = 16  # reconstructions at once
+SIDE = 192  # pixels a side of a picture on the page; smaller ones are enlarged by the browser
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>VLV captions</title>
+<style>
+:root {{ color-scheme: light dark; --ink: #1c1c1e; --soft: #6b6b70; --ground: #f5f5f7; --card: #fff; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #f2f2f4; --soft: #9a9aa0; --ground: #131315; --card: #1f1f22; }}
+}}
+body {{ margin: 2rem auto; max-width: 84rem; padding: 0 1rem; color: var(--ink); background: var(--ground);
+  font: 16px/1.5 system-ui, sans-serif; }}
+h1 {{ font-size: 1.4rem; margin: 0; }}
+p.about {{ color: var(--soft); margin: .2rem 0 1.5rem; }}
+main {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(24.5rem, 1fr)); }}
+article {{ background: var(--card); border-radius: .7rem; padding: .8rem; }}
+.pair {{ display: flex; gap: .6rem; }}
+figure {{ margin: 0; flex: 1; }}
+img {{ width: 100%; aspect-ratio: 1; display: block; border-radius: .4rem; image-rendering: {rendering}; }}
+figcaption, small {{ color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }}
+article p {{ margin: .5rem 0 .2rem; }}
+</style>
+<h1>VLV captions</h1>
+<p class="about">{about}</p>
+<main>
+{cards}
+</main>
+</html>
+"""
+
+
+def write(
+    page: Path, checkpoint: Checkpoint, items: Iterable[Item], captions: Path, count: int = 48, steps: int = 50
+) -> None:
+    """Write the page for the first `count` items that have a record in `captions`.
+
+    Pictures are reconstructed by the checkpoint's text-to-image model in `steps` steps from the same
+    embeddings that the captions come from; without that model, the page says so. Raises SinkError.
+    """
+    texts = _captions(captions, first := list(itertools.islice(items, count)))
+    shown, crops = [], []
+    for item in first:
+        if item.id in texts:
+            try:
+                crops.append(load_crop(item.read(), checkpoint.config.image_size))
+                shown.append(item)
+            except ImageError:  # gone since it was captioned
+                continue
+    pictures, about = _reconstruct(checkpoint, np.array(crops), steps) if shown else ([], "No image has a caption.")
+    cards = [
+        _card(item.id, texts[item.id], crop, picture)
+        for item, crop, picture in itertools.zip_longest(shown, crops, pictures)
+    ]
+    content = PAGE.format(
+        rendering="pixelated" if checkpoint.config.image_size < SIDE else "auto", about=about, cards="\n".join(cards)
+    )
+    with explained(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        temporary = page.with_name(page.name + ".tmp")
+        temporary.write_text(content, encoding="utf-8", errors="replace")
+        os.replace(temporary, page)
+
+
+def _captions(file: Path, items: list[Item]) -> dict[str, str]:
+    wanted, texts = {item.id for item in items}, {}
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            if record["id"] in wanted:
+                texts[record["id"]] = record["caption"]
+                if len(texts) == len(wanted):
+                    break
+    return texts
+
+
+def _reconstruct(checkpoint: Checkpoint, crops: np.ndarray, steps: int) -> tuple[list[np.ndarray], str]:
+    """Reconstructions of crops [B, 3, S, S], none where that is not possible, and a sentence for the page."""
+    try:
+        folder = checkpoint.t2i
+    except CheckpointError:
+        return [], f"{len(crops)} images. This checkpoint has no text-to-image model (t2i/): no reconstructions."
+    try:
+        import torch
+
+        from vlv.diffusion import T2I
+
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        t2i = T2I.load(folder, dtype).to(device)
+    except ModuleNotFoundError as error:
+        return [], f"{len(crops)} images. {error.name} is not installed: no reconstructions."
+    encoder = checkpoint.load_encoder(dtype).to(device)
+    pictures = []
+    for start in range(0, len(crops), BATCH):
+        print(f"gallery: reconstructing {start} of {len(crops)} images", file=sys.stderr, flush=True)
+        batch = torch.from_numpy(crops[start : start + BATCH]).to(device)
+        with torch.inference_mode():
+            pictures.extend(t2i.reconstruct(encoder.context(batch), steps=steps).cpu().numpy())
+    queries, width = checkpoint.config.queries, checkpoint.config.context_width
+    return pictures, (
+        f"{len(crops)} images, each beside what the frozen text-to-image model draws from the {queries} embeddings of "
+        f"width {width} that the caption is written from."
+    )
+
+
+def _card(name: str, caption: str, crop: np.ndarray, picture: np.ndarray | None) -> str:
+    figures = _figure(crop, "image", caption) + ("" if picture is None else _figure(picture, "reconstruction", ""))
+    return (
+        f'<article><div class="pair">{figures}</div>'
+        f"<p>{html.escape(caption)}</p><small>{html.escape(name)}</small></article>"
+    )
+
+
+def _figure(pixels: np.ndarray, label: str, alt: str) -> str:
+    """A picture uint8 [3, S, S] inside the page; small ones without loss."""
+    image = Image.fromarray(pixels.transpose(1, 2, 0))
+    kind, options = ("png", {"optimize": True}) if image.width < SIDE else ("jpeg", {"quality": 88})
+    image.thumbnail((2 * SIDE, 2 * SIDE))
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    data = base64.b64encode(stream.getvalue()).decode()
+    return (
+        f'<figure><img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}">'
+        f"<figcaption>{label}</figcaption></figure>"
+    )

@@ -1,0 +1,223 @@
+"""Where captions go: JSON lines, each written whole, so that a run can be killed and taken up again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+
+
+class SinkError(OSError):
+    """The output cannot be written or read; the message says which and what to do."""
+
+
+class IdSet:
+    """A set of strings that costs about 10 bytes each: it keeps 64-bit hashes.
+
+    Of n ids, about n² / 2**65 are taken for another: one in 370,000 runs over ten million images.
+    """
+
+    def __init__(self):
+        self._sorted = np.empty(0, np.int64)
+        self._recent: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._sorted) + len(self._recent)
+
+    def __contains__(self, key: str) -> bool:
+        value = hash(key)
+        if value in self._recent:
+            return True
+        at = np.searchsorted(self._sorted, value)
+        return bool(at < len(self._sorted) and self._sorted[at] == value)
+
+    def add(self, key: str) -> bool:
+        """Add; False where it was there already."""
+        if key in self:
+            return False
+        self._recent.add(hash(key))
+        if len(self._recent) > max(1 << 16, len(self._sorted) // 8):
+            recent = np.fromiter(self._recent, np.int64, len(self._recent))
+            self._sorted = np.sort(np.concatenate([self._sorted, recent]))
+            self._recent = set()
+        return True
+
+
+class JsonLines:
+    """A file of JSON lines that one run at a time appends to, one write a line."""
+
+    def __init__(self, path: Path):
+        """Open or create, lock, and cut off a last line that a kill left unfinished. Raises SinkError."""
+        self.path = path
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(self._fd)
+                raise SinkError(f"another run is writing {path}: wait for it, or choose another -o") from error
+            except OSError:  # a file system without locks
+                pass
+            self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+            if self._regular:
+                self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        end = os.fstat(self._fd).st_size
+        while end:
+            start = max(0, end - (1 << 16))
+            newline = os.pread(self._fd, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                os.ftruncate(self._fd, start + newline + 1)
+                return
+            end = start
+        os.ftruncate(self._fd, 0)
+
+    def write(self, record: dict) -> None:
+        """Append one record; it is in the file whole or not at all. Raises SinkError."""
+        try:
+            line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        except UnicodeEncodeError:  # a file name that is not UTF-8
+            line = (json.dumps(record) + "\n").encode()
+        with explained(self.path):
+            written = os.write(self._fd, line)
+            try:
+                while written < len(line):
+                    written += os.write(self._fd, line[written:])
+            except OSError:
+                if self._regular:
+                    os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+                raise
+
+    def records(self):
+        """The records so far. Raises SinkError where a line is not a JSON object."""
+        if not self._regular:  # a device holds no records
+            return
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    record = json.loads(line)
+                    record["id"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise SinkError(
+                        f"line {number} of {self.path} is no record of a run: remove the line, or choose another -o"
+                    ) from error
+                yield record
+
+    def close(self) -> None:
+        """Close the file and give up its lock; a second time does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class FileSink:
+    """`captions.jsonl` for captions and `captions.errors.jsonl` (made when needed) for what failed.
+
+    `finished` holds the ids of earlier runs and of this one.
+    """
+
+    def __init__(self, path: str | Path, model: str, resume: bool = True):
+        """Open both files and read what is finished. Without `resume`, old files are renamed to `NAME.old`.
+
+        `model` is the checkpoint's hash: captions of two models are not mixed in one file. Raises SinkError.
+        """
+        self.path = Path(path)
+        self.errors_path = self.path.with_name(self.path.stem + ".errors.jsonl")
+        self.finished, self._errors = IdSet(), None
+        self._captions = JsonLines(self.path)
+        try:
+            if not resume:
+                self._start_over()
+            self._read(model)
+        except BaseException:
+            self.close()  # with the lock
+            raise
+
+    def _start_over(self) -> None:
+        self._captions.close()
+        for old in (self.path, self.errors_path):
+            with explained(old), contextlib.suppress(FileNotFoundError):
+                if old.is_file() and old.stat().st_size:
+                    os.replace(old, old.with_name(old.name + ".old"))
+        self._captions = JsonLines(self.path)
+
+    def _read(self, model: str) -> None:
+        for record in self._captions.records():
+            if record.get("model", model) != model:
+                raise SinkError(
+                    f"{self.path} holds captions of model {record['model']}, and this checkpoint is {model}: "
+                    "choose another -o, or start over with --no-resume"
+                )
+            self.finished.add(record["id"])
+        if self.errors_path.is_file():
+            self._errors = JsonLines(self.errors_path)
+            for record in self._errors.records():
+                self.finished.add(record["id"])
+
+    def caption(self, record: dict) -> None:
+        """Append a caption's record. Raises SinkError."""
+        self._captions.write(record)
+
+    def error(self, record: dict) -> None:
+        """Append the record of an image that failed. Raises SinkError."""
+        if self._errors is None:
+            self._errors = JsonLines(self.errors_path)
+        self._errors.write(record)
+
+    def close(self) -> None:
+        for file in (self._captions, self._errors):
+            if file is not None:
+                file.close()
+
+
+class StreamSink:
+    """Captions to a stream of bytes (stdout), errors to another; nothing is resumed."""
+
+    errors_path = None
+
+    def __init__(self, captions: int, errors: int):
+        self.finished = IdSet()
+        self._captions, self._errors = captions, errors
+
+    def caption(self, record: dict) -> None:
+        self._write(self._captions, record)
+
+    def error(self, record: dict) -> None:
+        self._write(self._errors, record)
+
+    def close(self) -> None:
+        """Nothing to close: the streams belong to the process."""
+
+    def _write(self, fd: int, record: dict) -> None:
+        line = (json.dumps(record) + "\n").encode()
+        with explained("stdout"):
+            while line:
+                line = line[os.write(fd, line) :]
+
+
+@contextlib.contextmanager
+def explained(path: str | Path):
+    """Turn an OSError about `path` into a SinkError of one sentence."""
+    try:
+        yield
+    except SinkError:
+        raise
+    except OSError as error:
+        again = "and run the same command again, it goes on where it stopped"
+        remedy = {
+            errno.ENOSPC: f"the disk is full: make room {again}",
+            errno.EDQUOT: f"the disk quota is used up: make room {again}",
+            errno.EFBIG: f"the file may not grow further: raise the limit (ulimit -f) {again}",
+            errno.EACCES: "permission denied: choose another -o, or change the folder's permissions",
+            errno.EROFS: "the file system is read-only: choose another -o",
+            errno.EPIPE: "nobody reads it any more",
+        }.get(error.errno, f"{os.strerror(error.errno)}: choose another -o" if error.errno else str(error))
+        raise SinkError(f"cannot write {path}: {remedy}") from error

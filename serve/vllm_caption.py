@@ -1,0 +1,216 @@
+"""Caption image files: python -m serve.vllm_caption PATHS... --ckpt DIR -o captions.jsonl
+
+The record of an image is appended to the output as soon as it is done, so a run that ends early,
+however it ends, goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+EXIT_CODES = """\
+exit codes: 0 every image has a caption; 1 the run failed, or some images did (see NAME.errors.jsonl);
+2 wrong arguments; 130 stopped by Ctrl-C.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help shows the usage)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Light: neither torch nor the pipeline is imported for --help."""
+    p = Parser(
+        prog="python -m serve.vllm_caption",
+        description="Caption images with a VLV checkpoint, through vLLM.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, .txt list, .tar shard")
+    p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder (vlv.json, encoder.safetensors, llm/)")
+    p.add_argument("-o", "--output", default="captions.jsonl", metavar="FILE", help="JSON lines; - for stdout")
+    p.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="what runs the language model")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
+    p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws at a temperature above 0")
+    p.add_argument("--prompt-batch", type=_positive, default=32, metavar="N", help="images per encoder batch (32)")
+    p.add_argument("--in-flight", type=_positive, default=128, metavar="N", help="captions decoded together (128)")
+    p.add_argument("--workers", type=_positive, metavar="N", help="decode processes (default: cores less one)")
+    p.add_argument("--limit", type=_positive, metavar="N", help="only the first N images of the input")
+    p.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="skip what the output already holds (default); --no-resume starts over and keeps the old file as NAME.old",
+    )  # fmt: skip
+    p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
+    p.add_argument("--gallery", metavar="HTML", help="also write a page of image | reconstruction | caption")
+    p.add_argument("--doctor", action="store_true", help="report what is installed and what is missing, and stop")
+    p.add_argument("--debug", action="store_true", help="tracebacks, and the engine's log on stderr")
+    return p
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        if 0 <= (value := float(text)) <= 10:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 10")
+
+
+class Misuse(ValueError):
+    """Arguments that cannot be meant."""
+
+
+class Stopped(Exception):
+    """A signal ended the run."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = parser().parse_args(argv)
+    if args.doctor:
+        from serve.doctor import report
+
+        return report()
+    try:
+        return _caption(args)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        _say(f"stopped by {number.name}: what is captioned so far is kept, and the same command goes on from here")
+        # not sys.exit: it would wait for the threads that load or encode at this moment
+        os._exit(128 + number)
+    except Exception as error:
+        if args.debug:
+            raise
+        code, text = _verdict(error)
+        _say(f"error: {text}")
+        return code
+
+
+def _caption(args: argparse.Namespace) -> int:
+    from serve.sources import expand
+    from vlv.checkpoint import Checkpoint, CheckpointError
+
+    if not args.paths or not args.ckpt:
+        raise Misuse("PATH and --ckpt are needed (--help shows the usage)")
+    if args.gallery and args.output == "-":
+        raise Misuse("--gallery reads the captions back: give -o a file")
+    try:
+        checkpoint = Checkpoint.open(args.ckpt)
+    except CheckpointError as error:
+        raise Misuse(f"--ckpt: {error}") from error
+    items = expand(args.paths)
+
+    from serve.llm import LLMSpec, Sampling, engine_class
+    from serve.pipeline import Pipeline, PipelineConfig
+    from serve.progress import Progress
+    from serve.sinks import FileSink, StreamSink
+
+    spec = LLMSpec.of(checkpoint)
+    try:
+        max_tokens = spec.max_tokens(args.max_tokens)
+    except ValueError as error:
+        raise Misuse(f"--max-tokens: {error}") from error
+    sampling = Sampling(max_tokens, args.temperature, args.seed)
+    config = PipelineConfig(sampling, args.prompt_batch, args.workers, args.limit, args.raw)
+    engine = engine_class(args.engine)(spec, max_tokens, args.in_flight, args.debug)
+    if args.output == "-":
+        sink = StreamSink(_claim_stdout(), sys.stderr.fileno())
+    else:
+        sink = FileSink(args.output, checkpoint.hash, args.resume)
+    progress = Progress()
+    threading.Thread(target=_count, args=(args, progress), daemon=True).start()
+    try:
+        _run(Pipeline(checkpoint, engine, sink, config, progress), items)
+    finally:
+        sink.close()
+    progress.show(progress.summary(), last=True)
+    if args.gallery:
+        from serve import gallery
+
+        gallery.write(Path(args.gallery), checkpoint, expand(args.paths), Path(args.output))
+    if progress.failed:
+        where = sink.errors_path or "the lines above"
+        _say(f"{progress.failed} of {progress.finished} images failed: see {where}")
+        return 1
+    return 0
+
+
+def _run(pipeline, items) -> None:
+    """Run to the end, or to a signal: the first one stops in order, a second one at once. Raises Stopped."""
+
+    async def run() -> None:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        caught = []
+
+        def stop(number: signal.Signals) -> None:
+            if caught:
+                os._exit(128 + number)
+            caught.append(number)
+            task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop, number)
+        try:
+            await pipeline.run(items)
+        except BaseException:
+            if caught:
+                raise Stopped(caught[0]) from None
+            raise
+
+    asyncio.run(run())
+
+
+def _count(args: argparse.Namespace, progress) -> None:
+    """Count the input beside the run, for the time left."""
+    from serve.sources import SourceError, expand
+
+    with contextlib.suppress(SourceError):
+        progress.total = sum(1 for _ in itertools.islice(expand(args.paths), args.limit))
+
+
+def _claim_stdout() -> int:
+    """A descriptor of stdout for data alone; whatever else this process or its children print goes to stderr."""
+    data = os.dup(1)
+    os.dup2(2, 1)
+    return data
+
+
+def _verdict(error: Exception) -> tuple[int, str]:
+    """Exit code and sentence for an exception."""
+    from serve.decode import DecodeError
+    from serve.llm import EngineError
+    from serve.sinks import SinkError
+    from serve.sources import SourceError
+    from vlv.checkpoint import CheckpointError
+
+    if isinstance(error, Misuse | SourceError):
+        return 2, str(error)
+    if isinstance(error, SinkError | CheckpointError | EngineError | DecodeError):
+        return 1, str(error)
+    return 1, f"{type(error).__name__}: {error} (unexpected: --debug shows where)"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

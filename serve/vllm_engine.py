@@ -1,0 +1,191 @@
+"""vLLM behind the Engine signature: one AsyncLLM fed with prompt embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import json
+import logging.config
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serve.llm import Completion, Engine, EngineError, Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CPU_BLOCK = 128  # tokens a block of vLLM's CPU cache
+
+
+class VllmEngine(Engine):
+    """Continuous batching by vLLM, in its own processes."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._ids = itertools.count()
+        self._engine, self._logs, self._failed = None, None, False
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        booted = loop.create_future()
+
+        def boot() -> None:
+            # vLLM's processes inherit the mask: a Ctrl-C is ours to handle, and ends them through close()
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            error = None
+            try:
+                self._engine = self._boot()
+            except BaseException as caught:
+                error = caught
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, booted, error)
+
+        self._quiet()
+        # a thread of its own, and a daemon: the event loop goes on decoding and encoding, and exit does not wait
+        thread = threading.Thread(target=boot, name="vllm-boot", daemon=True)
+        try:
+            with _diverted(self._logs) if self._logs else contextlib.nullcontext():
+                thread.start()
+                await booted
+        except Exception as error:
+            raise EngineError(self._explain("vLLM does not start", error)) from error
+
+    def _boot(self):
+        import torch
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._load_tokenizer()
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            # the encoder shares the card
+            device = {"dtype": "bfloat16", "gpu_memory_utilization": 0.8}
+        else:
+            # eager: without a C++ compiler at hand, and several seconds sooner than compiled
+            device = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": self._cache_bytes()}
+        return AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=str(self.spec.folder),
+                enable_prompt_embeds=True,
+                enable_prefix_caching=False,  # every prompt is another image
+                generation_config="vllm",  # not the checkpoint's: penalties and embeddings do not go together
+                max_model_len=self.spec.queries + self.max_tokens,
+                max_num_seqs=self.in_flight,
+                skip_tokenizer_init=True,  # we detokenize, alike for all engines
+                disable_log_stats=True,
+                **device,
+            )
+        )
+
+    def _cache_bytes(self) -> int:
+        """Key-value cache for all requests in flight at their longest, but at most a quarter of the free memory.
+
+        With less, vLLM lets some requests wait; by its own choice it would take most of the memory.
+        """
+        # vLLM keeps one block empty
+        blocks = self.in_flight * math.ceil((self.spec.queries + self.max_tokens) / CPU_BLOCK) + 1
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        return min(blocks * CPU_BLOCK * self.spec.kv_values * 4, free // 4)
+
+    def _quiet(self) -> None:
+        """vLLM's log, that of its processes included, into a file (or to stderr with debug); no usage reports."""
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        if self.debug or "VLLM_LOGGING_CONFIG_PATH" in os.environ:
+            return
+        folder = Path(tempfile.mkdtemp(prefix="vlv-vllm-"))
+        self._logs = folder / "vllm.log"
+        config = {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"plain": {"format": "%(asctime)s %(processName)s %(levelname)s %(message)s"}},
+            "handlers": {"file": {"class": "logging.FileHandler", "filename": str(self._logs), "formatter": "plain"}},
+            "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
+        }
+        (folder / "logging.json").write_text(json.dumps(config))
+        os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(folder / "logging.json")
+        logging.config.dictConfig(config)  # vLLM reads the file only after its first messages
+
+    def _explain(self, what: str, error: BaseException) -> str:
+        """One sentence with the first cause, which vLLM leaves to its log, and where that is."""
+        self._failed = True  # so the log is kept
+        cause = f"{type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
+            return f"{what}: it is not installed; install it, or use --engine transformers (--doctor says more)"
+        if self._logs is None:
+            return f"{what}: {cause}"
+        causes = re.findall(r"^.*?\b(\w*(?:Error|Exception): .+)$", self._logs.read_text(errors="replace"), re.M)
+        return f"{what}: {causes[0] if causes else cause} (its log: {self._logs})"
+
+    async def generate(self, embeds: Tensor, sampling: Sampling) -> Completion:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self.spec.check(embeds)
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed if sampling.temperature > 0 else None,
+            stop_token_ids=[self.end],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        try:
+            async for output in self._engine.generate({"prompt_embeds": embeds}, params, str(next(self._ids))):
+                tokens = output.outputs[0].token_ids
+        except Exception as error:
+            raise EngineError(self._explain("vLLM's engine has died", error)) from error
+        return self._complete(list(tokens))
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown(timeout=5)
+            self._engine = None
+            await asyncio.sleep(0)  # its cancelled tasks let go of it
+            gc.collect()  # or its destructor would run, and fail, when the interpreter ends
+        for process in multiprocessing.active_children():
+            if process.name.startswith("EngineCore"):  # still booting: there is no handle to shut it down by
+                process.terminate()
+        if self._logs is not None and not self._failed:
+            shutil.rmtree(self._logs.parent, ignore_errors=True)
+
+
+def _settle(future: asyncio.Future, error: BaseException | None) -> None:
+    if future.done():  # cancelled meanwhile
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+@contextlib.contextmanager
+def _diverted(log: Path):
+    """Descriptors 1 and 2 lead to `log`: new processes inherit them and their libraries' chatter ends there.
+
+    What this process itself prints to sys.stderr still goes where it went before.
+    """
+    saved = os.dup(1), os.dup(2)
+    before, sys.stderr = sys.stderr, os.fdopen(os.dup(saved[1]), "w", buffering=1)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.close()
+        sys.stderr = before
+        for standard, copy in enumerate(saved, 1):
+            os.dup2(copy, standard)
+            os.close(copy)

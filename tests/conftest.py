@@ -1,0 +1,53 @@
+"""Fixtures that several rooms share. Whatever is slow to build is built once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+BUNDLED = Path(__file__).parents[1] / "assets" / "vlv-tiny"
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory) -> Path:
+    """A whole checkpoint folder of the tiny preset with random weights, but no t2i/."""
+    import torch
+
+    from vlv import checkpoint
+    from vlv.config import PRESETS
+    from vlv.encoder import VLVEncoder
+    from vlv.train.presets import STAGE2
+    from vlv.train.stage2 import build_llm
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "random"
+    torch.manual_seed(0)
+    llm, tokenizer = build_llm(STAGE2["tiny"])
+    for name, weight in llm.named_parameters():
+        # transformers' initial weights give all tokens nearly one logit, and then repeat one token: two
+        # implementations would break ties differently, and captions would not depend on the picture
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5 * (4 if "layers" in name else 1))
+    checkpoint.save(folder, VLVEncoder(PRESETS["tiny"]))
+    llm.save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def captioning_checkpoint(random_checkpoint) -> Path:
+    """The bundled checkpoint, or a random one in a tree that has none."""
+    return BUNDLED if (BUNDLED / "vlv.json").exists() else random_checkpoint
+
+
+@pytest.fixture(scope="session")
+def scene_images(tmp_path_factory) -> Path:
+    """A folder of 64 held-out scenes as PNG files, 00.png to 63.png."""
+    from PIL import Image
+
+    from vlv import scenes
+
+    folder = tmp_path_factory.mktemp("scenes")
+    for i in range(64):
+        Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + i))).save(folder / f"{i:02}.png")
+    return folder

@@ -1,0 +1,127 @@
+"""The decode processes: right crops, one error an image, and no file that can end the run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from serve.decode import DecodeError, DecodePool
+from serve.sources import Item, expand
+from vlv.image import ImageError, load_crop
+
+SIZE = 16
+
+
+def run(work, workers: int = 2, slots: int = 6):
+    """Run work(pool) inside a pool."""
+
+    async def main():
+        async with DecodePool(SIZE, workers, slots) as pool:
+            return await asyncio.wait_for(work(pool), 60)
+
+    return asyncio.run(main())
+
+
+async def crop(pool: DecodePool, item: Item):
+    slot = await pool.slot()
+    try:
+        await pool.decode(item, slot)
+        return pool.crops[slot].copy()
+    except ImageError as error:
+        return error.kind
+    finally:
+        pool.release(slot)
+
+
+def test_many_through_few_slots(scene_images):
+    items = list(expand([str(scene_images)]))
+
+    async def work(pool):
+        return await asyncio.gather(*(crop(pool, item) for item in items * 3))
+
+    for item, pixels in zip(items * 3, run(work), strict=True):
+        assert np.array_equal(pixels, load_crop(item.path, SIZE)), item.id
+
+
+def test_errors_travel(tmp_path, scene_images):
+    (tmp_path / "empty.png").touch()
+    items = [Item("e", str(tmp_path / "empty.png")), Item("m", "/absent"), next(expand([str(scene_images)]))]
+
+    async def work(pool):
+        return await asyncio.gather(*(crop(pool, item) for item in items))
+
+    empty, missing, pixels = run(work)
+    assert (empty, missing) == ("empty", "missing") and pixels.shape == (3, SIZE, SIZE)
+
+
+def test_a_killed_process_costs_one_image(tmp_path, scene_images):
+    """A file that hangs its decoder stands for one that crashes it: here we send the signal."""
+    os.mkfifo(tmp_path / "hangs.png")
+    hangs = Item("hangs", str(tmp_path / "hangs.png"))
+    good = list(expand([str(scene_images)]))[:8]
+
+    async def work(pool):
+        first = asyncio.create_task(crop(pool, hangs))
+        await asyncio.sleep(0)
+        rest = [asyncio.create_task(crop(pool, item)) for item in good]
+        (worker,) = pool._workers
+        while not (worker.ready and worker.waiting):
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.3)
+        os.kill(worker.process.pid, signal.SIGSEGV)
+        return await first, await asyncio.gather(*rest)
+
+    killed, others = run(work, workers=1)
+    assert killed == "damaged"
+    for item, pixels in zip(good, others, strict=True):
+        assert np.array_equal(pixels, load_crop(item.path, SIZE))
+
+
+def test_processes_that_cannot_start(monkeypatch):
+    monkeypatch.setattr("serve.decode._work", print)  # ends at once, without a word
+
+    async def work(pool):
+        await crop(pool, Item("a", "a.png"))
+
+    with pytest.raises(DecodeError, match="did not start"):
+        run(work)
+
+
+def test_no_process_outlives_a_killed_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import asyncio, sys\n"
+        "from serve.decode import DecodePool\n"
+        "async def main():\n"
+        "    async with DecodePool(16, 2, 4) as pool:\n"
+        "        while not all(w.ready for w in pool._workers): await asyncio.sleep(0.01)\n"
+        "        print(*(w.process.pid for w in pool._workers), flush=True)\n"
+        "        await asyncio.sleep(60)\n"
+        "if __name__ == '__main__': asyncio.run(main())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
+    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(children) == 2
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    parent.stdout.close()
+
+
+def test_import_is_light():
+    """A decode process imports this module: torch would cost each two seconds and 300 MB."""
+    code = "import sys, serve.decode, serve.vllm_caption; print('torch' in sys.modules)"
+    started = time.monotonic()
+    run_ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run_.stdout.strip() == "False", run_.stderr
+    assert time.monotonic() - started < 20

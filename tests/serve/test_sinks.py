@@ -1,0 +1,125 @@
+"""The output files: whole lines, resuming, locking, and full or forbidden disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from serve.sinks import FileSink, IdSet, SinkError
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "new" / "captions.jsonl"
+
+
+def test_writes_and_resumes(output):
+    sink = FileSink(output, "m1")
+    sink.caption({"id": "ü.png", "caption": "Zwei Äpfel.", "model": "m1"})
+    assert not sink.errors_path.exists()
+    sink.error({"id": "bad.png", "kind": "empty"})
+    sink.close()
+    assert "Zwei Äpfel." in output.read_text()
+    assert lines(output.with_name("captions.errors.jsonl")) == [{"id": "bad.png", "kind": "empty"}]
+    sink = FileSink(output, "m1")
+    assert "ü.png" in sink.finished and "bad.png" in sink.finished and "new.png" not in sink.finished
+    sink.caption({"id": "new.png"})
+    sink.close()
+    assert [r["id"] for r in lines(output)] == ["ü.png", "new.png"]
+
+
+@pytest.mark.parametrize("torn", [b'{"id": "b", "capt', b"x" * 200_000, b'{"id": "b"}'])
+def test_torn_last_line_is_cut_off(output, torn):
+    output.parent.mkdir()
+    output.write_bytes(b'{"id": "a"}\n' + torn)
+    sink = FileSink(output, "m")
+    assert len(sink.finished) == 1
+    sink.caption({"id": "b"})
+    sink.close()
+    assert [r["id"] for r in lines(output)] == ["a", "b"]
+
+
+def test_only_a_torn_line(output):
+    output.parent.mkdir()
+    output.write_bytes(b'{"id"')
+    FileSink(output, "m").close()
+    assert output.read_bytes() == b""
+
+
+def test_file_names_that_are_no_utf8(output):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    sink = FileSink(output, "m")
+    sink.caption({"id": name})
+    sink.close()
+    assert name in FileSink(output, "m").finished
+
+
+def test_start_over_keeps_the_old_file(output):
+    for n, resume in enumerate((True, False)):
+        sink = FileSink(output, f"m{n}", resume)
+        sink.caption({"id": "a", "model": f"m{n}"})
+        sink.error({"id": "b"})
+        assert len(sink.finished) == 0
+        sink.close()
+    assert lines(output)[0]["model"] == "m1"
+    assert lines(output.with_name("captions.jsonl.old"))[0]["model"] == "m0"
+    assert output.with_name("captions.errors.jsonl.old").exists()
+
+
+def test_refusals(output):
+    sink = FileSink(output, "m1")
+    with pytest.raises(SinkError, match="another run is writing"):
+        FileSink(output, "m1")
+    with pytest.raises(SinkError, match="another run is writing"):
+        FileSink(output, "m1", resume=False)
+    sink.caption({"id": "a", "model": "m1"})
+    sink.close()
+    with pytest.raises(SinkError, match="holds captions of model m1, and this checkpoint is m2"):
+        FileSink(output, "m2")
+    output.write_text('{"id": "a"}\nsomething else\n')
+    with pytest.raises(SinkError, match=r"line 2 of .*captions.jsonl is no record"):
+        FileSink(output, "m1")
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "c.jsonl", tmp_path, "/sys/c.jsonl"):  # root may write almost anywhere else
+        with pytest.raises(SinkError, match=r"^cannot write [^\n]*: [^\n]*choose another -o"):
+            FileSink(place, "m")
+    sink = FileSink("/dev/full", "m")
+    with pytest.raises(SinkError, match="the disk is full"):
+        sink.caption({"id": "a"})
+
+
+def test_a_line_that_does_not_fit_is_taken_back(output):
+    """The file may grow to 1000 bytes: what fits stays, nothing is torn."""
+    script = (
+        "import resource, sys\n"
+        "from serve.sinks import FileSink, SinkError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "sink = FileSink(sys.argv[1], 'm')\n"
+        "try:\n"
+        "    for i in range(100): sink.caption({'id': str(i), 'caption': 'x' * 150})\n"
+        "except SinkError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script, output], capture_output=True, text=True)
+    assert "may not grow further" in run.stdout, run.stderr
+    assert [r["id"] for r in lines(output)] == ["0", "1", "2", "3", "4"]
+    assert output.read_bytes().endswith(b"\n")
+
+
+def test_idset_is_a_set():
+    ids = IdSet()
+    keys = [f"photos/{i}.jpg" for i in range(150_000)]
+    assert all(ids.add(k) for k in keys)
+    assert not any(ids.add(k) for k in keys[:1000]) and len(ids) == len(keys)
+    assert all(k in ids for k in keys[::97]) and "photos/x.jpg" not in ids
+    assert len(ids._recent) <= 1 << 16  # the bulk is in the array

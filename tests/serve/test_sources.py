@@ -1,0 +1,154 @@
+"""Expanding arguments into images: order, ids, laziness, and what is said where there is nothing."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import tarfile
+
+import pytest
+from PIL import Image
+
+from serve.sources import SourceError, expand
+from vlv.image import ImageError
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder, so that ids are short."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        with open(name, "w") as file:
+            file.write(name)
+
+
+def shard(name: str, members: dict[str, bytes]) -> None:
+    with tarfile.open(name, "w") as tar:
+        for member, content in members.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def ids(*paths: str) -> list[str]:
+    return [item.id for item in expand(paths)]
+
+
+def test_files_and_folders(here):
+    touch(
+        "a/2.JPG", "a/1.png", "a/deep/er/0.webp", "a/notes.txt", "a/.hidden.png", "a/.cache/3.png", "odd.name", "b.jpg"
+    )
+    assert ids("a") == ["a/1.png", "a/2.JPG", "a/deep/er/0.webp"]
+    assert ids("b.jpg", "a/deep/") == ["b.jpg", "a/deep/er/0.webp"]
+    assert ids("odd.name") == ["odd.name"]  # named by the user, so taken at their word
+    os.chdir("a")
+    assert ids(".") == ["1.png", "2.JPG", "deep/er/0.webp"]
+    assert ids(f"{here}/b.jpg") == [f"{here}/b.jpg"]
+    assert next(expand(["1.png"])).path == f"{here}/a/1.png"
+
+
+def test_globs(here):
+    touch("x/1/a.png", "x/2/a.png", "x/2/b.txt", "x/10/deep/c.png", "x/.h/d.png", "[z].png")
+    assert ids("x/*/a.png") == ["x/1/a.png", "x/2/a.png"]
+    assert ids("x/[12]") == ["x/1/a.png", "x/2/a.png"]
+    assert ids("x/**/*.png") == ["x/1/a.png", "x/10/deep/c.png", "x/2/a.png"]
+    assert ids("x/2/*") == ["x/2/a.png"]  # a glob does not vouch for b.txt
+    assert ids(f"{here}/x/?/a.png") == [f"{here}/x/1/a.png", f"{here}/x/2/a.png"]
+    assert ids("[z].png") == ["[z].png"]  # exists, so it is no pattern
+
+
+def test_lists(here):
+    touch("a.png", "sub/b.jpg")
+    shard("s.tar", {"m.jpg": b"x"})
+    with open("list.txt", "wb") as file:
+        file.write(b"a.png\r\n\nsub/b.jpg\nno/such.jpg\n./a.png\ns.tar\nbyte-\xff.png")
+    assert ids("list.txt") == [
+        "a.png",
+        "sub/b.jpg",
+        "no/such.jpg",
+        "a.png",
+        "s.tar/m.jpg",
+        os.fsdecode(b"byte-\xff.png"),
+    ]
+
+
+def test_shards(here):
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(stream, "PNG")
+    shard("s.tar", {"0.json": b"{}", "0.png": stream.getvalue(), "dir/1.jpg": b"not a picture", "._2.jpg": b"x"})
+    items = list(expand(["s.tar"]))
+    assert [i.id for i in items] == ["s.tar/0.png", "s.tar/dir/1.jpg"]
+    assert items[0].read() == stream.getvalue() and items[1].read() == b"not a picture"
+    assert ids(".") == ["s.tar/0.png", "s.tar/dir/1.jpg"]
+
+
+def test_damaged_shard_is_an_item_of_its_own(here):
+    shard("s.tar", {f"{i}.jpg": bytes(5000) for i in range(5)})
+    os.truncate("s.tar", 8000)  # ends within the second member
+    touch("t.tar", "z.png")
+    *_, cut, last, other, good = list(expand(["."]))
+    assert cut.id == "s.tar/1.jpg" and last.id == "s.tar" and other.id == "t.tar" and good.id == "z.png"
+    for item in (cut, last, other):
+        with pytest.raises(ImageError):
+            item.read()
+
+
+def test_what_leads_nowhere(here):
+    os.mkdir("empty")
+    touch("only.txt", "texts/a.md", "s.tar.gz")
+    os.truncate("only.txt", 0)
+    for path, words in {
+        "absent.jpg": "no such file or folder: absent.jpg",
+        "empty": "no images in empty",
+        "texts": "no images in texts",
+        "*.jpg": r"no images in \*.jpg",
+        "only.txt": "no images in only.txt",
+        "s.tar.gz": "decompress it",
+    }.items():
+        with pytest.raises(SourceError, match=words):
+            expand([path])
+
+
+def test_links(here):
+    touch("real/a.png")
+    os.symlink("../real", "real/again")  # a folder that holds itself
+    os.symlink("real", "linked")
+    os.symlink("absent", "real/broken.png")
+    assert ids("linked") == ["linked/a.png"]
+    os.mkfifo("real/pipe.png")  # would block whoever opened it
+    assert ids("real") == ["real/a.png"]
+
+
+def test_unreadable_folder_does_not_end_the_run(here, monkeypatch):
+    touch("a/secret/1.png", "a/z.png")
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # tests may run as root, whom no permission stops
+    secret, good = expand(["a"])
+    assert secret.problem and secret.id == "a/secret" and good.id == "a/z.png"
+
+
+def test_lazy(here):
+    with open("list.txt", "w") as file:
+        file.writelines(f"{i}.jpg\n" for i in range(100_000))
+    assert [i.id for i in itertools.islice(expand(["list.txt"]), 2)] == ["0.jpg", "1.jpg"]
+
+
+def test_reading_errors(here):
+    touch("a.png")
+    (item,) = expand(["a.png"])
+    os.remove("a.png")
+    with pytest.raises(ImageError) as caught:
+        item.read()
+    assert caught.value.kind == "missing"
