@@ -10,6 +10,7 @@ The glyphs come from Noto Color Emoji (SIL Open Font License 1.1, see assets/OFL
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     for t in scene.things:
         verb = _pick(rng, "is at", "sits at", "is placed at")
         sentences.append(f"The {t.kind} {verb} the {t.place}.")
-    sentences += [relation for relation in _relations(scene, rng)]
+    sentences += _relations(scene, rng)
     return " ".join(sentences)
 
 
@@ -178,7 +179,7 @@ def judge(text: str, scene: Scene) -> Judgement:
     named = re.findall(rf"\b({'|'.join(KINDS)})\b", opening)
     number = {"one": 1, "two": 2, "three": 3}
     stated = [number[w] for w in re.findall(r"\b(one|two|three) objects?\b", text)]
-    sizes = dict((k, s) for s, k in re.findall(rf"\b({'|'.join(SIZES)}) ({'|'.join(KINDS)})\b", text))
+    sizes = {k: s for s, k in re.findall(rf"\b({'|'.join(SIZES)}) ({'|'.join(KINDS)})\b", text)}
     places = dict(re.findall(rf"\bThe ({'|'.join(KINDS)}) (?:is at|sits at|is placed at) the (\w+ \w+)\.", text))
     claims = re.findall(r"The (\w+) is (?:to the )?(left of|right of|above|below) the (\w+)\.", text)
     return Judgement(
@@ -197,3 +198,19 @@ def _holds(a: Thing | None, relation: str, b: Thing | None) -> bool:
     centre = lambda t: (t.x + t.side / 2, t.y + t.side / 2)  # noqa: E731
     (ax, ay), (bx, by) = centre(a), centre(b)
     return {"left of": ax < bx, "right of": ax > bx, "above": ay < by, "below": ay > by}[relation]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vlv.scenes", description="Write held-out scenes as PNG files.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=512, help="how many (default: 512)")
+    parser.add_argument("--first", type=int, default=0, help="the first one's number (default: 0)")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for number in range(args.first, args.first + args.count):
+        picture = Image.fromarray(render(sample(HELD_OUT + number)))
+        picture.save(args.folder / f"scene-{number:05}.png")
+
+
+if __name__ == "__main__":
+    main()
