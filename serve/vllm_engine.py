@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -34,7 +35,8 @@ class VllmEngine(Engine):
     def __init__(self, *args):
         super().__init__(*args)
         self._ids = itertools.count()
-        self._engine, self._logs, self._failed = None, None, False
+        self._engine, self._logs, self._failed, self._closed = None, None, False, False
+        self._guard = _Guard()
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -57,7 +59,10 @@ class VllmEngine(Engine):
         try:
             with _diverted(self._logs) if self._logs else contextlib.nullcontext():
                 thread.start()
-                await booted
+                while not booted.done():
+                    self._guard.watch(_engine_processes())
+                    await asyncio.wait({booted}, timeout=0.2)
+                booted.result()
         except Exception as error:
             raise EngineError(self._explain("vLLM does not start", error)) from error
 
@@ -74,19 +79,21 @@ class VllmEngine(Engine):
         else:
             # eager: without a C++ compiler at hand, and several seconds sooner than compiled
             device = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": self._cache_bytes()}
-        return AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=str(self.spec.folder),
-                enable_prompt_embeds=True,
-                enable_prefix_caching=False,  # every prompt is another image
-                generation_config="vllm",  # not the checkpoint's: penalties and embeddings do not go together
-                max_model_len=self.spec.queries + self.max_tokens,
-                max_num_seqs=self.in_flight,
-                skip_tokenizer_init=True,  # we detokenize, alike for all engines
-                disable_log_stats=True,
-                **device,
-            )
+        arguments = AsyncEngineArgs(
+            model=str(self.spec.folder),
+            enable_prompt_embeds=True,
+            enable_prefix_caching=False,  # every prompt is another image
+            generation_config="vllm",  # not the checkpoint's: penalties and embeddings do not go together
+            max_model_len=self.spec.queries + self.max_tokens,
+            max_num_seqs=self.in_flight,
+            skip_tokenizer_init=True,  # we detokenize, alike for all engines
+            disable_log_stats=True,
+            **device,
         )
+        config = arguments.create_engine_config()
+        if self._closed:
+            raise EngineError("closed before it had started")
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
     def _cache_bytes(self) -> int:
         """Key-value cache for all requests in flight at their longest, but at most a quarter of the free memory.
@@ -149,16 +156,54 @@ class VllmEngine(Engine):
         return self._complete(list(tokens))
 
     async def close(self) -> None:
+        self._closed = True
         if self._engine is not None:
             self._engine.shutdown(timeout=5)
             self._engine = None
             await asyncio.sleep(0)  # its cancelled tasks let go of it
             gc.collect()  # or its destructor would run, and fail, when the interpreter ends
-        for process in multiprocessing.active_children():
-            if process.name.startswith("EngineCore"):  # still booting: there is no handle to shut it down by
-                process.terminate()
+        for process in _engine_processes():  # still booting, when it listens to nothing softer
+            process.kill()
+        self._guard.dismiss()
         if self._logs is not None and not self._failed:
             shutil.rmtree(self._logs.parent, ignore_errors=True)
+
+
+def _engine_processes() -> list:
+    return [p for p in multiprocessing.active_children() if p.name.startswith("EngineCore")]
+
+
+class _Guard:
+    """Kills vLLM's processes when this one is killed: they would stay, with the model in memory, for good.
+
+    A shell that reads process ids until our end of its pipe closes, which the kernel does for us.
+    """
+
+    SCRIPT = 'ids=; while read -r id; do [ "$id" = done ] && exit; ids="$ids $id"; done; [ -z "$ids" ] || kill -9 $ids'
+
+    def __init__(self):
+        self._shell, self._watched = None, set()
+
+    def watch(self, processes: list) -> None:
+        """Add processes, those that are not known yet."""
+        for process in processes:
+            if process.pid not in self._watched:
+                if self._shell is None:
+                    # in a session of its own, so that what ends our process group does not end it
+                    self._shell = subprocess.Popen(
+                        ["sh", "-c", self.SCRIPT], stdin=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+                    )
+                self._watched.add(process.pid)
+                self._shell.stdin.write(f"{process.pid}\n")
+
+    def dismiss(self) -> None:
+        """End the watch: the processes have ended in order."""
+        if self._shell is not None:
+            with contextlib.suppress(OSError):
+                self._shell.stdin.write("done\n")
+                self._shell.stdin.close()
+            self._shell.wait()
+            self._shell = None
 
 
 def _settle(future: asyncio.Future, error: BaseException | None) -> None:

@@ -88,7 +88,7 @@ def test_bad_images_are_records_of_their_own(checkpoint, scene_images, tmp_path)
         (folder / f"{i}.png").symlink_to(scene_images / f"{i:02}.png")
     (folder / "empty.jpg").touch()
     (folder / "text.jpg").write_text("no picture")
-    progress, records, errors = caption(checkpoint, [folder], tmp_path / "c.jsonl")
+    progress, _, errors = caption(checkpoint, [folder], tmp_path / "c.jsonl")
     assert (progress.captioned, progress.failed) == (5, 2)
     assert {e["id"].rsplit("/")[-1]: e["kind"] for e in errors} == {"empty.jpg": "empty", "text.jpg": "format"}
     assert all(e["error"] and e["path"] == e["id"] for e in errors)
