@@ -76,24 +76,22 @@ class T2I(nn.Module):
         posterior = self.vae.encode(pixels.to(self.vae.dtype) / 127.5 - 1).latent_dist
         return (posterior.sample() if sample else posterior.mode()) * self.vae.config.scaling_factor
 
-    def noise_loss(self, latents: Tensor, context: Tensor, draws: int = 1, snr_gamma: float | None = None) -> Tensor:
-        """Mean squared error of the predicted noise at uniformly drawn time steps (DDPM, paper section 3.1).
+    def noise_loss(self, latents: Tensor, context: Tensor, draws: int = 1) -> Tensor:
+        """Mean squared error of the UNet's prediction at uniformly drawn time steps (paper section 3.1).
 
-        latents: [B, c, s, s]; context: [B, N, C]. Every image gets `draws` independent noises and steps,
-        which lowers the variance where encoding the context is the expensive part. `snr_gamma` weighs
-        the steps by min(SNR, gamma) / SNR (Hang et al. 2023, arXiv 2303.09556); None weighs all alike.
+        latents: [B, c, s, s]; context: [B, N, C]. The target is what the model predicts: the noise (SD
+        2.1-base), or the velocity (SD 2.1-768 and the toy model), whose error is the noise's over the
+        signal's share. Every image gets `draws` independent noises and steps, which lowers the variance
+        where encoding the context is the expensive part.
         """
         latents, context = latents.repeat(draws, 1, 1, 1), context.repeat(draws, 1, 1)
         noise = torch.randn_like(latents)
         steps = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
         noisy = self.scheduler.add_noise(latents, noise, steps)
         predicted = self.unet(noisy, steps, encoder_hidden_states=context).sample
-        if snr_gamma is None:
-            return mse_loss(predicted.float(), noise.float())
-        signal = self.scheduler.alphas_cumprod.to(steps.device)[steps]
-        snr = signal / (1 - signal)
-        error = (predicted.float() - noise.float()).square().mean(dim=(1, 2, 3))
-        return (error * snr.clamp(max=snr_gamma) / snr).mean()
+        velocity = self.scheduler.config.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, steps) if velocity else noise
+        return mse_loss(predicted.float(), target.float())
 
     @torch.inference_mode()
     def reconstruct(self, context: Tensor, steps: int = 50, guidance: float = 2.0, seed: int = 0) -> Tensor:

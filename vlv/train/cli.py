@@ -14,11 +14,17 @@ def parser(stage: str, presets: Iterable[str], doc: str) -> argparse.ArgumentPar
         prog=f"python -m vlv.train.{stage}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--preset", choices=sorted(presets), default="tiny", help="sizes and schedule")
-    p.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of saves and logs; resumed if it exists")
-    p.add_argument("--out", type=Path, help=f"what to write (default: RUN/{stage})")
-    p.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1 … (default: cpu)")
+    p.add_argument("--run", type=Path, help="folder of saves and logs; resumed if it exists (runs/PRESET)")
+    p.add_argument("--out", type=Path, help=f"what to write (RUN/{stage})")
+    p.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1 … (cpu)")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     return p
+
+
+def folders(args: argparse.Namespace, stage: str) -> tuple[Path, Path]:
+    """The folders of the run and of its result: what was given, or the defaults."""
+    run = args.run or Path("runs") / args.preset
+    return run, args.out or run / stage
 
 
 def run(main: Callable[[], None]) -> None:

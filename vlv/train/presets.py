@@ -1,8 +1,11 @@
-"""Training settings of the presets. Imports nothing heavy."""
+"""Training settings of the presets. Imports nothing heavy.
+
+`tiny` trains the bundled checkpoint; `smoke` takes the same models a few steps, to see that all works.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,11 @@ class T2IConfig:
     pool: int  # scenes 0..pool-1 are the training set
 
 
+_SMOKE = LoopConfig(steps=3, batch=4, lr=1e-3, warmup=1)
 T2I = {
     "tiny": T2IConfig(
         vae_loop=LoopConfig(steps=2500, batch=16, lr=2e-3, ema=0.99, bf16=True),
-        unet_loop=LoopConfig(steps=4000, batch=48, lr=1e-3, warmup=200, ema=0.998),
+        unet_loop=LoopConfig(steps=3500, batch=48, lr=1e-3, warmup=200, ema=0.998),
         image_size=64,
         context_length=32,
         context_width=128,
@@ -59,16 +63,20 @@ T2I = {
 class Stage1Config:
     """Stage 1: images only, through the frozen text-to-image model."""
 
+    model: str  # preset of vlv.config
     loop: LoopConfig
     pool: int
     noise_draws: int = 1  # noises and time steps per encoded image
 
 
+T2I["smoke"] = replace(T2I["tiny"], vae_loop=_SMOKE, unet_loop=_SMOKE, pool=64)
+
 STAGE1 = {
     "tiny": Stage1Config(
-        loop=LoopConfig(steps=2000, batch=32, lr=1e-3, warmup=100, ema=0.995), pool=32_768, noise_draws=2
+        model="tiny", loop=LoopConfig(steps=2000, batch=32, lr=1e-3, warmup=100, ema=0.995), pool=32_768, noise_draws=2
     )
 }
+STAGE1["smoke"] = replace(STAGE1["tiny"], loop=_SMOKE, pool=64)
 
 
 @dataclass(frozen=True)
@@ -91,3 +99,4 @@ STAGE2 = {
         llm_heads=3,
     )
 }
+STAGE2["smoke"] = replace(STAGE2["tiny"], loop=_SMOKE)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from vlv.config import PRESETS, VLVConfig
+from vlv.config import PRESETS
 from vlv.train import cli
 from vlv.train.presets import STAGE1, Stage1Config
 
 
-def train(config: VLVConfig, settings: Stage1Config, t2i_folder: Path, run: Path, out: Path, device: str) -> None:
+def train(settings: Stage1Config, t2i_folder: Path, run: Path, out: Path, device: str) -> None:
     """Train, resuming what `run` holds, and write the checkpoint folder `out`: encoder and t2i/, no llm/."""
     import torch
 
@@ -27,7 +27,8 @@ def train(config: VLVConfig, settings: Stage1Config, t2i_folder: Path, run: Path
 
     torch.manual_seed(0)
     t2i = T2I.load(t2i_folder).to(device)
-    encoder = VLVEncoder(config).to(device)
+    t2i.unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+    encoder = VLVEncoder(PRESETS[settings.model]).to(device)
     encoder.bottleneck.text.copy_from(t2i.text_encoder)
     encoder.bottleneck.text.requires_grad_(False)
     encoder.to_llm.requires_grad_(False)  # belongs to stage 2
@@ -48,8 +49,8 @@ def main() -> None:
     parser = cli.parser("stage1", STAGE1, __doc__)
     parser.add_argument("--t2i", type=Path, help="diffusers folder to reconstruct through (default: RUN/t2i)")
     args = parser.parse_args()
-    t2i, out = args.t2i or args.run / "t2i", args.out or args.run / "stage1"
-    train(PRESETS[args.preset], STAGE1[args.preset], t2i, args.run, out, args.device)
+    run, out = cli.folders(args, "stage1")
+    train(STAGE1[args.preset], args.t2i or run / "t2i", run, out, args.device)
 
 
 if __name__ == "__main__":

@@ -84,9 +84,8 @@ def main() -> None:
     parser = cli.parser("stage2", STAGE2, __doc__)
     parser.add_argument("--stage1", type=Path, help="stage-1 folder (default: RUN/stage1)")
     args = parser.parse_args()
-    train(
-        STAGE2[args.preset], args.stage1 or args.run / "stage1", args.run, args.out or args.run / "stage2", args.device
-    )
+    run, out = cli.folders(args, "stage2")
+    train(STAGE2[args.preset], args.stage1 or run / "stage1", run, out, args.device)
 
 
 if __name__ == "__main__":

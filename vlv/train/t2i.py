@@ -68,8 +68,17 @@ def build(config: T2IConfig) -> T2I:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    # Without noise that hides everything at the last step, a map this small shows its background there, and the
+    # model never learns to take it from the text (Lin et al. 2023, arXiv 2305.08891)
     scheduler = DDPMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,
     )
     return T2I(vae, unet, text_encoder, tokenizer, scheduler)
 
@@ -124,8 +133,9 @@ def latents(t2i: T2I, pool: int, run: Path) -> torch.Tensor:
 
 
 def train_unet(t2i: T2I, config: T2IConfig, run: Path) -> None:
-    """Noise prediction from true prompts, one in ten of them empty for classifier-free guidance."""
+    """Denoising from true prompts, one in ten of them empty for classifier-free guidance."""
     import numpy as np
+    import torch
 
     from vlv import scenes
     from vlv.train import data
@@ -133,6 +143,7 @@ def train_unet(t2i: T2I, config: T2IConfig, run: Path) -> None:
 
     cache = latents(t2i, config.pool, run)
     t2i.vae.requires_grad_(False)
+    t2i.unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     loop = Loop("t2i", run, config.unet_loop, {"unet": t2i.unet, "text_encoder": t2i.text_encoder})
 
     def loss(step: int) -> dict[str, torch.Tensor]:
@@ -140,7 +151,7 @@ def train_unet(t2i: T2I, config: T2IConfig, run: Path) -> None:
         rng = np.random.default_rng([1, step])
         prompts = [scenes.prompt(scenes.sample(s), rng) if rng.random() > 0.1 else "" for s in chosen]
         batch = cache[chosen].float().to(t2i.vae.device)
-        return {"loss": t2i.noise_loss(batch, t2i.encode_text(prompts), snr_gamma=5.0)}
+        return {"loss": t2i.noise_loss(batch, t2i.encode_text(prompts))}
 
     loop.run(loss)
 
@@ -158,7 +169,8 @@ def train(config: T2IConfig, run: Path, out: Path, device: str) -> None:
 
 def main() -> None:
     args = cli.parser("t2i", presets.T2I, __doc__).parse_args()
-    train(presets.T2I[args.preset], args.run, args.out or args.run / "t2i", args.device)
+    run, out = cli.folders(args, "t2i")
+    train(presets.T2I[args.preset], run, out, args.device)
 
 
 if __name__ == "__main__":

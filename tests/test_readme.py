@@ -1,0 +1,50 @@
+"""Every command of the README runs; training and evaluation at the smoke preset's size."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parents[1]
+README = (HOUSE / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+BY_CI = {"make demo", "make test"}  # .ci/run itself runs these two
+
+
+def test_ci_runs_the_make_commands():
+    assert set(COMMANDS) >= BY_CI
+    script = (HOUSE / ".ci" / "run").read_text().splitlines()
+    assert set(script) >= BY_CI
+
+
+def test_commands(tmp_path):
+    """In the README's order, since later ones read what earlier ones write."""
+    run = tmp_path / "runs" / "smoke"
+    for command in (c for c in COMMANDS if c not in BY_CI):
+        words = shlex.split(
+            command.replace("--preset tiny", f"--preset smoke --run {run}").replace("runs/tiny", str(run))
+        )
+        assert words[:2] == [".venv/bin/python", "-m"], command
+        if words[2] == "vlv.evaluate.scenes":
+            words += ["--count", "4", "--captions-only"]
+        words = [w if w != "captions.jsonl" else str(tmp_path / w) for w in words]
+        if "--ckpt" in words and not (HOUSE / words[words.index("--ckpt") + 1]).exists():
+            pytest.fail(f"{command}: there is no such checkpoint")
+        done = subprocess.run(
+            [sys.executable, *words[1:]],
+            cwd=HOUSE,
+            env={**os.environ, "TQDM_DISABLE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+
+
+def test_pictures_are_there():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (HOUSE / path).is_file(), path
