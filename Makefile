@@ -2,6 +2,7 @@
 BIN := .venv/bin
 CAPTION := assets/samples --ckpt assets/vlv-tiny -o out/captions.jsonl --gallery out/gallery.html --no-resume
 ARGS :=
+HF_KERNELS := .venv/hf-kernels
 export PYTHON
 
 .PHONY: demo test lint setup clean
@@ -13,7 +14,7 @@ demo: setup
 	@echo "gallery:  $(CURDIR)/out/gallery.html"
 
 # make test ARGS="-k davit -x"
-test: setup .venv/hf-kernels
+test: setup $(HF_KERNELS)/done
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: setup
@@ -23,10 +24,10 @@ lint: setup
 setup:
 	@scripts/setup.sh
 
-# in a folder of its own, because it shares its import name with our kernels/; without it one test is skipped
-.venv/hf-kernels: requirements/test-hf-kernels.lock | setup
-	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ -r $< >>.venv/setup.log 2>&1 && touch $@ \
-		|| echo "setup: Hugging Face's kernels could not be installed (see .venv/setup.log); its test will be skipped" >&2
+# in a folder of its own, because it shares its import name with our kernels/; without it its tests are skipped
+$(HF_KERNELS)/done: requirements/test-hf-kernels.lock | setup
+	@$(BIN)/python -m pip install --no-deps --upgrade --target $(@D) -r $< >>.venv/setup.log 2>&1 && touch $@ \
+		|| echo "setup: Hugging Face's kernels not installed (see .venv/setup.log): its tests will be skipped" >&2
 
 clean:
 	rm -rf .venv out build *.egg-info .pytest_cache .ruff_cache

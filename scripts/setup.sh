@@ -16,7 +16,7 @@ step() {  # step WHAT COMMAND...: one line on the screen, everything else in the
     shift
     if ! "$@" >>"$log" 2>&1 </dev/null; then
         say "failed after $((SECONDS - start)) s; the end of $log:"
-        tail -n 15 "$log" >&2
+        tail -n 15 "$log" | cut -c1-300 >&2
         exit 1
     fi
 }
