@@ -36,6 +36,7 @@ def clip_config(c: VLVConfig) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=4, hidden_size=c.context_width, intermediate_size=c.context_ffn, hidden_act=c.context_activation,
         num_hidden_layers=c.context_layers, num_attention_heads=c.context_heads, max_position_embeddings=c.queries,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import hashlib
 import json
+import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +43,7 @@ class Checkpoint:
             return cls(folder, VLVConfig.from_dict(values["model"]))
         except CheckpointError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{description} is not readable: {error}") from error
 
     @property
@@ -67,10 +71,32 @@ class Checkpoint:
         files = [self.folder / "vlv.json", self.encoder_file, *sorted((self.folder / "llm").glob("*"))]
         for file in files:
             if file.is_file():
-                digest.update(file.name.encode())
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+                digest.update(file.name.encode() + _sha256(file))
         return digest.hexdigest()[:12]
+
+    @property
+    def can(self) -> list[str]:
+        """What the folder is good for as it is."""
+        able = {
+            "caption": self.config.llm_width > 0 and (self.folder / "llm" / "config.json").is_file(),
+            "reconstruct": (self.folder / "t2i" / "model_index.json").is_file(),
+            "to-published": (self.folder / "published.safetensors").is_file(),
+        }
+        return [ability for ability, possible in able.items() if possible]
+
+    def describe(self) -> dict:
+        """Parts with their sizes, dtypes and hashes, as JSON takes it; reads every byte for the hashes."""
+        parts = {"encoder": [self.encoder_file], "published": [self.folder / "published.safetensors"]}
+        parts |= {part: sorted((self.folder / part).rglob("*.safetensors")) for part in ("llm", "t2i")}
+        return {
+            "folder": str(self.folder),
+            "hash": self.hash,
+            "can": self.can,
+            "parts": {
+                part: [_describe_file(self.folder, f) for f in files if f.is_file()] for part, files in parts.items()
+            },
+            "model": self.config.to_dict(),
+        }
 
     def load_encoder(self, dtype=None):
         """The VLVEncoder in eval mode; `dtype` defaults to float32. Raises CheckpointError on a misfit."""
@@ -85,8 +111,11 @@ class Checkpoint:
             tensors = load_file(self.encoder_file)
         except Exception as error:  # safetensors raises its own type for a truncated or foreign file
             raise CheckpointError(f"{self.encoder_file} is damaged ({error}): copy it again") from error
-        with torch.device("meta"):
-            encoder = VLVEncoder(self.config)
+        try:
+            with torch.device("meta"):
+                encoder = VLVEncoder(self.config)
+        except (TypeError, ValueError, KeyError, RuntimeError, ArithmeticError) as error:
+            raise CheckpointError(f"{self.folder / 'vlv.json'} describes no possible encoder: {error}") from error
         expected = {k: tuple(v.shape) for k, v in encoder.state_dict().items()}
         found = {k: tuple(v.shape) for k, v in tensors.items()}
         problems = [f"missing {k}" for k in expected.keys() - found.keys()]
@@ -120,3 +149,60 @@ def save(folder: str | Path, encoder, dtype=None) -> Checkpoint:
     temporary.write_text(json.dumps(description, indent=2) + "\n")
     os.replace(temporary, folder / "vlv.json")
     return Checkpoint(folder, encoder.config)
+
+
+def _sha256(file: Path) -> bytes:
+    """The SHA-256 of a file's content, computed once as long as the file stays the same."""
+    status = file.stat()
+    return _content_sha256(file, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _content_sha256(file: Path, size: int, modified: int) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def _describe_file(folder: Path, file: Path) -> dict:
+    """A safetensors file's size, parameters by dtype, and SHA-256."""
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        counts: dict[str, int] = {}
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file: copy it again") from error
+    name = str(file.relative_to(folder))
+    return {"file": name, "bytes": file.stat().st_size, "parameters": counts, "sha256": _sha256(file).hex()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m vlv.checkpoint",
+        description="Describe a checkpoint folder: what it can do; sizes, dtypes and hashes of its parts.",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder with vlv.json")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args()
+    try:
+        described = Checkpoint.open(args.folder).describe()
+    except (CheckpointError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    if args.json:
+        print(json.dumps(described, indent=2))
+        return
+    print(f"{described['folder']}: hash {described['hash']}, can {', '.join(described['can']) or 'only encode'}")
+    for files in described["parts"].values():
+        for file in files:
+            parameters = ", ".join(f"{n / 1e6:,.2f} M {dtype}" for dtype, n in file["parameters"].items())
+            print(f"  {file['file']:<40} {file['bytes'] / 1e6:>10,.1f} MB  {parameters}  sha256 {file['sha256'][:12]}")
+
+
+if __name__ == "__main__":
+    main()

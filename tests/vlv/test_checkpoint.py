@@ -1,0 +1,178 @@
+"""The checkpoint folder: saved, opened, described, and every way in which it can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.vlv.agreement import random_weights
+from vlv import checkpoint
+from vlv.checkpoint import Checkpoint, CheckpointError
+from vlv.config import FORMAT, PRESETS
+from vlv.encoder import VLVEncoder
+
+
+@pytest.fixture(scope="module")
+def encoder() -> VLVEncoder:
+    return random_weights(VLVEncoder(PRESETS["tiny"]))
+
+
+@pytest.fixture
+def folder(encoder, tmp_path) -> Path:
+    checkpoint.save(tmp_path / "saved", encoder)
+    return tmp_path / "saved"
+
+
+def test_what_is_saved_is_loaded(encoder, folder):
+    opened = Checkpoint.open(folder)
+    assert opened.config == encoder.config
+    loaded = opened.load_encoder()
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(loaded(pixels), encoder(pixels))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_saved_dtype_and_loaded_dtype_are_free(dtype, encoder, tmp_path):
+    opened = checkpoint.save(tmp_path / "half", encoder, dtype)
+    name = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    assert opened.describe()["parts"]["encoder"][0]["parameters"].keys() == {name}
+    assert opened.load_encoder().dtype == torch.float32
+    assert opened.load_encoder(dtype).dtype == dtype
+
+
+def test_hash_follows_the_content(encoder, folder, tmp_path):
+    same = checkpoint.save(tmp_path / "same", encoder)
+    assert Checkpoint.open(folder).hash == same.hash and len(same.hash) == 12
+    with torch.no_grad():
+        other = random_weights(VLVEncoder(PRESETS["tiny"]), seed=1)
+    changed = checkpoint.save(tmp_path / "same", other)
+    assert changed.hash != Checkpoint.open(folder).hash
+
+
+def test_saving_over_a_loaded_checkpoint_leaves_the_loaded_one_alone(encoder, folder):
+    """The weights are mapped from the file: replacing it must not change them."""
+    loaded = Checkpoint.open(folder).load_encoder()
+    before = loaded.bottleneck.queries.clone()
+    checkpoint.save(folder, random_weights(VLVEncoder(PRESETS["tiny"]), seed=1))
+    assert torch.equal(loaded.bottleneck.queries, before)
+
+
+def test_description(folder, capsys, monkeypatch):
+    described = Checkpoint.open(folder).describe()
+    (encoder,) = described["parts"]["encoder"]
+    assert encoder["bytes"] == (folder / "encoder.safetensors").stat().st_size
+    assert described["can"] == [] and described["parts"]["llm"] == []
+    monkeypatch.setattr(sys, "argv", ["vlv.checkpoint", str(folder)])
+    checkpoint.main()
+    text = capsys.readouterr().out
+    assert "can only encode" in text and "M F32" in text and encoder["sha256"][:12] in text
+    monkeypatch.setattr(sys, "argv", ["vlv.checkpoint", str(folder), "--json"])
+    checkpoint.main()
+    assert json.loads(capsys.readouterr().out)["hash"] == described["hash"]
+
+
+def test_description_of_a_whole_checkpoint(random_checkpoint):
+    described = Checkpoint.open(random_checkpoint).describe()
+    assert described["can"] == ["caption"]
+    assert [part["file"] for part in described["parts"]["llm"]] == ["llm/model.safetensors"]
+
+
+def test_command_fails_in_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vlv.checkpoint", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as end:
+        checkpoint.main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err == f"error: no checkpoint at {tmp_path / 'none'}: expected a folder with vlv.json\n"
+
+
+def rewrite(folder: Path, **changes) -> None:
+    file = folder / "vlv.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_folder_without_description(folder):
+    (folder / "vlv.json").unlink()
+    with pytest.raises(CheckpointError, match=r"it has no vlv\.json"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": 1}', '{"format": 1, "model": 3}', '{"format": 1, "model": {"vision": 7}}']
+)
+def test_damaged_description(text, folder):
+    (folder / "vlv.json").write_text(text)
+    with pytest.raises(CheckpointError, match="not readable"):
+        Checkpoint.open(folder)
+
+
+def test_newer_format(folder):
+    rewrite(folder, format=FORMAT + 1)
+    with pytest.raises(CheckpointError, match=f"has format {FORMAT + 1}; this version reads {FORMAT}: upgrade"):
+        Checkpoint.open(folder)
+
+
+def test_unknown_model_field(folder):
+    rewrite(folder, model={"depth": 3})
+    with pytest.raises(CheckpointError, match="unknown model fields"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("field", [{"width": "wide"}, {"width": -3}, {"context_activation": "relu"}])
+def test_impossible_sizes(field, folder, encoder):
+    rewrite(folder, model={**encoder.config.to_dict(), **field})
+    with pytest.raises(CheckpointError, match="no possible encoder"):
+        Checkpoint.open(folder).load_encoder()
+
+
+def test_wrong_width_is_named(folder, encoder):
+    rewrite(folder, model=replace(encoder.config, llm_width=96).to_dict())
+    with pytest.raises(CheckpointError, match=r"does not fit vlv\.json: to_llm\.0\.bias is \[192\], expected \[96\]"):
+        Checkpoint.open(folder).load_encoder()
+
+
+def test_stage_one_has_no_language_model(folder):
+    with pytest.raises(CheckpointError, match="stage-1"):
+        _ = Checkpoint.open(folder).llm
+    with pytest.raises(CheckpointError, match="cannot reconstruct"):
+        _ = Checkpoint.open(folder).t2i
+
+
+@pytest.mark.parametrize("size", [0, 5, 5000])
+def test_truncated_weights(size, folder):
+    os.truncate(folder / "encoder.safetensors", size)
+    with pytest.raises(CheckpointError, match="damaged"):
+        Checkpoint.open(folder).load_encoder()
+
+
+@pytest.mark.parametrize("size", [0, 5, 500])
+def test_truncated_weights_cannot_be_described(size, folder):
+    os.truncate(folder / "encoder.safetensors", size)
+    with pytest.raises(CheckpointError, match="damaged"):
+        Checkpoint.open(folder).describe()
+
+
+def test_weights_missing(folder):
+    (folder / "encoder.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has no encoder\.safetensors"):
+        Checkpoint.open(folder).load_encoder()
+
+
+def test_a_failed_save_leaves_the_old_one(folder, encoder, monkeypatch):
+    before = Checkpoint.open(folder).hash
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(folder, random_weights(VLVEncoder(PRESETS["tiny"]), seed=1))
+    assert Checkpoint.open(folder).hash == before
+    shutil.rmtree(folder)

@@ -1,0 +1,59 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlv.checkpoint import CheckpointError
+
+
+class Occupied(CheckpointError):
+    """The place of the output is taken."""
+
+
+@contextmanager
+def fresh_folder(out: Path, force: bool = False) -> Iterator[Path]:
+    """A folder to fill that takes the name `out` when the block ends well, and else disappears.
+
+    Whoever makes the same folder at the same time waits; what a killed run left behind is removed.
+    Raises Occupied where `out` has content, unless `force` lets it be replaced.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    lock = os.open(out.parent, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        if out.exists() and not force and (out.is_file() or any(out.iterdir())):
+            raise Occupied(f"{out} exists and is not empty: choose another --out, or replace it with --force")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        os.close(lock)
+
+
+def write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Copy a folder by hard links where the file system allows it, so that weights are not doubled."""
+
+    def link(file: str, copy: str) -> None:
+        try:
+            os.link(os.path.realpath(file), copy)
+        except OSError:
+            shutil.copyfile(file, copy)
+
+    shutil.copytree(source, target, copy_function=link)
