@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,18 @@ def scene_images(tmp_path_factory) -> Path:
     for i in range(64):
         Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + i))).save(folder / f"{i:02}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def bomb() -> Callable[[int, int], bytes]:
+    """Makes a PNG whose header announces a width and height that its data does not have."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    def make(width: int, height: int) -> bytes:
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+        data = chunk(b"IDAT", zlib.compress(bytes(1000)))
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+    return make

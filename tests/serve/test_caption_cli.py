@@ -1,0 +1,281 @@
+"""The command, as users meet it: results, one sentence an error, exit codes, and every way to be stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serve.vllm_caption import main
+
+ROOT = Path(__file__).parents[2]
+TOKENS = 24
+
+
+@pytest.fixture
+def caption(captioning_checkpoint, tmp_path, capsys):
+    """Run the command in this process: (exit code, records, errors, stderr)."""
+
+    def run(*args, output: Path = tmp_path / "out" / "captions.jsonl", ckpt=captioning_checkpoint):
+        flags = ["--engine", "transformers", "--max-tokens", TOKENS, "--prompt-batch", 8, "--workers", 1]
+        try:
+            code = main([str(a) for a in [*args, "--ckpt", ckpt, "-o", output, *flags]])
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        return code, lines(output), lines(output.with_name(output.stem + ".errors.jsonl")), capsys.readouterr().err
+
+    return run
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+
+
+def last(stderr: str) -> str:
+    return stderr.strip().splitlines()[-1]
+
+
+def start(*args, **options) -> subprocess.Popen:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "serve.vllm_caption", *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes, **options)
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def test_every_kind_of_bad_image(caption, bomb, tmp_path):
+    """The good ones have captions, the bad ones one line each that says why, and the exit code tells."""
+    scene = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good = {
+        "plain.jpg": encode(scene, "JPEG"),
+        "sixteen.png": encode(Image.fromarray(np.full((9, 9), 40000, np.uint16)), "PNG"),
+        "cmyk.jpg": encode(scene.convert("CMYK"), "JPEG"),
+        "palette.png": encode(scene.convert("P"), "PNG"),
+        "alpha.png": encode(scene.convert("RGBA"), "PNG"),
+        "animated.gif": encode(scene, "GIF", save_all=True, append_images=[scene.rotate(90)]),
+        "rotated.jpg": encode(scene, "JPEG", exif=exif),
+        "one.png": encode(Image.new("RGB", (1, 1)), "PNG"),
+    }
+    bad = {
+        "truncated.jpg": (good["plain.jpg"][: len(good["plain.jpg"]) // 2], "damaged"),
+        "zero.jpg": (b"", "empty"),
+        "text.jpg": (b"not a picture at all", "format"),
+        "bomb.png": (bomb(30000, 30000), "too-large"),
+    }
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, content in [*good.items(), *((n, c) for n, (c, _) in bad.items())]:
+        (folder / name).write_bytes(content)
+    code, records, errors, stderr = caption(folder)
+    assert code == 1
+    assert {Path(r["id"]).name for r in records} == set(good)
+    assert {Path(e["id"]).name: e["kind"] for e in errors} == {name: kind for name, (_, kind) in bad.items()}
+    assert last(stderr) == f"4 of 12 images failed: see {tmp_path}/out/captions.errors.jsonl"
+    for record in records:
+        assert set(record) == {"id", "path", "caption", "tokens", "finish_reason", "timings", "model"}
+        assert 0 <= record["tokens"] <= TOKENS and record["finish_reason"] in ("stop", "length")
+
+
+def test_raw_captions_and_the_clean_up(caption, scene_images, tmp_path):
+    from vlv.captioner import clean_caption
+
+    code, records, errors, stderr = caption(scene_images, "--limit", 8)
+    assert (code, len(records), errors) == (0, 8, [])
+    assert "8 images captioned in 0:" in last(stderr)
+    code, raw, *_ = caption(scene_images, "--limit", 8, "--raw", output=tmp_path / "raw.jsonl")
+    assert {r["id"]: r["caption"] for r in records} == {r["id"]: clean_caption(r["caption"]) for r in raw}
+
+
+def test_resuming_after_all_is_done(caption, scene_images):
+    caption(scene_images, "--limit", 3)
+    code, records, _, stderr = caption(scene_images, "--limit", 3)
+    assert (code, len(records)) == (0, 3) and "3 done before" in last(stderr)
+    code, records, *_ = caption(scene_images, "--limit", 2, "--no-resume")
+    assert (code, len(records)) == (0, 2)
+
+
+def test_tar_shards_lists_and_globs(caption, scene_images, tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(scene_images / "03.png", "sample/3.png")
+        tar.add(scene_images / "04.png", "sample/4.png")
+    (tmp_path / "list.txt").write_text(f"{scene_images}/01.png\n{scene_images}/absent.png\n")
+    code, records, errors, _ = caption(tmp_path / "shard.tar", tmp_path / "list.txt", f"{scene_images}/0[0-2].png")
+    assert code == 1 and [e["kind"] for e in errors] == ["missing"]
+    names = [f"{tmp_path}/shard.tar/sample/{i}.png" for i in (3, 4)] + [f"{scene_images}/0{i}.png" for i in range(3)]
+    assert sorted(r["id"] for r in records) == sorted(names)
+    assert {r["path"] for r in records if "shard" in r["id"]} == {f"{tmp_path}/shard.tar"}
+
+
+def test_arguments_that_cannot_be_meant(caption, scene_images, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for args, words in {
+        (tmp_path / "absent",): f"error: no such file or folder: {tmp_path}/absent",
+        (tmp_path / "empty",): f"error: no images in {tmp_path}/empty: looked for",
+        (): "error: PATH and --ckpt are needed",
+        (scene_images, "--limit", "0"): "error: argument --limit: '0' is no whole number above 0",
+        (scene_images, "--temperature", "-1"): "error: argument --temperature: '-1' is no number from 0 to 10",
+        (scene_images, "--engine", "magic"): "error: argument --engine: invalid choice: 'magic'",
+    }.items():
+        code, *_, stderr = caption(*args)
+        assert code == 2 and stderr.startswith(words) and stderr.count("\n") == 1, stderr
+    code, *_, stderr = caption(scene_images, ckpt=tmp_path / "absent")
+    assert (
+        code == 2 and stderr == f"error: --ckpt: no checkpoint at {tmp_path}/absent: expected a folder with vlv.json\n"
+    )
+    code = main([str(scene_images), "--ckpt", "x", "-o", "-", "--gallery", "g.html"])
+    assert code == 2 and "--gallery reads the captions back" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_many_tokens(random_checkpoint, scene_images, tmp_path, capsys):
+    args = [scene_images, "--ckpt", random_checkpoint, "-o", tmp_path / "c.jsonl", "--max-tokens", "993"]
+    assert main([str(a) for a in args]) == 2
+    assert capsys.readouterr().err.startswith("error: --max-tokens: 993 tokens a caption: this model takes 1 to 992 ")
+
+
+def test_checkpoints_that_do_not_fit(caption, random_checkpoint, scene_images, tmp_path):
+    copy = tmp_path / "copy"
+
+    def damage(file: str, change) -> tuple[int, str]:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(random_checkpoint, copy)
+        change(copy / file)
+        code, *_, stderr = caption(scene_images, ckpt=copy)
+        assert "Traceback" not in stderr
+        return code, last(stderr)
+
+    def other_width(file: Path) -> None:
+        description = json.loads(file.read_text())
+        description["model"]["llm_width"] = 256
+        file.write_text(json.dumps(description))
+
+    def other_layers(file: Path) -> None:
+        description = json.loads(file.read_text())
+        description["model"]["width"] = 64
+        file.write_text(json.dumps(description))
+
+    code, error = damage("vlv.json", other_width)
+    assert code == 1 and "has a hidden size of 192" in error and "width 256" in error
+    code, error = damage("vlv.json", other_layers)
+    assert code == 1 and "encoder.safetensors does not fit vlv.json" in error
+    code, error = damage("encoder.safetensors", lambda file: os.truncate(file, 1000))
+    assert code == 1 and "encoder.safetensors is damaged" in error
+    code, error = damage("llm/model.safetensors", lambda file: os.truncate(file, 1000))
+    assert code == 1 and error.startswith(f"error: transformers cannot load {copy}/llm")
+    code, error = damage("llm/config.json", os.unlink)
+    assert code == 1 and "has no llm/" in error
+
+
+def test_output_that_cannot_be_written(caption, scene_images, tmp_path):
+    (tmp_path / "file").touch()
+    code, *_, stderr = caption(scene_images, output=tmp_path / "file" / "c.jsonl")
+    assert code == 1 and stderr.startswith(f"error: cannot write {tmp_path}/file/c.jsonl: ") and stderr.count("\n") == 1
+    code, *_, stderr = caption(scene_images, output=Path("/dev/full"))
+    assert code == 1 and last(stderr).startswith("error: cannot write /dev/full: the disk is full: make room and run")
+
+
+def test_stdout_carries_data_only(captioning_checkpoint, scene_images):
+    run = start(scene_images, "--ckpt", captioning_checkpoint, "-o", "-", "--engine", "transformers", "--limit", 4)
+    stdout, stderr = run.communicate(timeout=200)
+    assert run.returncode == 0, stderr
+    assert len([json.loads(line) for line in stdout.splitlines()]) == 4
+    assert b"4 images captioned" in stderr and b"Traceback" not in stderr
+
+
+@pytest.fixture
+def slowly(captioning_checkpoint, scene_images, tmp_path):
+    """Arguments of a run that takes its time: few captions at once."""
+    flags = ["--engine", "transformers", "--in-flight", 2, "--prompt-batch", 2, "--max-tokens", TOKENS]
+    return [scene_images, "--ckpt", captioning_checkpoint, "-o", tmp_path / "c.jsonl", *flags]
+
+
+def wait_for_lines(file: Path, count: int, run: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not file.exists() or file.read_bytes().count(b"\n") < count:
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal(slowly, tmp_path, number):
+    run = start(*slowly)
+    wait_for_lines(tmp_path / "c.jsonl", 6, run)
+    os.killpg(run.pid, number)  # as a terminal or a scheduler does: to us and all our processes
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 128 + number
+    *_, message = stderr.decode().splitlines()
+    assert message.startswith(f"stopped by {number.name}: what is captioned so far is kept")
+    assert b"Traceback" not in stderr
+    assert 6 <= len(lines(tmp_path / "c.jsonl")) < 64
+
+
+def test_killed_and_taken_up_again(slowly, tmp_path, capsys):
+    """kill -9 in mid-run, twice, then to the end: nothing lost, nothing doubled."""
+    output = tmp_path / "c.jsonl"
+    for so_far in (6, 20):
+        run = start(*slowly)
+        wait_for_lines(output, so_far, run)
+        run.kill()
+        run.communicate()
+    before = lines(output)
+    with open(output, "ab") as file:
+        file.write(b'{"id": "half a rec')  # what a crash of the whole machine may leave
+    assert main([str(a) for a in slowly]) == 0
+    records = lines(output)
+    assert records[: len(before)] == before
+    assert len(records) == len({r["id"] for r in records}) == 64
+    assert f"{len(before)} done before" in last(capsys.readouterr().err)
+
+
+def test_disk_full_in_mid_run(slowly, tmp_path, capsys):
+    output = tmp_path / "c.jsonl"
+    run = start(*slowly)
+    wait_for_lines(output, 4, run)
+    full = output.stat().st_size + 1000
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (full, full))  # from here on, a few records more fit
+    _, stderr = run.communicate(timeout=200)
+    assert run.returncode == 1
+    assert last(stderr.decode()).startswith(f"error: cannot write {output}: the file may not grow further")
+    before = lines(output)
+    assert len(before) >= 4 and output.stat().st_size <= full and output.read_bytes().endswith(b"\n")
+    assert main([str(a) for a in slowly]) == 0
+    records = lines(output)
+    assert records[: len(before)] == before and len({r["id"] for r in records}) == len(records) == 64
+    capsys.readouterr()
+
+
+def test_two_runs_on_one_output(slowly, tmp_path):
+    run = start(*slowly)
+    wait_for_lines(tmp_path / "c.jsonl", 1, run)
+    second = start(*slowly)
+    _, stderr = second.communicate(timeout=100)
+    assert second.returncode == 1 and b"error: another run is writing" in stderr and stderr.count(b"\n") == 1
+    run.kill()
+    run.communicate()
+
+
+def test_help_is_quick():
+    started = time.monotonic()
+    run = start("--help")
+    stdout, _ = run.communicate()
+    assert run.returncode == 0 and b"exit codes" in stdout
+    assert time.monotonic() - started < 2
