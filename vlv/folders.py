@@ -17,9 +17,19 @@ class Occupied(CheckpointError):
     """The place of the output is taken."""
 
 
+def require_room(folder: Path, needed: int) -> None:
+    """Raise CheckpointError unless `needed` bytes fit on the disk of `folder`, which exists."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{needed / 1e9:.1f} GB are to be written to {folder}, where {free / 1e9:.1f} GB are free: "
+            "make room or choose another --out"
+        )
+
+
 @contextmanager
-def fresh_folder(out: Path, force: bool = False) -> Iterator[Path]:
-    """A folder to fill that takes the name `out` when the block ends well, and else disappears.
+def fresh_folder(out: Path, needed: int, force: bool = False) -> Iterator[Path]:
+    """A folder to fill with `needed` bytes; it takes the name `out` when the block ends well, else disappears.
 
     Whoever makes the same folder at the same time waits; what a killed run left behind is removed.
     Raises Occupied where `out` has content, unless `force` lets it be replaced.
@@ -32,6 +42,7 @@ def fresh_folder(out: Path, force: bool = False) -> Iterator[Path]:
         if out.exists() and not force and (out.is_file() or any(out.iterdir())):
             raise Occupied(f"{out} exists and is not empty: choose another --out, or replace it with --force")
         shutil.rmtree(partial, ignore_errors=True)
+        require_room(out.parent, needed)
         partial.mkdir()
         yield partial
         if out.exists():

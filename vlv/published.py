@@ -86,10 +86,15 @@ def main() -> None:
     args = parser.parse_args()
     if (args.source is None) == (args.random_weights is None):
         parser.error("give either SRC or --random-weights PRESET")
+    if args.image_size < 1:
+        parser.error(f"--image-size {args.image_size}: expected at least one pixel")
     if args.to_published and args.random_weights:
         parser.error("--to-published needs SRC, a folder converted before")
     try:
         print(json.dumps(_run(args), indent=2))
+    except KeyboardInterrupt:
+        print("stopped; nothing was written to --out", file=sys.stderr)
+        sys.exit(130)
     except (CheckpointError, OSError) as error:
         if args.debug:
             raise

@@ -41,7 +41,7 @@ def convert(
     plan = _Plan(Tensors(files), beside, image_size, dtype)
     parts = (plan.encoder, plan.llm, plan.kept)
     progress = Progress("converted", sum(tensor.nbytes for part in parts for tensor in part.values()))
-    with fresh_folder(out, force) as folder:
+    with fresh_folder(out, progress.total, force) as folder:
         write_safetensors(folder / "encoder.safetensors", plan.encoder, progress.watch(plan.make))
         if plan.llm:
             _copy_small_files(beside.llm_folder(plan.config.llm_width), folder / "llm")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlv import published_keys as keys
 from vlv.checkpoint import Checkpoint, CheckpointError
-from vlv.folders import Occupied, fresh_folder
+from vlv.folders import Occupied, fresh_folder, require_room
 from vlv.tensor_files import Progress, Tensors, metadata, write_safetensors, write_state_dict
 
 
@@ -50,12 +50,14 @@ def to_published(folder: Path, out: Path, force: bool = False) -> Path:
     produce = progress.watch(lambda name: make(back[name], ours, llm, kept))
     if out.suffix not in (".pt", ".bin"):
         everything = {name: plan[shared.get(name, name)] for name in back}
-        with fresh_folder(out, force) as made:
+        size = sum(tensor.nbytes for tensor in everything.values())
+        with fresh_folder(out, size, force) as made:
             write_safetensors(made / "model.safetensors", everything, lambda name: produce(shared.get(name, name)))
         return out
     if out.exists() and not force:
         raise Occupied(f"{out} exists: choose another --out, or replace it with --force")
     out.parent.mkdir(parents=True, exist_ok=True)
+    require_room(out.parent, progress.total)
     partial = out.with_name(f".{out.name}.partial")
     try:
         write_state_dict(partial, list(back), plan, produce, shared)

@@ -193,6 +193,8 @@ def write_state_dict(
     with torch.serialization.skip_data():
         empty = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in plan.items()}
         torch.save({name: empty[aliases.get(name, name)] for name in names}, file)
+    with file.open("r+b") as stream:  # a hole that finds no room later would be a crash, not an OSError
+        os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
     filled, written = None, 0
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         for name in plan:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,14 @@ def test_an_occupied_place_is_left_alone_unless_forced(weights: Weights, source:
     assert (source / "out" / "thesis.txt").read_text() == "mine"
     convert(source, source / "out", force=True)
     assert not (source / "out" / "thesis.txt").exists()
+
+
+def test_a_full_disk_is_noticed_before_writing(weights: Weights, source: Path, monkeypatch):
+    torch.save(weights, source / "model.pt")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(CheckpointError, match=r"0\.0 GB are to be written to .*, where 0\.0 GB are free"):
+        convert(source, source / "out")
+    assert not (source / "out").exists()
 
 
 def test_a_killed_run_leaves_nothing_in_the_way(weights: Weights, source: Path):
