@@ -75,15 +75,19 @@ class VLVEncoder(nn.Module):
     def device(self) -> torch.device:
         return self.bottleneck.queries.device
 
-    def context(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> the context of the text-to-image model [B, queries, context_width]."""
+    def features(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> image features [B, 1 + tokens, width]."""
         size = self.config.image_size
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(
                 f"the encoder takes uint8 pictures [B, 3, {size}, {size}], not {pixels.dtype} {list(pixels.shape)}"
             )
         x = upsample_normalize(pixels, self.resize.float(), self.mean.float(), self.std.float())
-        return self.bottleneck(self.image(self.vision(x.to(self.dtype))))
+        return self.image(self.vision(x.to(self.dtype)))
+
+    def context(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> the context of the text-to-image model [B, queries, context_width]."""
+        return self.bottleneck(self.features(pixels))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> prompt embeddings [B, queries, llm_width]."""

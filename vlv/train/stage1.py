@@ -32,6 +32,12 @@ def train(settings: Stage1Config, t2i_folder: Path, run: Path, out: Path, device
     encoder.bottleneck.text.copy_from(t2i.text_encoder)
     encoder.bottleneck.text.requires_grad_(False)
     encoder.to_llm.requires_grad_(False)  # belongs to stage 2
+    with torch.no_grad():
+        # the text layers expect token embeddings: start at their scale, or their attention hardly counts
+        words = t2i.text_encoder.get_input_embeddings().weight.std()
+        bottleneck = encoder.bottleneck
+        start = bottleneck.projection(bottleneck.decode(encoder.features(data.images(range(8)).to(device)))).std()
+        bottleneck.projection[2].weight.mul_(words / start)
     cache = latents(t2i, settings.pool, run)
     loop = Loop("stage1", run, settings.loop, {"encoder": encoder})
 
