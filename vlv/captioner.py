@@ -19,7 +19,7 @@ def clean_caption(text: str) -> str:
     text = text.strip()
     if "." in text:
         text = text[: text.rindex(".") + 1]
-    sentences = re.split(r"(?<=\.)\s+", text)
+    sentences = re.split(r"(?<=[.!?])\s+", text)
     return " ".join(dict.fromkeys(sentences))
 
 
@@ -38,27 +38,30 @@ class Captioner(nn.Module):
         llm = AutoModelForCausalLM.from_pretrained(checkpoint.llm, dtype=dtype)
         return cls(checkpoint.load_encoder(dtype), llm, AutoTokenizer.from_pretrained(checkpoint.llm)).eval()
 
-    def loss(self, pixels: Tensor, captions: list[str], max_length: int = 300) -> Tensor:
-        """Mean cross-entropy of the captions' tokens and their end token (paper section 3.2).
+    def loss(self, pixels: Tensor, captions: list[str], max_length: int = 300, end: bool = True) -> Tensor:
+        """Mean cross-entropy of the captions' tokens (paper section 3.2).
 
-        pixels: uint8 [B, 3, S, S]. The embeddings come first, then the caption padded to the longest
-        (at most `max_length` tokens); padding is ignored.
+        pixels: uint8 [B, 3, S, S]. The embeddings come first, then each caption, cut to `max_length`
+        tokens; padding is ignored. `end` learns the end token too. The published loop does not: its
+        padding token is its end token, so `end=False` gives the published loss.
         """
-        ids, mask = self._targets(captions, max_length, pixels.device)
+        ids, mask = self._targets(captions, max_length, end, pixels.device)
         prompt = self.encoder(pixels)
         inputs = torch.cat([prompt, self.llm.get_input_embeddings()(ids).to(prompt.dtype)], dim=1)
         ones = mask.new_ones(prompt.shape[:2])
-        # the last embedding predicts the first token: the logits from there on, less the last one
         logits = self.llm(inputs_embeds=inputs, attention_mask=torch.cat([ones, mask], dim=1)).logits
+        # the last embedding predicts the first token: the logits from there on, less the last one
         logits = logits[:, prompt.shape[1] - 1 : -1]
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.masked_fill(mask == 0, -100).flatten())
 
-    def _targets(self, captions: list[str], max_length: int, device) -> tuple[Tensor, Tensor]:
-        """Token ids [B, T] ending in the end token, and their mask."""
-        end = self.tokenizer.eos_token_id
-        rows = [self.tokenizer(c, add_special_tokens=False).input_ids[: max_length - 1] + [end] for c in captions]
+    def _targets(self, captions: list[str], max_length: int, end: bool, device) -> tuple[Tensor, Tensor]:
+        """Token ids [B, T] and the mask of those that count, padded to the longest."""
+        stop = self.tokenizer.eos_token_id
+        rows = [
+            self.tokenizer(c, add_special_tokens=False).input_ids[: max_length - end] + [stop] * end for c in captions
+        ]
         longest = max(map(len, rows))
-        ids = torch.tensor([r + [end] * (longest - len(r)) for r in rows], device=device)
+        ids = torch.tensor([r + [stop] * (longest - len(r)) for r in rows], device=device)
         mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=device)
         return ids, mask
 

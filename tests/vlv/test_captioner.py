@@ -16,6 +16,7 @@ from vlv.train.stage2 import build_llm
         ("A cat. A dog. A ca", "A cat. A dog."),
         ("A cat. A dog. A cat. A dog.", "A cat. A dog."),
         ("  A cat.\n\nA cat.", "A cat."),
+        ("What a cat! A dog. What a cat! A bus.", "What a cat! A dog. A bus."),
         ("no period at all", "no period at all"),
         ("", ""),
     ],
