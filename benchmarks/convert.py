@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, help="folder on a disk with room (default: the system's temporary)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/convert.json"))
     args = parser.parse_args()
+    if args.workspace:
+        args.workspace.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine.describe(), "runs": []}
     for kind in args.kinds:
         with tempfile.TemporaryDirectory(dir=args.workspace) as workspace:

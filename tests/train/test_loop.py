@@ -17,7 +17,7 @@ from vlv.train.presets import LoopConfig
 def fit(folder, steps, stop=None, width=4):
     torch.manual_seed(0)
     net = nn.Linear(width, 1)
-    config = LoopConfig(steps=steps, batch=8, lr=1e-2, warmup=3, save_every=5, log_every=5)
+    config = LoopConfig(steps=steps, batch=8, lr=1e-2, warmup=3, save_every=max(5, steps // 4), log_every=5)
     loop = Loop("toy", folder, config, {"net": net})
 
     def loss(step):

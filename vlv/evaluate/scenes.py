@@ -117,7 +117,7 @@ def score_reconstructions(encoder, t2i, scenes: list, images, batch: int) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.evaluate.scenes", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--ckpt", required=True, help="checkpoint folder")
     parser.add_argument("--out", type=Path, help="JSON file of the results (also printed)")
     parser.add_argument("--count", type=int, default=1000, help="held-out scenes (default: 1000)")
     parser.add_argument("--batch", type=int, default=100)
@@ -132,11 +132,11 @@ def main() -> None:
 
     from vlv import scenes
     from vlv.captioner import Captioner
-    from vlv.checkpoint import Checkpoint
     from vlv.diffusion import T2I
+    from vlv.published import resolve
     from vlv.train import data
 
-    checkpoint = Checkpoint.open(args.ckpt)
+    checkpoint = resolve(args.ckpt)
     seeds = range(scenes.HELD_OUT, scenes.HELD_OUT + args.count)
     held_out, images = [scenes.sample(s) for s in seeds], data.images(seeds)
     results = {"command": f"python -m vlv.evaluate.scenes --ckpt {args.ckpt} --count {args.count}"}
