@@ -49,6 +49,21 @@ from kernels.window_attention import window_attention
 
 
 @with_library
+def test_our_modules_are_found_behind_the_library(tmp_path: Path) -> None:
+    """With the library first on sys.path, as in site-packages beside an editable install of ours."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(LIBRARY)!r})
+import vlv.encoder
+import kernels
+assert kernels.__file__.startswith({str(LIBRARY)!r}) and kernels.get_kernel
+assert sys.modules["kernels.window_attention"].__file__.startswith({str(ROOT)!r})
+from transformers import Qwen2ForCausalLM
+"""
+    run(code, tmp_path, LIBRARY)
+
+
+@with_library
 def test_our_modules_do_not_wait_for_the_library(tmp_path: Path) -> None:
     code = """
 import sys
