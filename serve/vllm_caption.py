@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, .txt list, .tar shard")
-    p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder (vlv.json, encoder.safetensors, llm/)")
+    p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument("-o", "--output", default="captions.jsonl", metavar="FILE", help="JSON lines; - for stdout")
     p.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="what runs the language model")
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
@@ -106,14 +106,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _caption(args: argparse.Namespace) -> int:
     from serve.sources import expand
-    from vlv.checkpoint import Checkpoint, CheckpointError
+    from vlv.checkpoint import CheckpointError
+    from vlv.published import resolve
 
     if not args.paths or not args.ckpt:
         raise Misuse("PATH and --ckpt are needed (--help shows the usage)")
     if args.gallery and args.output == "-":
         raise Misuse("--gallery reads the captions back: give -o a file")
     try:
-        checkpoint = Checkpoint.open(args.ckpt)
+        checkpoint = resolve(args.ckpt)
     except CheckpointError as error:
         raise Misuse(f"--ckpt: {error}") from error
     items = expand(args.paths)
