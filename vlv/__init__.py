@@ -4,6 +4,6 @@ from pathlib import Path
 
 import kernels
 
-# An installed Hugging Face library `kernels` may come before ours on sys.path: then ours joins it (see kernels/__init__)
+# Hugging Face's library `kernels` may come before ours on sys.path: then ours joins it (see kernels/__init__.py)
 if (_ours := str(Path(__file__).parent.with_name("kernels"))) not in kernels.__path__:
     kernels.__path__.append(_ours)

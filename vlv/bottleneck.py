@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
+from kernels.linear import Linear
 from vlv.config import VLVConfig
 
 
@@ -22,8 +23,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         out = scaled_dot_product_attention(*_heads(self.qkv(x), 3, self.heads), is_causal=self.causal)
@@ -34,8 +35,8 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.q, self.kv = Linear(width, width), Linear(width, 2 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         out = scaled_dot_product_attention(*_heads(self.q(x), 1, self.heads), *_heads(self.kv(memory), 2, self.heads))
@@ -50,13 +51,13 @@ class BartLayer(nn.Module):
         self.attention, self.attention_norm = SelfAttention(width, heads, causal=decoder), nn.LayerNorm(width)
         if decoder:
             self.cross, self.cross_norm = CrossAttention(width, heads), nn.LayerNorm(width)
-        self.fc1, self.fc2, self.norm = nn.Linear(width, ffn), nn.Linear(ffn, width), nn.LayerNorm(width)
+        self.fc1, self.fc2, self.norm = Linear(width, ffn, gelu=True), Linear(ffn, width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         x = self.attention_norm(x + self.attention(x))
         if memory is not None:
             x = self.cross_norm(x + self.cross(x, memory))
-        return self.norm(x + self.fc2(gelu(self.fc1(x))))
+        return self.norm(x + self.fc2(self.fc1(x)))
 
 
 class Bart(nn.Module):
@@ -84,9 +85,11 @@ def quick_gelu(x: Tensor) -> Tensor:
 class ClipLayer(nn.Module):
     def __init__(self, width: int, heads: int, ffn: int, activation: str):
         super().__init__()
-        self.activation = {"gelu": gelu, "quick_gelu": quick_gelu}[activation]
+        # GELU is part of the fused linear layer
+        self.activation = {"gelu": nn.Identity(), "quick_gelu": quick_gelu}[activation]
         self.norm1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads, causal=True)
-        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, ffn), nn.Linear(ffn, width)
+        self.norm2, self.fc1 = nn.LayerNorm(width), Linear(width, ffn, gelu=activation == "gelu")
+        self.fc2 = Linear(ffn, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -138,7 +141,7 @@ class Bottleneck(nn.Module):
         self.encoder = Bart(c, c.encoder_layers, decoder=False)
         self.decoder = Bart(c, c.decoder_layers, decoder=True)
         self.projection = nn.Sequential(
-            nn.Linear(c.width, c.context_width), nn.GELU(), nn.Linear(c.context_width, c.context_width)
+            Linear(c.width, c.context_width), nn.GELU(), Linear(c.context_width, c.context_width)
         )
         self.text = ClipText(c)
 

@@ -8,10 +8,10 @@ channels of a group. Maps are [B, H, W, C].
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
 from kernels.channel_attention import channel_attention
 from kernels.dwconv_norm import dwconv_norm
+from kernels.linear import Linear
 from kernels.window_attention import window_attention
 from vlv.config import DaViTConfig
 
@@ -47,8 +47,8 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
         self.heads, self.window = heads, window
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(window_attention(self.qkv(x), self.qkv.bias, self.heads, self.window))
@@ -58,8 +58,8 @@ class ChannelAttention(nn.Module):
     def __init__(self, dim: int, groups: int):
         super().__init__()
         self.groups = groups
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(channel_attention(self.qkv(x).flatten(1, 2), self.groups)).view(x.shape)
@@ -71,13 +71,13 @@ class Block(nn.Module):
     def __init__(self, dim: int, attention: nn.Module):
         super().__init__()
         self.dw1, self.attention = DepthwiseNorm(dim), attention
-        self.dw2, self.fc1, self.fc2 = DepthwiseNorm(dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.dw2, self.fc1, self.fc2 = DepthwiseNorm(dim), Linear(dim, 4 * dim, gelu=True), Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x, normed = self.dw1(x)
         x = x + self.attention(normed)
         x, normed = self.dw2(x)
-        return x + self.fc2(gelu(self.fc1(normed)))
+        return x + self.fc2(self.fc1(normed))
 
 
 class DaViT(nn.Module):

@@ -1,0 +1,51 @@
+"""The fused linear layer against its reference: odd shapes, strides, dtypes, and where it must step aside."""
+
+import pytest
+import torch
+
+from kernels.linear import Linear, linear, linear_reference
+
+TOLERANCE = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("shape", [(0, 7), (1, 1), (5, 33), (2, 3, 64), (2, 5, 7, 129)])
+@pytest.mark.parametrize("outputs", [1, 31, 96])
+def test_agrees_with_the_reference(shape, outputs, gelu, dtype):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape), torch.randn(outputs, shape[-1]), torch.randn(outputs)
+    exact = linear_reference(x.double(), weight.double(), bias.double(), gelu)
+    scale = (x.abs() @ weight.abs().T).max().item() + bias.abs().max().item() if x.numel() else 1
+    found = linear(x.to(dtype), weight.to(dtype), bias.to(dtype), gelu)
+    assert found.dtype == dtype and found.shape == exact.shape
+    # inputs and result are rounded to the dtype; a sum of n float32 terms errs by at most n units of its magnitude
+    bound = scale * (4 * TOLERANCE[dtype] + shape[-1] * TOLERANCE[torch.float32])
+    assert torch.allclose(found.double(), exact, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_strides_and_no_bias(gelu):
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 4, 3).transpose(0, 2), torch.randn(6, 10).T
+    assert not x.is_contiguous() and not weight.is_contiguous()
+    assert torch.allclose(linear(x, weight, None, gelu), linear_reference(x, weight, None, gelu), atol=1e-5)
+
+
+def test_learns_and_traces_like_the_plain_layer():
+    torch.manual_seed(0)
+    layer, x = Linear(8, 4, gelu=True), torch.randn(3, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None and x.grad is not None
+    graph = torch.export.export(layer.requires_grad_(False), (torch.randn(3, 8),)).graph
+    assert not any("mkldnn" in str(node.target) for node in graph.nodes)
+
+
+def test_is_used_for_inference():
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    from torch.profiler import profile
+
+    with torch.inference_mode(), profile() as record:
+        Linear(8, 4, gelu=True)(torch.randn(3, 8))
+    assert "mkldnn::_linear_pointwise" in {event.key for event in record.key_averages()}
