@@ -26,6 +26,7 @@ from serve.llm import Completion, Engine, EngineError, Sampling
 if TYPE_CHECKING:
     from torch import Tensor
 
+SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, they leave shared memory to clean up
 CPU_BLOCK = 128  # tokens a block of vLLM's CPU cache
 
 
@@ -158,7 +159,8 @@ class VllmEngine(Engine):
     async def close(self) -> None:
         self._closed = True
         if self._engine is not None:
-            self._engine.shutdown(timeout=5)
+            # in a thread: it waits for the processes, and a second Ctrl-C must still get through
+            await asyncio.to_thread(self._engine.shutdown, timeout=SHUTDOWN)
             self._engine = None
             await asyncio.sleep(0)  # its cancelled tasks let go of it
             gc.collect()  # or its destructor would run, and fail, when the interpreter ends
