@@ -106,9 +106,13 @@ def _reconstruct(checkpoint: Checkpoint, crops: np.ndarray, steps: int) -> tuple
         return [], f"{len(crops)} images. This checkpoint has no text-to-image model (t2i/): no reconstructions."
     try:
         import torch
+        from transformers.utils import logging
 
         from vlv.diffusion import T2I
 
+        # its notes on torchvision and its bars of loading say nothing to a user of this command
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         t2i = T2I.load(folder, dtype).to(device)
     except ModuleNotFoundError as error:

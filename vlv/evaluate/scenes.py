@@ -139,7 +139,7 @@ def main() -> None:
     checkpoint = resolve(args.ckpt)
     seeds = range(scenes.HELD_OUT, scenes.HELD_OUT + args.count)
     held_out, images = [scenes.sample(s) for s in seeds], data.images(seeds)
-    results = {"command": f"python -m vlv.evaluate.scenes --ckpt {args.ckpt} --count {args.count}"}
+    results = {"command": " ".join(["python -m vlv.evaluate.scenes", *sys.argv[1:]])}
     results |= {"model": checkpoint.hash, "scenes": args.count, "torch": torch.__version__}
     start = time.time()
     if not args.reconstructions_only:
