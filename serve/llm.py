@@ -143,7 +143,7 @@ class TransformersEngine(Engine):
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
         except Exception as error:
-            raise EngineError(f"transformers cannot load {self.spec.folder}: {error}") from error
+            raise EngineError(f"transformers cannot load {self.spec.folder}: {one_line(error)}") from error
         self._task = asyncio.create_task(self._serve())
 
     def _load(self) -> None:
@@ -178,7 +178,7 @@ class TransformersEngine(Engine):
             try:
                 rows = await loop.run_in_executor(self._thread, self._generate, [j[0] for j in jobs], jobs[0][1])
             except Exception as error:
-                rows = [EngineError(f"transformers failed: {error}")] * len(jobs)
+                rows = [EngineError(f"transformers failed: {one_line(error)}")] * len(jobs)
             for (_, _, answer), row in zip(jobs, rows, strict=True):
                 if answer.done():  # its task was cancelled
                     continue
@@ -205,6 +205,12 @@ class TransformersEngine(Engine):
     async def close(self) -> None:
         if task := getattr(self, "_task", None):
             task.cancel()
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """An exception's type and message as one line of at most about `length` characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= length else text[:length] + "…"
 
 
 def engine_class(name: str) -> type[Engine]:

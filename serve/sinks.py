@@ -58,16 +58,19 @@ class JsonLines:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(self._fd)
-                raise SinkError(f"another run is writing {path}: wait for it, or choose another -o") from error
-            except OSError:  # a file system without locks
-                pass
             self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-            if self._regular:
+            if self._regular:  # and not a device, which any number of runs may write
+                self._lock()
                 self._cut_torn_line()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise SinkError(f"another run is writing {self.path}: wait for it, or choose another -o") from error
+        except OSError:  # a file system without locks
+            pass
 
     def _cut_torn_line(self) -> None:
         end = os.fstat(self._fd).st_size

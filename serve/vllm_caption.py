@@ -197,7 +197,7 @@ def _claim_stdout() -> int:
 def _verdict(error: Exception) -> tuple[int, str]:
     """Exit code and sentence for an exception."""
     from serve.decode import DecodeError
-    from serve.llm import EngineError
+    from serve.llm import EngineError, one_line
     from serve.sinks import SinkError
     from serve.sources import SourceError
     from vlv.checkpoint import CheckpointError
@@ -206,7 +206,7 @@ def _verdict(error: Exception) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, SinkError | CheckpointError | EngineError | DecodeError):
         return 1, str(error)
-    return 1, f"{type(error).__name__}: {error} (unexpected: --debug shows where)"
+    return 1, f"{one_line(error)} (unexpected: --debug shows where)"
 
 
 def _say(text: str) -> None:

@@ -138,9 +138,8 @@ def test_arguments_that_cannot_be_meant(caption, scene_images, tmp_path, capsys)
         code, *_, stderr = caption(*args)
         assert code == 2 and stderr.startswith(words) and stderr.count("\n") == 1, stderr
     code, *_, stderr = caption(scene_images, ckpt=tmp_path / "absent")
-    assert (
-        code == 2 and stderr == f"error: --ckpt: no checkpoint at {tmp_path}/absent: expected a folder with vlv.json\n"
-    )
+    assert code == 2 and stderr.count("\n") == 1, stderr
+    assert stderr.startswith(f"error: --ckpt: no checkpoint at {tmp_path}/absent")
     code = main([str(scene_images), "--ckpt", "x", "-o", "-", "--gallery", "g.html"])
     assert code == 2 and "--gallery reads the captions back" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
