@@ -69,7 +69,7 @@ PRESETS = {
         ),
         image_size=64, image_positions=8, width=128, heads=4, ffn=512, encoder_layers=2, decoder_layers=2,
         text_positions=96, prompt_tokens=4, queries=32, context_width=128, context_heads=4, context_ffn=512,
-        context_layers=3, llm_width=192,
+        context_layers=3, llm_width=128,
     ),
     "qwen2.5-0.5b": replace(_PUBLISHED, llm_width=896),
     "qwen2.5-1.5b": replace(_PUBLISHED, llm_width=1536),

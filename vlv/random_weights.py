@@ -22,7 +22,7 @@ from vlv.tensor_files import Produce, Progress, write_safetensors
 _QWEN = {"vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1_000_000.0, "max_position_embeddings": 32768}
 LLMS: dict[str, dict] = {
     "tiny": {
-        "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True, "max_position_embeddings": 1024,
     },
     "qwen2.5-0.5b": {

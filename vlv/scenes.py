@@ -1,7 +1,7 @@
 """The synthetic world of the bundled checkpoint: emoji on a plain background, with true captions.
 
 A scene has one to three objects of different kinds, each small or large, in one of the four
-quadrants of a square canvas (with jitter), on one of eight background colours. Everything follows
+quadrants of a square canvas (a small one in a corner of it), on one of eight background colours. Everything follows
 from an integer seed, so a data set is a range of seeds: training takes [0, 2**31), the held-out
 scenes start at `HELD_OUT`.
 
@@ -30,8 +30,8 @@ BACKGROUNDS = {
     "white": (245, 245, 245), "black": (25, 25, 25), "gray": (140, 140, 140), "blue": (110, 160, 240),
     "green": (130, 205, 130), "yellow": (245, 230, 120), "pink": (250, 175, 200), "purple": (150, 105, 200),
 }  # fmt: skip
-SIZES = {"small": 16, "large": 28}  # sides in pixels
-GRID = 4  # objects lie on multiples of this many pixels: half a cell of the toy model's latents
+SIZES = {"small": 16, "large": 32}  # sides in pixels: a quarter of a quadrant, and all of it
+GRID = 16  # objects lie on multiples of this many pixels, where a small text-to-image model learns them soonest
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 
 

@@ -173,7 +173,7 @@ def test_checkpoints_that_do_not_fit(caption, random_checkpoint, scene_images, t
         file.write_text(json.dumps(description))
 
     code, error = damage("vlv.json", other_width)
-    assert code == 1 and "has a hidden size of 192" in error and "width 256" in error
+    assert code == 1 and "has a hidden size of 128" in error and "width 256" in error
     code, error = damage("vlv.json", other_layers)
     assert code == 1 and "encoder.safetensors does not fit vlv.json" in error
     code, error = damage("encoder.safetensors", lambda file: os.truncate(file, 1000))

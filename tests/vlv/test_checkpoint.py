@@ -134,7 +134,7 @@ def test_impossible_sizes(field, folder, encoder):
 
 def test_wrong_width_is_named(folder, encoder):
     rewrite(folder, model=replace(encoder.config, llm_width=96).to_dict())
-    with pytest.raises(CheckpointError, match=r"does not fit vlv\.json: to_llm\.0\.bias is \[192\], expected \[96\]"):
+    with pytest.raises(CheckpointError, match=r"does not fit vlv\.json: to_llm\.0\.bias is \[128\], expected \[96\]"):
         Checkpoint.open(folder).load_encoder()
 
 

@@ -45,8 +45,8 @@ class T2IConfig:
 _SMOKE = LoopConfig(steps=3, batch=4, lr=1e-3, warmup=1)
 T2I = {
     "tiny": T2IConfig(
-        vae_loop=LoopConfig(steps=2500, batch=16, lr=2e-3, ema=0.99, bf16=True),
-        unet_loop=LoopConfig(steps=3500, batch=48, lr=1e-3, warmup=200, ema=0.998),
+        vae_loop=LoopConfig(steps=2000, batch=16, lr=2e-3, ema=0.99, bf16=True),
+        unet_loop=LoopConfig(steps=5000, batch=64, lr=1e-3, warmup=200, ema=0.998),
         image_size=64,
         context_length=32,
         context_width=128,
@@ -73,7 +73,7 @@ T2I["smoke"] = replace(T2I["tiny"], vae_loop=_SMOKE, unet_loop=_SMOKE, pool=64)
 
 STAGE1 = {
     "tiny": Stage1Config(
-        model="tiny", loop=LoopConfig(steps=1000, batch=32, lr=1e-3, warmup=100, ema=0.99), pool=32_768, noise_draws=2
+        model="tiny", loop=LoopConfig(steps=4500, batch=32, lr=1e-3, warmup=200, ema=0.995), pool=32_768, noise_draws=2
     )
 }
 STAGE1["smoke"] = replace(STAGE1["tiny"], loop=_SMOKE, pool=64)
@@ -92,11 +92,11 @@ class Stage2Config:
 
 STAGE2 = {
     "tiny": Stage2Config(
-        loop=LoopConfig(steps=600, batch=32, lr=1e-3, warmup=50, ema=0.98),
+        loop=LoopConfig(steps=3000, batch=32, lr=1e-3, warmup=100, ema=0.995),
         pool=2**20,
         encoder_lr=3e-4,
         llm_layers=4,
-        llm_heads=3,
+        llm_heads=2,
     )
 }
 STAGE2["smoke"] = replace(STAGE2["tiny"], loop=_SMOKE)

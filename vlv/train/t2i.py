@@ -41,15 +41,16 @@ def build(config: T2IConfig) -> T2I:
         sample_size=config.image_size,
         mid_block_add_attention=False,
     )
-    levels = len(config.unet_channels)
+    # the text is read at the coarser levels only: at the finest one it would take half the time
+    coarser = len(config.unet_channels) - 1
     unet = UNet2DConditionModel(
         sample_size=config.image_size // 2 ** (len(config.vae_channels) - 1),
         in_channels=config.latent_channels,
         out_channels=config.latent_channels,
         layers_per_block=1,
         block_out_channels=config.unet_channels,
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * coarser,
+        up_block_types=("CrossAttnUpBlock2D",) * coarser + ("UpBlock2D",),
         cross_attention_dim=config.context_width,
         attention_head_dim=4,
         norm_num_groups=16,
