@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from vlv.samplers import scheduler
+
 
 class T2I(nn.Module):
     """A latent diffusion model conditioned on a context of text-encoder width."""
@@ -94,28 +96,30 @@ class T2I(nn.Module):
         return mse_loss(predicted.float(), target.float())
 
     @torch.inference_mode()
-    def reconstruct(self, context: Tensor, steps: int = 50, guidance: float = 2.0, seed: int = 0) -> Tensor:
-        """Context [B, N, C] -> pictures, uint8 [B, 3, S, S], by DDIM sampling.
+    def reconstruct(
+        self, context: Tensor, steps: int = 50, guidance: float = 2.0, seed: int = 0, sampler: str = "ddim"
+    ) -> Tensor:
+        """Context [B, N, C] -> pictures, uint8 [B, 3, S, S]; `sampler` is one of vlv.samplers'.
 
         The unconditional context is the empty prompt's, as published (50 steps, guidance 2.0). Each
-        picture's initial noise follows from `seed` alone, so it does not depend on the batch.
+        picture's noise follows from `seed` alone, so it does not depend on the batch.
         """
-        from diffusers import DDIMScheduler
-
         pipeline = self.pipeline()
-        pipeline.scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
+        pipeline.scheduler = scheduler(sampler, self.scheduler.config)
         empty = self.encode_text([""]).expand(len(context), -1, -1)
         if empty.shape[1] != context.shape[1]:
             raise ValueError(
                 f"the context has {context.shape[1]} tokens, the text encoder's empty prompt {empty.shape[1]}: "
                 "guidance needs equal lengths"
             )
+        draws = [torch.Generator().manual_seed(seed) for _ in context]
         shape = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
         pictures = pipeline(
             prompt_embeds=context.to(self.unet.dtype),
             negative_prompt_embeds=empty.to(self.unet.dtype),
-            latents=noise.expand(len(context), *shape).to(context.device, self.unet.dtype).clone(),
+            latents=noise.to(context.device, self.unet.dtype),
+            generator=draws,
             num_inference_steps=steps,
             guidance_scale=guidance,
             output_type="pt",
