@@ -182,7 +182,7 @@ class Pipeline:
                 "timings": {"encode": round(encode_seconds, 4), "llm": round(time.perf_counter() - start, 4)},
                 "model": self.model,
             }
-            self.sink.caption(record)
+            self.sink.caption(record, item)
             self.progress.caption()
         self._permits.release()
 

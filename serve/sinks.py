@@ -1,4 +1,8 @@
-"""Where captions go: JSON lines, each written whole, so that a run can be killed and taken up again."""
+"""Where captions go: JSON lines, each written whole, so that a run can be killed and taken up again.
+
+A sink takes `caption(record, item)` and `error(record)`, holds in `finished` the ids of earlier runs and of this
+one, and is closed at the end. The other formats (serve/formats.py, serve/webdataset.py) build on this file's.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import numpy as np
+
+from serve.sources import Item
 
 
 class SinkError(OSError):
@@ -85,19 +92,8 @@ class JsonLines:
 
     def write(self, record: dict) -> None:
         """Append one record; it is in the file whole or not at all. Raises SinkError."""
-        try:
-            line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        except UnicodeEncodeError:  # a file name that is not UTF-8
-            line = (json.dumps(record) + "\n").encode()
         with explained(self.path):
-            written = os.write(self._fd, line)
-            try:
-                while written < len(line):
-                    written += os.write(self._fd, line[written:])
-            except OSError:
-                if self._regular:
-                    os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
-                raise
+            append(self._fd, json_bytes(record) + b"\n", self._regular)
 
     def records(self):
         """The records so far. Raises SinkError where a line is not a JSON object."""
@@ -113,6 +109,11 @@ class JsonLines:
                         f"line {number} of {self.path} is no record of a run: remove the line, or choose another -o"
                     ) from error
                 yield record
+
+    def clear(self) -> None:
+        """Drop all records: they are kept elsewhere. Raises SinkError."""
+        with explained(self.path):
+            os.ftruncate(self._fd, 0)
 
     def close(self) -> None:
         """Close the file and give up its lock; a second time does nothing."""
@@ -130,44 +131,57 @@ class FileSink:
     def __init__(self, path: str | Path, model: str, resume: bool = True):
         """Open both files and read what is finished. Without `resume`, old files are renamed to `NAME.old`.
 
-        `model` is the checkpoint's hash: captions of two models are not mixed in one file. Raises SinkError.
+        `model` is the checkpoint's hash: captions of two models are not mixed in one output. Raises SinkError.
         """
-        self.path = Path(path)
+        self.path, self.model = Path(path), model
         self.errors_path = self.path.with_name(self.path.stem + ".errors.jsonl")
         self.finished, self._errors = IdSet(), None
-        self._captions = JsonLines(self.path)
+        self._journal = JsonLines(self.journal_path)
         try:
             if not resume:
                 self._start_over()
-            self._read(model)
+            self._read()
         except BaseException:
-            self.close()  # with the lock
+            FileSink.close(self)  # with the lock
             raise
 
+    @property
+    def journal_path(self) -> Path:
+        """The JSON lines that captions are appended to."""
+        return self.path
+
     def _start_over(self) -> None:
-        self._captions.close()
+        self._journal.close()
         for old in (self.path, self.errors_path):
             with explained(old), contextlib.suppress(FileNotFoundError):
-                if old.is_file() and old.stat().st_size:
-                    os.replace(old, old.with_name(old.name + ".old"))
-        self._captions = JsonLines(self.path)
+                if (old.is_file() and old.stat().st_size) or old.is_dir():
+                    kept = old.with_name(old.name + ".old")
+                    if kept.is_dir():
+                        shutil.rmtree(kept)
+                    os.replace(old, kept)
+        self._journal = JsonLines(self.journal_path)
 
-    def _read(self, model: str) -> None:
-        for record in self._captions.records():
-            if record.get("model", model) != model:
-                raise SinkError(
-                    f"{self.path} holds captions of model {record['model']}, and this checkpoint is {model}: "
-                    "choose another -o, or start over with --no-resume"
-                )
-            self.finished.add(record["id"])
+    def _read(self) -> None:
+        """Fill `finished`."""
+        for record in self._journal.records():
+            self._done(record, self.journal_path)
         if self.errors_path.is_file():
             self._errors = JsonLines(self.errors_path)
             for record in self._errors.records():
                 self.finished.add(record["id"])
 
-    def caption(self, record: dict) -> None:
-        """Append a caption's record. Raises SinkError."""
-        self._captions.write(record)
+    def _done(self, record: dict, where: Path) -> None:
+        """An earlier run's record, found in `where`. Raises SinkError where another model wrote it."""
+        if record.get("model", self.model) != self.model:
+            raise SinkError(
+                f"{where} holds captions of model {record['model']}, and this checkpoint is {self.model}: "
+                "choose another -o, or start over with --no-resume"
+            )
+        self.finished.add(record["id"])
+
+    def caption(self, record: dict, item: Item) -> None:
+        """Append the record of an item's caption. Raises SinkError."""
+        self._journal.write(record)
 
     def error(self, record: dict) -> None:
         """Append the record of an image that failed. Raises SinkError."""
@@ -176,7 +190,8 @@ class FileSink:
         self._errors.write(record)
 
     def close(self) -> None:
-        for file in (self._captions, self._errors):
+        """Complete the output, as far as the run came, and give up its lock. Raises SinkError."""
+        for file in (self._journal, self._errors):
             if file is not None:
                 file.close()
 
@@ -184,13 +199,13 @@ class FileSink:
 class StreamSink:
     """Captions to a stream of bytes (stdout), errors to another; nothing is resumed."""
 
-    errors_path = None
+    errors_path = journal_path = None
 
     def __init__(self, captions: int, errors: int):
         self.finished = IdSet()
         self._captions, self._errors = captions, errors
 
-    def caption(self, record: dict) -> None:
+    def caption(self, record: dict, item: Item) -> None:
         self._write(self._captions, record)
 
     def error(self, record: dict) -> None:
@@ -204,6 +219,26 @@ class StreamSink:
         with explained("stdout"):
             while line:
                 line = line[os.write(fd, line) :]
+
+
+def json_bytes(record: dict) -> bytes:
+    """A record as one line of JSON, in UTF-8 where that is possible."""
+    try:
+        return json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a file name that is not UTF-8
+        return json.dumps(record).encode()
+
+
+def append(fd: int, data: bytes, undo: bool = True) -> None:
+    """Append to a file in one write where the system takes it; where it fails half-way, take it back (`undo`)."""
+    written = os.write(fd, data)
+    try:
+        while written < len(data):
+            written += os.write(fd, data[written:])
+    except OSError:
+        if undo:
+            os.ftruncate(fd, os.fstat(fd).st_size - written)
+        raise
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ import sys
 import threading
 from pathlib import Path
 
+from serve.formats import FORMATS
+
 EXIT_CODES = """\
 exit codes: 0 every image has a caption; 1 the run failed, or some images did (see NAME.errors.jsonl);
 2 wrong arguments; 130 stopped by Ctrl-C.
@@ -39,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, .txt list, .tar shard")
     p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")
-    p.add_argument("-o", "--output", default="captions.jsonl", metavar="FILE", help="JSON lines; - for stdout")
+    p.add_argument("-o", "--output", metavar="FILE", help="file, or folder of shards (captions.*); - for stdout")
+    p.add_argument("--format", choices=FORMATS, default="jsonl", help="jsonl (default), .txt beside each image, ...")
+    p.add_argument("--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input; I from 1 to N")
     p.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="what runs the language model")
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
     p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
@@ -74,6 +78,13 @@ def _temperature(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 10")
 
 
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts):
+        return int(part), int(parts)
+    raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole, such as 3/16 (from 1/16 to 16/16)")
+
+
 class Misuse(ValueError):
     """Arguments that cannot be meant."""
 
@@ -105,24 +116,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _caption(args: argparse.Namespace) -> int:
-    from serve.sources import expand
     from vlv.checkpoint import CheckpointError
     from vlv.published import resolve
 
     if not args.paths or not args.ckpt:
         raise Misuse("PATH and --ckpt are needed (--help shows the usage)")
-    if args.gallery and args.output == "-":
-        raise Misuse("--gallery reads the captions back: give -o a file")
+    if args.output == "-" and args.format != "jsonl":
+        raise Misuse(f"--format {args.format} writes files: give -o a file or folder")
+    if args.gallery and (args.output == "-" or args.format in ("parquet", "webdataset")):
+        raise Misuse(
+            "--gallery reads the captions back from JSON lines: give -o a file, in --format jsonl, txt or coco"
+        )
     try:
         checkpoint = resolve(args.ckpt)
     except CheckpointError as error:
         raise Misuse(f"--ckpt: {error}") from error
-    items = expand(args.paths)
+    items = _items(args)
 
+    from serve.formats import sink_class
     from serve.llm import LLMSpec, Sampling, engine_class
     from serve.pipeline import Pipeline, PipelineConfig
     from serve.progress import Progress
-    from serve.sinks import FileSink, StreamSink
+    from serve.sinks import StreamSink
 
     spec = LLMSpec.of(checkpoint)
     try:
@@ -135,7 +150,7 @@ def _caption(args: argparse.Namespace) -> int:
     if args.output == "-":
         sink = StreamSink(_claim_stdout(), sys.stderr.fileno())
     else:
-        sink = FileSink(args.output, checkpoint.hash, args.resume)
+        sink = sink_class(args.format)(_output(args), checkpoint.hash, args.resume)
     progress = Progress()
     threading.Thread(target=_count, args=(args, progress), daemon=True).start()
     try:
@@ -146,12 +161,29 @@ def _caption(args: argparse.Namespace) -> int:
     if args.gallery:
         from serve import gallery
 
-        gallery.write(Path(args.gallery), checkpoint, expand(args.paths), Path(args.output))
+        gallery.write(Path(args.gallery), checkpoint, _items(args), sink.journal_path)
     if progress.failed:
         where = sink.errors_path or "the lines above"
         _say(f"{progress.failed} of {progress.finished} images failed: see {where}")
         return 1
     return 0
+
+
+def _items(args: argparse.Namespace):
+    from serve.sources import expand, part_of
+
+    items = expand(args.paths)
+    return part_of(items, *args.shard) if args.shard else items
+
+
+def _output(args: argparse.Namespace) -> Path:
+    """-o or its default; with --shard its name says which, since every worker has a file of its own."""
+    endings = {"coco": ".json", "parquet": ".parquet", "webdataset": ""}
+    path = Path(args.output or "captions" + endings.get(args.format, ".jsonl"))
+    if args.shard:
+        part, parts = args.shard
+        path = path.with_name(f"{path.stem}-{part:0{len(str(parts))}}-of-{parts}{path.suffix}")
+    return path
 
 
 def _run(pipeline, items) -> None:
@@ -181,10 +213,10 @@ def _run(pipeline, items) -> None:
 
 def _count(args: argparse.Namespace, progress) -> None:
     """Count the input beside the run, for the time left."""
-    from serve.sources import SourceError, expand
+    from serve.sources import SourceError
 
     with contextlib.suppress(SourceError):
-        progress.total = sum(1 for _ in itertools.islice(expand(args.paths), args.limit))
+        progress.total = sum(1 for _ in itertools.islice(_items(args), args.limit))
 
 
 def _claim_stdout() -> int:

@@ -125,6 +125,25 @@ def test_tar_shards_lists_and_globs(caption, scene_images, tmp_path):
     assert {r["path"] for r in records if "shard" in r["id"]} == {f"{tmp_path}/shard.tar"}
 
 
+def test_formats_and_parts_of_the_input(caption, scene_images, tmp_path):
+    """Three workers share the input; each writes a file of its own, in the format asked for."""
+    names = []
+    for part in (1, 2, 3):
+        code, *_ = caption(
+            scene_images, "--limit", 3, "--shard", f"{part}/3", "--format", "coco", output=tmp_path / "c.json"
+        )
+        content = json.loads((tmp_path / f"c-{part}-of-3.json").read_text())
+        assert code == 0 and len(content["annotations"]) == len(content["images"]) == 3
+        names += [image["file_name"] for image in content["images"]]
+    assert len(set(names)) == 9
+    code, *_, stderr = caption(scene_images, "--limit", 2, "--format", "webdataset", output=tmp_path / "shards")
+    assert code == 0 and "2 images captioned" in stderr
+    with tarfile.open(tmp_path / "shards" / "000000.tar") as shard:
+        assert len(shard.getnames()) == 6
+        texts = [shard.extractfile(n).read().decode() for n in shard.getnames() if n.endswith(".json")]
+    assert all(json.loads(text)["caption"] for text in texts)
+
+
 def test_arguments_that_cannot_be_meant(caption, scene_images, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for args, words in {
@@ -133,6 +152,7 @@ def test_arguments_that_cannot_be_meant(caption, scene_images, tmp_path, capsys)
         (): "error: PATH and --ckpt are needed",
         (scene_images, "--limit", "0"): "error: argument --limit: '0' is no whole number above 0",
         (scene_images, "--temperature", "-1"): "error: argument --temperature: '-1' is no number from 0 to 10",
+        (scene_images, "--shard", "0/3"): "error: argument --shard: '0/3' is no part of a whole, such as 3/16",
         (scene_images, "--engine", "magic"): "error: argument --engine: invalid choice: 'magic'",
     }.items():
         code, *_, stderr = caption(*args)

@@ -10,6 +10,9 @@ import sys
 import pytest
 
 from serve.sinks import FileSink, IdSet, SinkError
+from serve.sources import Item
+
+ITEM = Item("a", "/absent")
 
 
 def lines(path) -> list[dict]:
@@ -23,7 +26,7 @@ def output(tmp_path):
 
 def test_writes_and_resumes(output):
     sink = FileSink(output, "m1")
-    sink.caption({"id": "ü.png", "caption": "Zwei Äpfel.", "model": "m1"})
+    sink.caption({"id": "ü.png", "caption": "Zwei Äpfel.", "model": "m1"}, ITEM)
     assert not sink.errors_path.exists()
     sink.error({"id": "bad.png", "kind": "empty"})
     sink.close()
@@ -31,7 +34,7 @@ def test_writes_and_resumes(output):
     assert lines(output.with_name("captions.errors.jsonl")) == [{"id": "bad.png", "kind": "empty"}]
     sink = FileSink(output, "m1")
     assert "ü.png" in sink.finished and "bad.png" in sink.finished and "new.png" not in sink.finished
-    sink.caption({"id": "new.png"})
+    sink.caption({"id": "new.png"}, ITEM)
     sink.close()
     assert [r["id"] for r in lines(output)] == ["ü.png", "new.png"]
 
@@ -42,7 +45,7 @@ def test_torn_last_line_is_cut_off(output, torn):
     output.write_bytes(b'{"id": "a"}\n' + torn)
     sink = FileSink(output, "m")
     assert len(sink.finished) == 1
-    sink.caption({"id": "b"})
+    sink.caption({"id": "b"}, ITEM)
     sink.close()
     assert [r["id"] for r in lines(output)] == ["a", "b"]
 
@@ -57,7 +60,7 @@ def test_only_a_torn_line(output):
 def test_file_names_that_are_no_utf8(output):
     name = os.fsdecode(b"caf\xe9.jpg")
     sink = FileSink(output, "m")
-    sink.caption({"id": name})
+    sink.caption({"id": name}, ITEM)
     sink.close()
     assert name in FileSink(output, "m").finished
 
@@ -65,7 +68,7 @@ def test_file_names_that_are_no_utf8(output):
 def test_start_over_keeps_the_old_file(output):
     for n, resume in enumerate((True, False)):
         sink = FileSink(output, f"m{n}", resume)
-        sink.caption({"id": "a", "model": f"m{n}"})
+        sink.caption({"id": "a", "model": f"m{n}"}, ITEM)
         sink.error({"id": "b"})
         assert len(sink.finished) == 0
         sink.close()
@@ -80,7 +83,7 @@ def test_refusals(output):
         FileSink(output, "m1")
     with pytest.raises(SinkError, match="another run is writing"):
         FileSink(output, "m1", resume=False)
-    sink.caption({"id": "a", "model": "m1"})
+    sink.caption({"id": "a", "model": "m1"}, ITEM)
     sink.close()
     with pytest.raises(SinkError, match="holds captions of model m1, and this checkpoint is m2"):
         FileSink(output, "m2")
@@ -96,7 +99,7 @@ def test_places_that_cannot_be_written(tmp_path):
             FileSink(place, "m")
     sink = FileSink("/dev/full", "m")
     with pytest.raises(SinkError, match="the disk is full"):
-        sink.caption({"id": "a"})
+        sink.caption({"id": "a"}, ITEM)
 
 
 def test_a_line_that_does_not_fit_is_taken_back(output):
@@ -107,7 +110,7 @@ def test_a_line_that_does_not_fit_is_taken_back(output):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "sink = FileSink(sys.argv[1], 'm')\n"
         "try:\n"
-        "    for i in range(100): sink.caption({'id': str(i), 'caption': 'x' * 150})\n"
+        "    for i in range(100): sink.caption({'id': str(i), 'caption': 'x' * 150}, None)\n"
         "except SinkError as error: print(error)\n"
     )
     run = subprocess.run([sys.executable, "-c", script, output], capture_output=True, text=True)

@@ -1,0 +1,221 @@
+"""Output formats by name, all with FileSink's interface: jsonl, txt, coco, parquet, webdataset.
+
+    sink = sink_class("parquet")("captions.parquet", model=checkpoint.hash)
+
+Each says where its commit point is: whatever moment a kill -9 comes at, an image is then either finished or not,
+and the next run completes what the commit implies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from serve.sinks import FileSink, SinkError, explained, json_bytes
+from serve.sources import Item
+
+FORMATS = ("jsonl", "txt", "coco", "parquet", "webdataset")
+ROWS = 10_000  # captions in one Parquet part
+
+
+def sink_class(name: str) -> type[FileSink]:
+    """The sink class of a format's name. Raises SinkError where a package for it is missing."""
+    if name == "webdataset":
+        from serve.webdataset import WebDatasetSink
+
+        return WebDatasetSink
+    if name == "parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise SinkError("--format parquet needs pyarrow: python -m pip install pyarrow") from error
+    return {"jsonl": FileSink, "txt": SidecarSink, "coco": CocoSink, "parquet": ParquetSink}[name]
+
+
+class SidecarSink(FileSink):
+    """`photo.txt` beside `photo.jpg`, as trainers of image models read them; the records as JSON lines in `path`.
+
+    The record is the commit point; the text file of the last record is completed by the next run. A text file
+    that is there already is somebody else's: it stays, and the image is an error of kind `exists`.
+    """
+
+    def _start_over(self) -> None:
+        for record in self._journal.records():
+            text = sidecar(record["path"])
+            with contextlib.suppress(OSError):
+                if text.read_text() == _text(record):  # ours, and nobody has worked on it since
+                    text.unlink()
+        super()._start_over()
+
+    def _read(self) -> None:
+        last = None
+        for last in self._journal.records():
+            self._done(last, self.journal_path)
+        if last is not None and not sidecar(last["path"]).exists():
+            self._write(last)
+        super()._read()
+
+    def caption(self, record: dict, item: Item) -> None:
+        text = sidecar(item.path)
+        if item.length is not None:
+            kind, problem = "format", "an image inside a tar shard has no place for a .txt: use --format webdataset"
+        elif text.exists():
+            kind, problem = "exists", f"{text} is there already, and not from this run: move it away"
+        else:
+            super().caption(record, item)
+            self._write(record)
+            return
+        self.error({"id": record["id"], "path": record["path"], "kind": kind, "error": problem})
+
+    def _write(self, record: dict) -> None:
+        text = sidecar(record["path"])
+        temporary = text.with_name(f".{text.name}.tmp")
+        with explained(text):
+            temporary.write_text(_text(record))
+            os.replace(temporary, text)
+
+
+def sidecar(image: str) -> Path:
+    """The text file that belongs to an image file."""
+    return Path(image).with_suffix(".txt")
+
+
+def _text(record: dict) -> str:
+    """All captions of a record, one a line."""
+    return "\n".join(captions_of(record)) + "\n"
+
+
+def captions_of(record: dict) -> list[str]:
+    """A record's captions: one, or what `-n` left of several."""
+    return record.get("captions") or [record["caption"]]
+
+
+class CocoSink(FileSink):
+    """COCO's captions JSON (`images`, `annotations`), written from `NAME.jsonl` beside it when a run ends.
+
+    That file is the commit point; ids are numbers in the order of its lines, so they stay when a run is taken up.
+    """
+
+    @property
+    def journal_path(self) -> Path:
+        if self.path.suffix == ".jsonl":
+            raise SinkError(f"--format coco writes one JSON file: -o {self.path.with_suffix('.json')}")
+        return self.path.with_suffix(".jsonl")
+
+    def _start_over(self) -> None:
+        old = self.journal_path
+        with explained(old), contextlib.suppress(FileNotFoundError):
+            os.replace(old, old.with_name(old.name + ".old"))
+        super()._start_over()
+
+    def _read(self) -> None:
+        super()._read()
+        if not len(self.finished) and self.path.exists():
+            raise SinkError(f"{self.path} is there already, and not from this run: choose another -o")
+
+    def close(self) -> None:
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        try:
+            with explained(self.path):
+                with open(temporary, "wb") as file:
+                    file.write(b'{"info": {"description": "VLV captions, model %s"}, ' % self.model.encode())
+                    file.write(b'"images": [')
+                    file.writelines(_joined(self._images()))
+                    file.write(b'\n], "annotations": [')
+                    file.writelines(_joined(self._annotations()))
+                    file.write(b"\n]}\n")
+                os.replace(temporary, self.path)
+        finally:
+            super().close()
+
+    def _images(self) -> Iterator[dict]:
+        for number, record in enumerate(self._journal.records(), 1):
+            yield {"id": number, "file_name": record["id"]}
+
+    def _annotations(self) -> Iterator[dict]:
+        count = itertools.count(1)
+        for image, record in enumerate(self._journal.records(), 1):
+            for caption in captions_of(record):
+                yield {"id": next(count), "image_id": image, "caption": caption}
+
+
+def _joined(records: Iterator[dict]) -> Iterator[bytes]:
+    for number, record in enumerate(records):
+        yield (b",\n" if number else b"\n") + json_bytes(record)
+
+
+class ParquetSink(FileSink):
+    """A folder of Parquet parts, each whole; what is not in a part yet waits in `_pending.jsonl`, which readers skip.
+
+    The pending line is the commit point. A part appears by one rename; only then its lines are dropped, and a run
+    that was killed in between finds their ids in the part.
+    """
+
+    suffix = ".parquet"
+    rows = ROWS
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path / "_pending.jsonl"
+
+    def _read(self) -> None:
+        parts = sorted(self.path.glob("part-*" + self.suffix))
+        self._next = 1 + max((int(part.stem.partition("-")[2]) for part in parts), default=-1)
+        for part in parts:
+            with explained(part):
+                for record in self.read_part(part):
+                    self._done(record, part)
+        pending = [r for r in self._journal.records() if r["id"] not in self.finished]
+        if not pending:
+            self._journal.clear()
+        super()._read()
+        self._pending = len(pending)
+
+    def caption(self, record: dict, item: Item) -> None:
+        super().caption(record, item)
+        self._pending += 1
+        if self._pending >= self.rows:
+            self._seal()
+
+    def _seal(self) -> None:
+        """Pending lines to a part."""
+        part = self.path / f"part-{self._next:05}{self.suffix}"
+        temporary = self.path / f"_{part.name}.tmp"
+        with explained(part):
+            self.write_part(temporary, list(self._journal.records()))
+            os.replace(temporary, part)
+        self._journal.clear()
+        self._next, self._pending = self._next + 1, 0
+
+    def close(self) -> None:
+        try:
+            if self._pending:
+                self._seal()
+        finally:
+            super().close()
+
+    def write_part(self, file: Path, records: list[dict]) -> None:
+        """Write records as one Parquet file."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        rows = [{**r, "captions": captions_of(r), **_seconds(r)} for r in records]
+        text, number = pa.string(), pa.float64()
+        fields = {"id": text, "path": text, "caption": text, "captions": pa.list_(text), "tokens": pa.int32()}
+        fields |= {"finish_reason": text, "encode_seconds": number, "llm_seconds": number, "model": text}
+        table = pa.Table.from_pylist(rows, pa.schema(fields.items()))
+        parquet.write_table(table, file, compression="zstd")
+
+    def read_part(self, file: Path) -> Iterator[dict]:
+        """The id and model of every row."""
+        from pyarrow import parquet
+
+        for batch in parquet.ParquetFile(file).iter_batches(columns=["id", "model"]):
+            yield from batch.to_pylist()
+
+
+def _seconds(record: dict) -> dict:
+    return {f"{stage}_seconds": seconds for stage, seconds in record.get("timings", {}).items()}

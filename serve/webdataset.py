@@ -1,0 +1,137 @@
+"""WebDataset shards: an image, its caption and its record side by side in tar files, appended sample by sample.
+
+    000000.tar:  000000000.jpg  000000000.txt  000000000.json  000000001.png  ...
+
+The tars are the record of the run: a sample is appended in one write, and a last one that a kill tore is cut off.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from serve.formats import captions_of
+from serve.sinks import FileSink, SinkError, append, explained, json_bytes
+from serve.sources import Item
+from vlv.image import ImageError
+
+BLOCK = tarfile.BLOCKSIZE
+SHARD_BYTES = 1 << 30  # a shard that has grown beyond is followed by the next
+END = bytes(2 * BLOCK)  # closes a tar file
+
+
+class WebDatasetSink(FileSink):
+    """A folder of shards; `_lock.jsonl` in it stays empty and keeps a second run out."""
+
+    shard_bytes = SHARD_BYTES
+    _fd = -1  # of the shard that is being filled
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path / "_lock.jsonl"
+
+    def _read(self) -> None:
+        super()._read()
+        shards = sorted(self.path.glob("[0-9]*.tar"))
+        self._shards, self._samples, end = len(shards), 0, 0
+        for shard in shards:
+            with explained(shard):
+                end = self._take_up(shard)
+        if shards:  # only the last can be unfinished
+            self._open(shards[-1])
+            with explained(shards[-1]):
+                os.ftruncate(self._fd, end)
+
+    def _take_up(self, shard: Path) -> int:
+        """Note a shard's samples; returns where its last whole one ends."""
+        end = 0
+        for after, record in samples(shard):
+            if record is None:
+                raise SinkError(f"{shard} holds something that is no sample of a run: choose another -o")
+            self._done(record, shard)
+            self._samples += 1
+            end = after
+        return end
+
+    def caption(self, record: dict, item: Item) -> None:
+        if self._fd < 0:
+            self._open(self.path / f"{self._shards:06}.tar")
+            self._shards += 1
+        name = f"{self._samples:09}"
+        extension = os.path.splitext(record["id"])[1].lower() or ".img"
+        text = "\n".join(captions_of(record)).encode()
+        try:
+            image = item.read()
+        except ImageError as error:  # it was there when it was decoded
+            self.error({"id": record["id"], "path": record["path"], "kind": error.kind, "error": str(error)})
+            return
+        parts = {extension: image, ".txt": text, ".json": json_bytes(record)}
+        with explained(self._shard):
+            append(self._fd, b"".join(_member(name + extension, data) for extension, data in parts.items()))
+            full = os.fstat(self._fd).st_size >= self.shard_bytes
+        self._samples += 1
+        if full:
+            self._finish_shard()
+
+    def _open(self, shard: Path) -> None:
+        self._shard = shard
+        with explained(shard):
+            self._fd = os.open(shard, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def _finish_shard(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            try:
+                with explained(self._shard):
+                    append(fd, END)
+            finally:
+                os.close(fd)
+
+    def close(self) -> None:
+        try:
+            self._finish_shard()
+        finally:
+            super().close()
+
+
+def samples(shard: Path) -> Iterator[tuple[int, dict | None]]:
+    """Per whole sample of a shard: where it ends, and its record (None for a foreign one)."""
+    size = shard.stat().st_size
+    with open(shard, "rb") as file:
+        while len(header := file.read(BLOCK)) == BLOCK and header.count(0) < BLOCK:
+            try:
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+            except (tarfile.TarError, UnicodeDecodeError):
+                yield 0, None
+                return
+            start = file.tell()
+            end = start + _padded(member.size)
+            if end > size:
+                return
+            if member.name.endswith(".json"):
+                try:
+                    record = json.loads(file.read(member.size))
+                    record["id"]
+                except (ValueError, KeyError, TypeError):
+                    record = None
+                yield end, record
+            file.seek(end)
+
+
+def _member(name: str, data: bytes) -> bytes:
+    """A file inside a tar: header, content, padding."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    stream = io.BytesIO()
+    stream.write(info.tobuf(tarfile.USTAR_FORMAT))
+    stream.write(data)
+    stream.write(bytes(_padded(len(data)) - len(data)))
+    return stream.getvalue()
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK

@@ -1,0 +1,210 @@
+"""The other output formats: what readers find in them, and that no kill loses or doubles an image."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from serve.formats import FORMATS, sidecar, sink_class
+from serve.sinks import SinkError
+from serve.sources import Item, part_of
+
+WRITER = Path(__file__).with_name("killed_writer.py")
+KILLS = 50
+
+
+@pytest.fixture
+def images(tmp_path) -> list[Path]:
+    """Three small pictures."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    files = [folder / f"{name}.png" for name in ("a", "b", "ü")]
+    for shade, file in enumerate(files):
+        Image.new("RGB", (4, 4), (shade,) * 3).save(file)
+    return files
+
+
+def record(image: Path, **more) -> dict:
+    timings = {"encode": 0.5, "llm": 1.5}
+    given = {"id": str(image), "path": str(image), "caption": f"Picture {image.stem}.", "model": "m", "tokens": 3}
+    return {**given, "finish_reason": "stop", "timings": timings, **more}
+
+
+def fill(sink, images, **more) -> None:
+    for image in images:
+        if sink.finished.add(str(image)):
+            sink.caption(record(image, **more), Item(str(image), str(image)))
+    sink.close()
+
+
+def test_sidecars(images, tmp_path):
+    def sink(resume=True):
+        return sink_class("txt")(tmp_path / "c.jsonl", "m", resume)
+
+    fill(sink(), images[:2])
+    assert [sidecar(i).read_text() for i in images[:2]] == ["Picture a.\n", "Picture b.\n"]
+    sidecar(images[1]).unlink()  # as a kill between the record and its text leaves it
+    sidecar(images[2]).write_text("mine")
+    fill(sink(), images)
+    assert sidecar(images[1]).read_text() == "Picture b.\n" and sidecar(images[2]).read_text() == "mine"
+    assert json.loads((tmp_path / "c.errors.jsonl").read_text())["kind"] == "exists"
+    sidecar(images[0]).write_text("edited")
+    fill(sink(resume=False), images, captions=["One.", "Two."])
+    assert [sidecar(i).read_text() for i in images] == ["edited", "One.\nTwo.\n", "mine"]
+    inside = sink_class("txt")(tmp_path / "d.jsonl", "m")
+    inside.caption(record(images[0], path="x.tar"), Item("x.tar/a.png", "x.tar", 512, 90))
+    inside.close()
+    assert "use --format webdataset" in (tmp_path / "d.errors.jsonl").read_text()
+
+
+def test_coco(images, tmp_path):
+    def sink(**more):
+        return sink_class("coco")(tmp_path / "c.json", "m", **more)
+
+    fill(sink(), images[:1])
+    fill(sink(), images, captions=["One.", "Zwei Bäume."])
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert [i["file_name"] for i in content["images"]] == [str(i) for i in images]
+    assert [(a["image_id"], a["caption"]) for a in content["annotations"]] == [
+        (1, "Picture a."), (2, "One."), (2, "Zwei Bäume."), (3, "One."), (3, "Zwei Bäume.")
+    ]  # fmt: skip
+    assert len({a["id"] for a in content["annotations"]}) == 5
+    fill(sink(resume=False), images[2:])
+    assert len(json.loads((tmp_path / "c.json").read_text())["images"]) == 1
+    with pytest.raises(SinkError, match=r"writes one JSON file: -o .*c\.json"):
+        sink_class("coco")(tmp_path / "c.jsonl", "m")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SinkError, match="is there already"):
+        sink_class("coco")(tmp_path / "other.json", "m")
+
+
+def test_webdataset(images, tmp_path):
+    def sink(model="m", resume=True):
+        return sink_class("webdataset")(tmp_path / "shards", model, resume)
+
+    fill(sink(), images[:2])
+    fill(sink(), [*images, tmp_path / "absent.png"], captions=["One.", "Two."])
+    with tarfile.open(tmp_path / "shards" / "000000.tar") as shard:
+        content = {m.name: shard.extractfile(m).read() for m in shard}
+    assert [*content] == [f"00000000{i}{kind}" for i in range(3) for kind in (".png", ".txt", ".json")]
+    assert Image.open(io.BytesIO(content["000000002.png"])).getpixel((0, 0)) == (2, 2, 2)
+    assert content["000000000.txt"] == b"Picture a." and content["000000002.txt"] == b"One.\nTwo."
+    assert json.loads(content["000000002.json"])["id"] == str(images[2])
+    assert json.loads((tmp_path / "shards.errors.jsonl").read_text())["kind"] == "missing"
+    with pytest.raises(SinkError, match="holds captions of model m"):
+        sink("other")
+    fill(sink("other", resume=False), [])
+    assert (tmp_path / "shards.old" / "000000.tar").exists()
+    (tmp_path / "shards" / "000000.tar").write_bytes(b"something else" * 100)
+    with pytest.raises(SinkError, match="no sample of a run"):
+        sink()
+
+
+def test_parquet(images, tmp_path):
+    pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    from pyarrow import dataset
+
+    fill(sink_class("parquet")(tmp_path / "c.parquet", "m"), images[:2])
+    fill(sink_class("parquet")(tmp_path / "c.parquet", "m"), images, captions=["One.", "Two."])
+    rows = dataset.dataset(tmp_path / "c.parquet").to_table().to_pylist()
+    assert [r["id"] for r in rows] == [str(i) for i in images]
+    assert [r["captions"] for r in rows] == [["Picture a."], ["Picture b."], ["One.", "Two."]]
+    assert rows[0]["encode_seconds"] == 0.5 and rows[0]["llm_seconds"] == 1.5 and rows[0]["tokens"] == 3
+
+
+def test_parquet_without_pyarrow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(SinkError, match="needs pyarrow: python -m pip install pyarrow"):
+        sink_class("parquet")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "coco", "parts", "parquet", "webdataset"])
+def test_killed_at_any_moment(kind, tmp_path):
+    """50 kills at random moments; then every image is there once, as a caption or as an error."""
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="Parquet needs pyarrow; `parts` tests the same mechanism without it")
+    folder, output = tmp_path / "images", tmp_path / ("shards" if kind == "webdataset" else "out.json")
+    output = tmp_path / "out.jsonl" if kind in ("jsonl", "txt") else output
+    folder.mkdir()
+    count = 4000
+    for i in range(count):
+        (folder / f"{i:04}.png").write_bytes(b"pixels %d" % i)
+    command = [sys.executable, str(WRITER), kind, str(output), str(folder), str(KILLS), "7"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = [int(n) for n in run.stdout.split()]
+    assert len(set(found)) > 10 and found[-1] < count, f"the kills came too early or too late: {found}"
+    errors = [json.loads(line)["id"] for line in output.with_name(output.stem + ".errors.jsonl").open()]
+    captions = READERS[kind](output, folder)
+    assert Counter(errors + captions) == {str(folder / f"{i:04}.png"): 1 for i in range(count)}
+
+
+def read_lines(output, _):
+    return [json.loads(line)["id"] for line in output.open()]
+
+
+def read_sidecars(output, folder):
+    ids = read_lines(output, folder)
+    assert all(sidecar(i).read_text() == f"Picture {Path(i).stem}.\n" for i in ids)
+    assert len([*folder.glob("*.txt")]) == len(ids) and not [*folder.glob(".*")]
+    return ids
+
+
+def read_coco(output, _):
+    content = json.loads(output.read_text())
+    names = {i["id"]: i["file_name"] for i in content["images"]}
+    assert all(a["caption"] == f"Picture {Path(names[a['image_id']]).stem}." for a in content["annotations"])
+    return [names[a["image_id"]] for a in content["annotations"]]
+
+
+def read_parts(output, _):
+    assert (output / "_pending.jsonl").read_bytes() == b""
+    return [r["id"] for part in sorted(output.glob("part-*.json")) for r in json.loads(part.read_text())]
+
+
+def read_parquet(output, _):
+    from pyarrow import dataset
+
+    return dataset.dataset(output).to_table().column("id").to_pylist()
+
+
+def read_shards(output, _):
+    ids, names = [], []
+    for shard in sorted(output.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            content = {m.name: tar.extractfile(m).read() for m in tar}
+        names += content
+        for name in (n for n in content if n.endswith(".json")):
+            stem, made = Path(name).stem, json.loads(content[name])["id"]
+            assert content[f"{stem}.png"] == Path(made).read_bytes()
+            assert content[f"{stem}.txt"].decode() == f"Picture {Path(made).stem}."
+            ids.append(made)
+    assert len(names) == len(set(names)) == 3 * len(ids)
+    return ids
+
+
+READERS = {
+    "jsonl": read_lines, "txt": read_sidecars, "coco": read_coco,
+    "parts": read_parts, "parquet": read_parquet, "webdataset": read_shards,
+}  # fmt: skip
+
+
+def test_parts_of_the_input_are_disjoint_and_complete():
+    items = [Item(f"photos/{i}.jpg", "x") for i in range(5000)]
+    parts = [[i.id for i in part_of(iter(items), part, 16)] for part in range(1, 17)]
+    assert sorted(i for part in parts for i in part) == sorted(i.id for i in items)
+    assert all(5000 / 16 * 0.7 < len(part) < 5000 / 16 * 1.3 for part in parts)
+    later = {i.id for i in items[1000:]}
+    assert [i.id for i in part_of(iter(items[1000:]), 3, 16)] == [i for i in parts[2] if i in later]
+
+
+def test_formats_have_classes():
+    assert FORMATS and all(issubclass(sink_class(f), sink_class("jsonl")) for f in FORMATS if f != "parquet")
