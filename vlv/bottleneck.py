@@ -39,7 +39,10 @@ class CrossAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        out = scaled_dot_product_attention(*_heads(self.q(x), 1, self.heads), *_heads(self.kv(memory), 2, self.heads))
+        """x: [B, N, C], or [1, N, C] for the same queries to every memory; memory: [B, M, C]. [B, N, C]."""
+        (q,) = _heads(self.q(x), 1, self.heads)
+        q = q.expand(memory.shape[0], -1, -1, -1)
+        out = scaled_dot_product_attention(q, *_heads(self.kv(memory), 2, self.heads))
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -150,6 +153,6 @@ class Bottleneck(nn.Module):
 
     def decode(self, features: Tensor) -> Tensor:
         """The decoder's output at the queries: [B, queries, width]."""
-        batch = len(features)
-        memory = self.encoder(torch.cat([features, self.prompt.expand(batch, -1, -1)], dim=1))
-        return self.decoder(self.queries.expand(batch, -1, -1), memory)
+        memory = self.encoder(torch.cat([features, self.prompt.expand(features.shape[0], -1, -1)], dim=1))
+        # one row: up to the first cross-attention nothing depends on the image, and an export folds it to a constant
+        return self.decoder(self.queries[None], memory)
