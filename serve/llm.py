@@ -3,29 +3,39 @@
     engine = engine_class("vllm")(LLMSpec.of(checkpoint), max_tokens=300, in_flight=64)
     await engine.start()
     completion = await engine.generate(embeds, Sampling())      # embeds: [queries, llm_width]
+    async for piece in engine.stream(embeds, Sampling()): ...    # the same, as it is written
     await engine.close()
 
 Nothing heavy is imported before `start`."""
 
 from __future__ import annotations
 
-import asyncio
+import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serve.detokenize import Detokenizer
 from vlv.checkpoint import Checkpoint, CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+ENGINES = ("vllm", "transformers")
+FLAGS = {"lora": "lora", "tensor_parallel": "tensor-parallel", "url": "llm-url"}  # of Options
+
+
 class EngineError(RuntimeError):
     """The engine does not start, or has died: no request can be answered."""
+
+
+class OptionError(ValueError):
+    """An option that an engine does not take."""
 
 
 class EmbedsError(ValueError):
@@ -39,15 +49,16 @@ class Sampling:
     max_tokens: int = 300
     temperature: float = 0.0  # 0: greedy
     seed: int = 0  # of the random draws where the temperature is above 0
+    stop: tuple[str, ...] = ()  # the caption ends before the first of these
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the language model wrote; `token_ids` without the end token."""
+    """What the language model wrote, or a piece of it; `token_ids` without the end token."""
 
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop": it ended the caption itself; "length": it was cut at max_tokens
+    finish_reason: str  # "stop": it ended the caption itself, or came to a `stop`; "length": cut at max_tokens
 
 
 @dataclass(frozen=True)
@@ -99,112 +110,93 @@ class LLMSpec:
             raise EmbedsError("the embeddings are not finite: the encoder overflowed on this image")
 
 
+@dataclass(frozen=True)
+class Options:
+    """What only some engines can do; an engine refuses what it cannot."""
+
+    lora: Path | None = None  # a PEFT adapter's folder
+    tensor_parallel: int = 1  # devices that share the language model
+    url: str | None = None  # of the server that runs the language model
+
+    def mark(self, model: str) -> str:
+        """A checkpoint's hash, marked with that of the adapter where there is one: their captions differ."""
+        if self.lora is None:
+            return model
+        digest = hashlib.sha256()
+        for file in sorted(self.lora.glob("adapter_*")):
+            digest.update(file.name.encode() + file.read_bytes())
+        return f"{model}+{digest.hexdigest()[:8]}"
+
+
 class Engine(ABC):
     """Continues prompt embeddings; any number of requests at a time, on one event loop."""
 
-    def __init__(self, spec: LLMSpec, max_tokens: int, in_flight: int, debug: bool = False):
-        """`max_tokens` is the longest caption of any request, `in_flight` how many decode together."""
+    name: str
+    takes: frozenset[str] = frozenset()  # of Options
+
+    def __init__(
+        self, spec: LLMSpec, max_tokens: int, in_flight: int, debug: bool = False, options: Options | None = None
+    ):
+        """`max_tokens` is the longest caption of any request, `in_flight` how many decode together.
+
+        Raises OptionError for an option that this engine does not take.
+        """
         self.spec, self.max_tokens, self.in_flight, self.debug = spec, max_tokens, in_flight, debug
+        self.options = options or Options()
+        for field in fields(Options):
+            if field.name not in self.takes and getattr(self.options, field.name) != field.default:
+                raise OptionError(f"--{FLAGS[field.name]} does not go with --engine {self.name}")
 
     @abstractmethod
     async def start(self) -> None:
         """Load the model. Raises EngineError."""
 
     @abstractmethod
-    async def generate(self, embeds: Tensor, sampling: Sampling) -> Completion:
-        """Continue embeds [queries, width]. Raises EmbedsError or EngineError."""
+    def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
+        """Continue embeds [queries, width]: new token ids as they come, or (not `every`) perhaps all at the end.
+
+        The end token may be the last. Closing the generator cancels the request. Raises EmbedsError or EngineError.
+        """
 
     @abstractmethod
     async def close(self) -> None:
         """Free the model and end its processes; also after a `start` that failed or was cancelled."""
+
+    async def generate(self, embeds: Tensor, sampling: Sampling) -> Completion:
+        """Continue embeds [queries, width]. Cancelling it cancels the request. Raises EmbedsError or EngineError."""
+        if sampling.stop:
+            async with aclosing(self.stream(embeds, sampling)) as chunks:
+                parts = [chunk async for chunk in chunks]
+            ids = [i for part in parts for i in part.token_ids]
+            return Completion("".join(part.text for part in parts), ids, parts[-1].finish_reason)
+        ids = []
+        async with aclosing(self.tokens(embeds, sampling, every=False)) as steps:
+            async for step in steps:
+                ids += step
+        stopped = self.end in ids
+        if stopped:
+            ids = ids[: ids.index(self.end)]
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(text, ids, "stop" if stopped else "length")
+
+    async def stream(self, embeds: Tensor, sampling: Sampling) -> AsyncGenerator[Completion]:
+        """As `generate`, in pieces as they come; only the last one has a finish_reason."""
+        text = Detokenizer(self._tokenizer, self.end, sampling.stop)
+        async with aclosing(self.tokens(embeds, sampling, every=True)) as steps:
+            async for step in steps:
+                piece, ids = text.push(step)
+                if text.ended:
+                    yield Completion(piece, ids, "stop")
+                    return
+                if ids:
+                    yield Completion(piece, ids, "")
+        yield Completion(text.rest(), [], "length")
 
     def _load_tokenizer(self) -> None:
         from transformers import AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(self.spec.folder)
         self.end = self._tokenizer.eos_token_id
-
-    def _complete(self, token_ids: list[int]) -> Completion:
-        """Cut at the end token and turn into text, alike for all engines."""
-        stopped = self.end in token_ids
-        if stopped:
-            token_ids = token_ids[: token_ids.index(self.end)]
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        return Completion(text, token_ids, "stop" if stopped else "length")
-
-
-class TransformersEngine(Engine):
-    """The reference: transformers' `generate`, on what waits at the moment, at most `in_flight` at once."""
-
-    async def start(self) -> None:
-        self._waiting: deque[tuple[Tensor, Sampling, asyncio.Future]] = deque()
-        self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "llm")
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
-        except Exception as error:
-            raise EngineError(f"transformers cannot load {self.spec.folder}: {one_line(error)}") from error
-        self._task = asyncio.create_task(self._serve())
-
-    def _load(self) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, logging
-
-        logging.disable_progress_bar()  # stderr has one of its own
-        self._load_tokenizer()
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        self._llm = AutoModelForCausalLM.from_pretrained(self.spec.folder, dtype=dtype).to(device).eval()
-
-    async def generate(self, embeds: Tensor, sampling: Sampling) -> Completion:
-        self.spec.check(embeds)
-        answer = asyncio.get_running_loop().create_future()
-        self._waiting.append((embeds, sampling, answer))
-        self._wake.set()
-        return await answer
-
-    async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._wake.wait()
-            jobs = [self._waiting.popleft()]
-            # a batch decodes under one setting; seeds may differ, since a batch draws from one generator
-            settings = (jobs[0][1].max_tokens, jobs[0][1].temperature)
-            while self._waiting and len(jobs) < self.in_flight:
-                if (self._waiting[0][1].max_tokens, self._waiting[0][1].temperature) != settings:
-                    break
-                jobs.append(self._waiting.popleft())
-            if not self._waiting:
-                self._wake.clear()
-            try:
-                rows = await loop.run_in_executor(self._thread, self._generate, [j[0] for j in jobs], jobs[0][1])
-            except Exception as error:
-                rows = [EngineError(f"transformers failed: {one_line(error)}")] * len(jobs)
-            for (_, _, answer), row in zip(jobs, rows, strict=True):
-                if answer.done():  # its task was cancelled
-                    continue
-                if isinstance(row, Exception):
-                    answer.set_exception(row)
-                else:
-                    answer.set_result(self._complete(row))
-
-    def _generate(self, embeds: list[Tensor], sampling: Sampling) -> list[list[int]]:
-        import torch
-        from transformers import GenerationConfig
-
-        prompt = torch.stack(embeds).to(self._llm.device, self._llm.dtype)
-        torch.manual_seed(sampling.seed)
-        # a fresh configuration: that of the checkpoint may hold penalties, top-k or beams
-        draws = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0} if sampling.temperature else {}
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens, eos_token_id=self.end, pad_token_id=self.end, **draws
-        )
-        with torch.inference_mode():
-            mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
-            return self._llm.generate(inputs_embeds=prompt, attention_mask=mask, generation_config=config).tolist()
-
-    async def close(self) -> None:
-        if task := getattr(self, "_task", None):
-            task.cancel()
 
 
 def one_line(error: BaseException, length: int = 300) -> str:
@@ -214,9 +206,11 @@ def one_line(error: BaseException, length: int = 300) -> str:
 
 
 def engine_class(name: str) -> type[Engine]:
-    """The engine class of a name."""
+    """The engine class of one of ENGINES."""
     if name == "vllm":
         from serve.vllm_engine import VllmEngine
 
         return VllmEngine
+    from serve.transformers_engine import TransformersEngine
+
     return TransformersEngine

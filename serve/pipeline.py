@@ -38,6 +38,7 @@ class PipelineConfig:
     workers: int | None = None  # decode processes; None: default_workers()
     limit: int | None = None  # only the first images of the input
     raw: bool = False  # captions as the model wrote them, without the clean-up
+    captions: int = 1  # drawn for each image; what is drawn twice counts once
 
 
 class TorchEncoder:
@@ -64,7 +65,7 @@ class Pipeline:
     def __init__(self, checkpoint: Checkpoint, engine: Engine, sink, config: PipelineConfig, progress: Progress):
         self.checkpoint, self.engine, self.sink = checkpoint, engine, sink
         self.config, self.progress = config, progress
-        self.model = checkpoint.hash
+        self.model = engine.options.mark(checkpoint.hash)
         # threads of their own: asyncio would wait for its default ones, at the end even of a cancelled run
         self._listing, self._encoding = ThreadPoolExecutor(1, "listing"), ThreadPoolExecutor(1, "encoder")
 
@@ -79,7 +80,7 @@ class Pipeline:
         workers = self.config.workers or default_workers()
         self._decoded: asyncio.Queue[tuple[Item, int] | None] = asyncio.Queue()
         # a batch more than the engine decodes together: it never starves while the next one is being encoded
-        self._permits = asyncio.Semaphore(self.engine.in_flight + batch)
+        self._permits = asyncio.Semaphore(-(-self.engine.in_flight // self.config.captions) + batch)
         self._ready = asyncio.Event()
         try:
             async with (
@@ -168,17 +169,20 @@ class Pipeline:
 
         await self._ready.wait()
         start = time.perf_counter()
+        draws = (self.engine.generate(embeds, self._sampling(item, i)) for i in range(self.config.captions))
         try:
-            completion = await self.engine.generate(embeds, self._sampling(item))
+            completions = await asyncio.gather(*draws)
         except EmbedsError as error:
             self._fail(item, "encoder", error)
         else:
+            texts = [c.text if self.config.raw else clean_caption(c.text) for c in completions]
             record = {
                 "id": item.id,
                 "path": item.path,
-                "caption": completion.text if self.config.raw else clean_caption(completion.text),
-                "tokens": len(completion.token_ids),
-                "finish_reason": completion.finish_reason,
+                "caption": texts[0],
+                **({"captions": list(dict.fromkeys(texts))} if len(texts) > 1 else {}),
+                "tokens": sum(len(c.token_ids) for c in completions),
+                "finish_reason": completions[0].finish_reason,
                 "timings": {"encode": round(encode_seconds, 4), "llm": round(time.perf_counter() - start, 4)},
                 "model": self.model,
             }
@@ -186,9 +190,9 @@ class Pipeline:
             self.progress.caption()
         self._permits.release()
 
-    def _sampling(self, item: Item) -> Sampling:
+    def _sampling(self, item: Item, draw: int) -> Sampling:
         """Each image draws from a seed of its own, so that its caption does not depend on what else is captioned."""
-        key = f"{self.config.sampling.seed}:{item.id}".encode("utf-8", "surrogateescape")
+        key = f"{self.config.sampling.seed + draw}:{item.id}".encode("utf-8", "surrogateescape")
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
         return replace(self.config.sampling, seed=seed)
 

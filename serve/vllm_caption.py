@@ -48,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
     p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws at a temperature above 0")
+    p.add_argument("-n", type=_positive, default=1, metavar="N", help="captions drawn per image; equal ones count once")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end captions before TEXT (repeatable)")
+    p.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for the language model (vllm)")
+    p.add_argument("--tensor-parallel", type=_positive, default=1, metavar="N", help="GPUs that share the LLM (vllm)")
     p.add_argument("--prompt-batch", type=_positive, default=32, metavar="N", help="images per encoder batch (32)")
     p.add_argument("--in-flight", type=_positive, default=128, metavar="N", help="captions decoded together (128)")
     p.add_argument("--workers", type=_positive, metavar="N", help="decode processes (default: cores less one)")
@@ -121,6 +125,10 @@ def _caption(args: argparse.Namespace) -> int:
 
     if not args.paths or not args.ckpt:
         raise Misuse("PATH and --ckpt are needed (--help shows the usage)")
+    if args.n > 1 and not args.temperature:
+        raise Misuse(f"-n {args.n} draws captions: give --temperature above 0, greedy ones are all the same")
+    if "" in args.stop:
+        raise Misuse("--stop needs a text: '' would end every caption at once")
     if args.output == "-" and args.format != "jsonl":
         raise Misuse(f"--format {args.format} writes files: give -o a file or folder")
     if args.gallery and (args.output == "-" or args.format in ("parquet", "webdataset")):
@@ -134,7 +142,7 @@ def _caption(args: argparse.Namespace) -> int:
     items = _items(args)
 
     from serve.formats import sink_class
-    from serve.llm import LLMSpec, Sampling, engine_class
+    from serve.llm import LLMSpec, Options, Sampling, engine_class
     from serve.pipeline import Pipeline, PipelineConfig
     from serve.progress import Progress
     from serve.sinks import StreamSink
@@ -144,13 +152,14 @@ def _caption(args: argparse.Namespace) -> int:
         max_tokens = spec.max_tokens(args.max_tokens)
     except ValueError as error:
         raise Misuse(f"--max-tokens: {error}") from error
-    sampling = Sampling(max_tokens, args.temperature, args.seed)
-    config = PipelineConfig(sampling, args.prompt_batch, args.workers, args.limit, args.raw)
-    engine = engine_class(args.engine)(spec, max_tokens, args.in_flight, args.debug)
+    sampling = Sampling(max_tokens, args.temperature, args.seed, tuple(args.stop))
+    config = PipelineConfig(sampling, args.prompt_batch, args.workers, args.limit, args.raw, args.n)
+    options = Options(args.lora, args.tensor_parallel)
+    engine = engine_class(args.engine)(spec, max_tokens, args.in_flight, args.debug, options)
     if args.output == "-":
         sink = StreamSink(_claim_stdout(), sys.stderr.fileno())
     else:
-        sink = sink_class(args.format)(_output(args), checkpoint.hash, args.resume)
+        sink = sink_class(args.format)(_output(args), options.mark(checkpoint.hash), args.resume)
     progress = Progress()
     threading.Thread(target=_count, args=(args, progress), daemon=True).start()
     try:
@@ -229,12 +238,12 @@ def _claim_stdout() -> int:
 def _verdict(error: Exception) -> tuple[int, str]:
     """Exit code and sentence for an exception."""
     from serve.decode import DecodeError
-    from serve.llm import EngineError, one_line
+    from serve.llm import EngineError, OptionError, one_line
     from serve.sinks import SinkError
     from serve.sources import SourceError
     from vlv.checkpoint import CheckpointError
 
-    if isinstance(error, Misuse | SourceError):
+    if isinstance(error, Misuse | SourceError | OptionError):
         return 2, str(error)
     if isinstance(error, SinkError | CheckpointError | EngineError | DecodeError):
         return 1, str(error)

@@ -18,24 +18,31 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.llm import Completion, Engine, EngineError, Sampling, one_line
+from serve.llm import Engine, EngineError, Sampling, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, they leave shared memory to clean up
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 CPU_BLOCK = 128  # tokens a block of vLLM's CPU cache
 
 
 class VllmEngine(Engine):
     """Continuous batching by vLLM, in its own processes."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    name = "vllm"
+    takes = frozenset({"lora", "tensor_parallel"})
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self._ids = itertools.count()
+        self._lora = None
         self._engine, self._logs, self._failed, self._closed = None, None, False, False
         self._guard = _Guard()
 
@@ -89,12 +96,22 @@ class VllmEngine(Engine):
             max_num_seqs=self.in_flight,
             skip_tokenizer_init=True,  # we detokenize, alike for all engines
             disable_log_stats=True,
+            tensor_parallel_size=self.options.tensor_parallel,
             **device,
+            **self._lora_arguments(),
         )
         config = arguments.create_engine_config()
         if self._closed:
             raise EngineError("closed before it had started")
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+    def _lora_arguments(self) -> dict:
+        if not self.options.lora:
+            return {}
+        from vllm.lora.request import LoRARequest
+
+        self._lora = LoRARequest(self.options.lora.name, 1, str(self.options.lora))
+        return {"enable_lora": True, "max_lora_rank": lora_rank(self.options.lora)}
 
     def _cache_bytes(self) -> int:
         """Key-value cache for all requests in flight at their longest, but at most a quarter of the free memory.
@@ -113,6 +130,8 @@ class VllmEngine(Engine):
         os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(128 << 10))
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        if self.options.tensor_parallel > 1:  # on a CPU, vLLM would want a NUMA node for each process
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if self.debug or "VLLM_LOGGING_CONFIG_PATH" in os.environ:
             return
         folder = Path(tempfile.mkdtemp(prefix="vlv-vllm-"))
@@ -139,7 +158,7 @@ class VllmEngine(Engine):
         causes = re.findall(r"^.*?\b(\w*(?:Error|Exception): .+)$", self._logs.read_text(errors="replace"), re.M)
         return f"{what}: {causes[0] if causes else cause} (its log: {self._logs})"
 
-    async def generate(self, embeds: Tensor, sampling: Sampling) -> Completion:
+    async def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -150,14 +169,17 @@ class VllmEngine(Engine):
             seed=sampling.seed if sampling.temperature > 0 else None,
             stop_token_ids=[self.end],
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA if every else RequestOutputKind.FINAL_ONLY,
+        )
+        request = self._engine.generate(
+            {"prompt_embeds": embeds}, params, str(next(self._ids)), lora_request=self._lora
         )
         try:
-            async for output in self._engine.generate({"prompt_embeds": embeds}, params, str(next(self._ids))):
-                tokens = output.outputs[0].token_ids
+            async with aclosing(request) as outputs:
+                async for output in outputs:
+                    yield list(output.outputs[0].token_ids)
         except Exception as error:
             raise EngineError(self._explain("vLLM's engine has died", error)) from error
-        return self._complete(list(tokens))
 
     async def close(self) -> None:
         self._closed = True
@@ -174,6 +196,18 @@ class VllmEngine(Engine):
             os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)  # ours: the next process must not look for it
             if not self._failed:
                 shutil.rmtree(self._logs.parent, ignore_errors=True)
+
+
+def lora_rank(folder: Path) -> int:
+    """The rank of a PEFT adapter, up to the next one that vLLM has. Raises EngineError where it is no adapter."""
+    file = folder / "adapter_config.json"
+    try:
+        rank = json.loads(file.read_text())["r"]
+        return next(r for r in LORA_RANKS if r >= rank)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{file} does not describe a LoRA adapter: {one_line(error)}") from error
+    except StopIteration:
+        raise EngineError(f"{file}: rank {rank}; vLLM takes up to {LORA_RANKS[-1]}") from None
 
 
 def _engine_processes() -> list:

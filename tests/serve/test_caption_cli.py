@@ -105,6 +105,17 @@ def test_raw_captions_and_the_clean_up(caption, scene_images, tmp_path):
     assert {r["id"]: r["caption"] for r in records} == {r["id"]: clean_caption(r["caption"]) for r in raw}
 
 
+def test_stop_strings_and_several_captions(caption, scene_images, tmp_path):
+    code, records, *_ = caption(scene_images, "--limit", 8, "--raw", "--stop", " is", "--stop", "never said")
+    _, plain, *_ = caption(scene_images, "--limit", 8, "--raw", output=tmp_path / "plain.jsonl")
+    assert code == 0
+    assert {r["id"]: r["caption"] for r in records} == {r["id"]: r["caption"].split(" is")[0] for r in plain}
+    drawn = ["--limit", 4, "-n", 3, "--temperature", 1]
+    code, records, *_ = caption(scene_images, *drawn, output=tmp_path / "drawn.jsonl")
+    assert code == 0 and all(1 <= len(set(r["captions"])) == len(r["captions"]) <= 3 for r in records)
+    assert max(len(r["captions"]) for r in records) > 1
+
+
 def test_resuming_after_all_is_done(caption, scene_images):
     caption(scene_images, "--limit", 3)
     code, records, _, stderr = caption(scene_images, "--limit", 3)
@@ -153,6 +164,9 @@ def test_arguments_that_cannot_be_meant(caption, scene_images, tmp_path, capsys)
         (scene_images, "--limit", "0"): "error: argument --limit: '0' is no whole number above 0",
         (scene_images, "--temperature", "-1"): "error: argument --temperature: '-1' is no number from 0 to 10",
         (scene_images, "--shard", "0/3"): "error: argument --shard: '0/3' is no part of a whole, such as 3/16",
+        (scene_images, "-n", "3"): "error: -n 3 draws captions: give --temperature above 0",
+        (scene_images, "--stop", ""): "error: --stop needs a text",
+        (scene_images, "--lora", "x"): "error: --lora does not go with --engine transformers",
         (scene_images, "--engine", "magic"): "error: argument --engine: invalid choice: 'magic'",
     }.items():
         code, *_, stderr = caption(*args)

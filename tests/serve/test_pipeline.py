@@ -18,6 +18,8 @@ from vlv.checkpoint import Checkpoint
 class Fake(Engine):
     """Says how long the embeddings are; remembers how many requests were open at a time."""
 
+    name = "fake"
+    tokens = None  # generate is all that the pipeline asks for
     open = most = 0
     started = closed = False
 
@@ -79,6 +81,18 @@ def test_resumes_and_limits(checkpoint, scene_images, tmp_path):
     assert (progress.captioned, progress.skipped) == (59, 11) and len({r["id"] for r in records}) == len(records) == 64
     seeds = {r["id"]: r["caption"].split(".")[0] for r in records}
     assert len(set(seeds.values())) == 64  # each image draws from a seed of its own
+
+
+def test_several_captions_an_image(checkpoint, scene_images, tmp_path):
+    class Twins(Fake):
+        async def generate(self, embeds, sampling):
+            return Completion(f"Even {sampling.seed % 2}.", [1, 2], "stop")
+
+    engine = Twins(LLMSpec.of(checkpoint), 20, 4)
+    _, records, _ = caption(checkpoint, [scene_images], tmp_path / "c.jsonl", engine, captions=3)
+    kinds = {tuple(r["captions"]) for r in records}
+    assert kinds == {("Even 0.",), ("Even 1.",), ("Even 0.", "Even 1."), ("Even 1.", "Even 0.")}
+    assert all(r["caption"] == r["captions"][0] and r["tokens"] == 6 for r in records) and len(records) == 64
 
 
 def test_bad_images_are_records_of_their_own(checkpoint, scene_images, tmp_path):

@@ -1,0 +1,125 @@
+"""transformers' `generate` behind the Engine signature: the plain reference."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from serve.llm import Engine, EngineError, Sampling, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class _Job:
+    """One request; `steps` takes its new tokens, then None or what went wrong."""
+
+    embeds: Tensor
+    sampling: Sampling
+    steps: asyncio.Queue = field(default_factory=asyncio.Queue)
+    over: bool = False  # it has all its tokens, or nobody waits for them any more
+
+    @property
+    def settings(self) -> tuple:
+        """What all requests of a batch share; seeds may differ, since a batch draws from one generator."""
+        return self.sampling.max_tokens, self.sampling.temperature
+
+
+class TransformersEngine(Engine):
+    """Batches of what waits at the moment, at most `in_flight` together."""
+
+    name = "transformers"
+
+    async def start(self) -> None:
+        self._waiting: deque[_Job] = deque()
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "llm")
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
+        except Exception as error:
+            raise EngineError(f"transformers cannot load {self.spec.folder}: {one_line(error)}") from error
+        self._task = asyncio.create_task(self._serve())
+
+    def _load(self) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, logging
+
+        logging.disable_progress_bar()  # stderr has one of its own
+        self._load_tokenizer()
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        self._llm = AutoModelForCausalLM.from_pretrained(self.spec.folder, dtype=dtype).to(device).eval()
+
+    async def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
+        self.spec.check(embeds)
+        job = _Job(embeds, sampling)
+        self._waiting.append(job)
+        self._wake.set()
+        try:
+            while (step := await job.steps.get()) is not None:
+                if isinstance(step, Exception):
+                    raise step
+                yield step
+        finally:
+            job.over = True
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            jobs = [self._waiting.popleft()]
+            while self._waiting and len(jobs) < self.in_flight and self._waiting[0].settings == jobs[0].settings:
+                jobs.append(self._waiting.popleft())
+            if not self._waiting:
+                self._wake.clear()
+            jobs = [job for job in jobs if not job.over]
+            if not jobs:
+                continue
+            end = None
+            try:
+                await loop.run_in_executor(self._thread, self._generate, loop, jobs)
+            except Exception as error:
+                end = EngineError(f"transformers failed: {one_line(error)}")
+            for job in jobs:
+                job.steps.put_nowait(end)
+
+    def _generate(self, loop: asyncio.AbstractEventLoop, jobs: list[_Job]) -> None:
+        """Decode one batch, and hand every step to the event loop."""
+        import torch
+        from transformers import GenerationConfig
+
+        sampling = jobs[0].sampling
+        prompt = torch.stack([job.embeds for job in jobs]).to(self._llm.device, self._llm.dtype)
+        torch.manual_seed(sampling.seed)
+        # a fresh configuration: that of the checkpoint may hold penalties, top-k or beams
+        draws = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0} if sampling.temperature else {}
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_tokens, eos_token_id=self.end, pad_token_id=self.end, **draws
+        )
+
+        def after_step(ids: Tensor, _, **__) -> Tensor:
+            step = ids[:, -1].tolist()
+            loop.call_soon_threadsafe(self._deliver, jobs, step)
+            return torch.tensor([job.over for job in jobs], device=ids.device)  # a cancelled one ends early
+
+        mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+        with torch.inference_mode():
+            self._llm.generate(
+                inputs_embeds=prompt, attention_mask=mask, generation_config=config, stopping_criteria=[after_step]
+            )
+
+    def _deliver(self, jobs: list[_Job], step: list[int]) -> None:
+        for job, token in zip(jobs, step, strict=True):
+            if not job.over:
+                job.steps.put_nowait([token])
+                if token == self.end:  # the rest of its row is padding
+                    job.over = True
+                    job.steps.put_nowait(None)
+
+    async def close(self) -> None:
+        if task := getattr(self, "_task", None):
+            task.cancel()
