@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from serve.sources import Item
-from vlv.image import ImageError, load_crop
+from vlv.image import MAX_PIXELS, ImageError, load_crop
 
 _Job = tuple[Item, int, asyncio.Future]  # an item, its slot, and the promise of an answer
 WINDOW = 2  # items at a process: the one it decodes, and the next, so that it does not wait for us
@@ -30,7 +30,7 @@ class DecodeError(RuntimeError):
     """Decode processes cannot be started at all."""
 
 
-def _work(pipe: Connection, memory, slots: int, size: int) -> None:
+def _work(pipe: Connection, max_pixels: int, memory, slots: int, size: int) -> None:
     """Say that it runs; then decode (item, slot) until the pipe ends, answering None or (kind, message)."""
     # Ctrl-C reaches the whole process group: the parent decides what it means
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -42,7 +42,7 @@ def _work(pipe: Connection, memory, slots: int, size: int) -> None:
         except (EOFError, OSError):  # the parent has closed the pipe, or was killed
             return
         try:
-            crops[slot] = load_crop(item.read(), size)
+            crops[slot] = load_crop(item.read(), size, max_pixels)
             answer = None
         except ImageError as error:
             answer = (error.kind, str(error))
@@ -82,13 +82,13 @@ class DecodePool:
     async context manager, from one event loop.
     """
 
-    def __init__(self, size: int, workers: int, slots: int):
+    def __init__(self, size: int, workers: int, slots: int, max_pixels: int = MAX_PIXELS):
         self._context = multiprocessing.get_context("spawn")
         self._args = (self._context.RawArray(ctypes.c_uint8, slots * 3 * size * size), slots, size)
         self.crops = _crops(*self._args)  # uint8 [slots, 3, size, size]
         self._free = deque(range(slots))
         self._available = asyncio.Semaphore(slots)
-        self._count, self._workers = workers, []
+        self._count, self._workers, self._max_pixels = workers, [], max_pixels
         self._backlog: deque[_Job] = deque()
 
     async def __aenter__(self) -> DecodePool:
@@ -123,7 +123,7 @@ class DecodePool:
         await answer
 
     def _start(self) -> None:
-        worker = _Worker(self._context, *self._args)
+        worker = _Worker(self._context, self._max_pixels, *self._args)
         self._workers.append(worker)
         asyncio.get_running_loop().add_reader(worker.pipe.fileno(), self._readable, worker)
 

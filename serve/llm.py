@@ -158,6 +158,11 @@ class Engine(ABC):
         The end token may be the last. Closing the generator cancels the request. Raises EmbedsError or EngineError.
         """
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can still answer, once it has started."""
+        return True
+
     @abstractmethod
     async def close(self) -> None:
         """Free the model and end its processes; also after a `start` that failed or was cancelled."""

@@ -48,14 +48,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
     p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws at a temperature above 0")
-    p.add_argument("-n", type=_positive, default=1, metavar="N", help="captions drawn per image; equal ones count once")
+    p.add_argument("-n", type=positive, default=1, metavar="N", help="captions drawn per image; equal ones count once")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end captions before TEXT (repeatable)")
     p.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for the language model (vllm)")
-    p.add_argument("--tensor-parallel", type=_positive, default=1, metavar="N", help="GPUs that share the LLM (vllm)")
-    p.add_argument("--prompt-batch", type=_positive, default=32, metavar="N", help="images per encoder batch (32)")
-    p.add_argument("--in-flight", type=_positive, default=128, metavar="N", help="captions decoded together (128)")
-    p.add_argument("--workers", type=_positive, metavar="N", help="decode processes (default: cores less one)")
-    p.add_argument("--limit", type=_positive, metavar="N", help="only the first N images of the input")
+    p.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share the LLM (vllm)")
+    p.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images per encoder batch (32)")
+    p.add_argument("--in-flight", type=positive, default=128, metavar="N", help="captions decoded together (128)")
+    p.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
+    p.add_argument("--limit", type=positive, metavar="N", help="only the first N images of the input")
     p.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True,
         help="skip what the output already holds (default); --no-resume starts over and keeps the old file as NAME.old",
@@ -67,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that is a whole number above 0."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        code, text = _verdict(error)
+        code, text = verdict(error)
         _say(f"error: {text}")
         return code
 
@@ -235,7 +236,7 @@ def _claim_stdout() -> int:
     return data
 
 
-def _verdict(error: Exception) -> tuple[int, str]:
+def verdict(error: Exception) -> tuple[int, str]:
     """Exit code and sentence for an exception."""
     from serve.decode import DecodeError
     from serve.llm import EngineError, OptionError, one_line

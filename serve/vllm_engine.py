@@ -181,6 +181,10 @@ class VllmEngine(Engine):
         except Exception as error:
             raise EngineError(self._explain("vLLM's engine has died", error)) from error
 
+    @property
+    def alive(self) -> bool:
+        return self._engine is not None and not self._engine.errored
+
     async def close(self) -> None:
         self._closed = True
         if self._engine is not None:

@@ -1,0 +1,155 @@
+"""Pictures that a request names by URL: data: URLs, and http(s) from hosts on a list, fetched without trust.
+
+A server that fetches what strangers name can be turned against its own network. So: only listed hosts; every
+address that a name resolves to must be public, and the connection goes to the very addresses that were checked
+(a name that answers differently a second later gains nothing); redirects are followed by hand under the same
+rules; size and time are bounded; nothing is decompressed, no cookie, proxy or credential is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import socket
+import urllib.parse
+
+import aiohttp
+from aiohttp.abc import AbstractResolver
+
+from serve.limits import Refusal
+
+REDIRECTS = 3
+
+
+class Fetcher:
+    """`await fetcher.get(url)` -> the file's content. Raises Refusal 400."""
+
+    def __init__(self, hosts: tuple[str, ...] = (), max_bytes: int = 20 << 20, seconds: float = 10, private=False):
+        """`hosts`: `images.example.org`, `*.example.org`, with a port `host:8080`; `private` takes inner addresses."""
+        self._hosts, self._max_bytes, self._seconds, self._private = hosts, max_bytes, seconds, private
+        self._session: aiohttp.ClientSession | None = None
+
+    async def get(self, url: str) -> bytes:
+        """The content behind a data: or http(s) URL."""
+        if url[:5].lower() == "data:":
+            return self._data(url)
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await self._http(url)
+        except TimeoutError as error:
+            raise _no(f"the image did not arrive within {self._seconds:g} s") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise _no(f"the image cannot be fetched: {type(error).__name__}") from error
+
+    def _data(self, url: str) -> bytes:
+        head, comma, payload = url.partition(",")
+        if not comma:
+            raise _no("the data: URL has no comma between its type and its content")
+        if len(payload) > self._max_bytes * 4 // 3 + 4:
+            raise self._too_large()
+        try:
+            if head.lower().endswith(";base64"):
+                return base64.b64decode(urllib.parse.unquote(payload), validate=True)
+            return urllib.parse.unquote_to_bytes(payload)
+        except (binascii.Error, ValueError) as error:
+            raise _no("the data: URL's content is no base64") from error
+
+    async def _http(self, url: str) -> bytes:
+        for _ in range(REDIRECTS + 1):
+            self._check(url)
+            async with self._open().get(url, allow_redirects=False, headers={"Accept-Encoding": "identity"}) as answer:
+                if answer.status in (301, 302, 303, 307, 308) and (place := answer.headers.get("Location")):
+                    url = urllib.parse.urljoin(url, place)
+                    continue
+                if answer.status != 200:
+                    raise _no(f"the image's host answers {answer.status}")
+                if (answer.content_length or 0) > self._max_bytes:
+                    raise self._too_large()
+                content = bytearray()
+                async for chunk in answer.content.iter_chunked(1 << 16):
+                    content += chunk
+                    if len(content) > self._max_bytes:
+                        raise self._too_large()
+                return bytes(content)
+        raise _no(f"more than {REDIRECTS} redirects")
+
+    def _check(self, url: str) -> None:
+        """Scheme, host and port of a URL, before anything is resolved."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host, port = (parts.hostname or "").rstrip("."), parts.port
+        except ValueError as error:
+            raise _no("the image's URL cannot be read") from error
+        if parts.scheme not in ("http", "https") or not host:
+            raise _no("images come as data: URLs, or as http(s) URLs of hosts that this server allows")
+        if parts.username is not None or parts.password is not None:
+            raise _no("an image's URL must hold no credentials")
+        default = port in (None, {"http": 80, "https": 443}[parts.scheme])
+        if not any(_matches(entry, host if default else f"{host}:{port}") for entry in self._hosts):
+            raise _no(f"this server fetches no images from {host}: send a data: URL")
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return  # a name: the resolver checks what it stands for
+        if not self._private and not is_public(address):
+            raise _no("the image's host is no public address")
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(resolver=PublicResolver(self._private), limit=64, use_dns_cache=False)
+            self._session = aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False, auto_decompress=False
+            )
+        return self._session
+
+    def _too_large(self) -> Refusal:
+        return _no(f"the image file has more than {self._max_bytes >> 20} MiB")
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+
+class PublicResolver(AbstractResolver):
+    """Resolves a name only if all its addresses are public; the connection uses exactly these."""
+
+    def __init__(self, private: bool):
+        self._private = private
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[dict]:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family)
+        for *_, where in found:
+            if not self._private and not is_public(ipaddress.ip_address(where[0].partition("%")[0])):
+                raise _no("the image's host is no public address")
+        return [
+            {
+                "hostname": host, "host": where[0], "port": port, "family": kind, "proto": proto,
+                "flags": socket.AI_NUMERICHOST,
+            }
+            for kind, _, proto, _, where in found
+        ]  # fmt: skip
+
+    async def close(self) -> None:
+        pass
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is on the open internet, seen through IPv6 forms that wrap an IPv4 one."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
+        if inner is None and address in ipaddress.ip_network("64:ff9b::/96"):
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(inner)
+    return address.is_global and not address.is_multicast
+
+
+def _matches(entry: str, host: str) -> bool:
+    return host.endswith(entry[1:].lower()) if entry.startswith("*.") else host == entry.lower()
+
+
+def _no(message: str) -> Refusal:
+    return Refusal(400, "image_url", message)

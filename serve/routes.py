@@ -1,0 +1,245 @@
+"""The routes of the server: a request in, its stages under one deadline, an answer or one clear refusal out."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from serve import api
+from serve.fetch import Fetcher
+from serve.incoming import all_of, bounded, read_form, read_json, until_gone
+from serve.limits import Admission, Keys, Place, Refusal
+from serve.page import PAGE
+from serve.service import Service
+
+GONE = 499  # nobody reads this answer: the client has closed the connection
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one request may cost."""
+
+    deadline: float = 60  # seconds from the request to its last byte
+    body_seconds: float = 20  # for the request to arrive
+    body_bytes: int = 64 << 20
+    images: int = 64
+
+
+class Routes:
+    """The application around a service; `draining` refuses what is new."""
+
+    def __init__(
+        self, service: Service, model: str, keys: Keys, admission: Admission, fetcher: Fetcher, bounds: Bounds
+    ):
+        self.service, self.model, self.keys, self.admission = service, model, keys, admission
+        self.fetcher, self.bounds, self.draining = fetcher, bounds, False
+        self.metrics = service.metrics
+        self.metrics.watch("active_images", lambda: admission.active)
+        self.queries, self.width = service.engine.spec.queries, service.engine.spec.width
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        work = (("/v1/chat/completions", self.chat), ("/v1/captions", self.captions), ("/v1/embeddings", self.embed))
+        routes = [Route(path, self._worker(path, work_on), methods=["POST"]) for path, work_on in work]
+        routes += [
+            Route("/v1/models", self.models),
+            Route("/health", self.health),
+            Route("/ready", self.ready),
+            Route("/metrics", self.prometheus),
+            Route("/", self.page),
+        ]
+        handlers = {HTTPException: self._http_error, Exception: self._unexpected}
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    def _worker(self, path: str, work_on: Callable) -> Callable:
+        """Admission, deadline, disconnects and errors around a route that works on images."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                request = bounded(request, self.bounds.body_bytes)
+                response = await until_gone(request, self._admitted(request, work_on))
+            except Refusal as refusal:
+                response = self._refused(refusal)
+            except ClientDisconnect:
+                response = Response(status_code=GONE)
+            except TimeoutError:
+                response = self._refused(Refusal(504, "deadline", f"not done within {self.bounds.deadline:g} s"))
+            self.metrics.requests.labels(path, response.status_code).inc()
+            return response
+
+        return answer
+
+    async def _admitted(self, request: Request, work_on: Callable) -> Response:
+        if self.draining:
+            raise Refusal(503, "draining", "the server is being shut down", 5)
+        key = self.keys.find(request.headers.get("authorization"))
+        self.service.check_ready()
+        entered = self.admission.enter(key)
+        place, deadline = entered.__enter__(), asyncio.get_running_loop().time() + self.bounds.deadline
+        try:
+            async with asyncio.timeout_at(deadline):
+                content = await work_on(request, place)
+        except BaseException:
+            entered.__exit__(None, None, None)
+            raise
+        if isinstance(content, dict):
+            entered.__exit__(None, None, None)
+            return JSONResponse(content)
+
+        async def events() -> AsyncIterator[bytes]:
+            try:
+                async with aclosing(content), asyncio.timeout_at(deadline):
+                    async for event in content:
+                        yield event
+            except Refusal as refusal:  # the status has been sent: the stream says what happened
+                yield api.Chunks(self.model).error(refusal)
+            except TimeoutError:
+                yield api.Chunks(self.model).error(Refusal(504, "deadline", "the deadline has passed"))
+            finally:
+                entered.__exit__(None, None, None)
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def chat(self, request: Request, place: Place):
+        """POST /v1/chat/completions"""
+        body = await read_json(request, self.bounds.body_seconds)
+        self._check_model(body)
+        url, wanted = api.image_of(body.get("messages")), api.wish(body, self.service.engine.max_tokens)
+        embeds = await self.service.embed(await self.fetcher.get(url))
+        if body.get("stream"):
+            if wanted.count > 1 or wanted.as_json:
+                raise Refusal(400, "invalid_request", "stream goes with n = 1 and response_format text")
+            options = body.get("stream_options")
+            return self._stream(embeds, wanted, isinstance(options, dict) and bool(options.get("include_usage")))
+        completions = await self._write(embeds, wanted, place)
+        tokens = sum(len(c.token_ids) for c in completions)
+        return api.chat(self.model, api.finished(completions, wanted), wanted, self.queries, tokens)
+
+    async def _stream(self, embeds, wanted: api.Wish, with_usage: bool) -> AsyncIterator[bytes]:
+        chunks, cleaner, tokens = api.Chunks(self.model), api.Cleaner(), 0
+        start, first = asyncio.get_running_loop().time(), True
+        yield chunks.event({"role": "assistant", "content": ""})
+        async with aclosing(self.service.stream(embeds, wanted.sampling)) as pieces:
+            async for piece in pieces:
+                tokens += len(piece.token_ids)
+                if text := piece.text if wanted.raw else cleaner.push(piece.text):
+                    yield chunks.event({"content": text})
+                if first:
+                    self.metrics.first_token.observe(asyncio.get_running_loop().time() - start)
+                    first = False
+                reason = piece.finish_reason
+        if not wanted.raw and (text := cleaner.end()):
+            yield chunks.event({"content": text})
+        yield chunks.event({}, reason)
+        if with_usage:
+            yield chunks.usage(self.queries, tokens)
+        yield chunks.DONE
+
+    async def _write(self, embeds, wanted: api.Wish, place: Place) -> list:
+        """The captions of one image, each from a seed of its own."""
+        place.take(wanted.count - 1)
+        first = wanted.sampling
+        draws = [replace(first, seed=first.seed + i) for i in range(wanted.count)]
+        return await all_of([self.service.caption(embeds, draw) for draw in draws])
+
+    async def captions(self, request: Request, place: Place) -> dict:
+        """POST /v1/captions: multipart files, or JSON {"images": [url, ...]}; one result an image, in order."""
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            sources, body = await read_form(request, self.bounds.body_seconds, self.bounds.images)
+        else:
+            body = await read_json(request, self.bounds.body_seconds)
+            sources = [(None, self.fetcher.get(url)) for url in api.urls_of(body, "images", self.bounds.images)]
+        try:
+            self._check_model(body)
+            wanted = api.wish(body, self.service.engine.max_tokens)
+            place.take(len(sources) - 1)
+        except BaseException:
+            for _, content in sources:
+                content.close()  # never awaited
+            raise
+        return {
+            "model": self.model,
+            "captions": await all_of([self._result(i, *s, wanted, place) for i, s in enumerate(sources)]),
+        }
+
+    async def _result(self, index: int, name: str | None, content: Awaitable[bytes], wanted, place) -> dict:
+        result = {"index": index} | ({"filename": name} if name else {})
+        try:
+            completions = await self._write(await self.service.embed(await content), wanted, place)
+        except Refusal as refusal:
+            if refusal.status != 400:
+                raise
+            return result | api.error_body(refusal)
+        (text, first), *others = api.finished(completions, wanted)
+        more = {"captions": [text, *(t for t, _ in others)]} if wanted.count > 1 else {}
+        tokens = sum(len(c.token_ids) for c in completions)
+        return {**result, "caption": text, **more, "tokens": tokens, "finish_reason": first.finish_reason}
+
+    async def embed(self, request: Request, place: Place) -> dict:
+        """POST /v1/embeddings: `input` is one image URL or several."""
+        body = await read_json(request, self.bounds.body_seconds)
+        self._check_model(body)
+        urls, encoding = api.urls_of(body, "input", self.bounds.images), body.get("encoding_format") or "float"
+        if encoding not in ("float", "base64") or body.get("dimensions") is not None:
+            raise Refusal(400, "invalid_request", "encoding_format must be float or base64, and dimensions left out")
+        place.take(len(urls) - 1)
+
+        async def one(url: str):
+            return await self.service.embed(await self.fetcher.get(url))
+
+        rows = await all_of([one(url) for url in urls])
+        return api.embeddings(self.model, rows, encoding, (self.queries, self.width))
+
+    async def models(self, request: Request) -> Response:
+        try:
+            self.keys.find(request.headers.get("authorization"))
+        except Refusal as refusal:
+            return self._refused(refusal)
+        entry = {"id": self.model, "object": "model", "created": 0, "owned_by": "vlv"}
+        shape = {"queries": self.queries, "width": self.width, "max_tokens": self.service.engine.max_tokens}
+        return JSONResponse({"object": "list", "data": [{**entry, **shape}]})
+
+    async def health(self, _) -> Response:
+        """The process answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _) -> Response:
+        """Captions can be written."""
+        ready = self.service.ready and not self.draining
+        state = "ready" if ready else "draining" if self.draining else "loading"
+        return JSONResponse({"status": state}, 200 if ready else 503)
+
+    async def prometheus(self, _) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def page(self, _) -> Response:
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:"})
+
+    def _check_model(self, body: dict) -> None:
+        if body.get("model") not in (None, self.model):
+            raise Refusal(404, "model_not_found", f"there is no such model here; there is {self.model}")
+
+    def _refused(self, refusal: Refusal) -> Response:
+        self.metrics.refused.labels(refusal.kind).inc()
+        headers = {}
+        if refusal.retry_after is not None:
+            headers["Retry-After"] = str(math.ceil(refusal.retry_after))
+        if self.draining or refusal.status in (408, 413):
+            headers["Connection"] = "close"
+        return JSONResponse(api.error_body(refusal), refusal.status, headers)
+
+    async def _http_error(self, _, error: HTTPException) -> Response:
+        """No such route or method."""
+        return JSONResponse(api.error_body(Refusal(error.status_code, "http", error.detail)), error.status_code)
+
+    async def _unexpected(self, _, error: Exception) -> Response:
+        return JSONResponse(api.error_body(Refusal(500, "internal", "an unexpected error: see the server's log")), 500)

@@ -1,0 +1,190 @@
+"""An OpenAI-compatible captioning server: python -m serve.server --ckpt DIR --port 8000
+
+/v1/chat/completions, /v1/captions, /v1/embeddings, /v1/models, /health, /ready, /metrics, and a page at /.
+docs/serving.md describes them. It answers from the first second; captions come once /ready says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import sys
+from pathlib import Path
+
+from serve.vllm_caption import Misuse, Parser, positive, verdict
+
+EXIT_CODES = """\
+exit codes: 0 stopped by SIGTERM or Ctrl-C, with every request answered; 1 the server cannot run; 2 wrong arguments.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Light: neither torch nor the server is imported for --help."""
+    p = Parser(
+        prog="python -m serve.server",
+        description="Serve captions of a VLV checkpoint over HTTP, as OpenAI's API.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
+    p.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
+    p.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="what runs the language model")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
+    p.add_argument("--in-flight", type=positive, default=128, metavar="N", help="captions written together (128)")
+    p.add_argument("--queue", type=positive, default=128, metavar="N", help="images that may wait beyond these (128)")
+    p.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images per encoder batch (32)")
+    p.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
+    p.add_argument("--keys", type=Path, metavar="FILE", help="hashes of the API keys that are let in")
+    p.add_argument("--new-key", metavar="NAME", help="make a key, add its hash to --keys, print it, and stop")
+    p.add_argument(
+        "--per-minute", type=positive, default=6000, metavar="N", help="of --new-key: images a minute (6000)"
+    )
+    p.add_argument("--concurrent", type=positive, default=256, metavar="N", help="of --new-key: images at a time (256)")
+    p.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
+    p.add_argument(
+        "--image-host", action="append", default=[], metavar="HOST",
+        help="fetch http(s) images from this host (repeatable; *.example.org, host:port); none by default",
+    )  # fmt: skip
+    p.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
+    p.add_argument("--body-seconds", type=positive, default=20, metavar="S", help="for a request to arrive (20)")
+    p.add_argument("--max-body", type=positive, default=64, metavar="MIB", help="largest request (64)")
+    p.add_argument("--max-image", type=positive, default=20, metavar="MIB", help="largest image file fetched (20)")
+    p.add_argument("--max-images", type=positive, default=64, metavar="N", help="images in one request (64)")
+    p.add_argument("--max-pixels", type=positive, default=50_000_000, metavar="N", help="of an image (50 million)")
+    p.add_argument("--drain", type=positive, default=60, metavar="S", help="seconds to finish at SIGTERM (60)")
+    p.add_argument("--debug", action="store_true", help="tracebacks, and the engine's log on stderr")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        if args.new_key:
+            return _new_key(args)
+        return asyncio.run(_serve(args))
+    except Exception as error:
+        if args.debug:
+            raise
+        code, text = verdict(error)
+        say(f"error: {text}")
+        return code
+
+
+def _new_key(args: argparse.Namespace) -> int:
+    from serve.limits import Keys, KeysError
+
+    if not args.keys:
+        raise Misuse("--new-key needs --keys FILE, where the key's hash is added")
+    try:
+        key = Keys.add(args.keys, args.new_key, per_minute=args.per_minute, concurrent=args.concurrent)
+    except KeysError as error:
+        raise Misuse(str(error)) from error
+    print(key)
+    say("the key is shown only now; a running server reads --keys when it starts again")
+    return 0
+
+
+async def _serve(args: argparse.Namespace) -> int:
+    from serve.fetch import Fetcher
+    from serve.limits import Admission, Keys, KeysError
+    from serve.llm import LLMSpec, engine_class
+    from serve.routes import Bounds, Routes
+    from serve.service import Service, ServiceConfig
+    from vlv.checkpoint import CheckpointError
+    from vlv.published import resolve
+
+    if not args.ckpt:
+        raise Misuse("--ckpt is needed (--help shows the usage)")
+    if not (args.keys or args.no_auth or _loopback(args.host)):
+        raise Misuse(f"--host {args.host} lets others in: give --keys FILE (make one with --new-key), or --no-auth")
+    try:
+        checkpoint = resolve(args.ckpt)
+        keys = Keys.load(args.keys) if args.keys else Keys()
+    except (CheckpointError, KeysError) as error:
+        raise Misuse(str(error)) from error
+    spec = LLMSpec.of(checkpoint)
+    try:
+        max_tokens = spec.max_tokens(args.max_tokens)
+    except ValueError as error:
+        raise Misuse(f"--max-tokens: {error}") from error
+
+    def make_engine():
+        return engine_class(args.engine)(spec, max_tokens, args.in_flight, args.debug)
+
+    service = Service(checkpoint, make_engine, ServiceConfig(args.prompt_batch, args.workers, args.max_pixels))
+    fetcher = Fetcher(tuple(args.image_host), args.max_image << 20)
+    bounds = Bounds(args.deadline, args.body_seconds, args.max_body << 20, args.max_images)
+    name = args.model_name or checkpoint.folder.resolve().name
+    routes = Routes(service, name, keys, Admission(args.in_flight + args.queue), fetcher, bounds)
+    try:
+        await service.start()
+        return await run(routes.app(), args.host, args.port, routes, service.failure, args.drain, args.body_seconds)
+    finally:
+        await service.close()
+        await fetcher.close()
+
+
+async def run(app, host: str, port: int, routes, failure: asyncio.Future, drain: float, header_seconds: float) -> int:
+    """Serve until a signal or a failure; a signal refuses what is new and answers what has begun."""
+    import uvicorn
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class Protocol(HttpToolsProtocol):
+        """A connection that must send the head of a request in time."""
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.loop.call_later(header_seconds, lambda: None if self.cycle else transport.close())
+
+    class Server(uvicorn.Server):
+        """uvicorn without its signal handlers: ours decide."""
+
+        @contextlib.contextmanager
+        def capture_signals(self):
+            yield
+
+    config = uvicorn.Config(
+        app, host, port, http=Protocol, lifespan="off", log_level="warning", access_log=False, backlog=512,
+        timeout_keep_alive=30, timeout_graceful_shutdown=int(drain), server_header=False, limit_concurrency=4096,
+    )  # fmt: skip
+    server, loop = Server(config), asyncio.get_running_loop()
+
+    def stop(number: signal.Signals) -> None:
+        if routes.draining:
+            server.force_exit = True
+        say(f"{number.name}: no new requests; those that run are finished (at most {drain} s)")
+        routes.draining = server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    failure.add_done_callback(lambda _: setattr(server, "should_exit", True))
+    say(f"listening at http://{host}:{port} (loading the models: /ready tells when they are there)")
+    try:
+        await server.serve()
+    except SystemExit as error:  # uvicorn's way to say that it cannot listen; its log has said why
+        raise OSError(f"cannot listen at {host}:{port}: another server has the port, or it is not allowed") from error
+    if failure.done():
+        failure.result()
+    return 0
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def say(text: str) -> None:
+    """One line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

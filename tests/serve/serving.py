@@ -1,0 +1,95 @@
+"""A server in this process around an engine that needs no model: for the tests of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+
+import httpx
+import uvicorn
+
+from serve.fetch import Fetcher
+from serve.limits import Admission, Keys
+from serve.llm import Engine, EngineError, LLMSpec
+from serve.routes import Bounds, Routes
+from serve.service import Service, ServiceConfig
+
+TEXT = "The image shows a cat. It is red! The image shows a cat. A dog is left of it. Its"
+CLEAN = "The image shows a cat. It is red! A dog is left of it."
+
+
+class Scripted(Engine):
+    """Writes TEXT, a token every `pace` seconds; knows what is open, and dies on demand."""
+
+    name = "scripted"
+    pace, running, cancelled, dead, starts = 0.001, 0, 0, False, 0
+
+    async def start(self) -> None:
+        self._load_tokenizer()
+        type(self).starts += 1
+
+    @property
+    def alive(self) -> bool:
+        return not self.dead
+
+    async def tokens(self, embeds, sampling, every):
+        self.spec.check(embeds)
+        cls = type(self)
+        cls.running += 1
+        try:
+            for token in self._tokenizer(TEXT, add_special_tokens=False).input_ids[: sampling.max_tokens]:
+                await asyncio.sleep(cls.pace)
+                if self.dead:
+                    raise EngineError("it died")
+                yield [token]
+        except (asyncio.CancelledError, GeneratorExit):
+            cls.cancelled += 1
+            raise
+        finally:
+            cls.running -= 1
+
+    async def close(self) -> None:
+        pass
+
+
+class Running:
+    """A server in a thread of its own."""
+
+    def __init__(self, checkpoint, engine, capacity=64, keys=None, fetcher=None, bounds=None):
+        self.engine, self._ready = engine, threading.Event()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._make = lambda: (checkpoint, capacity, keys or Keys(), fetcher or Fetcher(), bounds or Bounds())
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread.start()
+        deadline = time.monotonic() + 100
+        while not self.is_ready():
+            assert time.monotonic() < deadline and self._thread.is_alive(), "the server does not get ready"
+            time.sleep(0.05)
+
+    async def _serve(self) -> None:
+        checkpoint, capacity, keys, fetcher, bounds = self._make()
+        self.service = Service(
+            checkpoint, lambda: self.engine(LLMSpec.of(checkpoint), 100, 8), ServiceConfig(8, 1, 1_000_000)
+        )
+        self.routes = Routes(self.service, "tiny", keys, Admission(capacity), fetcher, bounds)
+        self._server = uvicorn.Server(uvicorn.Config(self.routes.app(), port=self.port, log_level="error"))
+        await self.service.start()
+        await self._server.serve()
+        await self.service.close()
+        await fetcher.close()
+
+    def is_ready(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(self.url + "/ready").status_code == 200
+        return False
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive()
