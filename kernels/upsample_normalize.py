@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.dispatch import fused
+from kernels.launch import launch
+from kernels.tiles import strides
+from kernels.tuning import config
+
 
 def bicubic_matrix(size: int, target: int) -> Tensor:
     """The matrix [target, size] of Pillow's bicubic resampling along one axis (a = -0.5), float32.
@@ -34,15 +39,45 @@ def _resample(x: Tensor, taps: Tensor) -> Tensor:
     return (level + (total - level + x @ (taps - coarse).T).floor()).clamp(0, 255)
 
 
-def upsample_normalize_reference(pixels: Tensor, resize: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, 3, S, S] RGB -> float32 [B, T, T, 3], channels last.
+def upsample_normalize_reference(
+    pixels: Tensor, resize: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """uint8 [B, 3, S, S] RGB -> [B, T, T, 3] in `dtype`, channels last.
 
     resize: float32 [T, S] from `bicubic_matrix`; mean, std: float32 [3]. Both passes round to 8 bits, as
     Pillow does, so the result is the published processor's.
     """
     wide = _resample(pixels.to(resize.dtype), resize)  # [B, 3, S, T], the horizontal pass first
     full = _resample(wide.transpose(-1, -2), resize)  # [B, 3, T columns, T rows]
-    return (full.permute(0, 3, 2, 1) / 255 - mean) / std
+    return ((full.permute(0, 3, 2, 1) / 255 - mean) / std).to(dtype)
 
 
-upsample_normalize = upsample_normalize_reference
+def upsample_normalize(
+    pixels: Tensor, resize: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`upsample_normalize_reference`, fused on CUDA where T >= S: the same levels, and only the result is written."""
+    target, size = resize.shape
+    if fused(resize, pixels, mean, std) and resize.dtype == torch.float32 and size <= target < 2**14:
+        return upsample_normalize_op(pixels, resize, mean, std, dtype)
+    return upsample_normalize_reference(pixels, resize, mean, std, dtype)
+
+
+@torch.library.custom_op("vlv::upsample_normalize", mutates_args=())
+def upsample_normalize_op(pixels: Tensor, resize: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    target, size = resize.shape
+    out = _channels_last(pixels, resize, mean, std, dtype)
+    tile, options = config("upsample_normalize.forward", f"t{target}", pixels.device)
+    launch(
+        "upsample_normalize.forward", ("cdiv(TARGET, BLOCK)", "TARGET", "batch"),
+        {
+            "pixels": pixels, "resize": resize.contiguous(), "mean": mean, "std": std, "out": out,
+            **strides("stride", pixels, "bcyx"),
+        },
+        {"SIZE": size, "TARGET": target, **tile}, options, batch=len(pixels),
+    )  # fmt: skip
+    return out
+
+
+@upsample_normalize_op.register_fake
+def _channels_last(pixels: Tensor, resize: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    return pixels.new_empty(len(pixels), resize.shape[0], resize.shape[0], 3, dtype=dtype)

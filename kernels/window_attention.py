@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from kernels.dispatch import fused
+from kernels.launch import launch
+from kernels.tiles import LOG2_E, power_of_two, strides, two_tiles
+from kernels.tuning import config
 
 
 def window_attention_reference(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
@@ -28,4 +34,76 @@ def window_attention_reference(qkv: Tensor, bias: Tensor, heads: int, window: in
     return out.reshape(b, rows * window, columns * window, c3 // 3)[:, :h, :w]
 
 
-window_attention = window_attention_reference
+def window_attention(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
+    """`window_attention_reference`, fused on CUDA: no copy of the map is made, and padding is never stored."""
+    if fused(qkv, bias) and 16 <= qkv.shape[-1] // 3 // heads <= 128 and 4 <= window <= 16:
+        return window_attention_op(qkv, bias, heads, window)
+    return window_attention_reference(qkv, bias, heads, window)
+
+
+def _start(kernel: str, qkv: Tensor, bias: Tensor, heads: int, window: int, **more: Tensor | float) -> None:
+    b, h, w, c3 = qkv.shape
+    head_dim = c3 // 3 // heads
+    tile, options = config(f"window_attention.{kernel}", f"w{window}d{head_dim}", qkv.device)
+    launch(
+        f"window_attention.{kernel}",
+        ("windows", "heads", "batch"),
+        {
+            "qkv": qkv, "bias": bias.contiguous(), "height": h, "width": w, "C": c3 // 3,
+            **strides("stride", qkv, "bhwc"), **more,
+        },
+        {
+            "HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim), "WINDOW": window,
+            "PADDED": bool(h % window or w % window), **two_tiles(window**2), **tile,
+            **({"DOUBLE": qkv.dtype == torch.float64} if kernel == "backward" else {}),
+        },
+        options, windows=-(-h // window) * -(-w // window), heads=heads, batch=b,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("vlv::window_attention", mutates_args=())
+def window_attention_op(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
+    out = _like_map(qkv, bias, heads, window)
+    _start("forward", qkv, bias, heads, window, out=out, scale=(qkv.shape[-1] // 3 // heads) ** -0.5 * LOG2_E)
+    return out
+
+
+@window_attention_op.register_fake
+def _like_map(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
+    b, h, w, c3 = qkv.shape
+    return qkv.new_empty(b, h, w, c3 // 3)
+
+
+@torch.library.custom_op("vlv::window_attention_backward", mutates_args=())
+def window_attention_backward_op(
+    grad: Tensor, qkv: Tensor, bias: Tensor, heads: int, window: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of qkv, and of the bias as far as it stands for padding."""
+    b, h, w, c3 = qkv.shape
+    padded = bool(h % window or w % window)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    # each window's share, summed below in a fixed order
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    padding = qkv.new_zeros(b * -(-h // window) * -(-w // window) if padded else 1, c3 // 3 * 2, dtype=wide)
+    _start(
+        "backward", qkv, bias, heads, window, grad=grad, grad_qkv=grad_qkv, padding=padding,
+        scale=(c3 // 3 // heads) ** -0.5, **strides("grad", grad, "bhwc"),
+    )  # fmt: skip
+    return grad_qkv, torch.cat([bias.new_zeros(c3 // 3), padding.sum(0).to(bias.dtype)])
+
+
+@window_attention_backward_op.register_fake
+def _like_inputs(grad: Tensor, qkv: Tensor, bias: Tensor, heads: int, window: int) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    qkv, bias, ctx.heads, ctx.window = inputs
+    ctx.save_for_backward(qkv, bias)
+
+
+def _backward(ctx, grad: Tensor):
+    return *window_attention_backward_op(grad, *ctx.saved_tensors, ctx.heads, ctx.window), None, None
+
+
+window_attention_op.register_autograd(_backward, setup_context=_setup)

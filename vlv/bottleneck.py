@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from kernels.attention import attention
 from kernels.linear import Linear
 from vlv.config import VLVConfig
 
@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = scaled_dot_product_attention(*_heads(self.qkv(x), 3, self.heads), is_causal=self.causal)
+        out = attention(*_heads(self.qkv(x), 3, self.heads), self.causal)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -42,7 +42,7 @@ class CrossAttention(nn.Module):
         """x: [B, N, C], or [1, N, C] for the same queries to every memory; memory: [B, M, C]. [B, N, C]."""
         (q,) = _heads(self.q(x), 1, self.heads)
         q = q.expand(memory.shape[0], -1, -1, -1)
-        out = scaled_dot_product_attention(q, *_heads(self.kv(memory), 2, self.heads))
+        out = attention(q, *_heads(self.kv(memory), 2, self.heads))
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

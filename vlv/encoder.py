@@ -82,8 +82,8 @@ class VLVEncoder(nn.Module):
             raise ValueError(
                 f"the encoder takes uint8 pictures [B, 3, {size}, {size}], not {pixels.dtype} {list(pixels.shape)}"
             )
-        x = upsample_normalize(pixels, self.resize.float(), self.mean.float(), self.std.float())
-        return self.image(self.vision(x.to(self.dtype)))
+        x = upsample_normalize(pixels, self.resize.float(), self.mean.float(), self.std.float(), self.dtype)
+        return self.image(self.vision(x))
 
     def context(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> the context of the text-to-image model [B, queries, context_width]."""

@@ -1,0 +1,38 @@
+"""Where an operation runs: fused on CUDA, by its plain PyTorch reference everywhere else.
+
+VLV_KERNELS in the environment, read once at import:
+    auto        (default) Triton's kernels for CUDA tensors; the references for all others, and while exporting
+    reference   the references everywhere
+    interpret   the kernels for CPU tensors too, in Triton's interpreter (for tests; slow). TRITON_INTERPRET=1
+                alone does the same
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+MODES = ("auto", "reference", "interpret")
+MODE = os.environ.get("VLV_KERNELS", "auto")
+if MODE not in MODES:
+    raise ValueError(f"VLV_KERNELS is {MODE!r}; it may be one of {', '.join(MODES)}")
+if MODE == "interpret":
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
+INTERPRET = MODE != "reference" and os.environ.get("TRITON_INTERPRET") == "1"
+AOT_FOLDER = os.environ.get("VLV_KERNELS_AOT")  # builds of kernels.aot, for a machine without Triton
+_AVAILABLE = MODE != "reference" and (AOT_FOLDER is not None or find_spec("triton") is not None)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def fused(x: Tensor, *others: Tensor) -> bool:
+    """Whether an operation on these tensors goes to its kernel. Traceable; its answer is a constant of the graph."""
+    if not _AVAILABLE or torch.compiler.is_exporting():
+        return False
+    if x.device.type == "cpu":  # float64 only here: gradcheck asks for it, and GPUs have no use for it
+        usable = INTERPRET and x.dtype in (*_DTYPES, torch.float64)
+    else:
+        usable = x.device.type == "cuda" and x.dtype in _DTYPES
+    return usable and all(other.device == x.device for other in others)

@@ -1,0 +1,97 @@
+"""The tile sizes and warps of each kernel: measured on this GPU, or the default of its architecture.
+
+kernels/tuned.json holds one entry per architecture ("sm90", from `python -m kernels.occupancy`, labelled
+untested) and one per GPU by name ("NVIDIA H200", written by `python -m benchmarks.gpu.kernels --tune`). A node
+reads it and never tunes by itself. An entry of a GPU may also list under "reference" the operations whose plain
+PyTorch was measured to be faster there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FILE = Path(__file__).parent / "tuned.json"
+
+
+def _choices(names: str, *rows: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations: the values of the named constants, then num_warps and num_stages."""
+    return [dict(zip([*names.split(), "num_warps", "num_stages"], row, strict=True)) for row in rows]
+
+
+# What tuning chooses from; the first is taken where nothing is known.
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "window_attention.forward": _choices("BLOCK_Q", (64, 4, 1), (64, 8, 1), (32, 4, 1), (128, 8, 1)),
+    "window_attention.backward": _choices("BLOCK_Q", (32, 8, 1), (16, 8, 1), (16, 4, 1)),
+    "channel_attention.gram": _choices("BLOCK_N", (128, 4, 3), (64, 4, 3), (256, 4, 2), (256, 8, 2)),
+    "channel_attention.apply": _choices("BLOCK_N", (128, 4, 3), (64, 4, 3), (256, 4, 2), (256, 8, 2)),
+    "channel_attention.backward": _choices("BLOCK_N", (64, 4, 2), (128, 4, 2), (128, 8, 2)),
+    "dwconv_norm.forward": _choices("TILE", (4, 4, 1), (2, 4, 1), (8, 8, 1), (4, 8, 1), (16, 8, 1)),
+    "dwconv_norm.norm_backward": _choices("TILE", (4, 4, 1), (2, 4, 1), (4, 8, 1)),
+    "dwconv_norm.weight_backward": _choices("TILE", (16, 4, 1), (8, 4, 1), (32, 8, 1)),
+    "attention.forward": _choices("BLOCK_M BLOCK_N", (64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3), (64, 32, 8, 2)),
+    "attention.delta": _choices("BLOCK_M", (64, 4, 1)),
+    "attention.key_backward": _choices("BLOCK_M BLOCK_N", (32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 4, 2)),
+    "attention.query_backward": _choices("BLOCK_M BLOCK_N", (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
+    "cross_attention.forward": _choices("BLOCK_M", (64, 4, 1), (128, 8, 1), (32, 4, 1)),
+    "groupnorm_silu.statistics": _choices("BLOCK", (2048, 8, 1), (1024, 4, 1), (4096, 8, 1)),
+    "groupnorm_silu.apply": _choices("BLOCK", (2048, 8, 1), (1024, 4, 1), (4096, 8, 1)),
+    "geglu.forward": _choices("BLOCK", (1024, 4, 1), (2048, 8, 1), (2048, 4, 1)),
+    "upsample_normalize.forward": _choices("BLOCK", (256, 4, 1), (128, 4, 1), (512, 8, 1)),
+}
+
+_forced: list[tuple[str | None, dict[str, dict[str, int]]]] = []
+
+
+@cache
+def table() -> dict:
+    """The content of tuned.json."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+@cache
+def _names(index: int) -> tuple[str, str]:
+    """(name of the GPU, name of its architecture)."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return torch.cuda.get_device_name(index), f"sm{major}{minor}"
+
+
+def config(kernel: str, shape: str, device: torch.device) -> tuple[dict[str, int], dict[str, int]]:
+    """(constants, options) of `kernel` for a class of shapes such as "d32" on that device."""
+    target, overrides = _forced[-1] if _forced else (None, {})
+    if kernel in overrides:
+        return _split(overrides[kernel])
+    entries = (target,) if target else _names(device.index or 0) if device.type == "cuda" else ()
+    for entry in entries:
+        shapes = table().get(entry, {}).get("kernels", {}).get(kernel, {})
+        if shape in shapes:
+            return _split(shapes[shape]["config"])
+    return _split(CANDIDATES[kernel][0])
+
+
+def _split(values: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    options = {name: values[name] for name in ("num_warps", "num_stages")}
+    return {name: value for name, value in values.items() if name not in options}, options
+
+
+@torch.compiler.assume_constant_result
+def reference_is_faster(op: str, index: int) -> bool:
+    """Whether a measurement on this GPU says so; on one never measured, whether its architecture's entry does."""
+    name, architecture = _names(index)
+    entries = table()
+    return op in entries.get(name, entries.get(architecture, {})).get("reference", [])
+
+
+@contextmanager
+def forced(target: str | None = None, **kernels: dict[str, int]) -> Iterator[None]:
+    """Within: the defaults of architecture `target`, and for kernels given by name ("a.b" as a__b) this config."""
+    _forced.append((target, {name.replace("__", "."): values for name, values in kernels.items()}))
+    try:
+        yield
+    finally:
+        _forced.pop()
