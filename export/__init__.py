@@ -1,0 +1,1 @@
+"""Checkpoints as ONNX graphs and TensorRT engines: exported, verified against float32 PyTorch, and run."""

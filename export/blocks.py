@@ -1,0 +1,76 @@
+"""Where a graph leaves the reference: its blocks' outputs beside PyTorch's, in order."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.components import tolerance
+from export.graphs import Graph
+from export.manifest import Artifact
+
+
+def drift(artifact: Artifact, folder: Path, graph: Graph, inputs: dict[str, Tensor]) -> list[dict]:
+    """Per block its path, RMS error relative to the reference's RMS, and whether that is more than may be by then.
+
+    graph: the float32 module; inputs: by name. Blocks that optimization dissolved are left out.
+    """
+    expected = reference_outputs(graph, tuple(artifact.blocks), inputs)
+    found = _graph_outputs(artifact, folder, inputs)
+    report = []
+    for depth, path in enumerate(artifact.blocks, 1):
+        if path not in found or found[path].size != expected[path].numel():
+            continue
+        exact = expected[path].double().numpy().ravel()
+        error = np.sqrt(np.square(found[path].astype(np.float64).ravel() - exact).mean() / np.square(exact).mean())
+        allowed = tolerance(artifact.precision, depth, graph.longest)
+        report.append({"block": path, "rms": float(error), "drifts": not error <= allowed})
+    return report
+
+
+@torch.inference_mode()
+def reference_outputs(graph: Graph, paths: tuple[str, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The (first) output of each block when the float32 module runs."""
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str):
+        def hook(module, args, output):
+            found[path] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    hooks = [graph.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    try:
+        graph(*(inputs[port.name] for port in graph.inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _graph_outputs(artifact: Artifact, folder: Path, inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """The same from the artifact: a copy of its graph with the blocks' values as further outputs."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(folder / artifact.main_file, load_external_data=False)
+    produced = {output for node in model.graph.node for output in node.output}
+    names = {path: value for path, value in artifact.blocks.items() if value in produced}
+    for path, value in names.items():
+        # a cast, because NumPy has no bfloat16
+        model.graph.node.append(onnx.helper.make_node("Cast", [value], [f"block:{path}"], to=onnx.TensorProto.FLOAT))
+        model.graph.output.append(onnx.ValueInfoProto(name=f"block:{path}"))
+    copy = folder / f".blocks-{os.getpid()}-{artifact.main_file}"  # beside its external data
+    try:
+        onnx.save(model, copy)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
+        values = session.run([f"block:{p}" for p in names], {n: v.numpy() for n, v in inputs.items()})
+    finally:
+        copy.unlink(missing_ok=True)
+    return dict(zip(names, values, strict=True))

@@ -1,0 +1,105 @@
+"""What the commands of this room have in common: flags, how bad input is told, and the exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+EXIT_CODES = "exit codes: 0 done; 1 it failed, or an artifact drifts; 2 wrong arguments; 130 stopped by Ctrl-C."
+
+
+class Misuse(ValueError):
+    """Arguments that cannot be meant."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help shows the usage)\n")
+
+
+def parser(module: str, doc: str) -> Parser:
+    """The parser of `python -m export.<module>`, with --debug."""
+    p = Parser(
+        prog=f"python -m export.{module}",
+        description=doc,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    return p
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def probe_arguments(p: argparse.ArgumentParser) -> None:
+    """The flags that say what artifacts are checked on."""
+    p.add_argument(
+        "--probes", type=positive, default=8, metavar="N", help="pictures to check on, two of them noise (8)"
+    )
+    p.add_argument("--images", type=Path, nargs="+", default=[], metavar="FILE", help="photos to check on first")
+    p.add_argument(
+        "--captions", action=argparse.BooleanOptionalAction, default=True,
+        help="compare greedy captions too (default); --no-captions spares loading the language model",
+    )  # fmt: skip
+
+
+def checkpoint(name: str):
+    """The checkpoint of --ckpt. Raises Misuse."""
+    from vlv.checkpoint import CheckpointError
+    from vlv.published import resolve
+
+    try:
+        return resolve(name)
+    except CheckpointError as error:
+        raise Misuse(f"--ckpt: {error}") from error
+
+
+def run(p: argparse.ArgumentParser, argv: list[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
+    """Parse, run, and turn whatever happens into one sentence and an exit code."""
+    args = p.parse_args(argv)
+    try:
+        _hush()
+        return command(args)
+    except KeyboardInterrupt:
+        say("stopped; what is finished is kept, and the same command goes on from there")
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        say(f"error: {_sentence(error)}")
+        return 2 if isinstance(error, Misuse) else 1
+
+
+def _sentence(error: Exception) -> str:
+    from export.manifest import ArtifactError
+    from vlv.checkpoint import CheckpointError
+    from vlv.image import ImageError
+
+    if isinstance(error, Misuse | ArtifactError | CheckpointError | ImageError | OSError):
+        return str(error)
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{text[:300]} (unexpected: --debug shows where)"
+
+
+def _hush() -> None:
+    """Keep the libraries' notes and bars of loading off the screen."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def say(text: str) -> None:
+    """Progress, for stderr."""
+    print(text, file=sys.stderr, flush=True)

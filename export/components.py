@@ -1,0 +1,115 @@
+"""What is exported: one graph per component, its batch profile, its opset and how exact it has to be.
+
+| component      | takes                                           | gives                                          |
+|----------------|-------------------------------------------------|------------------------------------------------|
+| `encoder`      | pixels uint8 [B, 3, S, S]                       | context [B, N, C], prompts [B, N, H]           |
+| `context_kv`   | context [B, N, C]                               | a kv_i [B, 2, heads, N, d] a cross-attention   |
+| `unet`         | latents [B, c, s, s], timestep [1], all kv_i    | prediction [B, c, s, s]                        |
+| `vae_decoder`  | latents [B, c, s, s]                            | picture [B, 3, S, S], 0 to 1                   |
+| `vae_encoder`  | pixels uint8 [B, 3, S, S]                       | latents [B, c, s, s], the posterior's mode     |
+| `text_encoder` | ids int32 [B, N]                                | context [B, N, C]                              |
+
+Everything at the edges is uint8, int32 or float32, whatever the precision inside. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+RUNTIMES = ("torch", "onnx", "onnx-cuda", "onnx-trt", "trt", "rtx")  # see export/engine.py
+PRECISIONS = ("fp32", "fp16", "bf16", "mixed", "int8", "int8-static")
+
+# Unit roundoff of what a precision rounds its activations to. INT8 has one scale a tensor and 127 steps, for the
+# weights and for the activations.
+ROUNDOFF = {
+    "fp32": 2**-24, "fp16": 2**-11, "mixed": 2**-11, "bf16": 2**-8, "int8": 2**-7, "int8-static": 2**-7,
+}  # fmt: skip
+ROUNDINGS = 16  # results rounded in one block: two norms, four products, scores, softmax, activations, residuals
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The shape profile of a graph: the batch sizes that it takes, and the one that engines are tuned for."""
+
+    least: int
+    usual: int
+    most: int
+
+    def __post_init__(self):
+        if not 1 <= self.least <= self.usual <= self.most:
+            raise ValueError(f"batch sizes {self.least} <= {self.usual} <= {self.most} must ascend from 1")
+
+    @classmethod
+    def up_to(cls, most: int, usual: int = 8) -> Batch:
+        return cls(1, min(usual, most), most)
+
+    def times(self, factor: int) -> Batch:
+        """The same for `factor` rows an image; one row stays possible, for sampling without guidance."""
+        return Batch(self.least, factor * self.usual, factor * self.most)
+
+    @property
+    def odd(self) -> tuple[int, ...]:
+        """Sizes worth a check: the least, the most, and uneven ones between."""
+        sizes = {self.least, 3, self.usual - 1, self.most}
+        return tuple(sorted(size for size in sizes if self.least <= size <= self.most))
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph; `shape` is without the batch axis, which comes first unless `batched` is False."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    batched: bool = True
+
+    def at(self, batch: int) -> tuple[int, ...]:
+        """The whole shape at a batch size."""
+        return (batch, *self.shape) if self.batched else self.shape
+
+
+@dataclass(frozen=True)
+class Component:
+    """A row of the table above: which weights it needs, and how many rows a batch has for one picture."""
+
+    name: str
+    needs: str  # "encoder": encoder.safetensors; "t2i": the diffusers folder
+    rows: int = 1  # guidance runs the conditional and the unconditional context in one batch
+
+    def profile(self, encoder: Batch, pictures: Batch) -> Batch:
+        """The batch sizes of its graph, from those of encoded images and of drawn pictures."""
+        return encoder if self.needs == "encoder" else pictures.times(self.rows)
+
+
+COMPONENTS = {
+    c.name: c
+    for c in (
+        Component("encoder", "encoder"),
+        Component("text_encoder", "t2i"),
+        Component("context_kv", "t2i", rows=2),
+        Component("unet", "t2i", rows=2),
+        Component("vae_decoder", "t2i"),
+        Component("vae_encoder", "t2i"),
+    )
+}
+
+
+def opset(precision: str) -> int:
+    """20 parses everywhere; convolutions take bfloat16 from 22 on. 23's Attention fails in TensorRT-RTX."""
+    return 22 if precision == "bf16" else 20
+
+
+def tolerance(precision: str, blocks: int, longest: int) -> float:
+    """How large the RMS error of an output may be, relative to the output's RMS.
+
+    Each of ROUNDINGS results a block is off by the precision's roundoff, and by the float32 accumulation of sums
+    of `longest` terms; independent errors add up as the root of their number.
+    """
+    one = ROUNDOFF[precision] + 2**-24 * math.sqrt(longest)
+    return one * math.sqrt(ROUNDINGS * blocks)
+
+
+# The largest error, relative to the output's largest magnitude, against the RMS tolerance: the normal tail of a few
+# million numbers is five standard deviations, and peak over RMS of the output itself is at least one.
+PEAK = 5.0

@@ -1,0 +1,243 @@
+"""Run an export with any runtime: the same two calls, whatever is behind them.
+
+    engine = open_engine("onnx", artifacts="out/vlv", checkpoint=checkpoint)
+    prompts = engine.encode(images)          # uint8 [B, 3, S, S] -> [B, N, H]
+    pictures = engine.reconstruct(engine.context(images))      # 50 steps -> uint8 [B, 3, S, S]
+
+An Engine keeps a Session a component; a Session runs one graph. A runtime is one kind of Session: PyTorch here, ONNX
+Runtime in engine_ort.py, TensorRT and TensorRT-RTX in engine_trt.py.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.components import RUNTIMES, Batch, Port
+from export.manifest import ArtifactError, Manifest, source_hash
+from vlv.checkpoint import Checkpoint
+
+
+class RuntimeMissing(ArtifactError):
+    """The library or the device for a runtime is not here; the message says how to get it."""
+
+
+class Session(ABC):
+    """One graph on one device. Called with torch tensors by input name; gives tensors by output name."""
+
+    def __init__(self, name: str, inputs: tuple[Port, ...], profile: Batch | None, device: torch.device):
+        """profile: the batch sizes that the graph takes; None takes any."""
+        self.name, self.inputs, self.profile, self.device = name, inputs, profile, device
+
+    def __call__(self, **values: Tensor) -> dict[str, Tensor]:
+        """Run. Raises ValueError on inputs that the graph does not take; nothing runs then."""
+        batch = self._check(values)
+        return self._run({k: v.to(self.device).contiguous() for k, v in values.items()}, batch)
+
+    @abstractmethod
+    def _run(self, values: dict[str, Tensor], batch: int) -> dict[str, Tensor]: ...
+
+    def _check(self, values: Mapping[str, Tensor]) -> int:
+        """The batch size of the inputs, all found to be what the graph takes."""
+        if values.keys() != {port.name for port in self.inputs}:
+            raise ValueError(f"{self.name} takes {[p.name for p in self.inputs]}, not {sorted(values)}")
+        first = next(port for port in self.inputs if port.batched)
+        batch = len(values[first.name]) if values[first.name].ndim else 0
+        for port in self.inputs:
+            value = values[port.name]
+            if tuple(value.shape) != port.at(batch) or value.dtype != getattr(torch, port.dtype):
+                wanted = ["B", *port.shape] if port.batched else list(port.shape)
+                raise ValueError(
+                    f"{self.name} takes {port.name} as {port.dtype} {wanted}, not {value.dtype} {list(value.shape)}"
+                )
+        if self.profile and not self.profile.least <= batch <= self.profile.most:
+            raise ValueError(
+                f"a batch of {batch}: this {self.name} takes {self.profile.least} to {self.profile.most}; "
+                "split the batch, or export with another --max-batch or --max-pictures"
+            )
+        return batch
+
+
+class Engine(ABC):
+    """Encodes and reconstructs with one runtime; sessions are made when first needed."""
+
+    word: str
+    dtype: str  # what it computes in
+    device: torch.device
+    manifest: Manifest | None = None  # where its graphs come from
+    max_batch: int | None = None  # images that `encode` takes at once; None: any number
+
+    def __init__(self):
+        self._sessions: dict[str, Session] = {}
+        self._empty: Tensor | None = None
+
+    @abstractmethod
+    def _open(self, component: str) -> Session:
+        """Make the session of a component. Raises ArtifactError or CheckpointError."""
+
+    @property
+    @abstractmethod
+    def sampling(self) -> dict:
+        """What `sampling_settings` gives."""
+
+    def session(self, component: str) -> Session:
+        """The session of a component."""
+        if component not in self._sessions:
+            self._sessions[component] = self._open(component)
+        return self._sessions[component]
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> prompt embeddings, float32 [B, N, H]."""
+        found = self.session("encoder")(pixels=images)
+        if "prompts" not in found:
+            raise ArtifactError("this encoder writes no prompt embeddings: it was exported from a stage-1 checkpoint")
+        return found["prompts"]
+
+    @torch.inference_mode()
+    def context(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> context of the text-to-image model, float32 [B, N, C]."""
+        return self.session("encoder")(pixels=images)["context"]
+
+    @torch.inference_mode()
+    def reconstruct(self, context: Tensor, steps: int = 50, guidance: float = 2.0, seed: int = 0) -> Tensor:
+        """Context [B, N, C] -> pictures, uint8 [B, 3, S, S]; the same as vlv.diffusion.T2I.reconstruct's DDIM.
+
+        The keys and values of the context are computed once and serve all steps.
+        """
+        from vlv.samplers import scheduler
+
+        sampler, batch, guided = scheduler("ddim", self.sampling["scheduler"]), len(context), guidance > 1
+        sampler.set_timesteps(steps)
+        noise = torch.randn(self.sampling["latents"], generator=torch.Generator().manual_seed(seed))
+        latents = noise.expand(batch, -1, -1, -1).to(self.device) * sampler.init_noise_sigma
+        context = context.to(self.device, torch.float32)
+        if guided:
+            context = torch.cat([self._empty_context().expand_as(context), context])
+        kv = self.session("context_kv")(context=context)
+        unet = self.session("unet")
+        for step in sampler.timesteps:
+            x = sampler.scale_model_input(latents, step)
+            x = torch.cat([x, x]) if guided else x
+            prediction = unet(latents=x, timestep=step[None].float(), **kv)["prediction"]
+            if guided:
+                without, within = prediction.chunk(2)
+                prediction = without + guidance * (within - without)
+            latents = sampler.step(prediction, step, latents).prev_sample
+        pictures = self.session("vae_decoder")(latents=latents)["picture"]
+        return (pictures * 255).round().to(torch.uint8)
+
+    def _empty_context(self) -> Tensor:
+        if self._empty is None:
+            ids = torch.tensor([self.sampling["empty_ids"]], dtype=torch.int32)
+            self._empty = self.session("text_encoder")(ids=ids)["context"]
+        return self._empty
+
+
+class TorchSession(Session):
+    """A component as PyTorch runs it: the reference, in float32 on a CPU."""
+
+    def __init__(self, name: str, graph, device: torch.device):
+        super().__init__(name, graph.inputs, None, device)
+        self.graph = graph.to(device)
+
+    def _run(self, values: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+        found = self.graph(*(values[port.name] for port in self.inputs))
+        return dict(zip(self.graph.outputs, (found,) if isinstance(found, Tensor) else found, strict=True))
+
+
+class TorchEngine(Engine):
+    """PyTorch, on the GPU in bfloat16 where there is one, else on the CPU in float32."""
+
+    word = "torch"
+
+    def __init__(self, checkpoint: Checkpoint, device: str | None = None, compiled: bool = False):
+        """compiled: through torch.compile."""
+        super().__init__()
+        self.checkpoint, self.compiled = checkpoint, compiled
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = str(self._dtype).removeprefix("torch.")
+
+    def _open(self, component: str) -> Session:
+        from export.graphs import load
+
+        graph = load(self.checkpoint, component)
+        if self._dtype != torch.float32:
+            graph.cast(self._dtype)
+        session = TorchSession(component, graph, self.device)
+        if self.compiled:
+            session.graph.compile(dynamic=False)
+        return session
+
+    @property
+    def sampling(self) -> dict:
+        return sampling_settings(self.checkpoint)
+
+
+class ArtifactEngine(Engine):
+    """An engine over an artifact folder. With a checkpoint, its artifacts must have been made from its weights."""
+
+    runtime = "onnx"
+    target = ""
+
+    def __init__(self, artifacts: str | Path, checkpoint: Checkpoint | None = None):
+        """Check the encoder's artifact, and load it. Raises ArtifactError."""
+        super().__init__()
+        self.manifest, self.checkpoint = Manifest.open(artifacts), checkpoint
+        found = next(iter(self.manifest.artifacts.values()), None)
+        encoder = self.manifest.artifacts.get("encoder", found)
+        self.dtype = encoder.precision if encoder else ""
+        if "encoder" in self.manifest.artifacts:
+            self.max_batch = self.session("encoder").profile.most
+
+    def checked(self, component: str):
+        """The manifest's entry, its files intact."""
+        source = source_hash(self.checkpoint, component) if self.checkpoint else None
+        return self.manifest.checked(component, self.runtime, self.target, source)
+
+    @property
+    def sampling(self) -> dict:
+        if not self.manifest.sampling:
+            raise ArtifactError(
+                f"{self.manifest.folder} holds no text-to-image model: export a checkpoint with t2i/ to reconstruct"
+            )
+        return self.manifest.sampling
+
+
+def open_engine(word: str, artifacts: str | Path | None = None, checkpoint: Checkpoint | None = None) -> Engine:
+    """The engine of a word of RUNTIMES, ready to encode. Raises ArtifactError, CheckpointError or ValueError."""
+    if word not in RUNTIMES:
+        raise ValueError(f"no runtime {word!r}; there are {', '.join(RUNTIMES)}")
+    if word == "torch":
+        if checkpoint is None:
+            raise ValueError("the runtime torch runs a checkpoint: name one")
+        engine = TorchEngine(checkpoint)
+        engine.session("encoder")
+        return engine
+    if artifacts is None:
+        raise ValueError(f"the runtime {word} runs exported artifacts: name their folder")
+    if word.startswith("onnx"):
+        from export.engine_ort import ENGINES
+    else:
+        from export.engine_trt import ENGINES
+    return ENGINES[word](artifacts, checkpoint)
+
+
+def sampling_settings(checkpoint: Checkpoint) -> dict:
+    """What sampling needs beside the graphs: the scheduler's settings, the latents' shape, the empty prompt's ids."""
+    from transformers import CLIPTokenizer
+
+    folder = checkpoint.t2i
+    unet = json.loads((folder / "unet" / "config.json").read_text())
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return {
+        "scheduler": json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
+        "latents": [unet["in_channels"], unet["sample_size"], unet["sample_size"]],
+        "empty_ids": tokenizer("", padding="max_length", max_length=tokenizer.model_max_length).input_ids,
+    }

@@ -1,0 +1,154 @@
+"""ONNX Runtime sessions: on the CPU, on CUDA (with CUDA graphs), and through its TensorRT provider.
+
+Inputs and outputs are bound where they are, so nothing is copied between host and device. A CUDA graph replays
+fixed addresses: such a session keeps a set of buffers a batch size, and copies into them what has changed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.engine import ArtifactEngine, RuntimeMissing, Session
+from export.manifest import Artifact
+
+_NUMPY = {"uint8": np.uint8, "int32": np.int32, "float32": np.float32}
+_GPU_WHEEL = "python -m pip install --no-deps onnxruntime-gpu"
+
+
+class OrtSession(Session):
+    """A graph in ONNX Runtime."""
+
+    def __init__(self, artifact: Artifact, folder: Path, providers: list, device: torch.device, graphs: bool = False):
+        """providers: ONNX Runtime's list, the wanted one first; graphs: replay CUDA graphs."""
+        import onnxruntime
+
+        super().__init__(artifact.name, artifact.inputs, artifact.profile, device)
+        self.outputs, self.graphs = artifact.outputs, graphs
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors: its warnings are about its own optimizer
+        self.session = onnxruntime.InferenceSession(folder / artifact.main_file, options, providers=providers)
+        self._buffers: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._held: dict[tuple[int, str], Tensor] = {}
+
+    @classmethod
+    def on_cpu(cls, artifact: Artifact, folder: Path) -> OrtSession:
+        """On the CPU, where every export is checked."""
+        return cls(artifact, folder, ["CPUExecutionProvider"], torch.device("cpu"))
+
+    def _run(self, values: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        if self.graphs:
+            values, found = self._fixed(values, batch)
+            options.add_run_config_entry("gpu_graph_id", str(batch))
+        else:
+            found = self._outputs(batch)
+        binding = self.session.io_binding()
+        where = (self.device.type, self.device.index or 0)
+        for port in self.inputs:
+            value = values[port.name]
+            binding.bind_input(port.name, *where, _NUMPY[port.dtype], tuple(value.shape), value.data_ptr())
+        for port in self.outputs:
+            value = found[port.name]
+            binding.bind_output(port.name, *where, _NUMPY[port.dtype], tuple(value.shape), value.data_ptr())
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
+        self.session.run_with_iobinding(binding, options)
+        if self.device.type == "cuda":
+            binding.synchronize_outputs()
+        return {name: value.clone() for name, value in found.items()} if self.graphs else found
+
+    def _outputs(self, batch: int) -> dict[str, Tensor]:
+        return {
+            port.name: torch.empty(port.at(batch), dtype=getattr(torch, port.dtype), device=self.device)
+            for port in self.outputs
+        }
+
+    def _fixed(self, values: dict[str, Tensor], batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The buffers of a batch size, with `values` in them."""
+        if batch not in self._buffers:
+            self._buffers[batch] = ({k: torch.empty_like(v) for k, v in values.items()}, self._outputs(batch))
+        inputs, outputs = self._buffers[batch]
+        for name, value in values.items():
+            # the same context's keys and values come at every step, and nobody writes into them
+            if not name.startswith("kv_") or self._held.get((batch, name)) is not value:
+                inputs[name].copy_(value)
+                self._held[batch, name] = value
+        return inputs, outputs
+
+
+class OrtEngine(ArtifactEngine):
+    """ONNX Runtime on the CPU."""
+
+    word = "onnx"
+    device = torch.device("cpu")
+    provider = "CPUExecutionProvider"
+
+    def __init__(self, artifacts, checkpoint=None):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise RuntimeMissing(
+                "ONNX Runtime is not installed: python -m pip install --no-deps -r requirements/cpu.lock"
+            ) from error
+        have = onnxruntime.get_available_providers()
+        if self.provider not in have:
+            raise RuntimeMissing(f"this ONNX Runtime has no {self.provider} (it has {', '.join(have)}): {_GPU_WHEEL}")
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeMissing(f"the runtime {self.word} needs a CUDA device, and PyTorch sees none: use onnx")
+        super().__init__(artifacts, checkpoint)
+
+    def providers(self, artifact: Artifact) -> list:
+        return [self.provider]
+
+    def _open(self, component: str) -> Session:
+        artifact = self.checked(component)
+        return OrtSession(artifact, self.manifest.folder, self.providers(artifact), self.device)
+
+
+class OrtCudaEngine(OrtEngine):
+    """ONNX Runtime on CUDA, replaying a CUDA graph a batch size."""
+
+    word = "onnx-cuda"
+    device = torch.device("cuda", 0)
+    provider = "CUDAExecutionProvider"
+
+    def providers(self, artifact: Artifact) -> list:
+        return [(self.provider, {"device_id": 0, "enable_cuda_graph": "1"})]
+
+    def _open(self, component: str) -> Session:
+        artifact = self.checked(component)
+        return OrtSession(artifact, self.manifest.folder, self.providers(artifact), self.device, graphs=True)
+
+
+class OrtTensorRTEngine(OrtEngine):
+    """ONNX Runtime's TensorRT provider; its engines are cached beside the artifacts."""
+
+    word = "onnx-trt"
+    device = torch.device("cuda", 0)
+    provider = "TensorrtExecutionProvider"
+
+    def providers(self, artifact: Artifact) -> list:
+        cache = self.manifest.folder / "trt-cache"
+        sizes = {"min": artifact.profile.least, "opt": artifact.profile.usual, "max": artifact.profile.most}
+        shapes = {
+            f"trt_profile_{kind}_shapes": ",".join(
+                f"{port.name}:{'x'.join(map(str, port.at(size)))}" for port in artifact.inputs
+            )
+            for kind, size in sizes.items()
+        }
+        settings = {
+            "device_id": 0, "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache),
+            "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(cache),
+            # the graph's hash, so that an engine of other weights is never taken for this one's
+            "trt_engine_cache_prefix": f"{artifact.component}-{artifact.graph[:16]}", **shapes,
+        }  # fmt: skip
+        return [(self.provider, settings), ("CUDAExecutionProvider", {"device_id": 0})]
+
+
+ENGINES = {engine.word: engine for engine in (OrtEngine, OrtCudaEngine, OrtTensorRTEngine)}

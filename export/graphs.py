@@ -1,0 +1,244 @@
+"""The modules behind the components: what torch.onnx.export traces, and the float32 reference of every check.
+
+`load(checkpoint, name)` makes one. At the edges all are uint8, int32 or float32; `cast` changes the inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from export.components import COMPONENTS, Port
+from vlv.checkpoint import Checkpoint
+
+
+class Graph(nn.Module):
+    """One component. `blocks` are the paths of the modules that are cast, reported and kept exact as units."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[str, ...]
+    blocks: tuple[str, ...]
+    constants: tuple[str, ...] = ()  # buffers that keep float32 in any precision
+    dtype = torch.float32
+
+    def cast(self, dtype: torch.dtype, exact: Iterable[str] = ()) -> Graph:
+        """Compute in `dtype`, but for the blocks in `exact`, which compute in float32 between casts."""
+        kept = {name: self.get_buffer(name).clone() for name in self.constants}
+        self.dtype = dtype
+        self.to(dtype)
+        for name, value in kept.items():
+            self.get_buffer(name).data = value
+        for path in exact:
+            block = self.get_submodule(path)
+            block.to(torch.float32)
+            block.register_forward_pre_hook(_caster(torch.float32), with_kwargs=True)
+            block.register_forward_hook(lambda _, __, output: _cast(output, dtype))
+        return self
+
+    def example(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """Random inputs of the right kinds, for tracing."""
+        made = []
+        for port in self.inputs:
+            if port.dtype == "uint8":
+                made.append(torch.randint(0, 256, port.at(batch), dtype=torch.uint8, generator=generator))
+            elif port.dtype == "int32":
+                made.append(torch.zeros(port.at(batch), dtype=torch.int32))
+            else:
+                made.append(torch.randn(port.at(batch), generator=generator))
+        return tuple(made)
+
+    @property
+    def longest(self) -> int:
+        """The longest sum in the graph: inputs of the widest linear layer or convolution."""
+        return max(p[0].numel() for p in self.parameters() if p.ndim > 1)
+
+
+def _cast(value, dtype: torch.dtype):
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(v, dtype) for v in value)
+    return value
+
+
+def _caster(dtype: torch.dtype):
+    return lambda _, args, kwargs: (_cast(args, dtype), {k: _cast(v, dtype) for k, v in kwargs.items()})
+
+
+class EncoderGraph(Graph):
+    """Crops to the context of the text-to-image model and, in a captioning checkpoint, the prompt embeddings."""
+
+    constants = ("encoder.mean", "encoder.std", "encoder.resize")
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        size, stages = encoder.config.image_size, encoder.vision.stages
+        self.inputs = (Port("pixels", "uint8", (3, size, size)),)
+        self.outputs = ("context",) if encoder.to_llm is None else ("context", "prompts")
+        paths = [
+            p for i in range(len(stages)) for p in (f"vision.embeds.{i}", *_children(encoder, f"vision.stages.{i}"))
+        ]
+        paths += ["image", *_children(encoder, "bottleneck.encoder.layers")]
+        paths += [*_children(encoder, "bottleneck.decoder.layers"), "bottleneck.projection"]
+        paths += _children(encoder, "bottleneck.text.layers")
+        self.blocks = tuple(f"encoder.{p}" for p in [*paths, "to_llm"] if encoder.get_submodule(p) is not None)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        context = self.encoder.context(pixels)
+        prompts = () if self.encoder.to_llm is None else (self.encoder.to_llm(context).float(),)
+        return context.float(), *prompts
+
+
+def _children(module: nn.Module, path: str) -> list[str]:
+    return [f"{path}.{name}" for name, _ in module.get_submodule(path).named_children()]
+
+
+def _cross_attentions(unet) -> list[tuple[str, nn.Module]]:
+    return [(path, m) for path, m in unet.named_modules() if path.endswith("attn2")]
+
+
+class ContextKV(Graph):
+    """The keys and values of all cross-attentions, which are the same in every step of an image's diffusion."""
+
+    def __init__(self, unet, tokens: int):
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _, attention in _cross_attentions(unet):
+            _require_plain(attention)
+            kv = nn.Linear(attention.to_k.in_features, 2 * attention.to_k.out_features, attention.to_k.bias is not None)
+            kv.weight = nn.Parameter(torch.cat([attention.to_k.weight, attention.to_v.weight]))
+            if kv.bias is not None:
+                kv.bias = nn.Parameter(torch.cat([attention.to_k.bias, attention.to_v.bias]))
+            self.layers.append(kv)
+        self.heads = [attention.heads for _, attention in _cross_attentions(unet)]
+        self.inputs = (Port("context", "float32", (tokens, unet.config.cross_attention_dim)),)
+        self.outputs = tuple(f"kv_{i}" for i in range(len(self.layers)))
+        self.blocks = tuple(f"layers.{i}" for i in range(len(self.layers)))
+        self.requires_grad_(False)
+
+    def forward(self, context: Tensor) -> tuple[Tensor, ...]:
+        context = context.to(self.dtype)
+        return tuple(
+            # [B, N, 2C] -> [B, 2, heads, N, d]
+            layer(context).unflatten(-1, (2, heads, -1)).permute(0, 2, 3, 1, 4).float()
+            for layer, heads in zip(self.layers, self.heads, strict=True)
+        )
+
+
+def _require_plain(attention: nn.Module) -> None:
+    """What ContextKV and CachedContext leave out must not be there."""
+    if attention.norm_cross or attention.norm_q is not None or attention.norm_k is not None:
+        raise ValueError(
+            "this UNet normalises inside its cross-attention: only plain ones, as SD 1 and 2, are exported"
+        )
+
+
+class CachedContext:
+    """An attention processor whose keys and values come ready made: entry `index` of the 'hidden states'."""
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, temb=None) -> Tensor:
+        """hidden_states: [B, M, C]; encoder_hidden_states: all layers' kv_i [B, 2, heads, N, d]. [B, M, C]."""
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        key, value = encoder_hidden_states[self.index].to(query.dtype).unbind(1)
+        out = nn.functional.scaled_dot_product_attention(query, key, value)
+        out = attn.to_out[0](out.transpose(1, 2).flatten(2))
+        return out / attn.rescale_output_factor
+
+
+class UNetStep(Graph):
+    """One prediction of the UNet, its cross-attention's keys and values taken from ContextKV."""
+
+    def __init__(self, unet, tokens: int):
+        super().__init__()
+        self.unet = unet
+        size, layers = unet.config.sample_size, _cross_attentions(unet)
+        processors = dict(unet.attn_processors)
+        kv = []
+        for i, (path, attention) in enumerate(layers):
+            processors[f"{path}.processor"] = CachedContext(i)
+            kv.append(Port(f"kv_{i}", "float32", (2, attention.heads, tokens, attention.inner_dim // attention.heads)))
+        unet.set_attn_processor(processors)
+        self.inputs = (
+            Port("latents", "float32", (unet.config.in_channels, size, size)),
+            Port("timestep", "float32", (1,), batched=False),
+            *kv,
+        )
+        self.outputs = ("prediction",)
+        parts = ["time_embedding", "conv_in", *_children(unet, "down_blocks"), "mid_block"]
+        parts += [*_children(unet, "up_blocks"), "conv_norm_out", "conv_out"]
+        self.blocks = tuple(f"unet.{p}" for p in parts)
+
+    def forward(self, latents: Tensor, timestep: Tensor, *kv: Tensor) -> Tensor:
+        latents = latents.to(self.dtype)
+        return self.unet(latents, timestep, encoder_hidden_states=kv, return_dict=False)[0].float()
+
+
+class VaeDecoder(Graph):
+    """Scaled latents to a picture of values from 0 to 1."""
+
+    def __init__(self, vae, sample_size: int):
+        super().__init__()
+        self.vae = vae
+        self.inputs = (Port("latents", "float32", (vae.config.latent_channels, sample_size, sample_size)),)
+        self.outputs = ("picture",)
+        parts = ["conv_in", "mid_block", *_children(vae.decoder, "up_blocks"), "conv_norm_out", "conv_out"]
+        self.blocks = tuple(f"vae.decoder.{p}" for p in parts)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        latents = (latents / self.vae.config.scaling_factor).to(self.dtype)
+        return (self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+
+class VaeEncoder(Graph):
+    """A picture to scaled latents, the posterior's mode."""
+
+    def __init__(self, vae, image_size: int):
+        super().__init__()
+        self.vae = vae
+        self.inputs = (Port("pixels", "uint8", (3, image_size, image_size)),)
+        self.outputs = ("latents",)
+        parts = ["conv_in", *_children(vae.encoder, "down_blocks"), "mid_block", "conv_norm_out", "conv_out"]
+        self.blocks = tuple(f"vae.encoder.{p}" for p in parts)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pixels = (pixels.float() / 127.5 - 1).to(self.dtype)
+        return self.vae.encode(pixels, return_dict=False)[0].mode().float() * self.vae.config.scaling_factor
+
+
+class TextEncoder(Graph):
+    """Token ids of prompts to the context; guidance needs the empty prompt's."""
+
+    def __init__(self, text, tokens: int):
+        super().__init__()
+        self.text = text
+        self.inputs = (Port("ids", "int32", (tokens,)),)
+        self.outputs = ("context",)
+        self.blocks = tuple(f"text.{p}" for p in _children(text, "encoder.layers"))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.text(ids).last_hidden_state.float()
+
+
+def load(checkpoint: Checkpoint, name: str) -> Graph:
+    """A component of a checkpoint in float32, in eval mode. Raises CheckpointError where its weights are not there."""
+    if COMPONENTS[name].needs == "encoder":
+        return EncoderGraph(checkpoint.load_encoder()).eval()
+    from vlv.diffusion import T2I
+
+    t2i = T2I.load(checkpoint.t2i)
+    tokens, size = t2i.tokenizer.model_max_length, t2i.unet.config.sample_size
+    scale = 2 ** (len(t2i.vae.config.block_out_channels) - 1)
+    made = {
+        "context_kv": lambda: ContextKV(t2i.unet, tokens),
+        "unet": lambda: UNetStep(t2i.unet, tokens),
+        "vae_decoder": lambda: VaeDecoder(t2i.vae, size),
+        "vae_encoder": lambda: VaeEncoder(t2i.vae, size * scale),
+        "text_encoder": lambda: TextEncoder(t2i.text_encoder, tokens),
+    }
+    return made[name]().eval().requires_grad_(False)

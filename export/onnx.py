@@ -1,0 +1,84 @@
+"""Export a checkpoint to ONNX, verified: python -m export.onnx --ckpt DIR --out ARTIFACTS
+
+Each component becomes one graph, is run in ONNX Runtime on pictures and noise, and is held against float32 PyTorch;
+what drifts is refused. Components that are there already, made from the same weights in the same way, are kept, so an
+interrupted export goes on where it ended. The figures stand in ARTIFACTS/manifest.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from export import cli
+from export.components import COMPONENTS, PRECISIONS, Batch, opset
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; imports nothing heavy."""
+    p = cli.parser("onnx", __doc__)
+    p.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder, published weights, or a hub id")
+    p.add_argument("--out", type=Path, required=True, metavar="ARTIFACTS", help="folder of the artifacts")
+    p.add_argument(
+        "--components", nargs="+", choices=list(COMPONENTS), metavar="NAME",
+        help=f"what to export: {', '.join(COMPONENTS)} (default: all that the checkpoint has)",
+    )  # fmt: skip
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the inside (fp32)")
+    p.add_argument("--max-batch", type=cli.positive, default=32, metavar="N", help="images encoded at once (32)")
+    p.add_argument("--max-pictures", type=cli.positive, default=8, metavar="N", help="pictures drawn at once (8)")
+    p.add_argument("--allow-drift", action="store_true", help="keep an artifact that is too far off")
+    p.add_argument("--force", action="store_true", help="export again what is there already")
+    cli.probe_arguments(p)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return cli.run(parser(), argv, _export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    checkpoint = cli.checkpoint(args.ckpt)
+    names = args.components or [c.name for c in COMPONENTS.values() if c.needs == "encoder" or _draws(checkpoint)]
+    if not _draws(checkpoint) and (wrong := [n for n in names if COMPONENTS[n].needs == "t2i"]):
+        raise cli.Misuse(f"--components {wrong[0]}: {checkpoint.folder} has no t2i/, only its encoder can be exported")
+    if args.probes < 4:
+        raise cli.Misuse(f"--probes {args.probes}: at least 4, since two of them are noise")
+
+    from export.exporter import Exporter
+    from export.manifest import Manifest, workspace
+    from export.verify import table
+
+    failed = []
+    with workspace(args.out) as made:
+        exporter = Exporter(checkpoint, Manifest.open_or_new(args.out), made, args.probes, args.images, args.captions)
+        for name in names:
+            profile = COMPONENTS[name].profile(Batch.up_to(args.max_batch), Batch.up_to(args.max_pictures, 2))
+            wanted = exporter.plan(name, args.precision, opset(args.precision), profile, _command(args, name))
+            if not args.force and exporter.manifest.current(wanted):
+                cli.say(f"{name}: up to date")
+                continue
+            problems = exporter.export(wanted, args.allow_drift)
+            failed += [f"{name}: {problem}" for problem in problems]
+    manifest = Manifest.open_or_new(args.out)
+    print(table([manifest.artifacts[name] for name in names if name in manifest.artifacts]))
+    for problem in failed:
+        cli.say(f"error: {problem}")
+    return 1 if failed else 0
+
+
+def _draws(checkpoint) -> bool:
+    return "reconstruct" in checkpoint.can
+
+
+def _command(args: argparse.Namespace, name: str) -> str:
+    """What makes this one artifact again."""
+    words = ["python", "-m", "export.onnx", "--ckpt", args.ckpt, "--out", str(args.out), "--components", name]
+    words += ["--precision", args.precision, "--max-batch", str(args.max_batch)]
+    return shlex.join([*words, "--max-pictures", str(args.max_pictures)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Precisions: what the inside of a graph computes in, and which of its blocks have to stay exact.
+
+| precision     | made by                                                                                       |
+|---------------|-----------------------------------------------------------------------------------------------|
+| `fp32`        | the trace as it is                                                                            |
+| `fp16` `bf16` | the module cast before tracing, so that the graph is strongly typed                           |
+| `mixed`       | fp16, but for the blocks whose own error is the largest, as few as keep the tolerance         |
+| `int8`        | ONNX Runtime: weights by channel ahead, activations by tensor at run time                     |
+| `int8-static` | ONNX Runtime: activation ranges calibrated on pictures, Q/DQ nodes, which TensorRT reads too  |
+
+INT8 touches the products inside blocks alone: the preprocessing's are exact by design. FP8 exists on SM 89 and up
+only, where NVIDIA's ModelOpt makes it: see docs/export.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.blocks import reference_outputs
+from export.components import PEAK, tolerance
+from export.graphs import Graph
+from export.trace import EXTERNAL, Traced
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class NotPossible(ValueError):
+    """No choice of blocks keeps the tolerance."""
+
+
+def prepare(load: Callable[[], Graph], precision: str, sets: list[dict[str, Tensor]]) -> tuple[Graph, tuple[str, ...]]:
+    """The module to trace for a precision, and the blocks that stay in float32.
+
+    load: makes the float32 module; sets: probes by input name, for `mixed`. INT8 starts from float32.
+    """
+    graph = load()
+    if precision != "mixed":
+        dtype = DTYPES.get(precision, torch.float32)
+        return (graph if dtype == torch.float32 else graph.cast(dtype)), ()
+    return _mixed(load, graph, sets)
+
+
+@torch.inference_mode()
+def _mixed(load: Callable[[], Graph], exact: Graph, sets: list[dict[str, Tensor]]) -> tuple[Graph, tuple[str, ...]]:
+    """Blocks in order of their own error in fp16; 0, 1, 2, 4 … of them stay exact, until the outputs are."""
+    expected = [_outputs(exact, inputs) for inputs in sets]
+    ranking = sorted(own_errors(exact, load(), sets[0]).items(), key=lambda item: -item[1])
+    allowed = tolerance("mixed", len(exact.blocks), exact.longest)
+    count = 0
+    while True:
+        kept = tuple(path for path, _ in ranking[:count])
+        graph = load().cast(torch.float16, kept)
+        errors = [_error(f, e) for inputs, want in zip(sets, expected, strict=True)
+                  for f, e in zip(_outputs(graph, inputs), want, strict=True)]  # fmt: skip
+        if all(rms <= allowed and peak <= PEAK * allowed for rms, peak in errors):
+            return graph, kept
+        if count >= len(ranking):
+            raise NotPossible("mixed: what is between the blocks overflows in fp16: use fp32 or bf16")
+        count = min(max(1, 2 * count), len(ranking))
+
+
+def own_errors(exact: Graph, graph: Graph, inputs: dict[str, Tensor]) -> dict[str, float]:
+    """Each block's RMS error in fp16 on float32 inputs, relative to its output's RMS; inf where it overflows."""
+    arguments: dict[str, tuple] = {}
+    hooks = [
+        exact.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, kwargs, path=path: arguments.setdefault(path, (args, kwargs)) and None, with_kwargs=True
+        )
+        for path in exact.blocks
+    ]
+    expected = reference_outputs(exact, exact.blocks, inputs)
+    for hook in hooks:
+        hook.remove()
+    graph.cast(torch.float16)
+    errors = {}
+    for path in exact.blocks:
+        args, kwargs = arguments[path]
+        found = graph.get_submodule(path)(*_half(args), **{k: _half(v) for k, v in kwargs.items()})
+        rms, _ = _error(found if isinstance(found, Tensor) else found[0], expected[path])
+        errors[path] = rms if np.isfinite(rms) else float("inf")
+    return errors
+
+
+def _half(value):
+    if isinstance(value, Tensor):
+        return value.half() if value.is_floating_point() else value
+    return type(value)(map(_half, value)) if isinstance(value, tuple | list) else value
+
+
+def _outputs(graph: Graph, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    found = graph(*(inputs[port.name] for port in graph.inputs))
+    return (found,) if isinstance(found, Tensor) else found
+
+
+def _error(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """RMS over RMS, and the largest over the largest."""
+    difference, expected = found.double() - expected.double(), expected.double()
+    rms = difference.square().mean().sqrt() / expected.square().mean().sqrt()
+    return rms.item(), (difference.abs().max() / expected.abs().max()).item()
+
+
+def to_int8(traced: Traced, made: Path, static: bool, sets: list[dict[str, Tensor]]) -> Traced:
+    """Quantize the float32 graph in the folder `made`, in place. sets: calibration inputs, for `static`."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
+
+    source, target = made / traced.files[0], made / f"int8-{traced.files[0]}"
+    large = sum((made / name).stat().st_size for name in traced.files) > EXTERNAL
+    # 7 bits of weights: AVX2 adds pairs of 8-bit products in 16 bits, which saturate at full range
+    options = {"per_channel": True, "reduce_range": True, "nodes_to_exclude": traced.loose}
+    options |= {"weight_type": QuantType.QInt8, "use_external_data_format": large}
+    if not static:
+        quantize_dynamic(
+            source, target, op_types_to_quantize=["MatMul", "Gemm"], extra_options={"MatMulConstBOnly": True}, **options
+        )
+    else:
+
+        class Reader(CalibrationDataReader):
+            def __init__(self):
+                self._rows = _rows(sets)
+
+            def get_next(self):
+                return next(self._rows, None)
+
+        quantize_static(
+            source, target, Reader(), QuantFormat.QDQ, op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+            activation_type=QuantType.QUInt8, extra_options={"MatMulConstBOnly": True}, **options,
+        )  # fmt: skip
+    for name in traced.files:
+        (made / name).unlink()
+    return _renamed(target, made, traced)
+
+
+def _rows(sets: list[dict[str, Tensor]]) -> Iterator[dict[str, np.ndarray]]:
+    for inputs in sets:
+        yield {name: value.numpy() for name, value in inputs.items()}
+
+
+def _renamed(target: Path, made: Path, traced: Traced) -> Traced:
+    """Give the quantized graph the name of the original, weights beside it included."""
+    import onnx
+
+    model = onnx.load(target)
+    name = traced.files[0]
+    large = model.ByteSize() > EXTERNAL
+    for file in made.glob("int8-*"):
+        file.unlink()
+    external = {"save_as_external_data": True, "location": f"{name}.data"} if large else {}
+    onnx.save(model, made / name, **external)
+    return Traced([name, *([f"{name}.data"] if large else [])], traced.blocks, traced.loose)

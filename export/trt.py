@@ -1,0 +1,132 @@
+"""Build TensorRT-RTX or TensorRT engines: python -m export.trt --ckpt DIR --out ARTIFACTS --target sm89
+
+What is not yet exported to ONNX in ARTIFACTS is exported and verified first. TensorRT-RTX builds without a GPU, for
+the targets that it knows; TensorRT (--runtime trt) builds on the GPU that the engine is for. An engine is kept as long
+as its graph, shapes, precision, target and builder stay the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from export import cli
+from export.components import COMPONENTS, PRECISIONS
+
+
+def _target(text: str) -> str:
+    if re.fullmatch(r"sm\d{2,3}", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no compute capability such as sm89")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; imports nothing heavy."""
+    p = cli.parser("trt", __doc__)
+    p.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder, published weights, or a hub id")
+    p.add_argument("--out", type=Path, required=True, metavar="ARTIFACTS", help="folder of the artifacts")
+    p.add_argument("--target", type=_target, required=True, metavar="SM", help="sm86, sm89, sm90 …: the GPU to run on")
+    p.add_argument("--runtime", choices=("rtx", "trt"), default="rtx", help="TensorRT-RTX (default) or TensorRT")
+    p.add_argument("--components", nargs="+", choices=list(COMPONENTS), metavar="NAME", help="default: all")
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of graphs that are not there yet (fp32)")
+    p.add_argument("--max-batch", type=cli.positive, default=32, metavar="N", help="images encoded at once (32)")
+    p.add_argument("--max-pictures", type=cli.positive, default=8, metavar="N", help="pictures drawn at once (8)")
+    p.add_argument("--refittable", action="store_true", help="build engines that --refit can give other weights")
+    p.add_argument("--refit", action="store_true", help="put a checkpoint's weights into the engine that is there")
+    p.add_argument("--force", action="store_true", help="build again what is there already")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return cli.run(parser(), argv, _build_all)
+
+
+def _build_all(args: argparse.Namespace) -> int:
+    from export import onnx
+    from export.manifest import Manifest, workspace
+    from export.tensorrt_library import LIBRARIES, device_target
+
+    library = LIBRARIES[args.runtime]
+    library.load()  # what is missing is told before anything is exported
+    if args.runtime == "trt" and (here := device_target()) != args.target:
+        raise cli.Misuse(
+            f"--target {args.target}: TensorRT builds on the GPU that an engine is for, and this machine has "
+            f"{here or 'none'}; --runtime rtx builds for GPUs elsewhere"
+        )
+    checkpoint = cli.checkpoint(args.ckpt)
+    names = args.components or [c.name for c in COMPONENTS.values() if c.needs == "encoder" or _draws(checkpoint)]
+    if code := onnx.main(_onnx_arguments(args, names)):
+        return code
+    with workspace(args.out) as made:
+        manifest = Manifest.open(args.out)
+        for name in names:
+            _build(args, manifest, name, library, made)
+    return 0
+
+
+def _build(args: argparse.Namespace, manifest, name: str, library, made: Path) -> None:
+    """One engine, unless it is there."""
+    from dataclasses import replace
+
+    from export import lint, tensorrt_library
+    from export.manifest import ArtifactError, describe_files, name_of
+
+    graph = manifest.checked(name)
+    wanted = replace(
+        graph, runtime=args.runtime, target=args.target, files={}, verification={},
+        builder=f"{library.title} {library.load().__version__}", command=_command(args, name),
+    )  # fmt: skip
+    label = name_of(name, args.runtime, args.target)
+    if not args.force and manifest.current(wanted):
+        cli.say(f"{label}: up to date")
+        return
+    source = manifest.folder / graph.main_file
+    if problems := lint.problems(source, graph, args.runtime):
+        raise ArtifactError(f"{label}: {'; '.join(problems)}")
+    start, cache = time.monotonic(), manifest.folder / f"timing-{args.runtime}-{args.target}.cache"
+    file = f"{name}.{args.runtime}-{args.target}.engine"
+    if args.refit:
+        from export.engine_trt import refit
+
+        old = manifest.checked(name, args.runtime, args.target)
+        (made / file).write_bytes(refit(library, manifest.folder / old.main_file, source))
+        verb = "refitted"
+    else:
+        timing = cache.read_bytes() if cache.is_file() else b""
+        built = tensorrt_library.build(
+            library, str(source), graph.inputs, graph.profile, args.target, timing, args.refittable
+        )
+        (made / file).write_bytes(built[0])
+        if built[1]:
+            (made / cache.name).write_bytes(built[1])
+            (made / cache.name).replace(cache)
+        verb = "built"
+    files = describe_files(made, [file])
+    manifest.publish(replace(wanted, files=files), made)
+    cli.say(f"{label}: {verb} in {time.monotonic() - start:.0f} s, {files[file]['bytes'] / 1e6:.1f} MB")
+
+
+def _draws(checkpoint) -> bool:
+    return "reconstruct" in checkpoint.can
+
+
+def _onnx_arguments(args: argparse.Namespace, names: list[str]) -> list[str]:
+    """The export of the graphs, as the command line has it."""
+    words = ["--ckpt", args.ckpt, "--out", str(args.out), "--precision", args.precision]
+    words += ["--max-batch", str(args.max_batch), "--max-pictures", str(args.max_pictures)]
+    return [*words, *(["--debug"] if args.debug else []), "--components", *names]
+
+
+def _command(args: argparse.Namespace, name: str) -> str:
+    words = ["python", "-m", "export.trt", "--ckpt", args.ckpt, "--out", str(args.out), "--target", args.target]
+    words += ["--runtime", args.runtime, "--components", name, "--precision", args.precision]
+    return shlex.join([*words, "--max-batch", str(args.max_batch), "--max-pictures", str(args.max_pictures)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

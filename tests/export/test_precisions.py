@@ -1,0 +1,164 @@
+"""Precisions: what they cost, how drift is told and located, and that it is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx as onnx_library
+import pytest
+import torch
+
+from export import blocks, graphs, onnx, quantize
+from export.engine_ort import OrtSession
+from export.manifest import Manifest
+from export.probes import Probes
+from export.verifier import Verifier, compare, hopeless
+from tests.export.conftest import BUNDLED, LIMITS
+
+
+@pytest.fixture(scope="module")
+def probes(checkpoint) -> Probes:
+    return Probes(checkpoint, 6)
+
+
+def export(out, precision: str, *args: str) -> int:
+    command = ["--ckpt", str(BUNDLED), "--out", str(out), *LIMITS, "--precision", precision, "--probes", "6"]
+    return onnx.main([*command, *args])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_encoder_keeps_its_captions(tmp_path, precision):
+    """Each precision with its embedding error and its captions; more than float32's error, less than allowed."""
+    assert export(tmp_path, precision, "--components", "encoder") == 0
+    artifact = Manifest.open(tmp_path).checked("encoder")
+    figures = artifact.verification
+    assert 1e-5 < figures["outputs"]["prompts"]["rms"] <= figures["allowed"]["rms"]
+    assert figures["captions"]["agreement"] >= 0.99 and figures["captions"]["images"] == 6
+    ops = {node.op_type for node in onnx_library.load(tmp_path / artifact.main_file).graph.node}
+    assert ("MatMulInteger" in ops) == (precision == "int8")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "mixed", "int8-static"])
+def test_small_component_in_every_precision(tmp_path, precision):
+    assert export(tmp_path, precision, "--components", "text_encoder", "--no-captions") == 0
+    artifact = Manifest.open(tmp_path).checked("text_encoder")
+    assert artifact.precision == precision and not artifact.verification["problems"]
+    assert artifact.opset == (22 if precision == "bf16" else 20)
+
+
+class Toy(graphs.Graph):
+    """Three linear blocks; the middle one overflows in half precision."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(3))
+        self.layers[1].weight.data *= 4e5
+        self.layers[2].weight.data /= 4e5
+        self.inputs, self.outputs = (graphs.Port("x", "float32", (64,)),), ("y",)
+        self.blocks = ("layers.0", "layers.1", "layers.2")
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = layer(x.to(self.dtype) if i == 0 else x)
+        return x.float()
+
+
+def test_mixed_keeps_what_overflows(monkeypatch):
+    """Blocks that overflow come first; the next ones follow only as far as the tolerance needs them."""
+    inputs = {"x": torch.randn(16, 64)}
+    errors = quantize.own_errors(Toy(), Toy(), inputs)
+    assert errors["layers.1"] == float("inf") and errors["layers.0"] < 1e-3
+    monkeypatch.setattr(Toy, "dtype", torch.float32)
+    # the overflowing values must pass on unharmed: a float32 block ahead of another float32 block still casts between
+    with pytest.raises(quantize.NotPossible, match="use fp32 or bf16"):
+        quantize.prepare(Toy, "mixed", [inputs])
+    small = lambda: _scaled(Toy())  # noqa: E731
+    graph, exact = quantize.prepare(small, "mixed", [inputs])
+    assert exact == ()
+    assert compare(graph(inputs["x"]), small()(inputs["x"]))["rms"] < 5e-3
+
+
+def _scaled(toy: Toy) -> Toy:
+    toy.layers[1].weight.data /= 4e5
+    toy.layers[2].weight.data *= 4e5
+    return toy
+
+
+def test_exact_blocks_compute_in_float32():
+    toy = _scaled(Toy()).cast(torch.float16, exact=["layers.1"])
+    seen = {}
+    for path in toy.blocks:
+        toy.get_submodule(path).register_forward_hook(
+            lambda m, args, out, path=path: seen.update({path: args[0].dtype})
+        )
+    toy(torch.randn(2, 64))
+    assert [layer.weight.dtype for layer in toy.layers] == [torch.float16, torch.float32, torch.float16]
+    assert seen["layers.1"] == torch.float32 and seen["layers.2"] == torch.float16
+
+
+def test_the_first_block_that_drifts_is_named(copied, checkpoint, probes):
+    """A weight of the second layer is changed in the file: the report names that layer, not what follows from it."""
+    artifact = Manifest.open(copied).checked("text_encoder")
+    second = list(artifact.blocks)[1]
+    model = onnx_library.load(copied / artifact.main_file)
+    graph = probes.reference.session("text_encoder").graph
+    wanted = graph.get_parameter(f"{second}.mlp.fc1.bias").detach().numpy()
+    for constant in model.graph.initializer:
+        array = onnx_library.numpy_helper.to_array(constant)
+        if array.shape == wanted.shape and (array == wanted).all():
+            constant.CopyFrom(onnx_library.numpy_helper.from_array(array + 0.05, constant.name))
+            break
+    else:
+        pytest.fail("the bias is not in the graph")
+    onnx_library.save(model, copied / artifact.main_file)
+    report = blocks.drift(artifact, copied, graph, probes.inputs("text_encoder")[0])
+    assert [b["block"] for b in report] == list(artifact.blocks)
+    assert [b["drifts"] for b in report][:2] == [False, True]
+    session = OrtSession.on_cpu(artifact, copied)
+    problems = Verifier(checkpoint, probes, captions=False).check(artifact, session, copied)["problems"]
+    assert problems[-1] == f"the first block that drifts is {second}"
+
+
+def test_drift_is_refused_unless_allowed(tmp_path, capsys, monkeypatch):
+    """A precision whose tolerance is (made) too small leaves no file; --allow-drift keeps it, and says so."""
+    monkeypatch.setattr("export.verifier.tolerance", lambda *_: 1e-9)
+    assert export(tmp_path, "fp32", "--components", "context_kv") == 0  # exact: nothing to refuse
+    assert export(tmp_path, "fp16", "--components", "context_kv") == 1
+    error = capsys.readouterr().err
+    assert "fp16 explains 1.0e-09" in error and "keep it with --allow-drift" in error
+    assert Manifest.open(tmp_path).checked("context_kv").precision == "fp32"
+    assert export(tmp_path, "fp16", "--components", "context_kv", "--allow-drift") == 0
+    assert Manifest.open(tmp_path).checked("context_kv").verification["problems"]
+    assert "drifts" in capsys.readouterr().out
+
+
+def test_garbage_is_never_kept(artifacts, checkpoint, probes):
+    """NaN and constant outputs are told apart from drift, and no flag lets them pass."""
+    artifact = Manifest.open(artifacts).checked("text_encoder")
+
+    class Broken(OrtSession):
+        change = staticmethod(lambda value: value * float("nan"))
+
+        def _run(self, values, batch):
+            return {name: self.change(value) for name, value in super()._run(values, batch).items()}
+
+    verifier = Verifier(checkpoint, probes, captions=False)
+    session = Broken.on_cpu(artifact, artifacts)
+    figures = verifier.check(dataclasses.replace(artifact, blocks={}), session, artifacts)
+    assert hopeless(figures) and any("not finite" in p for p in figures["problems"])
+    for change, word in ((torch.zeros_like, "constant"), (lambda v: v[:1].expand_as(v), "same for every")):
+        session.change = change
+        figures = verifier.check(dataclasses.replace(artifact, blocks={}), session, artifacts)
+        assert hopeless(figures) and any(word in p for p in figures["problems"])
+
+
+def test_changed_captions_are_a_problem(artifacts, checkpoint, probes):
+    artifact = Manifest.open(artifacts).checked("encoder")
+
+    class Shuffled(OrtSession):
+        def _run(self, values, batch):
+            return {name: value.flip(0) for name, value in super()._run(values, batch).items()}
+
+    figures = Verifier(checkpoint, probes).check(artifact, Shuffled.on_cpu(artifact, artifacts), artifacts)
+    assert any("captions change" in p for p in figures["problems"]) and not hopeless(figures)
