@@ -14,6 +14,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import time
 from collections import deque
 from multiprocessing.connection import Connection
 
@@ -31,7 +32,10 @@ class DecodeError(RuntimeError):
 
 
 def _work(pipe: Connection, max_pixels: int, memory, slots: int, size: int) -> None:
-    """Say that it runs; then decode (item, slot) until the pipe ends, answering None or (kind, message)."""
+    """Say that it runs; then decode (item, slot) until the pipe ends.
+
+    Answers None or (kind, message), and when it began and ended (the monotonic clock is the machine's).
+    """
     # Ctrl-C reaches the whole process group: the parent decides what it means
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     crops = _crops(memory, slots, size)
@@ -41,6 +45,7 @@ def _work(pipe: Connection, max_pixels: int, memory, slots: int, size: int) -> N
             item, slot = pipe.recv()
         except (EOFError, OSError):  # the parent has closed the pipe, or was killed
             return
+        start = time.monotonic()
         try:
             crops[slot] = load_crop(item.read(), size, max_pixels)
             answer = None
@@ -49,7 +54,7 @@ def _work(pipe: Connection, max_pixels: int, memory, slots: int, size: int) -> N
         except MemoryError:
             answer = ("too-large", "not enough memory to decode the image")
         try:
-            pipe.send(answer)
+            pipe.send((answer, start, time.monotonic()))
         except OSError:
             return
 
@@ -115,12 +120,12 @@ class DecodePool:
         self._free.append(slot)
         self._available.release()
 
-    async def decode(self, item: Item, slot: int) -> None:
-        """Decode into `crops[slot]`. Raises ImageError, or DecodeError."""
+    async def decode(self, item: Item, slot: int) -> tuple[float, float]:
+        """Decode into `crops[slot]`; when that began and ended. Raises ImageError, or DecodeError."""
         answer = asyncio.get_running_loop().create_future()
         self._backlog.append((item, slot, answer))
         self._deal()
-        await answer
+        return await answer
 
     def _start(self) -> None:
         worker = _Worker(self._context, self._max_pixels, *self._args)
@@ -144,7 +149,8 @@ class DecodePool:
             self._died(worker)
             return
         if worker.ready:
-            _settle(worker.waiting.popleft(), ImageError(*answer) if answer else None)
+            problem, *times = answer
+            _settle(worker.waiting.popleft(), ImageError(*problem) if problem else None, tuple(times))
             self._deal()
         worker.ready = True
 
@@ -168,14 +174,14 @@ class DecodePool:
         self._deal()
 
 
-def _settle(job: _Job, failure: Exception | None) -> None:
+def _settle(job: _Job, failure: Exception | None, times: tuple[float, ...] = ()) -> None:
     answer = job[2]
     if answer.done():  # its task was cancelled
         return
     if failure:
         answer.set_exception(failure)
     else:
-        answer.set_result(None)
+        answer.set_result(times)
 
 
 def _ending(process) -> str:

@@ -16,6 +16,7 @@ import socket
 import urllib.parse
 
 import aiohttp
+import yarl
 from aiohttp.abc import AbstractResolver
 
 from serve.limits import Refusal
@@ -76,18 +77,18 @@ class Fetcher:
         raise _no(f"more than {REDIRECTS} redirects")
 
     def _check(self, url: str) -> None:
-        """Scheme, host and port of a URL, before anything is resolved."""
+        """Scheme, host and port of a URL, before anything is resolved; read by the parser that will connect."""
         try:
-            parts = urllib.parse.urlsplit(url)
-            host, port = (parts.hostname or "").rstrip("."), parts.port
+            parts = yarl.URL(url)
+            host = (parts.raw_host or "").rstrip(".").lower()
         except ValueError as error:
             raise _no("the image's URL cannot be read") from error
         if parts.scheme not in ("http", "https") or not host:
             raise _no("images come as data: URLs, or as http(s) URLs of hosts that this server allows")
-        if parts.username is not None or parts.password is not None:
+        if parts.user is not None or parts.password is not None:
             raise _no("an image's URL must hold no credentials")
-        default = port in (None, {"http": 80, "https": 443}[parts.scheme])
-        if not any(_matches(entry, host if default else f"{host}:{port}") for entry in self._hosts):
+        named = host if parts.is_default_port() else f"{host}:{parts.port}"
+        if not any(_matches(entry, named) for entry in self._hosts):
             raise _no(f"this server fetches no images from {host}: send a data: URL")
         try:
             address = ipaddress.ip_address(host)

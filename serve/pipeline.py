@@ -18,11 +18,13 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from serve.decode import DecodePool, default_workers
 from serve.llm import EmbedsError, Engine, Sampling
 from serve.progress import Progress
 from serve.sources import Item
+from serve.timeline import Timeline
 from vlv.checkpoint import Checkpoint
 from vlv.image import ImageError
 
@@ -39,6 +41,8 @@ class PipelineConfig:
     limit: int | None = None  # only the first images of the input
     raw: bool = False  # captions as the model wrote them, without the clean-up
     captions: int = 1  # drawn for each image; what is drawn twice counts once
+    encoder: str = "torch"  # a runtime of export.engine
+    artifacts: Path | None = None  # folder of the exported encoder, for all but torch
 
 
 class TorchEncoder:
@@ -59,12 +63,39 @@ class TorchEncoder:
             return self._encoder(torch.from_numpy(crops).to(self._encoder.device)).cpu()
 
 
+class ArtifactEncoder:
+    """The same from an exported encoder, with one of export.engine's runtimes."""
+
+    def __init__(self, checkpoint: Checkpoint, word: str, artifacts: Path):
+        """Check the artifact and load it. Raises ArtifactError."""
+        from export.engine import open_engine
+
+        self._engine = open_engine(word, artifacts, checkpoint)
+
+    def __call__(self, crops):
+        """uint8 array [B, 3, S, S] -> tensor [B, queries, llm_width] on the CPU; B may be above the graph's most."""
+        import torch
+
+        parts = torch.from_numpy(crops).split(self._engine.max_batch)
+        return torch.cat([self._engine.encode(part).cpu() for part in parts])
+
+
+def open_encoder(checkpoint: Checkpoint, config: PipelineConfig):
+    """The encoder that a run is configured for."""
+    if config.encoder == "torch":
+        return TorchEncoder(checkpoint)
+    return ArtifactEncoder(checkpoint, config.encoder, config.artifacts)
+
+
 class Pipeline:
     """One run over `items`: every image ends as a caption or as an error in the sink."""
 
-    def __init__(self, checkpoint: Checkpoint, engine: Engine, sink, config: PipelineConfig, progress: Progress):
+    def __init__(
+        self, checkpoint: Checkpoint, engine: Engine, sink, config: PipelineConfig, progress: Progress, timeline=None
+    ):
+        """`timeline`: where the stages' times go, for what the run was waiting for."""
         self.checkpoint, self.engine, self.sink = checkpoint, engine, sink
-        self.config, self.progress = config, progress
+        self.config, self.progress, self.timeline = config, progress, timeline or Timeline()
         self.model = engine.options.mark(checkpoint.hash)
         # threads of their own: asyncio would wait for its default ones, at the end even of a cancelled run
         self._listing, self._encoding = ThreadPoolExecutor(1, "listing"), ThreadPoolExecutor(1, "encoder")
@@ -78,9 +109,11 @@ class Pipeline:
             return
         batch = self.config.prompt_batch
         workers = self.config.workers or default_workers()
+        at_once = -(-self.engine.in_flight // self.config.captions)  # images whose captions are written together
+        self.timeline.places.update({"decoding": workers, "the encoder": 1, "the language model": at_once})
         self._decoded: asyncio.Queue[tuple[Item, int] | None] = asyncio.Queue()
         # a batch more than the engine decodes together: it never starves while the next one is being encoded
-        self._permits = asyncio.Semaphore(-(-self.engine.in_flight // self.config.captions) + batch)
+        self._permits = asyncio.Semaphore(at_once + batch)
         self._ready = asyncio.Event()
         try:
             async with (
@@ -107,7 +140,10 @@ class Pipeline:
                 self.progress.skipped += 1
 
     async def _boot(self) -> None:
+        start = time.monotonic()
         await self.engine.start()
+        self.timeline.span("loading", start, name="language model")
+        self.timeline.window = time.monotonic()
         self._ready.set()
 
     async def _tick(self) -> None:
@@ -128,17 +164,18 @@ class Pipeline:
 
     async def _decode(self, item: Item, slot: int) -> None:
         try:
-            await self._pool.decode(item, slot)
+            start, end = await self._pool.decode(item, slot)
         except ImageError as error:
             self._pool.release(slot)
             self._fail(item, error.kind, error)
         else:
+            self.timeline.span("decoding", start, end)
             self._decoded.put_nowait((item, slot))
 
     async def _encode(self) -> None:
         """Encode what is decoded, at most a batch at once and less where no more is there."""
         loop = asyncio.get_running_loop()
-        encoder = await loop.run_in_executor(self._encoding, TorchEncoder, self.checkpoint)
+        encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, self.config)
         more = True
         while more:
             for _ in range(self.config.prompt_batch):
@@ -157,9 +194,10 @@ class Pipeline:
             crops = self._pool.crops[list(slots)]  # a copy
             for slot in slots:
                 self._pool.release(slot)
-            start = time.perf_counter()
+            start = time.monotonic()
             embeds = await loop.run_in_executor(self._encoding, encoder, crops)
-            seconds = time.perf_counter() - start
+            seconds = time.monotonic() - start
+            self.timeline.span("the encoder", start, images=len(items), waiting=self._decoded.qsize())
             for item, row in zip(items, embeds, strict=True):
                 # cloned: a view would keep its whole batch in memory until the last of it is captioned
                 self._tasks.create_task(self._caption(item, row.clone(), seconds))
@@ -168,7 +206,7 @@ class Pipeline:
         from vlv.captioner import clean_caption  # imports torch, which is there by now
 
         await self._ready.wait()
-        start = time.perf_counter()
+        start = time.monotonic()
         draws = (self.engine.generate(embeds, self._sampling(item, i)) for i in range(self.config.captions))
         try:
             completions = await asyncio.gather(*draws)
@@ -183,9 +221,10 @@ class Pipeline:
                 **({"captions": list(dict.fromkeys(texts))} if len(texts) > 1 else {}),
                 "tokens": sum(len(c.token_ids) for c in completions),
                 "finish_reason": completions[0].finish_reason,
-                "timings": {"encode": round(encode_seconds, 4), "llm": round(time.perf_counter() - start, 4)},
+                "timings": {"encode": round(encode_seconds, 4), "llm": round(time.monotonic() - start, 4)},
                 "model": self.model,
             }
+            self.timeline.span("the language model", start, tokens=record["tokens"])
             self.sink.caption(record, item)
             self.progress.caption()
         self._permits.release()

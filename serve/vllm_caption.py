@@ -16,6 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
+from export.components import RUNTIMES
 from serve.formats import FORMATS
 
 EXIT_CODES = """\
@@ -45,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=FORMATS, default="jsonl", help="jsonl (default), .txt beside each image, ...")
     p.add_argument("--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input; I from 1 to N")
     p.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="what runs the language model")
+    p.add_argument("--encoder", choices=RUNTIMES, default="torch", help="what runs the encoder: torch, or an export")
+    p.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the exported encoder (export.onnx)")
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
     p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws at a temperature above 0")
@@ -62,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
     p.add_argument("--gallery", metavar="HTML", help="also write a page of image | reconstruction | caption")
+    p.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
     p.add_argument("--doctor", action="store_true", help="report what is installed and what is missing, and stop")
     p.add_argument("--debug", action="store_true", help="tracebacks, and the engine's log on stderr")
     return p
@@ -140,6 +144,7 @@ def _caption(args: argparse.Namespace) -> int:
         checkpoint = resolve(args.ckpt)
     except CheckpointError as error:
         raise Misuse(f"--ckpt: {error}") from error
+    _require_artifacts(args)
     items = _items(args)
 
     from serve.formats import sink_class
@@ -147,6 +152,7 @@ def _caption(args: argparse.Namespace) -> int:
     from serve.pipeline import Pipeline, PipelineConfig
     from serve.progress import Progress
     from serve.sinks import StreamSink
+    from serve.timeline import Timeline
 
     spec = LLMSpec.of(checkpoint)
     try:
@@ -154,19 +160,24 @@ def _caption(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise Misuse(f"--max-tokens: {error}") from error
     sampling = Sampling(max_tokens, args.temperature, args.seed, tuple(args.stop))
-    config = PipelineConfig(sampling, args.prompt_batch, args.workers, args.limit, args.raw, args.n)
+    config = PipelineConfig(
+        sampling, args.prompt_batch, args.workers, args.limit, args.raw, args.n, args.encoder, args.artifacts
+    )
     options = Options(args.lora, args.tensor_parallel)
     engine = engine_class(args.engine)(spec, max_tokens, args.in_flight, args.debug, options)
     if args.output == "-":
         sink = StreamSink(_claim_stdout(), sys.stderr.fileno())
     else:
         sink = sink_class(args.format)(_output(args), options.mark(checkpoint.hash), args.resume)
-    progress = Progress()
+    progress, timeline = Progress(), Timeline(args.trace)
     threading.Thread(target=_count, args=(args, progress), daemon=True).start()
     try:
-        _run(Pipeline(checkpoint, engine, sink, config, progress), items)
+        _run(Pipeline(checkpoint, engine, sink, config, progress, timeline), items)
     finally:
+        timeline.close()
         sink.close()
+    if busy := timeline.summary():
+        progress.show(busy, last=True)
     progress.show(progress.summary(), last=True)
     if args.gallery:
         from serve import gallery
@@ -194,6 +205,19 @@ def _output(args: argparse.Namespace) -> Path:
         part, parts = args.shard
         path = path.with_name(f"{path.stem}-{part:0{len(str(parts))}}-of-{parts}{path.suffix}")
     return path
+
+
+def _require_artifacts(args: argparse.Namespace) -> None:
+    """Find out before anything loads that the exported encoder is not there. Raises Misuse."""
+    from export.manifest import ArtifactError, Manifest
+
+    if (args.encoder == "torch") != (args.artifacts is None):
+        raise Misuse(f"--encoder {args.encoder} and --artifacts: an exported encoder needs both, torch neither")
+    try:
+        if args.artifacts:
+            Manifest.open(args.artifacts)
+    except ArtifactError as error:
+        raise Misuse(f"--artifacts: {error}") from error
 
 
 def _run(pipeline, items) -> None:
@@ -238,6 +262,7 @@ def _claim_stdout() -> int:
 
 def verdict(error: Exception) -> tuple[int, str]:
     """Exit code and sentence for an exception."""
+    from export.manifest import ArtifactError
     from serve.decode import DecodeError
     from serve.llm import EngineError, OptionError, one_line
     from serve.sinks import SinkError
@@ -246,7 +271,7 @@ def verdict(error: Exception) -> tuple[int, str]:
 
     if isinstance(error, Misuse | SourceError | OptionError):
         return 2, str(error)
-    if isinstance(error, SinkError | CheckpointError | EngineError | DecodeError):
+    if isinstance(error, SinkError | CheckpointError | ArtifactError | EngineError | DecodeError):
         return 1, str(error)
     return 1, f"{one_line(error)} (unexpected: --debug shows where)"
 

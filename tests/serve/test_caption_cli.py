@@ -147,8 +147,10 @@ def test_formats_and_parts_of_the_input(caption, scene_images, tmp_path):
         assert code == 0 and len(content["annotations"]) == len(content["images"]) == 3
         names += [image["file_name"] for image in content["images"]]
     assert len(set(names)) == 9
-    code, *_, stderr = caption(scene_images, "--limit", 2, "--format", "webdataset", output=tmp_path / "shards")
-    assert code == 0 and "2 images captioned" in stderr
+    flags = ["--limit", 2, "--format", "webdataset", "--trace", tmp_path / "trace.json"]
+    code, *_, stderr = caption(scene_images, *flags, output=tmp_path / "shards")
+    assert code == 0 and "2 images captioned" in stderr and "the pace was set by the language model" in stderr
+    assert json.loads((tmp_path / "trace.json").read_text())
     with tarfile.open(tmp_path / "shards" / "000000.tar") as shard:
         assert len(shard.getnames()) == 6
         texts = [shard.extractfile(n).read().decode() for n in shard.getnames() if n.endswith(".json")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.server
 import ipaddress
 import socket
@@ -59,10 +60,8 @@ class Host(http.server.BaseHTTPRequestHandler):
         pass
 
     def handle(self):
-        try:
+        with contextlib.suppress(OSError):  # the client has left
             super().handle()
-        except OSError:  # the client has left
-            pass
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,8 @@ def test_inner_addresses_are_refused(host):
     assert "no public address" in get(f"http://localhost:{port}/picture", f"localhost:{port}", private=False)
     # other spellings of 127.0.0.1: as numbers they go through the resolver
     for name in ("2130706433", "0x7f.1", "127.1", "0"):
-        assert "no public address" in get(f"http://{name}/", name, private=False), name
+        told = get(f"http://{name}/", name, private=False)
+        assert "no public address" in told or "InvalidUrl" in told, (name, told)
 
 
 def test_a_name_that_changes_its_answer(host, monkeypatch):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+from collections import Counter
 
 import pytest
 
@@ -12,6 +14,7 @@ from serve.pipeline import Pipeline, PipelineConfig
 from serve.progress import Progress
 from serve.sinks import FileSink
 from serve.sources import expand
+from serve.timeline import Timeline
 from vlv.checkpoint import Checkpoint
 
 
@@ -68,6 +71,33 @@ def test_captions_every_image_within_its_bounds(checkpoint, scene_images, tmp_pa
     assert record["caption"].startswith("Seed ") and record["caption"].endswith(". Again.")  # cleaned
     assert (record["tokens"], record["finish_reason"], record["model"]) == (7, "stop", checkpoint.hash)
     assert record["path"] == record["id"] and record["timings"]["llm"] > 0 and record["timings"]["encode"] > 0
+
+
+def test_the_timeline_names_the_slowest_stage(checkpoint, scene_images, tmp_path):
+    class Slow(Fake):
+        async def generate(self, embeds, sampling):
+            await asyncio.sleep(0.25)
+            return await super().generate(embeds, sampling)
+
+    engine, timeline = Slow(LLMSpec.of(checkpoint), 20, in_flight=4), Timeline(tmp_path / "trace.json")
+    sink, settings = FileSink(tmp_path / "c.jsonl", checkpoint.hash), PipelineConfig(Sampling(20), 4, 1, limit=24)
+    run = Pipeline(checkpoint, engine, sink, settings, Progress(), timeline)
+    asyncio.run(run.run(expand([str(scene_images)])))
+    used = timeline.utilisation()
+    timeline.close()
+    sink.close()
+    assert max(used, key=used.get) == "the language model" and used["the language model"] > 0.5
+    assert "the pace was set by the language model" in timeline.summary()
+    events = json.loads((tmp_path / "trace.json").read_text())
+    spans = [e for e in events if e["ph"] == "X"]
+    counts = Counter(e["cat"] for e in spans)
+    assert counts["decoding"] == counts["the language model"] == 24 and counts["loading"] == 1
+    assert sum(e["args"]["images"] for e in spans if e["cat"] == "the encoder") == 24
+    rows = {e["tid"] for e in events if e.get("name") == "thread_name"}
+    assert {e["tid"] for e in spans} == rows
+    for row in rows:  # no two spans of a row overlap
+        times = sorted((e["ts"], e["ts"] + e["dur"]) for e in spans if e["tid"] == row)
+        assert all(end <= start + 2 for (_, end), (start, _) in itertools.pairwise(times))
 
 
 def test_resumes_and_limits(checkpoint, scene_images, tmp_path):

@@ -1,0 +1,115 @@
+"""The server as a process: refusals at its start, one whole life with a real checkpoint, and SIGTERM in mid-caption."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve.server import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def server(captioning_checkpoint):
+    """A server process with the reference engine, once it is ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--engine", "transformers", "--workers", "1", "--body-seconds", "2", "--in-flight", "4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serve.server", "--ckpt", str(captioning_checkpoint), "--port", str(port), *flags],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.url = f"http://127.0.0.1:{port}"
+    states, deadline = [], time.monotonic() + 200
+    while not states or states[-1] != 200:
+        assert process.poll() is None and time.monotonic() < deadline
+        with contextlib.suppress(httpx.TransportError):
+            states.append(httpx.get(process.url + "/ready").status_code)
+        time.sleep(0.05)
+    process.states = states
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def picture(scene_images):
+    return "data:image/png;base64," + base64.b64encode((scene_images / "00.png").read_bytes()).decode()
+
+
+def test_answers_while_it_loads_and_captions_like_the_captioner(server, captioning_checkpoint, picture, scene_images):
+    import torch
+
+    from vlv.captioner import Captioner
+    from vlv.checkpoint import Checkpoint
+    from vlv.image import load_crop
+
+    assert set(server.states) == {503, 200}
+    answer = httpx.post(server.url + "/v1/captions", json={"images": [picture], "max_tokens": 40}, timeout=60).json()
+    captioner = Captioner.load(Checkpoint.open(captioning_checkpoint))
+    crop = torch.from_numpy(load_crop(scene_images / "00.png", captioner.encoder.config.image_size))[None]
+    assert answer["captions"][0]["caption"] == captioner.captions(crop, max_new_tokens=40)[0]
+    assert answer["model"] == captioning_checkpoint.name
+
+
+def test_a_client_that_never_finishes_its_head(server):
+    with socket.create_connection(server.url[7:].split(":")) as slow:
+        slow.sendall(b"GET /health HTTP/1.1\r\nX-Slow: ")
+        slow.settimeout(10)
+        start = time.monotonic()
+        assert slow.recv(100) == b"" and time.monotonic() - start < 8  # closed after --body-seconds
+
+
+def test_sigterm_finishes_what_runs(server, picture):
+    """A request that is being answered gets its captions; then the process ends with 0."""
+    answers = []
+
+    def ask():
+        body = {"images": [picture] * 2, "max_tokens": 100, "temperature": 2, "n": 3}
+        answers.append(httpx.post(server.url + "/v1/captions", json=body, timeout=60))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while "vlv_llm_requests 0.0" in httpx.get(server.url + "/metrics").text:
+        time.sleep(0.01)
+    os.kill(server.pid, signal.SIGTERM)
+    asking.join()
+    assert answers[0].status_code == 200 and len(answers[0].json()["captions"]) == 2
+    assert server.wait(60) == 0
+    told = server.stderr.read()
+    assert "SIGTERM: no new requests; those that run are finished" in told and "Traceback" not in told
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server.url + "/health")
+
+
+def test_what_a_server_is_not_started_with(captioning_checkpoint, tmp_path, capsys):
+    (tmp_path / "keys.json").write_text("[1]")
+    for args, words in {
+        (): "error: --ckpt is needed",
+        ("--ckpt", "/absent"): "error: no checkpoint at /absent",
+        ("--ckpt", captioning_checkpoint, "--host", "0.0.0.0"): "error: --host 0.0.0.0 lets others in: give --keys",
+        ("--ckpt", captioning_checkpoint, "--keys", tmp_path / "keys.json"): f"error: {tmp_path}/keys.json is no file",
+        ("--ckpt", captioning_checkpoint, "--max-tokens", "100000"): "error: --max-tokens: 100000 tokens a caption",
+        ("--new-key", "me"): "error: --new-key needs --keys FILE",
+    }.items():
+        assert main([str(a) for a in args]) == 2
+        stderr = capsys.readouterr().err
+        assert stderr.startswith(words) and stderr.count("\n") == 1, stderr
+    file = tmp_path / "made.json"
+    assert main(["--new-key", "me", "--keys", str(file), "--concurrent", "3"]) == 0
+    key = capsys.readouterr().out.strip()
+    assert key.startswith("vlv-") and key not in file.read_text() and '"concurrent": 3' in file.read_text()
+    assert main(["--new-key", "me", "--keys", str(file)]) == 2 and "has a key 'me' already" in capsys.readouterr().err
