@@ -30,8 +30,13 @@ def parser(module: str, doc: str) -> Parser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    debug_argument(p)
     return p
+
+
+def debug_argument(p: argparse.ArgumentParser) -> None:
+    """The flag --debug."""
+    p.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def positive(text: str) -> int:
@@ -64,9 +69,8 @@ def checkpoint(name: str):
         raise Misuse(f"--ckpt: {error}") from error
 
 
-def run(p: argparse.ArgumentParser, argv: list[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
-    """Parse, run, and turn whatever happens into one sentence and an exit code."""
-    args = p.parse_args(argv)
+def run(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
+    """Run a command, and turn whatever happens into one sentence and an exit code."""
     try:
         _hush()
         return command(args)

@@ -53,9 +53,7 @@ class RtxEngine(ArtifactEngine):
         self.version = f"{self.library.title} {self.library.load().__version__}"
         self.target = device_target()
         if not self.target:
-            raise RuntimeMissing(
-                f"the runtime {self.word} needs a CUDA device, and there is none: use onnx or torch"
-            )
+            raise RuntimeMissing(f"the runtime {self.word} needs a CUDA device, and there is none: use onnx or torch")
         self.device = torch.device("cuda", 0)
         super().__init__(artifacts, checkpoint)
 

@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     p = cli.parser("lint", __doc__)
     p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="ONNX graphs")
     p.add_argument("--runtime", default="rtx", choices=("onnx", "rtx", "trt"), help="what is to run them (rtx)")
-    return cli.run(p, argv, _lint)
+    return cli.run(p.parse_args(argv), _lint)
 
 
 def _lint(args: argparse.Namespace) -> int:

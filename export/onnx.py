@@ -16,9 +16,8 @@ from export import cli
 from export.components import COMPONENTS, PRECISIONS, Batch, opset
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line; imports nothing heavy."""
-    p = cli.parser("onnx", __doc__)
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The flags of the command; imports nothing heavy."""
     p.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument("--out", type=Path, required=True, metavar="ARTIFACTS", help="folder of the artifacts")
     p.add_argument(
@@ -31,12 +30,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--allow-drift", action="store_true", help="keep an artifact that is too far off")
     p.add_argument("--force", action="store_true", help="export again what is there already")
     cli.probe_arguments(p)
-    return p
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return cli.run(parser(), argv, _export)
+    p = cli.parser("onnx", __doc__)
+    add_arguments(p)
+    return run(p.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command on parsed flags; returns its exit code."""
+    return cli.run(args, _export)
 
 
 def _export(args: argparse.Namespace) -> int:

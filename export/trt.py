@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return cli.run(parser(), argv, _build_all)
+    return cli.run(parser().parse_args(argv), _build_all)
 
 
 def _build_all(args: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--ckpt", required=True, metavar="DIR", help="the checkpoint that it was made from")
     p.add_argument("--runtime", default="onnx", choices=("onnx", "onnx-cuda", "onnx-trt", "trt", "rtx"))
     cli.probe_arguments(p)
-    return cli.run(p, argv, _verify)
+    return cli.run(p.parse_args(argv), _verify)
 
 
 def _verify(args: argparse.Namespace) -> int:

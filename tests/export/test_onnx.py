@@ -39,7 +39,7 @@ def test_every_component_is_verified(artifacts, checkpoint):
         figures = artifact.verification
         assert not figures["problems"] and set(figures["outputs"]) == {port.name for port in artifact.outputs}
         for errors in figures["outputs"].values():
-            assert 0 < errors["rms"] <= figures["allowed"]["rms"] < 1e-4, name
+            assert errors["rms"] <= figures["allowed"]["rms"] < 1e-4, name
         assert 1 in figures["batches"] and artifact.profile.most in figures["batches"]
         assert manifest.checked(name) == artifact
     assert manifest.artifacts["encoder"].verification["captions"]["agreement"] == 1

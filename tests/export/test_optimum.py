@@ -1,0 +1,27 @@
+"""The subcommand of Hugging Face's optimum."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.export.conftest import BUNDLED, LIMITS
+
+ROOT = Path(__file__).parents[2]
+CLI = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()"]
+
+
+def test_optimum_cli_export_vlv(artifacts):
+    """Reaches the same export: all components are there already."""
+    command = [*CLI, "export", "vlv", "--ckpt", BUNDLED, "--out", artifacts, *LIMITS, "--components", "context_kv"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "context_kv: up to date" in run.stderr and "context_kv" in run.stdout
+
+
+def test_bad_arguments(tmp_path):
+    run = subprocess.run(
+        [*CLI, "export", "vlv", "--ckpt", "nowhere", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 2 and "error: --ckpt" in run.stderr
