@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernels.dispatch import fused
 from kernels.launch import launch
 from kernels.tiles import LOG2_E, power_of_two, strides
-from kernels.tuning import config, reference_is_faster
+from kernels.tuning import reference_is_faster
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
@@ -38,13 +38,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 def _launch(kernel: str, block: str, args: dict, q: Tensor, causal: bool | None, **constants: int) -> None:
     """Start a kernel over blocks of `block`'s tokens ("queries, BLOCK_M")."""
     batch, heads, _, head_dim = q.shape
-    tile, options = config(f"attention.{kernel}", f"d{head_dim}", q.device)
     flags = {} if causal is None else {"CAUSAL": causal}
     launch(
-        f"attention.{kernel}", (f"cdiv({block})", "heads", "batch"), args,
+        f"attention.{kernel}", f"d{head_dim}", (f"cdiv({block})", "heads", "batch"), args,
         {"HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim), **constants, **flags,
-         "DOUBLE": q.dtype == torch.float64, **tile},
-        options, heads=heads, batch=batch,
+         "DOUBLE": q.dtype == torch.float64},
+        heads=heads, batch=batch,
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from kernels.dispatch import fused
 from kernels.launch import launch
 from kernels.tiles import power_of_two, strides
-from kernels.tuning import config
 
 PROGRAMS = 1024  # about eight for each multiprocessor of the largest GPUs; the tokens are split to get as many
 
@@ -47,13 +46,12 @@ def _gram(a: Tensor, b: Tensor, groups: int) -> Tensor:
     d = c // groups
     splits, chunk = splits_and_chunk(batch, n, groups)
     double = a.dtype == torch.float64
-    tile, options = config("channel_attention.gram", f"d{d}", a.device)
     part = a.new_empty(batch, groups, splits, d, d, dtype=torch.float64 if double else torch.float32)
     launch(
-        "channel_attention.gram", ("splits", "groups", "batch"),
+        "channel_attention.gram", f"d{d}", ("splits", "groups", "batch"),
         {"a": a, "b": b, "part": part, "tokens": n, "chunk": chunk, **strides("a", a, "bnc"), **strides("b", b, "bnc")},
-        {"D": d, "BLOCK_D": power_of_two(d), **tile, "DOUBLE": double},
-        options, splits=splits, groups=groups, batch=batch,
+        {"D": d, "BLOCK_D": power_of_two(d), "DOUBLE": double},
+        splits=splits, groups=groups, batch=batch,
     )  # fmt: skip
     return part
 
@@ -63,15 +61,14 @@ def _pass(kernel: str, qkv: Tensor, part: Tensor, groups: int, **more: Tensor | 
     b, n, c3 = qkv.shape
     d = c3 // 3 // groups
     splits, chunk = splits_and_chunk(b, n, groups)
-    tile, options = config(f"channel_attention.{kernel}", f"d{d}", qkv.device)
     launch(
-        f"channel_attention.{kernel}", ("splits", "groups", "batch"),
+        f"channel_attention.{kernel}", f"d{d}", ("splits", "groups", "batch"),
         {
             "qkv": qkv, "part": part, "tokens": n, "chunk": chunk, "splits": splits, "C": c3 // 3,
             **strides("stride", qkv, "bnc"), "scale": n**-0.5, **more,
         },
-        {"D": d, "BLOCK_D": power_of_two(d), **tile, "DOUBLE": qkv.dtype == torch.float64},
-        options, groups=groups, batch=b,
+        {"D": d, "BLOCK_D": power_of_two(d), "DOUBLE": qkv.dtype == torch.float64},
+        groups=groups, batch=b,
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernels.dispatch import fused
 from kernels.launch import launch
 from kernels.tiles import LOG2_E, power_of_two, strides, two_tiles
-from kernels.tuning import config
 
 MAX_KEYS = 160  # that fit on the chip beside the queries
 
@@ -34,18 +33,17 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def cross_attention_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, queries, heads, head_dim = q.shape
     out = _like_queries(q, k, v)
-    tile, options = config("cross_attention.forward", f"n{k.shape[1]}d{head_dim}", q.device)
     launch(
-        "cross_attention.forward", ("cdiv(queries, BLOCK_M)", "heads", "batch"),
+        "cross_attention.forward", f"n{k.shape[1]}d{head_dim}", ("cdiv(queries, BLOCK_M)", "heads", "batch"),
         {
             "q": q, "k": k, "v": v, "out": out, "queries": queries, "row": heads * head_dim, **strides("q", q, "bnhd"),
             **strides("k", k, "bnhd"), **strides("v", v, "bnhd"), "scale": head_dim**-0.5 * LOG2_E,
         },
         {
             "KEYS": k.shape[1], "HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim),
-            **two_tiles(k.shape[1]), **tile,
+            **two_tiles(k.shape[1]),
         },
-        options, heads=heads, batch=batch,
+        heads=heads, batch=batch,
     )  # fmt: skip
     return out
 

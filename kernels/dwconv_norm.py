@@ -9,7 +9,6 @@ from torch.nn.functional import conv2d, layer_norm
 from kernels.dispatch import fused
 from kernels.launch import launch
 from kernels.tiles import power_of_two, strides
-from kernels.tuning import config
 
 CHUNK = 256  # pixels whose share of a weight's gradient one program sums
 CHANNELS = 128  # of the filter's gradient, in one program
@@ -41,18 +40,17 @@ def _convolve(
     b, h, w, c = x.shape
     y = x.new_empty(b, h, w, c)
     normed = x.new_empty(b, h, w, c) if norm else y
-    tile, options = config("dwconv_norm.forward", f"c{c}", x.device)
     launch(
-        "dwconv_norm.forward", ("cdiv(height * width, TILE)", "batch"),
+        "dwconv_norm.forward", f"c{c}", ("cdiv(height * width, TILE)", "batch"),
         {
             "x": x, "weight": weight.contiguous(), "bias": bias.contiguous(), "norm_weight": norm_weight.contiguous(),
             "norm_bias": norm_bias.contiguous(), "y": y, "normed": normed, "height": h, "width": w,
             **strides("stride", x, "bhwc"), "eps": eps,
         },
         {
-            "C": c, "BLOCK_C": power_of_two(c), **tile, "FLIP": flip, "NORM": norm, "DOUBLE": x.dtype == torch.float64,
+            "C": c, "BLOCK_C": power_of_two(c), "FLIP": flip, "NORM": norm, "DOUBLE": x.dtype == torch.float64,
         },
-        options, batch=b,
+        batch=b,
     )  # fmt: skip
     return y, normed
 
@@ -80,26 +78,24 @@ def dwconv_norm_backward_op(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     grad_sum = x.new_empty(x.shape)
     sums = x.new_empty(-(-b * h * w // CHUNK), 3, c, dtype=wide)
-    tile, options = config("dwconv_norm.norm_backward", f"c{c}", x.device)
-    constants = {"C": c, "BLOCK_C": power_of_two(c), **tile, "DOUBLE": wide == torch.float64}
+    constants = {"C": c, "BLOCK_C": power_of_two(c), "DOUBLE": wide == torch.float64}
     launch(
-        "dwconv_norm.norm_backward", ("cdiv(pixels_total, chunk)",),
+        "dwconv_norm.norm_backward", f"c{c}", ("cdiv(pixels_total, chunk)",),
         {
             "y": y, "grad_y": grad_y.contiguous(), "grad_normed": grad_normed.contiguous(),
             "norm_weight": norm_weight.contiguous(), "grad_sum": grad_sum, "part": sums, "pixels_total": b * h * w,
             "chunk": CHUNK, "eps": eps,
         },
-        constants, options,
+        constants,
     )  # fmt: skip
     taps = x.new_empty(b, -(-h * w // CHUNK), c, 9, dtype=wide)
-    tile, options = config("dwconv_norm.weight_backward", f"c{c}", x.device)
     launch(
-        "dwconv_norm.weight_backward", ("cdiv(height * width, chunk)", "cdiv(C, BLOCK_C)", "batch"),
+        "dwconv_norm.weight_backward", f"c{c}", ("cdiv(height * width, chunk)", "cdiv(C, BLOCK_C)", "batch"),
         {
             "x": x, "grad_sum": grad_sum, "part": taps, "height": h, "width": w, "chunk": CHUNK,
             **strides("stride", x, "bhwc"),
         },
-        {**constants, "BLOCK_C": min(CHANNELS, power_of_two(c)), **tile}, options, batch=b,
+        {**constants, "BLOCK_C": min(CHANNELS, power_of_two(c))}, batch=b,
     )  # fmt: skip
     # the gradient of x is a convolution plus its own input too, with the filter turned round
     grad_x, _ = _convolve(grad_sum, weight, norm_weight, norm_weight, norm_weight, eps, flip=True, norm=False)

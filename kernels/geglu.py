@@ -8,7 +8,6 @@ from torch.nn.functional import gelu
 
 from kernels.dispatch import fused
 from kernels.launch import launch
-from kernels.tuning import config
 
 
 def geglu_reference(x: Tensor) -> Tensor:
@@ -28,11 +27,10 @@ def geglu(x: Tensor) -> Tensor:
 def geglu_op(x: Tensor) -> Tensor:
     out = _half(x)
     rows = x.reshape(-1, x.shape[-1])
-    tile, options = config("geglu.forward", f"f{out.shape[-1]}", x.device)
     launch(
-        "geglu.forward", ("rows", "cdiv(width, BLOCK)"),
+        "geglu.forward", f"f{out.shape[-1]}", ("rows", "cdiv(width, BLOCK)"),
         {"x": rows, "out": out, "width": out.shape[-1], "row_stride": rows.stride(0), "column_stride": rows.stride(1)},
-        {**tile, "DOUBLE": x.dtype == torch.float64}, options, rows=len(rows),
+        {"DOUBLE": x.dtype == torch.float64}, rows=len(rows),
     )  # fmt: skip
     return out
 

@@ -9,7 +9,6 @@ from torch.nn.functional import group_norm, silu
 from kernels.dispatch import fused
 from kernels.launch import launch
 from kernels.tiles import power_of_two
-from kernels.tuning import config
 
 CHUNK = 8192  # elements of a group that one program takes, and the most chunks that a group is split into
 MAX_SPLITS = 64
@@ -56,12 +55,10 @@ def groupnorm_silu_op(
     constants = {"PER_GROUP": per_group, "INNER": inner, "DOUBLE": double}
     sizes = {"groups": groups, "batch": b}
     grid = ("splits", "groups", "batch")
-    tile, options = config("groupnorm_silu.statistics", f"c{c}", x.device)
-    launch("groupnorm_silu.statistics", grid, shared, {**constants, **tile}, options, splits=splits, **sizes)
-    tile, options = config("groupnorm_silu.apply", f"c{c}", x.device)
+    launch("groupnorm_silu.statistics", f"c{c}", grid, shared, constants, splits=splits, **sizes)
     more = {"weight": weight.contiguous(), "bias": bias.contiguous(), "out": out, "splits": splits, "eps": eps}
-    constants |= {"SILU": activation, "BLOCK_S": power_of_two(splits, 1), **tile}
-    launch("groupnorm_silu.apply", grid, {**shared, **more}, constants, options, **sizes)
+    constants |= {"SILU": activation, "BLOCK_S": power_of_two(splits, 1)}
+    launch("groupnorm_silu.apply", f"c{c}", grid, {**shared, **more}, constants, **sizes)
     return out
 
 

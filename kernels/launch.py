@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.tuning import config
 
 ALIGNMENT = 16  # bytes of a pointer, or divisor of a size, that lets a kernel move 16 bytes at once
 _TYPES = {
@@ -31,6 +32,7 @@ class Launch:
     """One start of one kernel."""
 
     kernel: str
+    shape: str  # the class of shapes that its configuration was tuned for
     grid: tuple[str, ...]  # up to three expressions over `sizes`, the integer arguments and the constants
     args: dict[str, Tensor | int | float]
     constants: dict[str, int | float | bool]
@@ -81,28 +83,32 @@ def _compiled(expression: str):
 
 def launch(
     kernel: str,
+    shape: str,
     grid: tuple[str, ...],
     args: dict[str, Tensor | int | float],
     constants: dict[str, int | float | bool],
-    options: dict[str, int],
     **sizes: int,
 ) -> None:
-    """Start the kernel on the device of its first tensor, on the current stream; nothing if the grid is empty."""
-    start = Launch(kernel, grid, args, constants, options, sizes)
+    """Start the kernel on the device of its first tensor, on the current stream; nothing if the grid is empty.
+
+    `shape` is what the tuned configuration is found by, such as "d32"; the configuration adds its own constants.
+    """
+    device = next(value.device for value in args.values() if isinstance(value, Tensor))
+    tile, options = config(kernel, shape, device)
+    start = Launch(kernel, shape, grid, args, {**constants, **tile}, options, sizes)
     if _recorded:
         _recorded[-1].append(start)
         return
     blocks = start.blocks()
     if 0 in blocks:
         return
-    device = next(value.device for value in args.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if dispatch.AOT_FOLDER:
             from kernels.aot_loader import builds
 
             builds(dispatch.AOT_FOLDER).launch(start, torch.cuda.current_stream().cuda_stream)
         else:
-            function(kernel)[blocks](**args, **constants, **options)
+            function(kernel)[blocks](**args, **start.constants, **options)
 
 
 @cache

@@ -65,16 +65,17 @@ def config(kernel: str, shape: str, device: torch.device) -> tuple[dict[str, int
     """(constants, options) of `kernel` for a class of shapes such as "d32" on that device."""
     target, overrides = _forced[-1] if _forced else (None, {})
     if kernel in overrides:
-        return _split(overrides[kernel])
+        return split(overrides[kernel])
     entries = (target,) if target else _names(device.index or 0) if device.type == "cuda" else ()
     for entry in entries:
         shapes = table().get(entry, {}).get("kernels", {}).get(kernel, {})
         if shape in shapes:
-            return _split(shapes[shape]["config"])
-    return _split(CANDIDATES[kernel][0])
+            return split(shapes[shape]["config"])
+    return split(CANDIDATES[kernel][0])
 
 
-def _split(values: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+def split(values: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """A configuration's (constants, options)."""
     options = {name: values[name] for name in ("num_warps", "num_stages")}
     return {name: value for name, value in values.items() if name not in options}, options
 

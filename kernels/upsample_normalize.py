@@ -8,7 +8,6 @@ from torch import Tensor
 from kernels.dispatch import fused
 from kernels.launch import launch
 from kernels.tiles import strides
-from kernels.tuning import config
 
 
 def bicubic_matrix(size: int, target: int) -> Tensor:
@@ -66,14 +65,13 @@ def upsample_normalize(
 def upsample_normalize_op(pixels: Tensor, resize: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     target, size = resize.shape
     out = _channels_last(pixels, resize, mean, std, dtype)
-    tile, options = config("upsample_normalize.forward", f"t{target}", pixels.device)
     launch(
-        "upsample_normalize.forward", ("cdiv(TARGET, BLOCK)", "TARGET", "batch"),
+        "upsample_normalize.forward", f"t{target}", ("cdiv(TARGET, BLOCK)", "TARGET", "batch"),
         {
             "pixels": pixels, "resize": resize.contiguous(), "mean": mean, "std": std, "out": out,
             **strides("stride", pixels, "bcyx"),
         },
-        {"SIZE": size, "TARGET": target, **tile}, options, batch=len(pixels),
+        {"SIZE": size, "TARGET": target}, batch=len(pixels),
     )  # fmt: skip
     return out
 

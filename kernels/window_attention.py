@@ -9,7 +9,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernels.dispatch import fused
 from kernels.launch import launch
 from kernels.tiles import LOG2_E, power_of_two, strides, two_tiles
-from kernels.tuning import config
 
 
 def window_attention_reference(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
@@ -28,9 +27,11 @@ def window_attention_reference(qkv: Tensor, bias: Tensor, heads: int, window: in
         qkv = padded
     # [B, rows, window, columns, window, 3, heads, d] -> [3, B * rows * columns, heads, window², d]
     split = qkv.reshape(b, rows, window, columns, window, 3, heads, c3 // 3 // heads)
-    q, k, v = split.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, b * rows * columns, heads, window * window, -1)
+    q, k, v = split.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(
+        3, b * rows * columns, heads, window * window, c3 // 3 // heads
+    )
     out = scaled_dot_product_attention(q, k, v)
-    out = out.reshape(b, rows, columns, heads, window, window, -1).permute(0, 1, 4, 2, 5, 3, 6)
+    out = out.reshape(b, rows, columns, heads, window, window, c3 // 3 // heads).permute(0, 1, 4, 2, 5, 3, 6)
     return out.reshape(b, rows * window, columns * window, c3 // 3)[:, :h, :w]
 
 
@@ -44,9 +45,8 @@ def window_attention(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tens
 def _start(kernel: str, qkv: Tensor, bias: Tensor, heads: int, window: int, **more: Tensor | float) -> None:
     b, h, w, c3 = qkv.shape
     head_dim = c3 // 3 // heads
-    tile, options = config(f"window_attention.{kernel}", f"w{window}d{head_dim}", qkv.device)
     launch(
-        f"window_attention.{kernel}",
+        f"window_attention.{kernel}", f"w{window}d{head_dim}",
         ("windows", "heads", "batch"),
         {
             "qkv": qkv, "bias": bias.contiguous(), "height": h, "width": w, "C": c3 // 3,
@@ -54,10 +54,10 @@ def _start(kernel: str, qkv: Tensor, bias: Tensor, heads: int, window: int, **mo
         },
         {
             "HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim), "WINDOW": window,
-            "PADDED": bool(h % window or w % window), **two_tiles(window**2), **tile,
+            "PADDED": bool(h % window or w % window), **two_tiles(window**2),
             **({"DOUBLE": qkv.dtype == torch.float64} if kernel == "backward" else {}),
         },
-        options, windows=-(-h // window) * -(-w // window), heads=heads, batch=b,
+        windows=-(-h // window) * -(-w // window), heads=heads, batch=b,
     )  # fmt: skip
 
 

@@ -1,0 +1,94 @@
+"""Attention with its gradient, and attention to a short context."""
+
+import pytest
+import torch
+from checks import DTYPES, compare, far_apart, surrounded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.attention import attention, attention_op, attention_reference
+from kernels.cross_attention import cross_attention, cross_attention_op, cross_attention_reference
+from kernels.tuning import forced
+
+
+def qkv(b, heads, m, n, d, dtype=torch.float32):
+    """Queries, keys, values [B, heads, tokens, d], as views of [B, tokens, heads, d] amid NaN."""
+    shapes = [(b, length, heads, d) for length in (m, n, n)]
+    return [surrounded(torch.randn(shape).to(dtype)).transpose(1, 2) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 70, 70, 32), (3, 1, 65, 131, 40), (1, 1, 131, 40, 20), (1, 1, 1, 1, 16), (1, 1, 3, 70, 160)]
+)
+def test_attention(shape, causal, dtype):
+    depth = shape[3] + shape[4]
+    compare(attention, attention_reference, qkv(*shape, dtype), causal, depth=depth, gradients=True)
+
+
+@pytest.mark.parametrize("m, n", [(16, 16), (16, 64), (64, 16), (128, 32)])
+def test_attention_in_any_tile(m, n):
+    config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1}
+    names = ("forward", "key_backward", "query_backward")
+    with forced(**{f"attention__{name}": config for name in names}):
+        for causal in (False, True):
+            compare(attention, attention_reference, qkv(1, 1, 75, 83, 16), causal, depth=99, gradients=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_gradcheck(causal):
+    inputs = [x.double().requires_grad_() for x in qkv(1, 1, 5, 7, 16)]
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, causal), inputs, fast_mode=True)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 3), st.integers(1, 3), st.integers(1, 80), st.integers(1, 80), st.integers(16, 70), st.booleans()
+)  # fmt: skip
+def test_attention_of_any_shape(b, heads, m, n, d, causal):
+    compare(attention, attention_reference, qkv(b, heads, m, n, d), causal, depth=n + d)
+
+
+def test_scores_that_overflow_without_a_maximum():
+    q, k, v = qkv(1, 1, 9, 9, 16)
+    compare(attention, attention_reference, [q * 100, k, v], False, depth=25)
+
+
+def context(b, m, n, heads, d, dtype=torch.float32):
+    """Queries, keys, values [B, tokens, heads, d] amid NaN."""
+    return [surrounded(torch.randn(b, length, heads, d).to(dtype)) for length in (m, n, n)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 70, 77, 2, 40), (3, 33, 20, 1, 64), (1, 1, 1, 1, 16), (1, 5, 160, 1, 32)])
+def test_cross_attention(shape, dtype):
+    with torch.no_grad():
+        compare(cross_attention, cross_attention_reference, context(*shape, dtype), depth=shape[2] + shape[4])
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(st.integers(0, 3), st.integers(1, 90), st.integers(1, 160), st.integers(1, 3), st.integers(16, 90))
+def test_cross_attention_of_any_shape(b, m, n, heads, d):
+    compare(cross_attention, cross_attention_reference, context(b, m, n, heads, d), depth=n + d)
+
+
+def test_cross_attention_steps_aside_for_training():
+    q, k, v = (x.requires_grad_() for x in context(1, 3, 4, 1, 16))
+    cross_attention(q, k, v).sum().backward()
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_offsets_beyond_32_bits(dim):
+    q, k, v = (far_apart(torch.randn(2, 2, 5, 16).half(), dim) for _ in range(3))
+    compare(attention, attention_reference, [q, k, v], True, depth=21)
+    compare(cross_attention, cross_attention_reference, [q, k, v], depth=21)
+
+
+def test_torch_compile_sees_whole_graphs():
+    q, k, v = qkv(1, 1, 5, 7, 16)
+    # the log-sums are no differentiable output, so the gradients are tested above
+    torch.library.opcheck(attention_op, (q, k, v, True))
+    torch.library.opcheck(cross_attention_op, (q, k, v))
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, True), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, v), attention(q, k, v, True))
