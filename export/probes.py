@@ -16,7 +16,7 @@ from torch import Tensor
 
 from export.engine import TorchEngine
 from vlv.checkpoint import Checkpoint
-from vlv.image import load_crop
+from vlv.image import ImageError, load_crop
 
 NOISE = 2  # of the pictures, how many are noise
 STEPS = (981.0, 501.0, 1.0)
@@ -88,10 +88,17 @@ def _pictures(size: int, count: int, images: Sequence[Path], seed: int) -> Tenso
 
     if count <= NOISE:
         raise ValueError(f"{count} pictures: at least {NOISE + 1}, since {NOISE} of them are noise")
-    crops = [load_crop(path, size) for path in images[: count - NOISE]]
+    crops = [_photo(path, size) for path in images[: count - NOISE]]
     for i in range(count - NOISE - len(crops)):
         scene = Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + 1000 * (seed + 1) + i)))
         crops.append(np.asarray(scene.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1))
     random = np.random.default_rng(seed)
     crops += list(random.integers(0, 256, (NOISE, 3, size, size), np.uint8))
     return torch.from_numpy(np.stack(crops))
+
+
+def _photo(path: Path, size: int) -> np.ndarray:
+    try:
+        return load_crop(path, size)
+    except ImageError as error:
+        raise ImageError(error.kind, f"--images {path}: {error}") from error

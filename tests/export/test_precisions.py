@@ -64,13 +64,11 @@ class Toy(graphs.Graph):
         return x.float()
 
 
-def test_mixed_keeps_what_overflows(monkeypatch):
-    """Blocks that overflow come first; the next ones follow only as far as the tolerance needs them."""
+def test_mixed_keeps_as_few_blocks_as_it_needs():
+    """What overflows inside a block is found; what overflows between blocks, no choice of blocks can help."""
     inputs = {"x": torch.randn(16, 64)}
     errors = quantize.own_errors(Toy(), Toy(), inputs)
     assert errors["layers.1"] == float("inf") and errors["layers.0"] < 1e-3
-    monkeypatch.setattr(Toy, "dtype", torch.float32)
-    # the overflowing values must pass on unharmed: a float32 block ahead of another float32 block still casts between
     with pytest.raises(quantize.NotPossible, match="use fp32 or bf16"):
         quantize.prepare(Toy, "mixed", [inputs])
     small = lambda: _scaled(Toy())  # noqa: E731
