@@ -119,6 +119,14 @@ def chat(model: str, texts: list[tuple[str, Completion]], wanted: Wish, prompt: 
     return {**_head("chat.completion", model), "choices": choices, "usage": usage(prompt, tokens)}
 
 
+DONE = b"data: [DONE]\n\n"
+
+
+def event(content: dict) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
 class Chunks:
     """The chat.completion.chunk events of one streamed caption, as lines of server-sent events."""
 
@@ -127,19 +135,10 @@ class Chunks:
 
     def event(self, delta: dict, finish_reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return self._line({**self._head, "choices": [choice]})
+        return event({**self._head, "choices": [choice]})
 
     def usage(self, prompt: int, tokens: int) -> bytes:
-        return self._line({**self._head, "choices": [], "usage": usage(prompt, tokens)})
-
-    def error(self, refusal: Refusal) -> bytes:
-        return self._line(error_body(refusal))
-
-    @staticmethod
-    def _line(content: dict) -> bytes:
-        return b"data: " + json.dumps(content).encode() + b"\n\n"
-
-    DONE = b"data: [DONE]\n\n"
+        return event({**self._head, "choices": [], "usage": usage(prompt, tokens)})
 
 
 class Cleaner:

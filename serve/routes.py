@@ -1,113 +1,39 @@
-"""The routes of the server: a request in, its stages under one deadline, an answer or one clear refusal out."""
+"""The routes of the captioning server: pictures in, captions and embeddings out."""
 
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from serve import api
 from serve.fetch import Fetcher
-from serve.incoming import all_of, bounded, read_form, read_json, until_gone
+from serve.incoming import all_of, read_form, read_json
 from serve.limits import Admission, Keys, Place, Refusal
 from serve.page import PAGE
 from serve.service import Service
-
-GONE = 499  # nobody reads this answer: the client has closed the connection
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What one request may cost."""
-
-    deadline: float = 60  # seconds from the request to its last byte
-    body_seconds: float = 20  # for the request to arrive
-    body_bytes: int = 64 << 20
-    images: int = 64
+from serve.worker import Bounds, Worker
 
 
-class Routes:
-    """The application around a service; `draining` refuses what is new."""
+class Routes(Worker):
+    """The application around a service."""
 
     def __init__(
         self, service: Service, model: str, keys: Keys, admission: Admission, fetcher: Fetcher, bounds: Bounds
     ):
-        self.service, self.model, self.keys, self.admission = service, model, keys, admission
-        self.fetcher, self.bounds, self.draining = fetcher, bounds, False
-        self.metrics = service.metrics
-        self.metrics.watch("active_images", lambda: admission.active)
+        super().__init__(service, keys, admission, bounds)
+        self.model, self.fetcher = model, fetcher
         self.queries, self.width = service.engine.spec.queries, service.engine.spec.width
 
     def app(self) -> Starlette:
         """The ASGI application."""
-        work = (("/v1/chat/completions", self.chat), ("/v1/captions", self.captions), ("/v1/embeddings", self.embed))
-        routes = [Route(path, self._worker(path, work_on), methods=["POST"]) for path, work_on in work]
-        routes += [
-            Route("/v1/models", self.models),
-            Route("/health", self.health),
-            Route("/ready", self.ready),
-            Route("/metrics", self.prometheus),
-            Route("/", self.page),
-        ]
-        handlers = {HTTPException: self._http_error, Exception: self._unexpected}
-        return Starlette(routes=routes, exception_handlers=handlers)
-
-    def _worker(self, path: str, work_on: Callable) -> Callable:
-        """Admission, deadline, disconnects and errors around a route that works on images."""
-
-        async def answer(request: Request) -> Response:
-            try:
-                request = bounded(request, self.bounds.body_bytes)
-                response = await until_gone(request, self._admitted(request, work_on))
-            except Refusal as refusal:
-                response = self._refused(refusal)
-            except ClientDisconnect:
-                response = Response(status_code=GONE)
-            except TimeoutError:
-                response = self._refused(Refusal(504, "deadline", f"not done within {self.bounds.deadline:g} s"))
-            self.metrics.requests.labels(path, response.status_code).inc()
-            return response
-
-        return answer
-
-    async def _admitted(self, request: Request, work_on: Callable) -> Response:
-        if self.draining:
-            raise Refusal(503, "draining", "the server is being shut down", 5)
-        key = self.keys.find(request.headers.get("authorization"))
-        self.service.check_ready()
-        entered = self.admission.enter(key)
-        place, deadline = entered.__enter__(), asyncio.get_running_loop().time() + self.bounds.deadline
-        try:
-            async with asyncio.timeout_at(deadline):
-                content = await work_on(request, place)
-        except BaseException:
-            entered.__exit__(None, None, None)
-            raise
-        if isinstance(content, dict):
-            entered.__exit__(None, None, None)
-            return JSONResponse(content)
-
-        async def events() -> AsyncIterator[bytes]:
-            try:
-                async with aclosing(content), asyncio.timeout_at(deadline):
-                    async for event in content:
-                        yield event
-            except Refusal as refusal:  # the status has been sent: the stream says what happened
-                yield api.Chunks(self.model).error(refusal)
-            except TimeoutError:
-                yield api.Chunks(self.model).error(Refusal(504, "deadline", "the deadline has passed"))
-            finally:
-                entered.__exit__(None, None, None)
-
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        work = {"/v1/chat/completions": self.chat, "/v1/captions": self.captions, "/v1/embeddings": self.embed}
+        return self.application(work, {"/v1/models": self.models, "/": self.page})
 
     async def chat(self, request: Request, place: Place):
         """POST /v1/chat/completions"""
@@ -142,7 +68,7 @@ class Routes:
         yield chunks.event({}, reason)
         if with_usage:
             yield chunks.usage(self.queries, tokens)
-        yield chunks.DONE
+        yield api.DONE
 
     async def _write(self, embeds, wanted: api.Wish, place: Place) -> list:
         """The captions of one image, each from a seed of its own."""
@@ -203,23 +129,10 @@ class Routes:
         try:
             self.keys.find(request.headers.get("authorization"))
         except Refusal as refusal:
-            return self._refused(refusal)
+            return self.refused(refusal)
         entry = {"id": self.model, "object": "model", "created": 0, "owned_by": "vlv"}
         shape = {"queries": self.queries, "width": self.width, "max_tokens": self.service.engine.max_tokens}
         return JSONResponse({"object": "list", "data": [{**entry, **shape}]})
-
-    async def health(self, _) -> Response:
-        """The process answers."""
-        return JSONResponse({"status": "ok"})
-
-    async def ready(self, _) -> Response:
-        """Captions can be written."""
-        ready = self.service.ready and not self.draining
-        state = "ready" if ready else "draining" if self.draining else "loading"
-        return JSONResponse({"status": state}, 200 if ready else 503)
-
-    async def prometheus(self, _) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def page(self, _) -> Response:
         return HTMLResponse(PAGE, headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:"})
@@ -227,19 +140,3 @@ class Routes:
     def _check_model(self, body: dict) -> None:
         if body.get("model") not in (None, self.model):
             raise Refusal(404, "model_not_found", f"there is no such model here; there is {self.model}")
-
-    def _refused(self, refusal: Refusal) -> Response:
-        self.metrics.refused.labels(refusal.kind).inc()
-        headers = {}
-        if refusal.retry_after is not None:
-            headers["Retry-After"] = str(math.ceil(refusal.retry_after))
-        if self.draining or refusal.status in (408, 413):
-            headers["Connection"] = "close"
-        return JSONResponse(api.error_body(refusal), refusal.status, headers)
-
-    async def _http_error(self, _, error: HTTPException) -> Response:
-        """No such route or method."""
-        return JSONResponse(api.error_body(Refusal(error.status_code, "http", error.detail)), error.status_code)
-
-    async def _unexpected(self, _, error: Exception) -> Response:
-        return JSONResponse(api.error_body(Refusal(500, "internal", "an unexpected error: see the server's log")), 500)

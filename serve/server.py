@@ -94,8 +94,9 @@ async def _serve(args: argparse.Namespace) -> int:
     from serve.fetch import Fetcher
     from serve.limits import Admission, Keys, KeysError
     from serve.llm import LLMSpec, engine_class
-    from serve.routes import Bounds, Routes
+    from serve.routes import Routes
     from serve.service import Service, ServiceConfig
+    from serve.worker import Bounds
     from vlv.checkpoint import CheckpointError
     from vlv.published import resolve
 

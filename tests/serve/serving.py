@@ -14,8 +14,9 @@ import uvicorn
 from serve.fetch import Fetcher
 from serve.limits import Admission, Keys
 from serve.llm import Engine, EngineError, LLMSpec
-from serve.routes import Bounds, Routes
+from serve.routes import Routes
 from serve.service import Service, ServiceConfig
+from serve.worker import Bounds
 
 TEXT = "The image shows a cat. It is red! The image shows a cat. A dog is left of it. Its"
 CLEAN = "The image shows a cat. It is red! A dog is left of it."

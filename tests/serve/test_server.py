@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from serve.limits import Keys
-from serve.routes import Bounds
+from serve.worker import Bounds
 from tests.serve.serving import CLEAN, TEXT, Running, Scripted
 from vlv.checkpoint import Checkpoint
 
