@@ -72,6 +72,11 @@ async def read_json(request: Request, seconds: float) -> dict:
     return body
 
 
+async def read_bytes(request: Request, seconds: float) -> bytes:
+    """The body as it is. Raises Refusal."""
+    return await _arrive(request, request.body(), seconds)
+
+
 async def read_form(request: Request, seconds: float, most: int) -> tuple[list[tuple[str, Awaitable[bytes]]], dict]:
     """A multipart form's files, as name and content to await, and its other fields. Raises Refusal."""
     form = request.form(max_files=most, max_fields=32, max_part_size=1 << 16)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-ENGINES = ("vllm", "transformers")
+ENGINES = ("vllm", "transformers", "remote")
 FLAGS = {"lora": "lora", "tensor_parallel": "tensor-parallel", "url": "llm-url"}  # of Options
 
 
@@ -216,6 +216,10 @@ def engine_class(name: str) -> type[Engine]:
         from serve.vllm_engine import VllmEngine
 
         return VllmEngine
+    if name == "remote":
+        from serve.remote_engine import RemoteEngine
+
+        return RemoteEngine
     from serve.transformers_engine import TransformersEngine
 
     return TransformersEngine

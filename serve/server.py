@@ -14,7 +14,8 @@ import signal
 import sys
 from pathlib import Path
 
-from serve.vllm_caption import Misuse, Parser, positive, verdict
+from serve.llm import ENGINES
+from serve.vllm_caption import Misuse, Parser, positive, say, verdict
 
 EXIT_CODES = """\
 exit codes: 0 stopped by SIGTERM or Ctrl-C, with every request answered; 1 the server cannot run; 2 wrong arguments.
@@ -33,7 +34,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     p.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
     p.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
-    p.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="what runs the language model")
+    p.add_argument("--engine", choices=ENGINES, help="what runs the language model (vllm; with --llm-url remote)")
+    p.add_argument("--llm-url", metavar="URL", help="vLLM or serve.gateway that runs the language model elsewhere")
+    p.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for the language model (vllm)")
+    p.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share the LLM (vllm)")
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
     p.add_argument("--in-flight", type=positive, default=128, metavar="N", help="captions written together (128)")
     p.add_argument("--queue", type=positive, default=128, metavar="N", help="images that may wait beyond these (128)")
@@ -92,8 +96,8 @@ def _new_key(args: argparse.Namespace) -> int:
 
 async def _serve(args: argparse.Namespace) -> int:
     from serve.fetch import Fetcher
-    from serve.limits import Admission, Keys, KeysError
-    from serve.llm import LLMSpec, engine_class
+    from serve.limits import Admission
+    from serve.llm import LLMSpec, Options, engine_class
     from serve.routes import Routes
     from serve.service import Service, ServiceConfig
     from serve.worker import Bounds
@@ -102,12 +106,10 @@ async def _serve(args: argparse.Namespace) -> int:
 
     if not args.ckpt:
         raise Misuse("--ckpt is needed (--help shows the usage)")
-    if not (args.keys or args.no_auth or _loopback(args.host)):
-        raise Misuse(f"--host {args.host} lets others in: give --keys FILE (make one with --new-key), or --no-auth")
+    keys = read_keys(args)
     try:
         checkpoint = resolve(args.ckpt)
-        keys = Keys.load(args.keys) if args.keys else Keys()
-    except (CheckpointError, KeysError) as error:
+    except CheckpointError as error:
         raise Misuse(str(error)) from error
     spec = LLMSpec.of(checkpoint)
     try:
@@ -116,7 +118,9 @@ async def _serve(args: argparse.Namespace) -> int:
         raise Misuse(f"--max-tokens: {error}") from error
 
     def make_engine():
-        return engine_class(args.engine)(spec, max_tokens, args.in_flight, args.debug)
+        kind = engine_class(args.engine or ("remote" if args.llm_url else "vllm"))
+        options = Options(args.lora, args.tensor_parallel, args.llm_url)
+        return kind(spec, max_tokens, args.in_flight, args.debug, options)
 
     service = Service(checkpoint, make_engine, ServiceConfig(args.prompt_batch, args.workers, args.max_pixels))
     fetcher = Fetcher(tuple(args.image_host), args.max_image << 20)
@@ -175,16 +179,24 @@ async def run(app, host: str, port: int, routes, failure: asyncio.Future, drain:
     return 0
 
 
-def _loopback(host: str) -> bool:
+def read_keys(args: argparse.Namespace):
+    """The keys of --keys; without, only this machine is let in. Raises Misuse."""
+    from serve.limits import Keys, KeysError
+
+    if not (args.keys or args.no_auth or loopback(args.host)):
+        raise Misuse(f"--host {args.host} lets others in: give --keys FILE (make one with --new-key), or --no-auth")
+    try:
+        return Keys.load(args.keys) if args.keys else Keys()
+    except KeysError as error:
+        raise Misuse(str(error)) from error
+
+
+def loopback(host: str) -> bool:
+    """Whether a host is this machine and nothing else."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def say(text: str) -> None:
-    """One line to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from export.components import RUNTIMES
 from serve.formats import FORMATS
+from serve.llm import ENGINES
 
 EXIT_CODES = """\
 exit codes: 0 every image has a caption; 1 the run failed, or some images did (see NAME.errors.jsonl);
@@ -45,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", metavar="FILE", help="file, or folder of shards (captions.*); - for stdout")
     p.add_argument("--format", choices=FORMATS, default="jsonl", help="jsonl (default), .txt beside each image, ...")
     p.add_argument("--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input; I from 1 to N")
-    p.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="what runs the language model")
+    p.add_argument("--engine", choices=ENGINES, help="what runs the language model (vllm; with --llm-url remote)")
+    p.add_argument("--llm-url", metavar="URL", help="vLLM or serve.gateway that runs the language model elsewhere")
     p.add_argument("--encoder", choices=RUNTIMES, default="torch", help="what runs the encoder: torch, or an export")
     p.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the exported encoder (export.onnx)")
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
@@ -113,14 +115,14 @@ def main(argv: list[str] | None = None) -> int:
         return _caption(args)
     except (Stopped, KeyboardInterrupt) as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
-        _say(f"stopped by {number.name}: what is captioned so far is kept, and the same command goes on from here")
+        say(f"stopped by {number.name}: what is captioned so far is kept, and the same command goes on from here")
         # not sys.exit: it would wait for the threads that load or encode at this moment
         os._exit(128 + number)
     except Exception as error:
         if args.debug:
             raise
         code, text = verdict(error)
-        _say(f"error: {text}")
+        say(f"error: {text}")
         return code
 
 
@@ -163,8 +165,9 @@ def _caption(args: argparse.Namespace) -> int:
     config = PipelineConfig(
         sampling, args.prompt_batch, args.workers, args.limit, args.raw, args.n, args.encoder, args.artifacts
     )
-    options = Options(args.lora, args.tensor_parallel)
-    engine = engine_class(args.engine)(spec, max_tokens, args.in_flight, args.debug, options)
+    options = Options(args.lora, args.tensor_parallel, args.llm_url)
+    kind = engine_class(args.engine or ("remote" if args.llm_url else "vllm"))
+    engine = kind(spec, max_tokens, args.in_flight, args.debug, options)
     if args.output == "-":
         sink = StreamSink(_claim_stdout(), sys.stderr.fileno())
     else:
@@ -185,7 +188,7 @@ def _caption(args: argparse.Namespace) -> int:
         gallery.write(Path(args.gallery), checkpoint, _items(args), sink.journal_path)
     if progress.failed:
         where = sink.errors_path or "the lines above"
-        _say(f"{progress.failed} of {progress.finished} images failed: see {where}")
+        say(f"{progress.failed} of {progress.finished} images failed: see {where}")
         return 1
     return 0
 
@@ -276,7 +279,8 @@ def verdict(error: Exception) -> tuple[int, str]:
     return 1, f"{one_line(error)} (unexpected: --debug shows where)"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """One line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,0 +1,191 @@
+"""The data-centre side of captioning at the edge: python -m serve.gateway --ckpt DIR --llm-url http://127.0.0.1:8001
+
+Takes prompt embeddings as safetensors, checks shape, type and finiteness, and hands them to a stock `vllm serve
+LLM --enable-prompt-embeds` on this machine. vLLM itself unpickles what it is sent; it must never be reachable.
+
+    POST /v1/generate    body: safetensors with one tensor `embeds` [queries, width];
+                         header X-VLV-Sampling: {"max_tokens": 300, "temperature": 0, "seed": 0, "stream": false}
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import urllib.parse
+from pathlib import Path
+
+from serve.server import EXIT_CODES, loopback, read_keys, run
+from serve.vllm_caption import Misuse, Parser, positive, say, verdict
+
+HEADER = "x-vlv-sampling"
+WATCH = 1  # seconds between looks at vLLM
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = Parser(
+        prog="python -m serve.gateway",
+        description="Take prompt embeddings from elsewhere, checked, to a vLLM on this machine.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder: its description and llm/, for the shapes")
+    p.add_argument("--llm-url", metavar="URL", help="vLLM on this machine, such as http://127.0.0.1:8001")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
+    p.add_argument("--in-flight", type=positive, default=512, metavar="N", help="captions at a time (512)")
+    p.add_argument("--keys", type=Path, metavar="FILE", help="hashes of the API keys (serve.server makes them)")
+    p.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
+    p.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
+    p.add_argument("--drain", type=positive, default=60, metavar="S", help="seconds to finish at SIGTERM (60)")
+    p.add_argument("--debug", action="store_true", help="tracebacks")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return asyncio.run(_serve(args))
+    except Exception as error:
+        if args.debug:
+            raise
+        code, text = verdict(error)
+        say(f"error: {text}")
+        return code
+
+
+class Upstream:
+    """vLLM as a service: ready while it answers."""
+
+    def __init__(self, engine, metrics):
+        self.engine, self.metrics, self.ready = engine, metrics, False
+        self.failure = asyncio.get_running_loop().create_future()
+        metrics.watch("ready", lambda: self.ready)
+        self._task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        try:
+            await self.engine.start()
+            while True:
+                self.ready = await self.engine.healthy()
+                await asyncio.sleep(WATCH)
+        except Exception as error:
+            self.failure.set_exception(error)
+
+    def check_ready(self) -> None:
+        """Raise Refusal 503 while vLLM does not answer."""
+        from serve.limits import Refusal
+
+        if not self.ready:
+            raise Refusal(503, "not_ready", "the language model does not answer", 10)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await self.engine.close()
+
+
+def routes(upstream: Upstream, keys, admission, bounds):
+    """The application's Worker."""
+    from starlette.responses import JSONResponse
+
+    from serve import api
+    from serve.incoming import read_bytes
+    from serve.limits import Refusal
+    from serve.llm import EmbedsError, EngineError
+    from serve.worker import Worker
+
+    spec, engine = upstream.engine.spec, upstream.engine
+
+    class Gateway(Worker):
+        """Embeddings in, token ids out, in the form of OpenAI's completions."""
+
+        def app(self):
+            return self.application({"/v1/generate": self.generate}, {"/v1/models": self.models})
+
+        async def generate(self, request, place):
+            try:
+                fields = json.loads(request.headers.get(HEADER, "{}"))
+                stream = fields.pop("stream", False)
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise Refusal(400, "invalid_request", f"the header {HEADER} is no JSON object") from error
+            sampling = api.wish({k: v for k, v in fields.items() if v != []}, engine.max_tokens).sampling
+            embeds = embeds_of(await read_bytes(request, self.bounds.body_seconds), spec)
+            events = self._events_of(engine.tokens(embeds, sampling, bool(stream)))
+            if stream:
+                return (api.event(event) async for event in events)
+            ids = [i async for event in events for i in event["choices"][0]["token_ids"]]
+            self.metrics.tokens.inc(len(ids))
+            reason = "stop" if engine.end in ids else "length"
+            return {"choices": [{"token_ids": ids, "finish_reason": reason}]}
+
+        async def _events_of(self, steps):
+            try:
+                async for ids in steps:
+                    yield {"choices": [{"token_ids": ids, "finish_reason": None}]}
+            except EmbedsError as error:
+                raise Refusal(400, "invalid_request", str(error)) from error
+            except EngineError as error:
+                raise Refusal(503, "engine", "the language model does not answer", 10) from error
+
+        async def models(self, _):
+            entry = {"id": "vlv", "object": "model", "accepts": "safetensors"}
+            return JSONResponse({"data": [{**entry, "queries": spec.queries, "width": spec.width}]})
+
+    return Gateway(upstream, keys, admission, bounds)
+
+
+def embeds_of(content: bytes, spec):
+    """The tensor of a request's body, checked. Raises Refusal."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from serve.limits import Refusal
+    from serve.llm import EmbedsError
+
+    try:
+        tensors = load(content)
+        if tensors.keys() != {"embeds"}:
+            raise EmbedsError(f"the body must hold one tensor, embeds, not {sorted(tensors)[:5]}")
+        spec.check(tensors["embeds"])
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+        told = str(error) if isinstance(error, EmbedsError) else "the body is no safetensors"
+        raise Refusal(400, "invalid_request", told) from error
+    return tensors["embeds"]
+
+
+async def _serve(args: argparse.Namespace) -> int:
+    from serve.limits import Admission
+    from serve.llm import LLMSpec, Options
+    from serve.metrics import Metrics
+    from serve.remote_engine import RemoteEngine
+    from serve.worker import Bounds
+    from vlv.checkpoint import Checkpoint, CheckpointError
+
+    if not args.ckpt or not args.llm_url:
+        raise Misuse("--ckpt and --llm-url are needed (--help shows the usage)")
+    if not loopback(urllib.parse.urlsplit(args.llm_url).hostname or ""):
+        raise Misuse(
+            f"--llm-url {args.llm_url}: vLLM must be on this machine (127.0.0.1), it unpickles what it is sent"
+        )
+    keys = read_keys(args)
+    try:
+        spec = LLMSpec.of(Checkpoint.open(args.ckpt))
+        max_tokens = spec.max_tokens(args.max_tokens)
+    except (CheckpointError, ValueError) as error:
+        raise Misuse(str(error)) from error
+    engine = RemoteEngine(spec, max_tokens, args.in_flight, args.debug, Options(url=args.llm_url))
+    upstream = Upstream(engine, Metrics())
+    bounds = Bounds(args.deadline, 20, spec.queries * spec.width * 4 + 4096, 1)  # float32, and a header
+    gateway = routes(upstream, keys, Admission(args.in_flight), bounds)
+    try:
+        return await run(gateway.app(), args.host, args.port, gateway, upstream.failure, args.drain, 20)
+    finally:
+        await upstream.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""A language model elsewhere behind the Engine signature: --engine remote --llm-url URL.
+
+The URL is that of a stock `vllm serve LLM --enable-prompt-embeds`, which takes pickled tensors and therefore only
+trusted callers, or of a `serve.gateway`, which takes safetensors. Embeddings travel as bfloat16: queries x width x
+2 bytes an image. Connections are kept; what fails before its first token is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import random
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from serve.llm import EmbedsError, Engine, EngineError, Sampling, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RETRIES = 5  # of one request
+PATIENCE = 60  # seconds that a server which does not answer yet is waited for
+BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers that another attempt may better
+KEY = "VLV_API_KEY"  # environment variable with the key that the server asks for
+
+
+class RemoteEngine(Engine):
+    """Requests to a server that has the language model; the tokenizer is the checkpoint's, here."""
+
+    name = "remote"
+    takes = frozenset({"url"})
+
+    async def start(self) -> None:
+        import aiohttp
+
+        if not self.options.url:
+            raise EngineError("--engine remote needs --llm-url, the server that runs the language model")
+        self._load_tokenizer()
+        headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
+        connector = aiohttp.TCPConnector(limit=2 * self.in_flight, keepalive_timeout=60)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=300)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
+        self._base = self.options.url.rstrip("/").removesuffix("/v1") + "/v1"
+        model = await self._first_answer()
+        self._model, self._gateway = model["id"], model.get("accepts") == "safetensors"
+        served = model.get("width", self.spec.width)
+        if served != self.spec.width:
+            raise EngineError(f"{self._base} runs a model of width {served}, and this encoder's is {self.spec.width}")
+
+    async def _first_answer(self) -> dict:
+        """The server's model, as soon as it answers."""
+        import aiohttp
+
+        deadline = asyncio.get_running_loop().time() + PATIENCE
+        while True:
+            try:
+                async with self._session.get(f"{self._base}/models") as answer:
+                    if answer.status not in BUSY:
+                        if answer.status != 200:
+                            raise EngineError(f"{self._base}/models answers {answer.status}: is the key right ({KEY})?")
+                        return (await answer.json())["data"][0]
+                    problem = f"it answers {answer.status}"
+            except (aiohttp.ClientError, OSError) as error:
+                problem = one_line(error)
+            except (ValueError, LookupError, TypeError) as error:
+                raise EngineError(f"{self._base}/models is no list of models: {one_line(error)}") from error
+            if asyncio.get_running_loop().time() > deadline:
+                raise EngineError(f"no language model at {self._base} after {PATIENCE} s: {problem}")
+            await asyncio.sleep(0.5)
+
+    async def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
+        self.spec.check(embeds)
+        request = self._request(embeds, sampling, every)
+        async with self._answer(request) as answer:
+            try:
+                if every:
+                    async for line in answer.content:
+                        if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                            yield self._step(json.loads(line[6:]))
+                else:
+                    yield self._step(await answer.json())
+            except (OSError, ValueError, LookupError, TypeError, self._client_error()) as error:
+                raise EngineError(f"the language model at {self._base} broke off: {one_line(error)}") from error
+
+    def _request(self, embeds: Tensor, sampling: Sampling, every: bool) -> dict:
+        """Arguments of the POST."""
+        import torch
+
+        embeds = embeds.to(torch.bfloat16).contiguous()
+        if self._gateway:
+            from safetensors.torch import save
+
+            wish = json.dumps({**asdict(sampling), "stop": [], "stream": every})
+            return {
+                "url": f"{self._base}/generate",
+                "data": save({"embeds": embeds}),
+                "headers": {"Content-Type": "application/octet-stream", "X-VLV-Sampling": wish},
+            }
+        stream = io.BytesIO()
+        torch.save(embeds, stream)
+        body = {
+            "model": self._model, "prompt_embeds": base64.b64encode(stream.getvalue()).decode(), "stream": every,
+            "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "stop_token_ids": [self.end],
+            "return_token_ids": True,
+        }  # fmt: skip
+        return {
+            "url": f"{self._base}/completions",
+            "json": body | ({"seed": sampling.seed} if body["temperature"] else {}),
+        }
+
+    def _step(self, event: dict) -> list[int]:
+        """The new tokens of an answer or of one event of it."""
+        if "error" in event:
+            raise EngineError(f"the language model at {self._base} failed: {event['error'].get('message')}")
+        (choice,) = event["choices"] or [{}]
+        ids = list(choice.get("token_ids") or [])
+        return ids + [self.end] if choice.get("finish_reason") == "stop" and self.end not in ids else ids
+
+    @asynccontextmanager
+    async def _answer(self, request: dict):
+        """The open answer to a request, which is repeated while the server is busy or away."""
+        for attempt in range(RETRIES + 1):
+            try:
+                answer = await self._session.post(**request)
+            except (OSError, self._client_error()) as error:
+                problem, wait = one_line(error), None
+            else:
+                if answer.status == 200:
+                    try:
+                        yield answer
+                    finally:
+                        # of an answer that is not read to its end the connection is closed: that cancels the request
+                        answer.release() if answer.content.at_eof() else answer.close()
+                    return
+                async with answer:
+                    text = " ".join((await answer.text())[:300].split())
+                if answer.status not in BUSY:
+                    kind = EmbedsError if answer.status in (400, 413, 422) else EngineError
+                    raise kind(f"{self._base} refuses the request ({answer.status}): {text}")
+                problem, wait = f"it answers {answer.status}: {text}", answer.headers.get("Retry-After", "")
+            if attempt < RETRIES:
+                pause = float(wait) if wait and wait.isdecimal() else 0.25 * 2**attempt
+                await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+        raise EngineError(f"the language model at {self._base} cannot be reached: {problem}")
+
+    @staticmethod
+    def _client_error() -> type[Exception]:
+        import aiohttp
+
+        return aiohttp.ClientError
+
+    async def healthy(self) -> bool:
+        """Whether the server answers now."""
+        try:
+            async with asyncio.timeout(5), self._session.get(self._base.removesuffix("/v1") + "/health") as answer:
+                return answer.status == 200
+        except (OSError, TimeoutError, self._client_error()):
+            return False
+
+    async def close(self) -> None:
+        if session := getattr(self, "_session", None):
+            await session.close()

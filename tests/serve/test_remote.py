@@ -1,0 +1,223 @@
+"""Embeddings over the wire: to a stock vLLM server, and to the gateway in front of it. Both are real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from safetensors.torch import save
+
+from serve import gateway
+from serve.llm import EmbedsError, EngineError, LLMSpec, Options, Sampling
+from serve.remote_engine import RemoteEngine
+from serve.transformers_engine import TransformersEngine
+from vlv.checkpoint import Checkpoint
+
+ROOT = Path(__file__).parents[2]
+TOKENS, COUNT = 32, 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(captioning_checkpoint) -> Checkpoint:
+    return Checkpoint.open(captioning_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def embeds(checkpoint, scene_images):
+    """As they travel: rounded to bfloat16; [COUNT, queries, width]."""
+    import numpy as np
+
+    from vlv.image import load_crop
+
+    files = [scene_images / f"{i:02}.png" for i in range(COUNT)]
+    crops = np.stack([load_crop(f, checkpoint.config.image_size) for f in files])
+    with torch.inference_mode():
+        return checkpoint.load_encoder()(torch.from_numpy(crops)).bfloat16().float()
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint, embeds):
+    engine = TransformersEngine(LLMSpec.of(checkpoint), TOKENS, COUNT)
+    return asyncio.run(using(engine, lambda: generate(engine, embeds)))
+
+
+async def generate(engine, embeds, **sampling):
+    return await asyncio.gather(*(engine.generate(row, Sampling(TOKENS, **sampling)) for row in embeds))
+
+
+async def using(engine, work):
+    """Start, work, close."""
+    try:
+        await engine.start()
+        return await work()
+    finally:
+        await engine.close()
+
+
+def process(*args, wait: str, seconds: float = 240, **env):
+    """A server at a free port, once `wait` answers 200: (process, url)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", *map(str, args), "--host", "127.0.0.1", "--port", str(port)]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | env)
+    os.set_blocking(run.stderr.fileno(), False)
+    url, deadline, log = f"http://127.0.0.1:{port}", time.monotonic() + seconds, b""
+    while True:
+        log += run.stderr.read() or b""
+        try:
+            if httpx.get(url + wait).status_code == 200:
+                return run, url
+        except httpx.TransportError:
+            pass
+        assert run.poll() is None and time.monotonic() < deadline, log.decode()[-3000:]
+        time.sleep(0.2)
+
+
+def end(run: subprocess.Popen) -> None:
+    run.terminate()
+    try:
+        run.wait(30)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        run.wait()
+    run.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def vllm(checkpoint):
+    """A stock `vllm serve` of the checkpoint's llm/."""
+    run, url = process(
+        "vllm.entrypoints.openai.api_server", "--model", checkpoint.llm, "--enable-prompt-embeds",
+        "--dtype", "float32", "--enforce-eager", "--max-model-len", checkpoint.config.queries + TOKENS,
+        "--no-enable-prefix-caching", "--generation-config", "vllm", "--max-num-seqs", 16,
+        wait="/health", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1",
+    )  # fmt: skip
+    yield url
+    end(run)
+
+
+@pytest.fixture(scope="module")
+def behind(checkpoint, vllm):
+    """The gateway's URL."""
+    args = ("serve.gateway", "--ckpt", checkpoint.folder, "--llm-url", vllm, "--max-tokens", TOKENS)
+    run, url = process(*args, wait="/ready")
+    yield url
+    end(run)
+
+
+def engine_at(checkpoint, url: str) -> RemoteEngine:
+    return RemoteEngine(LLMSpec.of(checkpoint), TOKENS, COUNT, options=Options(url=url))
+
+
+@pytest.mark.parametrize("place", ["vllm", "behind"])
+def test_the_same_tokens(place, checkpoint, embeds, reference, request):
+    engine = engine_at(checkpoint, request.getfixturevalue(place))
+
+    async def work():
+        whole = await generate(engine, embeds)
+        pieces = [piece async for piece in engine.stream(embeds[0], Sampling(TOKENS))]
+        stopped = await engine.generate(embeds[0], Sampling(TOKENS, stop=(whole[0].text[10:14],)))
+        drawn = [await engine.generate(embeds[1], Sampling(TOKENS, 1.0, seed)) for seed in (5, 5, 6)]
+        with pytest.raises(EmbedsError):
+            await engine.generate(embeds[0] * float("nan"), Sampling(TOKENS))
+        return whole, pieces, stopped, drawn
+
+    whole, pieces, stopped, drawn = asyncio.run(using(engine, work))
+    assert sum(a == b for a, b in zip(whole, reference, strict=True)) >= COUNT - 1  # a near tie may fall otherwise
+    assert "".join(p.text for p in pieces) == whole[0].text and len(pieces) > len(whole[0].token_ids) // 2
+    assert pieces[-1].finish_reason == whole[0].finish_reason
+    assert stopped.text == whole[0].text[: whole[0].text.index(whole[0].text[10:14])]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_gateway_takes_nothing_but_sound_embeddings(behind, checkpoint, embeds):
+    def post(body: bytes, **wish):
+        headers = {gateway.HEADER: json.dumps(wish)}
+        return httpx.post(behind + "/v1/generate", content=body, headers=headers, timeout=60)
+
+    good = embeds[0].bfloat16()
+    assert post(save({"embeds": good}), max_tokens=4).json()["choices"][0]["token_ids"]
+    bad = good.clone()
+    bad[3, 5] = torch.inf
+    queries, width = good.shape
+    pickled = pickle.dumps(good.float().numpy())
+    for body, words in {
+        b"": "no safetensors", pickled: "no safetensors", save({"embeds": good})[:-1]: "no safetensors",
+        b"\xff" * 64: "no safetensors", save({"other": good}): "must hold one tensor, embeds",
+        save({"embeds": good, "more": good[:1].clone()}): "must hold one tensor",
+        save({"embeds": good[:-1].clone()}): f"takes float embeddings [{queries}, {width}]",
+        save({"embeds": good[None].clone()}): "takes float embeddings",
+        save({"embeds": torch.zeros(queries, width, dtype=torch.int16)}): "takes float embeddings",
+        save({"embeds": bad}): "not finite",
+    }.items():  # fmt: skip
+        answer = post(body)
+        assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
+    assert post(bytes(queries * width * 4 + 5000)).status_code == 413
+    assert post(save({"embeds": good}), max_tokens=TOKENS + 1).status_code == 400
+    headers = {gateway.HEADER: "[" * 5000}
+    assert httpx.post(behind + "/v1/generate", content=save({"embeds": good}), headers=headers).status_code == 400
+
+
+def test_where_no_server_is(checkpoint, monkeypatch):
+    import serve.remote_engine as remote
+
+    monkeypatch.setattr(remote, "PATIENCE", 0)
+    engine = engine_at(checkpoint, "http://127.0.0.1:9")
+    with pytest.raises(EngineError, match=r"no language model at http://127\.0\.0\.1:9/v1"):
+        asyncio.run(using(engine, lambda: None))
+    with pytest.raises(EngineError, match="needs --llm-url"):
+        asyncio.run(using(RemoteEngine(LLMSpec.of(checkpoint), TOKENS, 1), lambda: None))
+
+
+def test_busy_servers_are_asked_again(checkpoint, embeds, monkeypatch):
+    """Two refusals, a broken connection, then an answer."""
+    requests = []
+
+    async def serve(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = [
+            int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
+        ]
+        await reader.readexactly(length[0] if length else 0)
+        body, status = {"data": [{"id": "m"}]}, "200 OK"
+        if head.startswith(b"POST"):
+            requests.append(head)
+            body, status = {"choices": [{"token_ids": [5, 6], "finish_reason": "length"}]}, "200 OK"
+            if len(requests) < 3:
+                body, status = {}, "503 Busy\r\nRetry-After: 0"
+            elif len(requests) == 3:
+                writer.close()
+                return
+        content = json.dumps(body).encode()
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+        writer.write(f"{head}Connection: close\r\n\r\n".encode() + content)
+        writer.close()
+
+    async def main():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        engine = engine_at(checkpoint, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/")
+        monkeypatch.setenv("VLV_API_KEY", "secret")
+        async with server:
+            return await using(engine, lambda: engine.generate(embeds[0], Sampling(TOKENS)))
+
+    assert asyncio.run(main()).token_ids == [5, 6] and len(requests) == 4
+    assert all(b"authorization: bearer secret" in head.lower() for head in requests)
+
+
+def test_vllm_elsewhere_is_refused(checkpoint, capsys):
+    assert gateway.main(["--ckpt", str(checkpoint.folder), "--llm-url", "http://10.0.0.1:8000"]) == 2
+    assert "must be on this machine" in capsys.readouterr().err
