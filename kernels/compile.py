@@ -11,8 +11,6 @@ from pathlib import Path
 from kernels import dispatch
 from kernels.launch import ALIGNMENT, Launch, function
 
-SCRATCH = 2  # pointers that Triton appends to a kernel's parameters; null, since no kernel here asks for scratch memory
-
 
 @dataclass(frozen=True)
 class Build:

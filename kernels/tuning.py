@@ -80,12 +80,15 @@ def split(values: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     return {name: value for name, value in values.items() if name not in options}, options
 
 
-@torch.compiler.assume_constant_result
 def reference_is_faster(op: str, index: int) -> bool:
     """Whether a measurement on this GPU says so; on one never measured, whether its architecture's entry does."""
     name, architecture = _names(index)
     entries = table()
     return op in entries.get(name, entries.get(architecture, {})).get("reference", [])
+
+
+# what torch.compiler.assume_constant_result sets, without the second that importing its compiler takes
+reference_is_faster._dynamo_marked_constant = True
 
 
 @contextmanager

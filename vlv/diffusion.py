@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from vlv.samplers import scheduler
+from vlv.unet import fixed_context
 
 
 class T2I(nn.Module):
@@ -115,13 +116,16 @@ class T2I(nn.Module):
         draws = [torch.Generator().manual_seed(seed) for _ in context]
         shape = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
         noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
-        pictures = pipeline(
-            prompt_embeds=context.to(self.unet.dtype),
-            negative_prompt_embeds=empty.to(self.unet.dtype),
-            latents=noise.to(context.device, self.unet.dtype),
-            generator=draws,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            output_type="pt",
-        ).images
+        context, empty = context.to(self.unet.dtype), empty.to(self.unet.dtype)
+        # with guidance the pipeline stacks both, as here
+        with fixed_context(self.unet, torch.cat([empty, context]) if guidance > 1 else context):
+            pictures = pipeline(
+                prompt_embeds=context,
+                negative_prompt_embeds=empty,
+                latents=noise.to(context.device, self.unet.dtype),
+                generator=draws,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="pt",
+            ).images
         return (pictures.float() * 255).round().to(torch.uint8)

@@ -6,6 +6,7 @@ from checks import DTYPES, compare, far_apart, surrounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import tuning
 from kernels.attention import attention, attention_op, attention_reference
 from kernels.cross_attention import cross_attention, cross_attention_op, cross_attention_reference
 from kernels.tuning import forced
@@ -92,3 +93,15 @@ def test_torch_compile_sees_whole_graphs():
     torch.library.opcheck(cross_attention_op, (q, k, v))
     compiled = torch.compile(lambda q, k, v: attention(q, k, v, True), fullgraph=True, backend="eager")
     assert torch.equal(compiled(q, k, v), attention(q, k, v, True))
+
+
+@pytest.mark.parametrize("name, faster", [("measured", False), ("another", True)])
+def test_the_faster_attention_is_a_constant_of_the_graph(name, faster, monkeypatch):
+    table = {"sm90": {"reference": ["attention"]}, "measured": {"reference": []}}
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    monkeypatch.setattr(tuning, "_names", lambda index: (name, "sm90"))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: x + 1 if tuning.reference_is_faster("attention", 0) else x - 1, fullgraph=True, backend="eager"
+    )
+    assert compiled(torch.zeros(())) == (1 if faster else -1)

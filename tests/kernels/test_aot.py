@@ -1,0 +1,167 @@
+"""Ahead-of-time builds: compiled without a GPU, their parameters, their loader, and no new spills."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import aot, aot_cases, aot_loader, tuning
+from kernels.launch import Launch, grid_size
+from kernels.occupancy import LIMITS, occupancy
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(
+    aot.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="building needs Triton: pip install triton",
+)
+
+
+def start(**args) -> Launch:
+    return Launch("geglu.forward", "f8", ("rows", "cdiv(width, BLOCK)"), args, {"BLOCK": 4}, {}, {"rows": 3})
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """Builds of one small kernel, as the command makes them."""
+    out = tmp_path_factory.mktemp("builds")
+    everything = aot_cases.launches
+
+    def few(*args):
+        return {key: one for key, one in everything(*args).items() if one.kernel == "geglu.forward"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aot_cases, "launches", few)
+        assert aot.main(["--target", "sm80,sm90", "--parts", "unet", "--out", str(out)]) == 0
+    return out
+
+
+@needs_triton
+def test_manifest_describes_the_files(built):
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert set(manifest["targets"]) == {"sm80", "sm90"}
+    for target, entries in manifest["targets"].items():
+        (entry,) = entries.values()
+        assert aot_loader.Builds(built).binary(entry).startswith(b"\x7fELF")
+        ptx = (built / f"{entry['file']}.ptx").read_text()
+        assert f".target {target.replace('sm', 'sm_')}" in ptx and 0 < entry["registers"] <= 255
+        # the loader's parameters are the PTX's, one for one, scratch pointers included
+        kinds = re.findall(r"\.param \.(\w+)", re.search(r"\.entry.*?\n\)", ptx, re.DOTALL)[0])
+        launch = next(one for one in aot_cases.launches(target, parts=("unet",)).values() if one.key() in entries)
+        tensors = {name: torch.empty(64) if isinstance(v, torch.Tensor) else v for name, v in launch.args.items()}
+        packed = aot_loader.pack(entry["arguments"], tensors)
+        sizes = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "f32": 4}
+        assert [ctypes.sizeof(value) for value in packed] == [sizes[kind] for kind in kinds]
+
+
+@needs_triton
+def test_damaged_build_is_refused(built, tmp_path):
+    builds = aot_loader.Builds(built)
+    entry = dict(next(iter(builds.targets["sm80"].values())), sha256="0" * 64)
+    with pytest.raises(ValueError, match="not the file that the manifest describes"):
+        builds.binary(entry)
+
+
+def test_missing_builds_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"python -m kernels\.aot"):
+        aot_loader.Builds(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "targets": {"sm80": {}}}))
+    builds = aot_loader.Builds(tmp_path)
+    with pytest.raises(KeyError, match="not for this GPU's sm90"):
+        builds.entry(start(width=8), "sm90")
+    with pytest.raises(KeyError, match=r"no build of geglu\.forward width=i32 BLOCK=4"):
+        builds.entry(start(width=8), "sm80")
+
+
+def test_without_a_driver_one_sentence(monkeypatch):
+    def absent(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    with pytest.raises(OSError, match=r"no libcuda\.so\.1 here"):
+        aot_loader.driver.__wrapped__()
+
+
+def test_parameters_are_packed_as_the_build_reads_them():
+    x = torch.empty(8)
+    signature = {"x": "*fp32:16", "n": "i32", "stride": "1", "big": "i64:16", "scale": "fp32"}
+    packed = aot_loader.pack(signature, {"x": x, "n": -3, "stride": 1, "big": 2**40, "scale": 0.5})
+    assert b"".join(bytes(value) for value in packed) == struct.pack("=Qiqf", x.data_ptr(), -3, 2**40, 0.5) + bytes(16)
+
+
+@pytest.mark.parametrize(
+    "kind, value, message",
+    [("1", 2, "for n = 1"), ("i32:16", 8, "multiples of 16"), ("i32", 2**31, "32-bit")],
+)
+def test_wrong_parameters_are_refused(kind, value, message):
+    with pytest.raises(ValueError, match=message):
+        aot_loader.pack({"n": kind}, {"n": value})
+
+
+def test_signature_follows_the_values():
+    x = torch.empty(9)
+    signature = start(
+        a=x, b=x[1:], c=torch.empty(2, dtype=torch.uint8, device="meta"), n=32, m=7, one=1, s=0.5, w=2**33
+    )
+    assert signature.signature() == {
+        "a": "*fp32:16", "b": "*fp32", "c": "*u8:16", "n": "i32:16", "m": "i32", "one": "1", "s": "fp32",
+        "w": "i64:16",
+    }  # fmt: skip
+
+
+def test_grid_rules():
+    assert start(width=9).blocks() == (3, 3, 1)
+    assert grid_size(("a * b", "cdiv(a, 4)", "a // 2"), {"a": 5, "b": 3}) == (15, 2, 2)
+
+
+def test_new_spills_are_named():
+    found = {"a": {"spills": 8}, "b": {"spills": 4}, "c": {"spills": 0}}
+    assert aot.new_spills(found, {"a": {"spills": 8}}) == ["b spills 4 bytes of a thread, 0 before"]
+
+
+@needs_triton
+@pytest.mark.slow
+def test_no_spills_that_were_not_there_before():
+    """All kernels for Hopper; the first run compiles for some minutes, later ones come from Triton's cache."""
+    command = [sys.executable, "-m", "kernels.aot", "--target", "sm90", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_baseline_and_tuned_defaults_are_complete():
+    """Every launch of the published models has its entry; a changed kernel or shape needs a new baseline."""
+    baseline = json.loads(aot.BASELINE.read_text())
+    for target in baseline:
+        assert set(baseline[target]) == set(aot_cases.launches(target)), f"python -m kernels.aot --target {target} …"
+    for target in aot.TARGETS:
+        assert "untested" in tuning.table()[target]["label"]
+        for one in aot_cases.launches(target).values():
+            assert one.shape in tuning.table()[target]["kernels"][one.kernel]
+
+
+def test_occupancy():
+    """By hand: 128 threads of 64 registers fill an A100's 2048 threads to 1024; its 164 KiB hold two of 60 KiB."""
+    assert occupancy(LIMITS["sm80"], 4, 64, 0) == 0.5
+    assert occupancy(LIMITS["sm80"], 4, 64, 60 * 1024) == 2 * 4 / 64
+    assert occupancy(LIMITS["sm86"], 4, 64, 101 * 1024) == 0
+
+
+@pytest.mark.parametrize("option, value", [("--target", "sm75"), ("--parts", "engine")])
+def test_wrong_words_list_the_right_ones(option, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        aot.main([option, value])
+    assert stopped.value.code == 2 and f"{value}: choose from" in capsys.readouterr().err
+
+
+def test_nothing_imports_triton():
+    code = "import sys, kernels.aot, kernels.aot_loader, vlv.encoder; assert 'triton' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
