@@ -12,6 +12,7 @@ from torch import Tensor
 from export.components import tolerance
 from export.graphs import Graph
 from export.manifest import Artifact
+from export.widen import widen
 
 
 def drift(artifact: Artifact, folder: Path, graph: Graph, inputs: dict[str, Tensor]) -> list[dict]:
@@ -64,11 +65,15 @@ def _graph_outputs(artifact: Artifact, folder: Path, inputs: dict[str, Tensor]) 
         # a cast, because NumPy has no bfloat16
         model.graph.node.append(onnx.helper.make_node("Cast", [value], [f"block:{path}"], to=onnx.TensorProto.FLOAT))
         model.graph.output.append(onnx.ValueInfoProto(name=f"block:{path}"))
+    if artifact.precision == "bf16":
+        model = widen(model)
     copy = folder / f".blocks-{os.getpid()}-{artifact.main_file}"  # beside its external data
     try:
         onnx.save(model, copy)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if artifact.precision == "bf16":
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
         values = session.run([f"block:{p}" for p in names], {n: v.numpy() for n, v in inputs.items()})
     finally:

@@ -6,6 +6,9 @@ fixed addresses: such a session keeps a set of buffers a batch size, and copies 
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from export.engine import ArtifactEngine, RuntimeMissing, Session
 from export.manifest import Artifact
+from export.widen import widen
 
 _NUMPY = {"uint8": np.uint8, "int32": np.int32, "float32": np.float32}
 _GPU_WHEEL = "python -m pip install --no-deps onnxruntime-gpu"
@@ -30,7 +34,14 @@ class OrtSession(Session):
         self.outputs, self.graphs = artifact.outputs, graphs
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors: its warnings are about its own optimizer
-        self.session = onnxruntime.InferenceSession(folder / artifact.main_file, options, providers=providers)
+        file = folder / artifact.main_file
+        if device.type == "cpu" and artifact.precision == "bf16":
+            with _widened(file) as twin:
+                # all as it is: the optimizer would take the roundings for superfluous
+                options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+                self.session = onnxruntime.InferenceSession(twin, options, providers=providers)
+        else:
+            self.session = onnxruntime.InferenceSession(file, options, providers=providers)
         self._buffers: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._held: dict[tuple[int, str], Tensor] = {}
 
@@ -80,6 +91,19 @@ class OrtSession(Session):
                 inputs[name].copy_(value)
                 self._held[batch, name] = value
         return inputs, outputs
+
+
+@contextlib.contextmanager
+def _widened(file: Path) -> Iterator[Path]:
+    """A bfloat16 graph as a CPU can run it, beside its external data as long as it is being loaded."""
+    import onnx
+
+    twin = file.with_name(f".wide-{os.getpid()}-{file.name}")
+    try:
+        onnx.save(widen(onnx.load(file, load_external_data=False)), twin)
+        yield twin
+    finally:
+        twin.unlink(missing_ok=True)
 
 
 class OrtEngine(ArtifactEngine):

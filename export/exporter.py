@@ -44,7 +44,7 @@ class Exporter:
         """What `export` would make, as far as that is known before."""
         return Artifact(
             component, "onnx", "", precision, opset, (), (), profile, source_hash(self.checkpoint, component), "",
-            kernels_hash(), builder(), {}, command,
+            kernels_hash(component), builder(), {}, command,
         )  # fmt: skip
 
     def export(self, wanted: Artifact, allow_drift: bool) -> list[str]:
@@ -71,7 +71,8 @@ class Exporter:
         """The graph in the work folder, and its entry without figures."""
         name, precision = wanted.component, wanted.precision
         sets = self.probes.inputs(name) if precision == "mixed" else []
-        graph, exact = quantize.prepare(lambda: load(self.checkpoint, name), precision, sets)
+        reference = self.probes.reference.session(name).graph
+        graph, exact = quantize.prepare(reference, lambda: load(self.checkpoint, name), precision, sets)
         traced = trace.to_onnx(graph, self.made / f"{name}.onnx", wanted.profile, wanted.opset)
         if precision.startswith("int8"):
             static = precision == "int8-static"

@@ -232,8 +232,10 @@ def source_hash(checkpoint: Checkpoint, component: str) -> str:
     return digest({str(f.relative_to(checkpoint.folder)): sha256(f) for f in files})
 
 
-def kernels_hash() -> str:
-    """The hash of the ops' source code, which a trace turns into graph nodes."""
+def kernels_hash(component: str) -> str:
+    """The hash of the ops' source code, which a trace turns into graph nodes; "" where none of ours are in it."""
+    if COMPONENTS[component].needs != "encoder":
+        return ""
     import kernels
 
     folder = Path(kernels.__file__).parent

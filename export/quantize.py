@@ -14,6 +14,7 @@ only, where NVIDIA's ModelOpt makes it: see docs/export.md.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,23 +27,25 @@ from export.components import PEAK, tolerance
 from export.graphs import Graph
 from export.trace import EXTERNAL, Traced
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class NotPossible(ValueError):
     """No choice of blocks keeps the tolerance."""
 
 
-def prepare(load: Callable[[], Graph], precision: str, sets: list[dict[str, Tensor]]) -> tuple[Graph, tuple[str, ...]]:
+def prepare(
+    exact: Graph, load: Callable[[], Graph], precision: str, sets: list[dict[str, Tensor]]
+) -> tuple[Graph, tuple[str, ...]]:
     """The module to trace for a precision, and the blocks that stay in float32.
 
-    load: makes the float32 module; sets: probes by input name, for `mixed`. INT8 starts from float32.
+    exact: the float32 module, which is also what INT8 starts from; load: makes another one, to be cast; sets: probes
+    by input name, for `mixed`.
     """
-    graph = load()
-    if precision != "mixed":
-        dtype = DTYPES.get(precision, torch.float32)
-        return (graph if dtype == torch.float32 else graph.cast(dtype)), ()
-    return _mixed(load, graph, sets)
+    if precision == "mixed":
+        return _mixed(load, exact, sets)
+    dtype = DTYPES.get(precision)
+    return (load().cast(dtype) if dtype else exact), ()
 
 
 @torch.inference_mode()
@@ -116,6 +119,8 @@ def to_int8(traced: Traced, made: Path, static: bool, sets: list[dict[str, Tenso
 
     source, target = made / traced.files[0], made / f"int8-{traced.files[0]}"
     large = sum((made / name).stat().st_size for name in traced.files) > EXTERNAL
+    # its advice to preprocess: the trace is folded already
+    logging.getLogger().addFilter(lambda record: "pre-processing before quantization" not in record.getMessage())
     # 7 bits of weights: AVX2 adds pairs of 8-bit products in 16 bits, which saturate at full range
     options = {"per_channel": True, "reduce_range": True, "nodes_to_exclude": traced.loose}
     options |= {"weight_type": QuantType.QInt8, "use_external_data_format": large}

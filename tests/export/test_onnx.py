@@ -17,6 +17,7 @@ import torch
 from export import onnx, verify
 from export.components import COMPONENTS
 from export.engine import TorchEngine, open_engine
+from export.engine_ort import OrtSession
 from export.manifest import ArtifactError, Manifest
 from export.probes import Probes
 from tests.export.conftest import BUNDLED, LIMITS
@@ -98,6 +99,22 @@ def test_batches_outside_the_profile_are_refused(artifacts, checkpoint):
         engine.encode(torch.zeros(2, 3, size, size))
     with pytest.raises(ValueError, match="takes pixels as uint8"):
         engine.encode(torch.zeros(2, 3, size, size + 1, dtype=torch.uint8))
+
+
+def test_fixed_buffers_hold_what_was_last_given(artifacts, checkpoint):
+    """What CUDA graphs replay, here on the CPU: new inputs are taken, and the same keys and values are not again."""
+    manifest, inputs = Manifest.open(artifacts), Probes(checkpoint, 4).inputs("unet")[0]
+    unet = manifest.checked("unet")
+    plain = OrtSession.on_cpu(unet, artifacts)
+    fixed = OrtSession(unet, artifacts, ["CPUExecutionProvider"], torch.device("cpu"), graphs=True)
+    first = {k: v if k == "timestep" else v[:2].clone() for k, v in inputs.items()}
+    other = {k: v if k == "timestep" else v[2:4].clone() for k, v in inputs.items()}
+    for values in (first, {**first, "latents": other["latents"]}, other, first):
+        found, expected = fixed(**values)["prediction"], plain(**values)["prediction"]
+        assert (found == expected).all()
+        held = fixed._held[2, "kv_0"]
+        assert held is values["kv_0"]
+    assert (fixed(**first)["prediction"] != fixed(**other)["prediction"]).any()
 
 
 def test_the_same_command_does_nothing_twice(copied, capsys):

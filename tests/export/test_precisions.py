@@ -70,9 +70,9 @@ def test_mixed_keeps_as_few_blocks_as_it_needs():
     errors = quantize.own_errors(Toy(), Toy(), inputs)
     assert errors["layers.1"] == float("inf") and errors["layers.0"] < 1e-3
     with pytest.raises(quantize.NotPossible, match="use fp32 or bf16"):
-        quantize.prepare(Toy, "mixed", [inputs])
+        quantize.prepare(Toy(), Toy, "mixed", [inputs])
     small = lambda: _scaled(Toy())  # noqa: E731
-    graph, exact = quantize.prepare(small, "mixed", [inputs])
+    graph, exact = quantize.prepare(small(), small, "mixed", [inputs])
     assert exact == ()
     assert compare(graph(inputs["x"]), small()(inputs["x"]))["rms"] < 5e-3
 
