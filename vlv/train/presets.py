@@ -67,13 +67,14 @@ class Stage1Config:
     loop: LoopConfig
     pool: int
     noise_draws: int = 1  # noises and time steps per encoded image
+    readout: float = 1.0  # weight of the latents' error, read from the image features by a linear layer
 
 
 T2I["smoke"] = replace(T2I["tiny"], vae_loop=_SMOKE, unet_loop=_SMOKE, pool=64)
 
 STAGE1 = {
     "tiny": Stage1Config(
-        model="tiny", loop=LoopConfig(steps=4000, batch=32, lr=1e-3, warmup=200, ema=0.995), pool=32_768, noise_draws=2
+        model="tiny", loop=LoopConfig(steps=3000, batch=32, lr=7e-4, warmup=100, ema=0.995), pool=32_768, noise_draws=2
     )
 }
 STAGE1["smoke"] = replace(STAGE1["tiny"], loop=_SMOKE, pool=64)
@@ -92,7 +93,7 @@ class Stage2Config:
 
 STAGE2 = {
     "tiny": Stage2Config(
-        loop=LoopConfig(steps=2600, batch=32, lr=1e-3, warmup=100, ema=0.995),
+        loop=LoopConfig(steps=2200, batch=32, lr=1e-3, warmup=100, ema=0.995),
         pool=2**20,
         encoder_lr=3e-4,
         llm_layers=4,

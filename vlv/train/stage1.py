@@ -2,6 +2,10 @@
 
 Paper section 3.1: VAE, UNet and CLIP text layers stay frozen; the vision encoder, its language model,
 the queries and the projection learn from the error of the predicted noise.
+
+The paper starts from Florence-2's pretrained weights; there is no such model of the synthetic world. In
+its place a linear layer, dropped afterwards, reads the frozen autoencoder's latents from the image
+features, so that the tower sees from the first steps on. This too needs images only.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from vlv.train.presets import STAGE1, Stage1Config
 def train(settings: Stage1Config, t2i_folder: Path, run: Path, out: Path, device: str) -> None:
     """Train, resuming what `run` holds, and write the checkpoint folder `out`: encoder and t2i/, no llm/."""
     import torch
+    from torch.nn.functional import mse_loss, pixel_unshuffle
 
     from vlv import checkpoint
     from vlv.diffusion import T2I
@@ -32,19 +37,33 @@ def train(settings: Stage1Config, t2i_folder: Path, run: Path, out: Path, device
     encoder.bottleneck.text.copy_from(t2i.text_encoder)
     encoder.bottleneck.text.requires_grad_(False)
     encoder.to_llm.requires_grad_(False)  # belongs to stage 2
+    bottleneck, last = encoder.bottleneck, encoder.bottleneck.projection[2]
     with torch.no_grad():
         # the text layers expect token embeddings: start at their scale, or their attention hardly counts
         words = t2i.text_encoder.get_input_embeddings().weight.std()
-        bottleneck = encoder.bottleneck
-        start = bottleneck.projection(bottleneck.decode(encoder.features(data.images(range(8)).to(device)))).std()
-        bottleneck.projection[2].weight.mul_(words / start)
+        features = encoder.features(data.images(range(8)).to(device))
+        scale = (words / bottleneck.projection(bottleneck.decode(features)).std()).item()
+        last.weight.mul_(scale)
+        last.bias.mul_(scale)
     cache = latents(t2i, settings.pool, run)
-    loop = Loop("stage1", run, settings.loop, {"encoder": encoder})
+    side = round((features.shape[1] - 1) ** 0.5)  # the features' map; the mean token comes first
+    cells = cache.shape[-1] // side
+    readout = torch.nn.Linear(features.shape[2], cache.shape[1] * cells**2).to(device)
+    # Adam's steps do not shrink with the weights: at the full rate the last layer leaves that scale within a few
+    # steps, the text layers lose sight of their positions, and all queries become one
+    slow, rate = list(last.parameters()), settings.loop.lr
+    held = {id(p) for p in (*slow, *encoder.to_llm.parameters(), *bottleneck.text.parameters())}
+    others = [*(p for p in encoder.parameters() if id(p) not in held), *readout.parameters()]
+    groups = [{"params": others, "lr": rate}, {"params": slow, "lr": rate * scale}]
+    loop = Loop("stage1", run, settings.loop, {"encoder": encoder, "readout": readout}, groups)
 
     def loss(step: int) -> dict[str, torch.Tensor]:
         chosen = data.seeds(step, settings.loop.batch, settings.pool)
-        context = encoder.context(data.images(chosen).to(device))
-        return {"loss": t2i.noise_loss(cache[chosen].float().to(device), context, settings.noise_draws)}
+        target = cache[chosen].float().to(device)
+        features = encoder.features(data.images(chosen).to(device))
+        noise = t2i.noise_loss(target, bottleneck(features), settings.noise_draws)
+        seen = mse_loss(readout(features[:, 1:]), pixel_unshuffle(target, cells).flatten(2).transpose(1, 2))
+        return {"loss": noise + settings.readout * seen, "noise": noise, "readout": seen}
 
     loop.run(loss)
     checkpoint.save(out, encoder, torch.float16)
