@@ -1,0 +1,53 @@
+"""serve.bench against a server whose pace is known."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from serve.bench import Request, main, quantiles
+from tests.serve.serving import Running, Scripted
+from vlv.checkpoint import Checkpoint
+
+
+class Engine(Scripted):
+    """20 ms a token, so a caption takes as long as it has tokens."""
+
+    pace = 0.02
+
+
+@pytest.fixture(scope="module")
+def server(captioning_checkpoint):
+    running = Running(Checkpoint.open(captioning_checkpoint), Engine, 16)
+    yield running
+    running.stop()
+
+
+def test_a_sweep(server, scene_images, tmp_path):
+    flags = ["--rates", "3,60", "--seconds", "3", "--max-tokens", "20", "--price", "3.6", "--slo-e2e", "1.5"]
+    assert main([str(scene_images), "--url", server.url, "-o", str(tmp_path / "b.json"), *flags]) == 0
+    low, high = json.loads((tmp_path / "b.json").read_text())["sweep"]
+    assert low["statuses"] == {"200": low["requests"]} and 2 <= low["requests"] <= 25
+    # lower bounds only: how much slower it gets depends on what else the machine does
+    assert low["tpot"]["p50"] >= 0.02 and 20 * 0.02 <= low["e2e"]["p50"] and low["ttft"]["p50"] < low["e2e"]["p50"]
+    assert low["goodput_per_second"] <= low["requests"] / 3
+    assert low["cost_per_1000"] == pytest.approx(1 / low["answered_per_second"], rel=1e-2)
+    # 16 places at 0.4 s a caption: at most 40 a second, and the rest is refused rather than queued
+    assert high["statuses"]["503"] > 10 and 0 < high["answered_per_second"] <= 41
+    page = (tmp_path / "b.html").read_text()
+    assert page.count("<svg") == 5 and "NaN" not in page and "http" not in page.lower()
+
+
+def test_what_a_request_adds():
+    request = Request("200", [0.5, 0.6, 0.9], tokens=5, end=1.0)
+    measures = request.measures
+    assert measures["ttft"] == [0.5] and measures["tpot"] == [pytest.approx(0.1)] and measures["e2e"] == [1.0]
+    assert measures["itl"] == pytest.approx([0.1, 0.3])
+    assert quantiles(list(map(float, range(1, 101)))) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert quantiles([]) == {"p50": None, "p90": None, "p99": None}
+
+
+def test_no_server(scene_images, tmp_path, capsys):
+    assert main([str(scene_images), "--url", "http://127.0.0.1:9", "-o", str(tmp_path / "b.json")]) == 2
+    assert capsys.readouterr().err.startswith("error: --url: no captioning server answers at http://127.0.0.1:9")
