@@ -30,7 +30,7 @@ def test_a_sweep(server, scene_images, tmp_path):
     low, high = json.loads((tmp_path / "b.json").read_text())["sweep"]
     assert low["statuses"] == {"200": low["requests"]} and 2 <= low["requests"] <= 25
     # lower bounds only: how much slower it gets depends on what else the machine does
-    assert low["tpot"]["p50"] >= 0.02 and 20 * 0.02 <= low["e2e"]["p50"] and low["ttft"]["p50"] < low["e2e"]["p50"]
+    assert low["tpot"]["p50"] >= 0.02 and low["e2e"]["p50"] >= 20 * 0.02 and low["ttft"]["p50"] < low["e2e"]["p50"]
     assert low["goodput_per_second"] <= low["requests"] / 3
     assert low["cost_per_1000"] == pytest.approx(1 / low["answered_per_second"], rel=1e-2)
     # 16 places at 0.4 s a caption: at most 40 a second, and the rest is refused rather than queued
