@@ -1,7 +1,7 @@
 """Load and faults: what a captioning server does with more than it can take, with nonsense, and with dying parts.
 
-    python benchmarks/serve_faults.py                        # everything, into benchmarks/serve_faults.json (40 min)
-    python benchmarks/serve_faults.py --parts fuzz_images,fuzz_requests --fuzz 500 --engine transformers -o try.json
+    python -m benchmarks.serve_faults                        # everything, into benchmarks/serve_faults.json (40 min)
+    python -m benchmarks.serve_faults --parts fuzz_images,fuzz_requests --fuzz 500 --engine transformers -o try.json
 
 Parts: `fuzz_images`, `fuzz_requests` mutated files and requests; `slow` clients that never finish; `workers`, `engine`
 processes killed; `soak` offered load at 1.5 x capacity. Each ends with the question whether a sound request is
@@ -25,12 +25,10 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.machine import describe
+from benchmarks.serve_fuzz import fuzzed_images, fuzzed_requests, scene
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.machine import describe  # noqa: E402
-from benchmarks.serve_fuzz import fuzzed_images, fuzzed_requests, scene  # noqa: E402
-
 PARTS = ("fuzz_images", "fuzz_requests", "slow", "workers", "engine", "soak")
 FINE = {200, 400, 401, 404, 405, 408, 413, 422, 429, 431, 503}  # what nonsense and overload may be answered with
 BY_UVICORN = "Invalid HTTP request received."  # a head that is no HTTP does not reach the application
@@ -50,7 +48,11 @@ def main() -> None:
     parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         p.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    report = {"command": shlex.join(["python", *sys.argv]), **describe(), "parts": {}}
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.serve_faults", *sys.argv[1:]]),
+        **describe(),
+        "parts": {},
+    }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,0 +1,194 @@
+"""The server against the batch pipeline: its throughput, and what HTTP adds to a request; in one run, on one engine.
+
+    python -m benchmarks.serve                                    # into benchmarks/serve.json
+    python -m benchmarks.serve --images 128 --engine transformers -o /tmp/try.json
+
+Pipeline, server and the direct calls share one language model in this process; the clients are processes of their
+own. Captions are compared before speed is. On a GPU at full size: benchmarks/gpu/serve.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shlex
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.machine import describe
+from benchmarks.serve_fuzz import scene
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = 3  # of each measurement, in turns: the machine's other load hits all alike
+CLIENTS = 192  # requests at a time that saturate the server
+SINGLE = 40  # requests one after the other, for what HTTP adds
+
+
+def main() -> None:
+    """Measure, compare, write."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--ckpt", default=str(ROOT / "assets" / "vlv-tiny"), metavar="DIR")
+    p.add_argument("--engine", default="vllm")
+    p.add_argument("--images", type=int, default=512, help="held-out scenes (512)")
+    p.add_argument("--max-tokens", type=int, default=300)
+    p.add_argument("--client", nargs=2, metavar=("URL", "FOLDER"), help=argparse.SUPPRESS)
+    p.add_argument("--at-once", type=int, default=1, help=argparse.SUPPRESS)
+    p.add_argument("-o", "--output", default=str(ROOT / "benchmarks" / "serve.json"), metavar="JSON")
+    args = p.parse_args()
+    if args.client:
+        print(json.dumps(asyncio.run(client(*args.client, args))))
+        return
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.serve", *sys.argv[1:]]),
+        **describe(),
+        **asyncio.run(measure(args)),
+    }
+    Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+async def client(url: str, folder: str, args) -> dict:
+    """Ask for every picture, `at_once` at a time: seconds in all, each request's, and the captions."""
+    import aiohttp
+
+    gate, captions, each = asyncio.Semaphore(args.at_once), {}, []
+
+    async def one(session, file: Path) -> None:
+        async with gate:
+            form = aiohttp.FormData({"max_tokens": str(args.max_tokens)})
+            form.add_field("file", file.read_bytes(), filename=file.name)
+            start = time.perf_counter()
+            async with session.post("/v1/captions", data=form) as answer:
+                (result,) = (await answer.json())["captions"]
+            each.append(time.perf_counter() - start)
+            captions[file.name] = result["caption"]
+
+    files = sorted(Path(folder).iterdir())[: args.images]
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
+        await one(session, files[0])
+        each.clear()
+        start = time.perf_counter()
+        await asyncio.gather(*(one(session, file) for file in files))
+        return {"seconds": time.perf_counter() - start, "each": each, "captions": captions}
+
+
+async def measure(args) -> dict:
+    """The three, in turns."""
+    import uvicorn
+
+    from serve.fetch import Fetcher
+    from serve.limits import Admission, Keys
+    from serve.llm import LLMSpec, Sampling, engine_class
+    from serve.pipeline import Pipeline, PipelineConfig
+    from serve.progress import Progress
+    from serve.routes import Routes
+    from serve.service import Service, ServiceConfig
+    from serve.sinks import FileSink
+    from serve.sources import expand
+    from serve.worker import Bounds
+    from vlv.captioner import clean_caption
+    from vlv.checkpoint import Checkpoint
+
+    checkpoint, cls = Checkpoint.open(args.ckpt), engine_class(args.engine)
+    spec = LLMSpec.of(checkpoint)
+    args.max_tokens = spec.max_tokens(args.max_tokens)
+
+    class Kept(cls):
+        """An engine that a pipeline neither starts nor closes."""
+
+        async def start(self):
+            if not getattr(self, "begun", False):
+                self.begun = True
+                await super().start()
+
+        async def close(self):
+            pass
+
+    engine = Kept(spec, args.max_tokens, 128)
+    service = Service(checkpoint, lambda: engine, ServiceConfig())
+    routes = Routes(service, "model", Keys(), Admission(10_000), Fetcher(), Bounds(deadline=600))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(routes.app(), port=port, log_level="error"))
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = Path(folder) / "pictures"
+        pictures.mkdir()
+        for i in range(args.images):
+            (pictures / f"{i:05}.png").write_bytes(scene(i))
+        await service.start()
+        serving = asyncio.create_task(server.serve())
+        while not service.ready:
+            await asyncio.sleep(0.2)
+
+        async def pipeline(number: int) -> tuple[float, dict[str, str]]:
+            output = Path(folder) / f"{number}.jsonl"
+            sink, config = FileSink(output, checkpoint.hash), PipelineConfig(Sampling(args.max_tokens))
+            start = time.perf_counter()
+            await Pipeline(checkpoint, engine, sink, config, Progress()).run(expand([str(pictures)]))
+            seconds = time.perf_counter() - start
+            sink.close()
+            records = map(json.loads, output.read_text().splitlines())
+            return seconds, {Path(r["id"]).name: r["caption"] for r in records}
+
+        async def ask(count: int, at_once: int) -> dict:
+            command = [
+                "-m",
+                "benchmarks.serve",
+                "--client",
+                f"http://127.0.0.1:{port}",
+                str(pictures),
+                "--images",
+                str(count),
+            ]
+            command += ["--at-once", str(at_once), "--max-tokens", str(args.max_tokens)]
+            run = await asyncio.create_subprocess_exec(
+                sys.executable, *command, stdout=asyncio.subprocess.PIPE, cwd=ROOT
+            )
+            stdout, _ = await run.communicate()
+            return json.loads(stdout)
+
+        async def direct(count: int) -> list[float]:
+            seconds = []
+            for i in range(count):
+                content, start = (pictures / f"{i:05}.png").read_bytes(), time.perf_counter()
+                clean_caption((await service.caption(await service.embed(content), Sampling(args.max_tokens))).text)
+                seconds.append(time.perf_counter() - start)
+            return seconds
+
+        await pipeline(0)  # warm-up
+        batch, served, alone, by_http = [], [], [], []
+        for number in range(1, ROUNDS + 1):
+            seconds, expected = await pipeline(number)
+            batch.append(args.images / seconds)
+            answer = await ask(args.images, CLIENTS)
+            served.append(args.images / answer["seconds"])
+            alone += await direct(SINGLE)
+            by_http += (await ask(SINGLE, 1))["each"]
+        server.should_exit = True
+        await serving
+        await service.close()
+        await cls.close(engine)
+    equal = sum(answer["captions"][name] == text for name, text in expected.items())
+    added = statistics.median(by_http) - statistics.median(alone)
+    return {
+        "engine": args.engine,
+        "checkpoint": {"folder": Path(args.ckpt).name, "hash": checkpoint.hash},
+        "images": args.images,
+        "captions_equal": f"{equal}/{len(expected)}",
+        "pipeline_images_per_second": round(statistics.median(batch), 2),
+        "server_images_per_second": round(statistics.median(served), 2),
+        "server_to_pipeline": round(statistics.median(served) / statistics.median(batch), 3),
+        "direct_p50_ms": round(1000 * statistics.median(alone), 2),
+        "http_p50_ms": round(1000 * statistics.median(by_http), 2),
+        "http_adds_ms": round(1000 * added, 2),
+    }
+
+
+if __name__ == "__main__":
+    main()
