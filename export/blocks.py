@@ -61,6 +61,8 @@ def _graph_outputs(artifact: Artifact, folder: Path, inputs: dict[str, Tensor]) 
     model = onnx.load(folder / artifact.main_file, load_external_data=False)
     produced = {output for node in model.graph.node for output in node.output}
     names = {path: value for path, value in artifact.blocks.items() if value in produced}
+    if not names:
+        return {}
     for path, value in names.items():
         # a cast, because NumPy has no bfloat16
         model.graph.node.append(onnx.helper.make_node("Cast", [value], [f"block:{path}"], to=onnx.TensorProto.FLOAT))

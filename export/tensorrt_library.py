@@ -74,7 +74,7 @@ def build(
     library: Library, graph: str, inputs: tuple[Port, ...], profile: Batch, target: str,
     timing: bytes = b"", refittable: bool = False,
 ) -> tuple[bytes, bytes]:  # fmt: skip
-    """Build the engine of an ONNX file. Returns it, and the timing cache to keep ("" where there is none).
+    """Build the engine of an ONNX file. Returns it, and the timing cache to keep (empty for TensorRT-RTX).
 
     target: "sm89" and so on; TensorRT proper builds for the GPU of this machine alone. Raises ArtifactError.
     """
@@ -97,14 +97,12 @@ def build(
         config.num_compute_capabilities = 1
         if not config.set_compute_capability(_capability(trt, target), 0):
             raise ArtifactError(f"{library.title} {trt.__version__} takes no target {target}")
-    cache = config.create_timing_cache(timing)
-    if cache is not None:
-        config.set_timing_cache(cache, ignore_mismatch=False)
+    if library.runtime == "trt":  # TensorRT-RTX times nothing before it runs, and keeps no such cache
+        config.set_timing_cache(config.create_timing_cache(timing), ignore_mismatch=False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise ArtifactError(f"{library.title} cannot build {graph} for {target}: {log.last()}")
-    kept = config.get_timing_cache()
-    return bytes(engine), bytes(kept.serialize()) if kept is not None else b""
+    return bytes(engine), bytes(config.get_timing_cache().serialize()) if library.runtime == "trt" else b""
 
 
 def _capability(trt: ModuleType, target: str):
