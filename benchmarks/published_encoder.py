@@ -127,7 +127,7 @@ def clip_text(ours: nn.Module, config: VLVConfig, attention: str = "eager") -> C
 def run_clip_text(model: CLIPTextModel, embeds: Tensor) -> Tensor:
     """CLIPTextModel on embeddings [B, N, C]; its own forward takes only token ids."""
     n = embeds.shape[1]
-    mask = torch.full((n, n), float("-inf"), dtype=embeds.dtype).triu(1)[None, None]
+    mask = torch.full((n, n), float("-inf"), dtype=embeds.dtype, device=embeds.device).triu(1)[None, None]
     hidden = model.embeddings(inputs_embeds=embeds)
     return model.final_layer_norm(model.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state)
 

@@ -10,6 +10,8 @@ VLV_KERNELS in the environment, read once at import:
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -23,16 +25,27 @@ if MODE == "interpret":
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
 INTERPRET = MODE != "reference" and os.environ.get("TRITON_INTERPRET") == "1"
 AOT_FOLDER = os.environ.get("VLV_KERNELS_AOT")  # builds of kernels.aot, for a machine without Triton
-_AVAILABLE = MODE != "reference" and (AOT_FOLDER is not None or find_spec("triton") is not None)
+_enabled = MODE != "reference" and (AOT_FOLDER is not None or find_spec("triton") is not None)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def fused(x: Tensor, *others: Tensor) -> bool:
     """Whether an operation on these tensors goes to its kernel. Traceable; its answer is a constant of the graph."""
-    if not _AVAILABLE or torch.compiler.is_exporting():
+    if not _enabled or torch.compiler.is_exporting():
         return False
     if x.device.type == "cpu":  # float64 only here: gradcheck asks for it, and GPUs have no use for it
         usable = INTERPRET and x.dtype in (*_DTYPES, torch.float64)
     else:
         usable = x.device.type == "cuda" and x.dtype in _DTYPES
     return usable and all(other.device == x.device for other in others)
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Within, every operation runs by its reference: what a kernel is compared with."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
