@@ -17,7 +17,6 @@ from pathlib import Path
 from serve.sinks import FileSink, SinkError, explained, json_bytes
 from serve.sources import Item
 
-FORMATS = ("jsonl", "txt", "coco", "parquet", "webdataset")
 ROWS = 10_000  # captions in one Parquet part
 
 

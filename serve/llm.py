@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-ENGINES = ("vllm", "transformers", "remote")
 FLAGS = {"lora": "lora", "tensor_parallel": "tensor-parallel", "url": "llm-url"}  # of Options
 
 
@@ -211,7 +210,7 @@ def one_line(error: BaseException, length: int = 300) -> str:
 
 
 def engine_class(name: str) -> type[Engine]:
-    """The engine class of one of ENGINES."""
+    """The engine class of one of serve.ENGINES."""
     if name == "vllm":
         from serve.vllm_engine import VllmEngine
 

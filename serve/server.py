@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from serve.llm import ENGINES
+from serve import ENGINES
 from serve.vllm_caption import Misuse, Parser, positive, say, verdict
 
 EXIT_CODES = """\

@@ -17,8 +17,7 @@ import threading
 from pathlib import Path
 
 from export.components import RUNTIMES
-from serve.formats import FORMATS
-from serve.llm import ENGINES
+from serve import ENGINES, FORMATS
 
 EXIT_CODES = """\
 exit codes: 0 every image has a caption; 1 the run failed, or some images did (see NAME.errors.jsonl);

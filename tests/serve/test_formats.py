@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from serve.formats import FORMATS, sidecar, sink_class
+from serve import FORMATS
+from serve.formats import sidecar, sink_class
 from serve.sinks import SinkError
 from serve.sources import Item, part_of
 
