@@ -79,11 +79,9 @@ def _engines(args: argparse.Namespace, checkpoint) -> tuple[dict, dict[str, str]
 def _open(name: str, artifacts: Path, checkpoint):
     from export.engine import TorchEngine, open_engine
 
-    if name == COMPILED:
-        engine = TorchEngine(checkpoint, compiled=True)
-        engine.encode(_pictures(checkpoint, 1))  # a machine without a compiler says so here
-        return engine
-    return open_engine(name, artifacts, checkpoint)
+    engine = TorchEngine(checkpoint, compiled=True) if name == COMPILED else open_engine(name, artifacts, checkpoint)
+    engine.encode(_pictures(checkpoint, 1))  # a damaged artifact, or a machine without a compiler, says so here
+    return engine
 
 
 def _pictures(checkpoint, batch: int):

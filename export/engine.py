@@ -187,14 +187,19 @@ class ArtifactEngine(Engine):
     target = ""
 
     def __init__(self, artifacts: str | Path, checkpoint: Checkpoint | None = None):
-        """Check the encoder's artifact, and load it. Raises ArtifactError."""
+        """Read the manifest; artifacts are checked and loaded when first needed. Raises ArtifactError."""
         super().__init__()
         self.manifest, self.checkpoint = Manifest.open(artifacts), checkpoint
-        found = next(iter(self.manifest.artifacts.values()), None)
-        encoder = self.manifest.artifacts.get("encoder", found)
-        self.dtype = encoder.precision if encoder else ""
-        if "encoder" in self.manifest.artifacts:
-            self.max_batch = self.session("encoder").profile.most
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the encoder."""
+        return self.manifest.find("encoder", self.runtime, self.target).precision
+
+    @property
+    def max_batch(self) -> int:
+        """Images that `encode` takes at once; loads the encoder. Raises ArtifactError."""
+        return self.session("encoder").profile.most
 
     def checked(self, component: str):
         """The manifest's entry, its files intact."""
@@ -211,15 +216,13 @@ class ArtifactEngine(Engine):
 
 
 def open_engine(word: str, artifacts: str | Path | None = None, checkpoint: Checkpoint | None = None) -> Engine:
-    """The engine of a word of RUNTIMES, ready to encode. Raises ArtifactError, CheckpointError or ValueError."""
+    """The engine of a word of RUNTIMES. Raises ArtifactError or ValueError."""
     if word not in RUNTIMES:
         raise ValueError(f"no runtime {word!r}; there are {', '.join(RUNTIMES)}")
     if word == "torch":
         if checkpoint is None:
             raise ValueError("the runtime torch runs a checkpoint: name one")
-        engine = TorchEngine(checkpoint)
-        engine.session("encoder")
-        return engine
+        return TorchEngine(checkpoint)
     if artifacts is None:
         raise ValueError(f"the runtime {word} runs exported artifacts: name their folder")
     if word.startswith("onnx"):

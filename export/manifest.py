@@ -150,6 +150,12 @@ class Manifest:
         graph = self.artifacts.get(component)
         if runtime != "onnx" and graph is not None and graph.graph != artifact.graph:
             raise ArtifactError(f"{artifact.name} in {self.folder} is older than its graph {component}; {rebuild}")
+        self.require_intact(artifact)
+        return artifact
+
+    def require_intact(self, artifact: Artifact) -> None:
+        """Raise ArtifactError unless all files of an entry are what was written."""
+        rebuild = f"make it again: {artifact.command}"
         for name, expected in artifact.files.items():
             file = self.folder / name
             if Path(name).name != name:
@@ -160,7 +166,6 @@ class Manifest:
                 raise ArtifactError(f"{file} has {size} bytes instead of {expected['bytes']}; {rebuild}")
             if sha256(file) != expected["sha256"]:
                 raise ArtifactError(f"{file} is not the file that was exported (its hash differs); {rebuild}")
-        return artifact
 
     def current(self, wanted: Artifact) -> bool:
         """Whether the folder already holds an intact artifact made from the same and by the same, as `wanted`."""

@@ -93,7 +93,8 @@ def _build(args: argparse.Namespace, manifest, name: str, library, made: Path) -
     if args.refit:
         from export.engine_trt import refit
 
-        old = manifest.checked(name, args.runtime, args.target)
+        old = manifest.find(name, args.runtime, args.target)
+        manifest.require_intact(old)  # not `checked`: it is older than its graph, which is what refitting is for
         (made / file).write_bytes(refit(library, manifest.folder / old.main_file, source))
         verb = "refitted"
     else:

@@ -71,12 +71,13 @@ class ArtifactEncoder:
         from export.engine import open_engine
 
         self._engine = open_engine(word, artifacts, checkpoint)
+        self._most = self._engine.max_batch  # loads it
 
     def __call__(self, crops):
         """uint8 array [B, 3, S, S] -> tensor [B, queries, llm_width] on the CPU; B may be above the graph's most."""
         import torch
 
-        parts = torch.from_numpy(crops).split(self._engine.max_batch)
+        parts = torch.from_numpy(crops).split(self._most)
         return torch.cat([self._engine.encode(part).cpu() for part in parts])
 
 
