@@ -38,7 +38,13 @@ NEEDS = (
     Need("triton", ("triton",), "GPU kernels", ""),
     Need("tensorrt", ("tensorrt-cu13", "tensorrt"), "TensorRT engines", "trt"),
     Need("tensorrt_rtx", ("tensorrt-rtx",), "TensorRT-RTX engines", "rtx"),
-    Need("fastapi", ("fastapi",), "the server", "serve"),
+    Need("starlette", ("starlette",), "the server", "serve"),
+    Need("uvicorn", ("uvicorn",), "the server", "serve"),
+    Need("httptools", ("httptools",), "the server", "serve"),
+    Need("multipart", ("python-multipart",), "the server's uploads", "serve"),
+    Need("aiohttp", ("aiohttp",), "images by URL, --llm-url", "serve"),
+    Need("prometheus_client", ("prometheus-client",), "the server's metrics", "serve"),
+    Need("pyarrow", ("pyarrow",), "--format parquet", "parquet"),
     Need("ray", ("ray",), "captioning on many machines", "ray"),
 )
 
@@ -68,12 +74,12 @@ def _line(need: Need, gpu: bool) -> bool:
     """Print one package's state; True where it can be used."""
     found = _installed(need.distributions)
     if found is None:
-        print(f"{need.module:<13}{'missing':<16}for {need.purpose}: {_command(need, gpu)}")
+        print(f"{need.module:<18}{'missing':<16}for {need.purpose}: {_command(need, gpu)}")
         return False
     # only what captioning needs is really imported: the rest would take long
     problem = _import_error(need.module) if need.required else None
     state = f"does not import: {problem}" if problem else f"for {need.purpose}"
-    print(f"{need.module:<13}{found:<16}{state}")
+    print(f"{need.module:<18}{found:<16}{state}")
     return problem is None
 
 

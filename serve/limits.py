@@ -103,6 +103,8 @@ FIELDS = ("name", "sha256", "per_minute", "concurrent")
 def _entries(path: Path) -> list[dict]:
     try:
         entries = json.loads(path.read_text())
+        if not isinstance(entries, list):
+            raise ValueError("no list")
         for entry in entries:
             if entry.keys() - set(FIELDS) or len(entry["sha256"]) != 64 or not entry["name"]:
                 raise ValueError(f"no entry of a key: {sorted(entry)}")

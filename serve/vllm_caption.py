@@ -275,6 +275,8 @@ def verdict(error: Exception) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, SinkError | CheckpointError | ArtifactError | EngineError | DecodeError):
         return 1, str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return 1, f"{error.name} is not installed (python -m serve.vllm_caption --doctor says how)"
     return 1, f"{one_line(error)} (unexpected: --debug shows where)"
 
 
