@@ -93,7 +93,7 @@ class Stage2Config:
 
 STAGE2 = {
     "tiny": Stage2Config(
-        loop=LoopConfig(steps=2200, batch=32, lr=1e-3, warmup=100, ema=0.995),
+        loop=LoopConfig(steps=2200, batch=32, lr=1.5e-3, warmup=100, ema=0.995),
         pool=2**20,
         encoder_lr=3e-4,
         llm_layers=4,
