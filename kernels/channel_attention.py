@@ -34,10 +34,10 @@ def channel_attention(qkv: Tensor, groups: int) -> Tensor:
 
 
 def splits_and_chunk(b: int, n: int, groups: int) -> tuple[int, int]:
-    """Into how many chunks the tokens are split, and the tokens of a chunk."""
-    splits = min(max(1, -(-PROGRAMS // max(1, b * groups))), max(1, n // 256))
-    chunk = -(-n // splits)
-    return -(-n // max(1, chunk)), chunk
+    """Into how many chunks the tokens are split, and the tokens of a chunk, a multiple of 256."""
+    splits = max(1, -(-PROGRAMS // max(1, b * groups)))
+    chunk = max(1, -(-n // splits // 256)) * 256
+    return -(-n // chunk), chunk
 
 
 def _gram(a: Tensor, b: Tensor, groups: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.tuning import config
+from kernels.tuning import config, next_smaller
 
 ALIGNMENT = 16  # bytes of a pointer, or divisor of a size, that lets a kernel move 16 bytes at once
 _TYPES = {
@@ -99,8 +99,7 @@ def launch(
     if _recorded:
         _recorded[-1].append(start)
         return
-    blocks = start.blocks()
-    if 0 in blocks:
+    if 0 in start.blocks():
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if dispatch.AOT_FOLDER:
@@ -108,7 +107,22 @@ def launch(
 
             builds(dispatch.AOT_FOLDER).launch(start, torch.cuda.current_stream().cuda_stream)
         else:
-            function(kernel)[blocks](**args, **start.constants, **options)
+            _run(start, constants, device)
+
+
+def _run(start: Launch, constants: dict[str, int | float | bool], device: torch.device) -> None:
+    """Through Triton; a configuration that this GPU has no room for gives way to the next that it has, for good."""
+    try:
+        function(start.kernel)[start.blocks()](**start.args, **start.constants, **start.options)
+        return
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources":  # Triton's, which must not be imported before it is needed
+            raise
+        smaller = next_smaller(start.kernel, start.shape, device)
+        if smaller is None:
+            raise
+    tile, options = smaller
+    _run(replace(start, constants={**constants, **tile}, options=options), constants, device)
 
 
 @cache

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "upsample_normalize.forward": _choices("BLOCK", (256, 4, 1), (128, 4, 1), (512, 8, 1)),
 }
 
+_fitting: dict[tuple[str, str, torch.device], int] = {}  # how far down its `smaller` list a kernel had to go
 _forced: list[tuple[str | None, dict[str, dict[str, int]]]] = []
 
 
@@ -66,6 +68,8 @@ def config(kernel: str, shape: str, device: torch.device) -> tuple[dict[str, int
     target, overrides = _forced[-1] if _forced else (None, {})
     if kernel in overrides:
         return split(overrides[kernel])
+    if (kernel, shape, device) in _fitting:
+        return split(_by_size(kernel)[_fitting[kernel, shape, device]])
     entries = (target,) if target else _names(device.index or 0) if device.type == "cuda" else ()
     for entry in entries:
         shapes = table().get(entry, {}).get("kernels", {}).get(kernel, {})
@@ -78,6 +82,23 @@ def split(values: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     """A configuration's (constants, options)."""
     options = {name: values[name] for name in ("num_warps", "num_stages")}
     return {name: value for name, value in values.items() if name not in options}, options
+
+
+def _by_size(kernel: str) -> list[dict[str, int]]:
+    """The candidates by falling need of shared memory, about: tiles times stages. The last is one stage of 16s."""
+    least = {"num_warps": 4, "num_stages": 1}
+    smallest = {name: least.get(name, min(value, 16)) for name, value in CANDIDATES[kernel][0].items()}
+    needs = lambda one: prod(value for name, value in one.items() if name != "num_warps")  # noqa: E731
+    return [*sorted(CANDIDATES[kernel], key=needs, reverse=True), smallest]
+
+
+def next_smaller(kernel: str, shape: str, device: torch.device) -> tuple[dict[str, int], dict[str, int]] | None:
+    """The next smaller configuration, used for these shapes from now on; None after the smallest."""
+    at = _fitting.get((kernel, shape, device), -1) + 1
+    if at == len(_by_size(kernel)):
+        return None
+    _fitting[kernel, shape, device] = at
+    return split(_by_size(kernel)[at])
 
 
 def reference_is_faster(op: str, index: int) -> bool:
