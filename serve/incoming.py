@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -17,8 +17,11 @@ from serve.limits import Refusal
 TEXTS = ("model", "stop", "user")  # form fields that are text; the others are read as JSON
 
 
-def bounded(request: Request, most: int) -> Request:
-    """The request with a body of at most `most` bytes. Raises Refusal 413, at once where its length is announced."""
+def bounded(request: Request, most: int, grow: Callable[[int], None]) -> Request:
+    """The request with a body of at most `most` bytes, each piece of which is given to `grow` as it comes.
+
+    Raises Refusal 413, at once where the length is announced.
+    """
     too_large = Refusal(413, "too_large", f"the request has more than {most >> 20} MiB")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > most:
@@ -31,6 +34,7 @@ def bounded(request: Request, most: int) -> Request:
         arrived += len(message.get("body", b""))
         if arrived > most:
             raise too_large
+        grow(len(message.get("body", b"")))
         return message
 
     result = Request(request.scope, receive)

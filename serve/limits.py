@@ -15,7 +15,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -130,6 +130,9 @@ class Place:
     def take(self, images: int) -> None:
         """Hold `images` more. Raises Refusal where the key or the server has no room for them."""
         admission, key = self._admission, self._key
+        most = min(key.concurrent, key.per_minute, admission.capacity)
+        if self.images + images > most:  # coming again would not help
+            raise Refusal(400, "too_many", f"{self.images + images} captions in one request: at most {most} here")
         if key.active + images > key.concurrent:
             raise Refusal(429, "too_many_at_once", f"more than {key.concurrent} images at a time for this key", 1)
         if admission.active + images > admission.capacity:
@@ -142,10 +145,11 @@ class Place:
 
 
 class Admission:
-    """At most `capacity` images in the server at a time: what comes beyond is refused, not queued."""
+    """At most `capacity` images and `max_bytes` of requests at a time: what comes beyond is refused, not queued."""
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, max_bytes: int = 512 << 20):
         self.capacity, self.active = capacity, 0
+        self.max_bytes, self.bytes = max_bytes, 0
         self._seconds = 1.0  # an image's way through, averaged
 
     def retry_after(self) -> float:
@@ -163,3 +167,20 @@ class Admission:
             self.active -= place.images
             key.active -= place.images
             self._seconds += 0.05 * (time.monotonic() - start - self._seconds)
+
+    @contextmanager
+    def body(self) -> Iterator[Callable[[int], None]]:
+        """Room for a request's body: call it with each piece's length. Raises Refusal 503 where there is none."""
+        arrived = 0
+
+        def grow(length: int) -> None:
+            nonlocal arrived
+            if self.bytes + length > self.max_bytes:
+                raise Refusal(503, "overloaded", "the server holds as many requests as it can", self.retry_after())
+            arrived += length
+            self.bytes += length
+
+        try:
+            yield grow
+        finally:
+            self.bytes -= arrived

@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
     p.add_argument("--body-seconds", type=positive, default=20, metavar="S", help="for a request to arrive (20)")
     p.add_argument("--max-body", type=positive, default=64, metavar="MIB", help="largest request (64)")
+    p.add_argument("--max-bodies", type=positive, default=512, metavar="MIB", help="of all requests together (512)")
     p.add_argument("--max-image", type=positive, default=20, metavar="MIB", help="largest image file fetched (20)")
     p.add_argument("--max-images", type=positive, default=64, metavar="N", help="images in one request (64)")
     p.add_argument("--max-pixels", type=positive, default=50_000_000, metavar="N", help="of an image (50 million)")
@@ -126,7 +127,8 @@ async def _serve(args: argparse.Namespace) -> int:
     fetcher = Fetcher(tuple(args.image_host), args.max_image << 20)
     bounds = Bounds(args.deadline, args.body_seconds, args.max_body << 20, args.max_images)
     name = args.model_name or checkpoint.folder.resolve().name
-    routes = Routes(service, name, keys, Admission(args.in_flight + args.queue), fetcher, bounds)
+    admission = Admission(args.in_flight + args.queue, args.max_bodies << 20)
+    routes = Routes(service, name, keys, admission, fetcher, bounds)
     try:
         await service.start()
         return await run(routes.app(), args.host, args.port, routes, service.failure, args.drain, args.body_seconds)

@@ -63,8 +63,9 @@ class Worker:
     def _worker(self, path: str, work_on: Callable) -> Callable:
         async def answer(request: Request) -> Response:
             try:
-                request = bounded(request, self.bounds.body_bytes)
-                response = await until_gone(request, self._admitted(request, work_on))
+                with self.admission.body() as grow:
+                    request = bounded(request, self.bounds.body_bytes, grow)
+                    response = await until_gone(request, self._admitted(request, work_on))
             except Refusal as refusal:
                 response = self.refused(refusal)
             except ClientDisconnect:

@@ -52,14 +52,29 @@ def test_places_come_back_whatever_happens():
     with pytest.raises(ZeroDivisionError), admission.enter(key) as place:
         place.take(2)
         assert (admission.active, key.active) == (3, 3)
-        with pytest.raises(Refusal) as refused:
-            place.take(1)
+        with pytest.raises(Refusal) as refused, admission.enter(key):
+            pass
         assert refused.value.status == 429
+        with pytest.raises(Refusal, match="4 captions in one request: at most 3 here") as refused:
+            place.take(1)
+        assert refused.value.status == 400
         with admission.enter(Key("b")) as other, pytest.raises(Refusal) as refused:
             other.take(1)
         assert refused.value.status == 503 and refused.value.retry_after >= 1
         raise ZeroDivisionError
     assert (admission.active, key.active) == (0, 0)
+
+
+def test_bodies_have_room_for_so_much_together():
+    admission = Admission(4, max_bytes=100)
+    with admission.body() as one:
+        one(60)
+        with pytest.raises(Refusal) as refused, admission.body() as other:
+            other(40)
+            other(1)
+        assert refused.value.status == 503 and admission.bytes == 60
+        one(40)
+    assert admission.bytes == 0
 
 
 def test_what_is_refused_costs_no_rate():
