@@ -44,10 +44,11 @@ class VllmEngine(Engine):
         self._ids = itertools.count()
         self._lora = None
         self._engine, self._logs, self._failed, self._closed = None, None, False, False
-        self._guard = _Guard()
+        self._guard, self._others = _Guard(), set()
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
+        self._others = {process.pid for process in _engine_processes()}  # of another engine here
         booted = loop.create_future()
 
         def boot() -> None:
@@ -68,7 +69,7 @@ class VllmEngine(Engine):
             with _diverted(self._logs) if self._logs else contextlib.nullcontext():
                 thread.start()
                 while not booted.done():
-                    self._guard.watch(_engine_processes())
+                    self._guard.watch(self._processes())
                     await asyncio.wait({booted}, timeout=0.2)
                 booted.result()
         except Exception as error:
@@ -181,6 +182,9 @@ class VllmEngine(Engine):
         except Exception as error:
             raise EngineError(self._explain("vLLM's engine has died", error)) from error
 
+    def _processes(self) -> list:
+        return [process for process in _engine_processes() if process.pid not in self._others]
+
     @property
     def alive(self) -> bool:
         return self._engine is not None and not self._engine.errored
@@ -193,7 +197,7 @@ class VllmEngine(Engine):
             self._engine = None
             await asyncio.sleep(0)  # its cancelled tasks let go of it
             gc.collect()  # or its destructor would run, and fail, when the interpreter ends
-        for process in _engine_processes():  # still booting, when it listens to nothing softer
+        for process in self._processes():  # still booting, when it listens to nothing softer
             process.kill()
         self._guard.dismiss()
         if self._logs is not None:
