@@ -65,7 +65,7 @@ def main() -> None:
     # the public index's torch names CUDA libraries, which a CPU does without
     kept = [name for name in sorted(plan) if not name.startswith(("nvidia-", "cuda-"))]
     lines = ["# Made by scripts/refresh_lock.py from cpu.in, for Linux. Install it with --no-deps (`make setup` does)."]
-    markers = {canonical(line): line[line.index(";") :] for line in wanted if ";" in line}  # wheels for some machines only
+    markers = {canonical(line): line[line.index(";") :] for line in wanted if ";" in line}
     lines += [f"{name}=={plan[name]['version'].split('+')[0]}{markers.get(name, '')}" for name in kept]
     (FOLDER / "cpu.lock").write_text("\n".join(lines) + "\n")
     print(f"{len(kept)} packages in requirements/cpu.lock", file=sys.stderr)
