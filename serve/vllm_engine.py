@@ -44,7 +44,7 @@ class VllmEngine(Engine):
         self._ids = itertools.count()
         self._lora = None
         self._engine, self._logs, self._failed, self._closed = None, None, False, False
-        self._guard, self._others = _Guard(), set()
+        self._guard, self._others = _Guard(), None
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -183,6 +183,8 @@ class VllmEngine(Engine):
             raise EngineError(self._explain("vLLM's engine has died", error)) from error
 
     def _processes(self) -> list:
+        if self._others is None:  # never started
+            return []
         return [process for process in _engine_processes() if process.pid not in self._others]
 
     @property
