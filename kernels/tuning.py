@@ -46,6 +46,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "upsample_normalize.forward": _choices("BLOCK", (256, 4, 1), (128, 4, 1), (512, 8, 1)),
 }
 
+ALIKE = {"sm89": "sm86", "sm120": "sm86"}  # as much shared memory and as many warps: whose entry serves without an own
 _fitting: dict[tuple[str, str, torch.device], int] = {}  # how far down its `smaller` list a kernel had to go
 _forced: list[tuple[str | None, dict[str, dict[str, int]]]] = []
 
@@ -70,8 +71,8 @@ def config(kernel: str, shape: str, device: torch.device) -> tuple[dict[str, int
         return split(overrides[kernel])
     if (kernel, shape, device) in _fitting:
         return split(_by_size(kernel)[_fitting[kernel, shape, device]])
-    entries = (target,) if target else _names(device.index or 0) if device.type == "cuda" else ()
-    for entry in entries:
+    names = (target,) if target else _names(device.index or 0) if device.type == "cuda" else ()
+    for entry in (*names, *(ALIKE[name] for name in names if name in ALIKE)):
         shapes = table().get(entry, {}).get("kernels", {}).get(kernel, {})
         if shape in shapes:
             return split(shapes[shape]["config"])
@@ -104,8 +105,8 @@ def next_smaller(kernel: str, shape: str, device: torch.device) -> tuple[dict[st
 def reference_is_faster(op: str, index: int) -> bool:
     """Whether a measurement on this GPU says so; on one never measured, whether its architecture's entry does."""
     name, architecture = _names(index)
-    entries = table()
-    return op in entries.get(name, entries.get(architecture, {})).get("reference", [])
+    known = [entry for entry in (name, architecture, ALIKE.get(architecture)) if entry in table()]
+    return bool(known) and op in table()[known[0]].get("reference", [])
 
 
 # what torch.compiler.assume_constant_result sets, without the second that importing its compiler takes
