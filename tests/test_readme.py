@@ -31,7 +31,7 @@ def test_commands(tmp_path):
         assert words[:2] == [".venv/bin/python", "-m"], command
         if words[2] == "vlv.evaluate.scenes":
             words += ["--count", "4", "--captions-only"]
-        words = [w if w != "captions.jsonl" else str(tmp_path / w) for w in words]
+        words = [str(tmp_path / w) if w == "captions.jsonl" or w.startswith("out/") else w for w in words]
         if "--ckpt" in words and not (HOUSE / words[words.index("--ckpt") + 1]).exists():
             pytest.fail(f"{command}: there is no such checkpoint")
         done = subprocess.run(
