@@ -31,7 +31,7 @@ def test_a_sweep(server, scene_images, tmp_path):
     assert low["statuses"] == {"200": low["requests"]} and 2 <= low["requests"] <= 25
     # lower bounds only: how much slower it gets depends on what else the machine does
     assert low["tpot"]["p50"] >= 0.02 and low["e2e"]["p50"] >= 20 * 0.02 and low["ttft"]["p50"] < low["e2e"]["p50"]
-    assert low["goodput_per_second"] <= low["requests"] / 3
+    assert low["goodput_per_second"] <= low["requests"] / 3 + 1e-3  # rounded
     assert low["cost_per_1000"] == pytest.approx(1 / low["answered_per_second"], rel=1e-2)
     # 16 places at 0.4 s a caption: at most 40 a second, and the rest is refused rather than queued
     assert high["statuses"]["503"] > 10 and 0 < high["answered_per_second"] <= 41
