@@ -107,8 +107,8 @@ def test_fixed_buffers_hold_what_was_last_given(artifacts, checkpoint):
     unet = manifest.checked("unet")
     plain = OrtSession.on_cpu(unet, artifacts)
     fixed = OrtSession(unet, artifacts, ["CPUExecutionProvider"], torch.device("cpu"), graphs=True)
-    first = {k: v if k == "timestep" else v[:2].clone() for k, v in inputs.items()}
-    other = {k: v if k == "timestep" else v[2:4].clone() for k, v in inputs.items()}
+    first = {k: v if k == "timestep" else v[:2].contiguous() for k, v in inputs.items()}
+    other = {k: v if k == "timestep" else v[2:4].contiguous() for k, v in inputs.items()}
     for values in (first, {**first, "latents": other["latents"]}, other, first):
         found, expected = fixed(**values)["prediction"], plain(**values)["prediction"]
         assert (found == expected).all()
