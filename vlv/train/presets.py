@@ -82,22 +82,24 @@ STAGE1["smoke"] = replace(STAGE1["tiny"], loop=_SMOKE, pool=64)
 
 @dataclass(frozen=True)
 class Stage2Config:
-    """Stage 2: the language model learns to read the embeddings; the encoder follows at a lower rate."""
+    """Stage 2: the language model learns to read the embeddings; the encoder follows later, at a lower rate."""
 
     loop: LoopConfig
     pool: int
     encoder_lr: float
+    encoder_from: int  # step from which the encoder learns too
     llm_layers: int
     llm_heads: int  # width = 64 * heads
 
 
 STAGE2 = {
     "tiny": Stage2Config(
-        loop=LoopConfig(steps=2200, batch=32, lr=1.5e-3, warmup=100, ema=0.995),
+        loop=LoopConfig(steps=3000, batch=32, lr=1e-3, warmup=100, ema=0.995),
         pool=2**20,
-        encoder_lr=3e-4,
+        encoder_lr=1e-4,
+        encoder_from=2200,
         llm_layers=4,
         llm_heads=2,
     )
 }
-STAGE2["smoke"] = replace(STAGE2["tiny"], loop=_SMOKE)
+STAGE2["smoke"] = replace(STAGE2["tiny"], loop=_SMOKE, encoder_from=1)

@@ -2,6 +2,9 @@
 
 Paper section 3.2: the LLM, the projection to its width and the encoder learn from the captions'
 cross-entropy; the queries, the projection after them and the CLIP layers stay as stage 1 left them.
+The paper's language model comes pretrained. Ours starts from nothing, and what it would teach the
+encoder meanwhile is noise that wipes out what stage 1 has learned: so the encoder joins late (the
+paper's progressive unfreezing: MLP and language model first, then the encoder).
 """
 
 from __future__ import annotations
@@ -67,6 +70,8 @@ def train(settings: Stage2Config, stage1: Path, run: Path, out: Path, device: st
     loop = Loop("stage2", run, settings.loop, {"encoder": encoder, "llm": captioner.llm}, groups)
 
     def loss(step: int) -> dict[str, torch.Tensor]:
+        for p in old:
+            p.requires_grad_(step >= settings.encoder_from)
         chosen = data.seeds(step, settings.loop.batch, settings.pool)
         rng = np.random.default_rng([2, step])
         captions = [scenes.caption(scenes.sample(s), rng) for s in chosen]
