@@ -37,7 +37,7 @@ NEEDS = (
     Need("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "running and verifying exports", "export"),
     Need("triton", ("triton",), "GPU kernels", ""),
     Need("tensorrt", ("tensorrt-cu13", "tensorrt"), "TensorRT engines", "trt"),
-    Need("tensorrt_rtx", ("tensorrt-rtx",), "TensorRT-RTX engines", "rtx"),
+    Need("tensorrt_rtx_bindings", ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"), "TensorRT-RTX engines", "rtx"),
     Need("starlette", ("starlette",), "the server", "serve"),
     Need("uvicorn", ("uvicorn",), "the server", "serve"),
     Need("httptools", ("httptools",), "the server", "serve"),
