@@ -153,7 +153,13 @@ def test_garbage_is_never_kept(artifacts, checkpoint, probes):
     session = Broken.on_cpu(artifact, artifacts)
     figures = verifier.check(dataclasses.replace(artifact, blocks={}), session, artifacts)
     assert hopeless(figures) and any("not finite" in p for p in figures["problems"])
-    for change, word in ((torch.zeros_like, "constant"), (lambda v: v[:1].expand_as(v), "same for every")):
+    first = []
+
+    def same(value):
+        first.append(value[:1])
+        return first[0].expand_as(value)
+
+    for change, word in ((torch.zeros_like, "constant"), (same, "same for every")):
         session.change = change
         figures = verifier.check(dataclasses.replace(artifact, blocks={}), session, artifacts)
         assert hopeless(figures) and any(word in p for p in figures["problems"])

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 def test_kernels_in_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=FOLDER.parents[2])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
