@@ -20,6 +20,15 @@ def test_optimum_cli_export_vlv(artifacts):
     assert "context_kv: up to date" in run.stderr and "context_kv" in run.stdout
 
 
+def test_optimum_is_not_claimed(tmp_path):
+    """The subcommand is packaged; but diffusers asks the metadata whose `optimum` is, and takes the first answer."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    metadata = tmp_path / "vlv.egg-info"
+    assert (metadata / "top_level.txt").read_text().split() == ["export", "kernels", "serve", "vlv"]
+    assert "optimum/commands/register/vlv.py" in (metadata / "SOURCES.txt").read_text().splitlines()
+
+
 def test_bad_arguments(tmp_path):
     run = subprocess.run(
         [*CLI, "export", "vlv", "--ckpt", "nowhere", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True
