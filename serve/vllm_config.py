@@ -1,0 +1,41 @@
+"""What vLLM reads from the config.json of a folder that serve.vllm_plugin has written."""
+
+from __future__ import annotations
+
+import os
+
+from transformers import AutoConfig, PretrainedConfig
+
+ARCHITECTURE = "VLVForCaptioning"
+TESTED = ("0.32",)  # minor versions of vLLM, whose classes for multimodal models change between them
+ANYWAY = "VLV_ANY_VLLM"  # environment variable: 1 tries another version
+
+
+class VersionError(ValueError):
+    """This vLLM is none that the plugin was tested with."""
+
+
+class CaptionerConfig(PretrainedConfig):
+    """`encoder`: VLVConfig as a dict; `text_config`: the language model's own configuration."""
+
+    model_type = "vlv"
+    has_no_defaults_at_init = True
+
+    def __init__(self, encoder: dict, text_config: dict | PretrainedConfig, **kwargs):
+        """Raises VersionError where this is vLLM and not a tested one."""
+        require_tested()
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.encoder, self.text_config = encoder, text_config
+        super().__init__(**kwargs)
+
+
+def require_tested() -> None:
+    """Raise VersionError unless this vLLM's minor version is in TESTED, or ANYWAY is set."""
+    from vllm import __version__
+
+    if ".".join(__version__.split(".")[:2]) not in TESTED and os.environ.get(ANYWAY) != "1":
+        raise VersionError(
+            f"VLV's plugin is tested with vLLM {', '.join(TESTED)}, and this is {__version__}: install one of these, "
+            f"caption with serve.vllm_caption or serve.server, or try it with {ANYWAY}=1 and compare the captions"
+        )

@@ -1,0 +1,150 @@
+"""VLV inside vLLM: the encoder and the language model as one of vLLM's multimodal models.
+
+An image becomes `queries` prompt tokens, whose embeddings the encoder writes; nothing else is in the prompt, as in
+training. vLLM imports this file where it meets a folder of serve.vllm_plugin; see there. The classes to derive from
+are those of vLLM's own models (the nearest of these: model_executor/models/blip2.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import BatchFeature
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.utils import init_vllm_registered_model
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptIndexTargets,
+    PromptInsertion,
+)
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from serve.vllm_config import CaptionerConfig
+from vlv.config import VLVConfig
+from vlv.encoder import VLVEncoder
+from vlv.image import MAX_PIXELS, _centre
+
+LLM = "llm."  # prefix of the language model's tensors on their way in
+PLACEHOLDER = 0  # any token: its embedding is never looked at
+
+
+class Info(BaseProcessingInfo):
+    """What a prompt may hold: one image."""
+
+    @property
+    def encoder(self) -> VLVConfig:
+        return VLVConfig.from_dict(self.ctx.get_hf_config(CaptionerConfig).encoder)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": 1}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {"image": self.encoder.queries}
+
+
+class DummyInputs(BaseDummyInputsBuilder[Info]):
+    """A request of the largest size, by which vLLM plans its memory."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return ""
+
+    def get_dummy_mm_data(self, seq_len, mm_counts, mm_options) -> dict:
+        size = self.info.encoder.image_size
+        return {"image": self._get_dummy_images(width=size, height=size, num_images=mm_counts.get("image", 0))}
+
+
+class Processor(BaseMultiModalProcessor[Info]):
+    """An image to its uint8 crop, and the prompt to the placeholders of its embeddings."""
+
+    def _call_hf_processor(self, hf_data: Mapping, hf_kwargs: Mapping) -> BatchFeature:
+        size = self.info.encoder.image_size
+        crops = np.stack([_crop(image, size) for image in hf_data["images"]])
+        return BatchFeature({"crops": torch.from_numpy(crops).permute(0, 3, 1, 2)})
+
+    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
+        return {"crops": MultiModalFieldConfig.batched("image")}
+
+    def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
+        """Drop the text: the language model has learned to continue embeddings alone."""
+        return []
+
+    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs) -> Sequence[PromptInsertion]:
+        tokens = [PLACEHOLDER] * self.info.encoder.queries
+        return [PromptInsertion("image", PromptIndexTargets.start(), tokens)]
+
+
+def _crop(image: Image.Image | np.ndarray | Tensor, size: int) -> np.ndarray:
+    """uint8 [size, size, 3], the crop of vlv.image.load_crop. Raises ValueError where it is no picture.
+
+    vLLM has decoded a file, turned it upright, laid it on white and made it RGB; arrays it lets through as they are.
+    """
+    if not isinstance(image, Image.Image):
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(
+                f"an image is a PIL image or uint8 [height, width, 3], not {image.dtype} {list(image.shape)}"
+            )
+        image = Image.fromarray(image)
+    return np.asarray(_centre(image, size, MAX_PIXELS))
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=DummyInputs)
+class VLVForCaptioning(nn.Module, SupportsMultiModal):
+    """The encoder of the checkpoint, and its language model as vLLM runs it."""
+
+    # files of the folder: the encoder's first, then the language model's (below)
+    allow_patterns_overrides = ("encoder.safetensors",)
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """What stands for an image in a chat's text: nothing, since the text is dropped."""
+        return None
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        super().__init__()
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+        model, config = vllm_config.model_config, vllm_config.model_config.hf_config
+        self.secondary_weights = (DefaultModelLoader.Source(model.model, model.revision, "llm", LLM),)
+        with self._mark_tower_model(vllm_config, "image"):
+            self.encoder = VLVEncoder(VLVConfig.from_dict(config.encoder)).requires_grad_(False)
+        with self._mark_language_model(vllm_config):
+            # no prefix of its own: a quantised folder names its layers as they are called when it is loaded alone
+            self.language_model = init_vllm_registered_model(vllm_config, prefix=prefix, hf_config=config.text_config)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Fill both; returns the names of the parameters that were filled, which vLLM holds against its own list."""
+        encoder = {}
+
+        def of_llm():
+            for name, tensor in weights:
+                if name.startswith(LLM):
+                    yield name.removeprefix(LLM), tensor
+                else:
+                    encoder[name] = tensor
+
+        loaded = self.language_model.load_weights(of_llm())
+        self.encoder.load_state_dict(encoder)
+        with set_default_torch_dtype(torch.float32), self.encoder.device:  # in float32 whatever the weights' type
+            self.encoder.init_buffers()
+        return {f"language_model.{name}" for name in loaded} | {f"encoder.{name}" for name in encoder}
+
+    def embed_multimodal(self, **kwargs) -> Tensor:
+        """crops: uint8 [B, 3, S, S] -> prompt embeddings [B, queries, llm_width]."""
+        return self.encoder(kwargs["crops"])
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs) -> Tensor:
+        """Hidden states [T, llm_width] of the tokens of all requests in a row."""
+        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """[T, llm_width] -> [T, vocabulary]"""
+        return self.language_model.compute_logits(hidden_states)

@@ -1,0 +1,135 @@
+"""VLV as one of vLLM's own models: the folder, the entry point, and the tokens of a real engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from serve import vllm_plugin
+from vlv.checkpoint import Checkpoint
+
+SCENES = 16
+
+
+@pytest.fixture(scope="module")
+def pictures(scene_images, tmp_path_factory) -> list[Path]:
+    """Scenes, and the first of them stored as a camera, a paint program and a website would."""
+    from PIL import Image
+
+    folder, first = tmp_path_factory.mktemp("odd"), Image.open(scene_images / "00.png")
+    wide = first.resize((200, 120))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    wide.save(folder / "turned.jpg", exif=turned)
+    wide.convert("P").save(folder / "palette.png", transparency=3)
+    wide.convert("L").save(folder / "grey.webp", lossless=True)
+    return [*sorted(scene_images.glob("*.png"))[:SCENES], *sorted(folder.iterdir())]
+
+
+@pytest.fixture(scope="module")
+def folder(captioning_checkpoint, tmp_path_factory) -> Path:
+    """The checkpoint as a folder for vLLM."""
+    out = tmp_path_factory.mktemp("vllm") / "vlv"
+    assert vllm_plugin.main([str(captioning_checkpoint), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def answers(folder, pictures, tmp_path_factory) -> dict:
+    """What tests/serve/plugin_user.py was answered."""
+    here = tmp_path_factory.mktemp("elsewhere")
+    script, found, log = Path(__file__).with_name("plugin_user.py"), here / "answers.json", here / "log"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"VLLM_NO_USAGE_STATS": "1"}
+    with log.open("w") as file:
+        run = subprocess.run(
+            [sys.executable, script, folder, found, *pictures], cwd=here, env=env, stdout=file, stderr=file, timeout=400
+        )
+    assert run.returncode == 0, log.read_text()[-3000:]
+    return json.loads(found.read_text())
+
+
+def test_vllm_finds_the_plugin():
+    found = [point.value for point in entry_points(group="vllm.general_plugins") if point.name == "vlv"]
+    assert found == ["serve.vllm_plugin:register"], "this project is not installed here: run `make setup`"
+
+
+def test_captions_are_those_of_our_own_road(captioning_checkpoint, pictures, answers):
+    import numpy as np
+    import torch
+
+    from vlv.captioner import Captioner
+    from vlv.image import load_crop
+
+    checkpoint = Checkpoint.open(captioning_checkpoint)
+    crops = np.stack([load_crop(picture, checkpoint.config.image_size) for picture in pictures])
+    expected = Captioner.load(checkpoint).generate(torch.from_numpy(crops), max_new_tokens=300)
+    ends = [tokens[-1] for tokens in answers["tokens"]]
+    assert len(set(ends)) == 1  # the end token, which our own engines leave out
+    assert [tokens[:-1] for tokens in answers["tokens"]] == expected
+    assert len({tuple(tokens) for tokens in expected}) > SCENES / 2  # the captions do depend on the pictures
+
+
+def test_text_is_ignored_and_arrays_and_chats_are_taken(answers):
+    first = answers["tokens"][:1]
+    assert answers["with text"] == answers["array"] == answers["chat"] == first
+
+
+def test_what_is_no_picture_is_refused_and_harms_nobody(answers):
+    assert "image" in answers["two"] and "1" in answers["two"]
+    assert "uint8" in answers["floats"] and "float32 [64, 64, 3]" in answers["floats"]
+    assert answers["after"] == answers["tokens"][:1]
+
+
+def test_the_folder_is_still_a_checkpoint(captioning_checkpoint, folder):
+    assert Checkpoint.open(folder).hash == Checkpoint.open(captioning_checkpoint).hash
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["VLVForCaptioning"] and config["text_config"]["model_type"] == "qwen2"
+    assert not (folder / "t2i").exists()
+
+
+def test_a_quantised_language_model_is_announced(captioning_checkpoint, tmp_path):
+    """vLLM looks for it at the top of config.json."""
+    from vlv.folders import link_tree
+
+    link_tree(captioning_checkpoint, tmp_path / "ckpt")
+    file = tmp_path / "ckpt" / "llm" / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    file.unlink()  # a hard link of the checkpoint's own
+    file.write_text(json.dumps(config))
+    vllm_plugin.write(Checkpoint.open(tmp_path / "ckpt"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == {"quant_method": "fp8"}
+
+
+def test_mistakes_are_one_sentence(captioning_checkpoint, folder, tmp_path, capsys):
+    def run(*args) -> tuple[int, str]:
+        code = vllm_plugin.main([str(arg) for arg in args])
+        return code, capsys.readouterr().err.strip()
+
+    code, text = run(captioning_checkpoint, "--out", folder)
+    assert code == 1 and "--force" in text and "\n" not in text
+    code, text = run(tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and "\n" not in text and not (tmp_path / "out").exists()
+    assert run(captioning_checkpoint, "--out", folder, "--force")[0] == 0
+    (tmp_path / "file").touch()
+    code, text = run(captioning_checkpoint, "--out", tmp_path / "file" / "out")
+    assert code == 2 and "--out" in text and "\n" not in text
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.40.1.dev3+g1234567"])
+def test_another_vllm_is_refused_and_can_be_tried(monkeypatch, version):
+    from serve.vllm_config import ANYWAY, TESTED, VersionError, require_tested
+
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__=version))
+    with pytest.raises(VersionError, match=f"{TESTED[0]}.*{version[:4]}.*{ANYWAY}=1"):
+        require_tested()
+    monkeypatch.setenv(ANYWAY, "1")
+    require_tested()
