@@ -1,40 +1,28 @@
-"""The page at `/`: a picture in, its caption out, in a browser."""
+"""The page at `/` of the server: pictures in, captions out, in a browser.
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>VLV captions</title>
-<style>
-:root { color-scheme: light dark; }
-body { margin: 2rem auto; max-width: 40rem; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; }
-label { display: block; margin: .8rem 0; }
-img { max-width: 100%; border-radius: .5rem; }
-#caption { min-height: 3rem; }
-</style>
-<h1>Caption a picture</h1>
-<label>Picture <input type="file" id="file" accept="image/*"></label>
-<label>API key, where the server asks for one <input type="password" id="key" autocomplete="off"></label>
-<img id="picture" alt="">
-<p id="caption" aria-live="polite"></p>
-<script>
-const at = id => document.getElementById(id);
-at("file").onchange = async () => {
-  const file = at("file").files[0];
-  if (!file) return;
-  at("picture").src = URL.createObjectURL(file);
-  at("caption").textContent = "…";
-  const form = new FormData();
-  form.append("file", file);
-  const headers = at("key").value ? { Authorization: "Bearer " + at("key").value } : {};
-  try {
-    const answer = await (await fetch("v1/captions", { method: "POST", body: form, headers })).json();
-    const result = answer.error ? answer : answer.captions[0];
-    at("caption").textContent = result.error ? result.error.message : result.caption;
-  } catch (error) {
-    at("caption").textContent = "The server does not answer.";
-  }
-};
-</script>
-</html>
-"""
+serve/web/ holds its markup, style and script; they go out as one document that loads nothing else, so it works
+offline. The content security policy names style and script by their hashes: nothing else runs, whatever a caption or a
+file name may hold."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.resources import files
+
+_WEB = files("serve").joinpath("web")
+
+
+def _hashed(name: str) -> tuple[str, str]:
+    text = _WEB.joinpath(name).read_text(encoding="utf-8")
+    return text, base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+(_STYLE, _style), (_SCRIPT, _script) = _hashed("style.css"), _hashed("app.js")
+PAGE = _hashed("index.html")[0].replace("/*STYLE*/", _STYLE).replace("/*SCRIPT*/", _SCRIPT)
+HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_style}'; script-src 'sha256-{_script}'; "
+    "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}

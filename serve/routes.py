@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
 from dataclasses import replace
@@ -15,7 +16,8 @@ from serve import api
 from serve.fetch import Fetcher
 from serve.incoming import all_of, read_form, read_json
 from serve.limits import Admission, Keys, Place, Refusal
-from serve.page import PAGE
+from serve.page import HEADERS, PAGE
+from serve.painter import Drawing, Painter
 from serve.service import Service
 from serve.worker import Bounds, Worker
 
@@ -27,12 +29,13 @@ class Routes(Worker):
         self, service: Service, model: str, keys: Keys, admission: Admission, fetcher: Fetcher, bounds: Bounds
     ):
         super().__init__(service, keys, admission, bounds)
-        self.model, self.fetcher = model, fetcher
+        self.model, self.fetcher, self.painter = model, fetcher, Painter(service.checkpoint)
         self.queries, self.width = service.engine.spec.queries, service.engine.spec.width
 
     def app(self) -> Starlette:
         """The ASGI application."""
         work = {"/v1/chat/completions": self.chat, "/v1/captions": self.captions, "/v1/embeddings": self.embed}
+        work["/v1/reconstructions"] = self.draw
         return self.application(work, {"/v1/models": self.models, "/": self.page})
 
     async def chat(self, request: Request, place: Place):
@@ -125,6 +128,27 @@ class Routes(Worker):
         rows = await all_of([one(url) for url in urls])
         return api.embeddings(self.model, rows, encoding, (self.queries, self.width))
 
+    async def draw(self, request: Request, place: Place) -> dict:
+        """POST /v1/reconstructions: what one image's embeddings hold, drawn; of two their mixture, with a caption."""
+        body = await read_json(request, self.bounds.body_seconds)
+        self._check_model(body)
+        urls, drawing = api.urls_of(body, "images", 2), Drawing.of(body)
+        place.take(len(urls) - 1)
+
+        async def one(url: str):
+            return await self.service.crop(await self.fetcher.get(url))
+
+        crops = await all_of([one(url) for url in urls])
+        with self.metrics.stage("draw"):
+            drawn = await self.painter.paint(crops, drawing)
+        answer = {"model": self.model, "picture": "data:image/png;base64," + base64.b64encode(drawn.png).decode()}
+        if len(urls) == 2:  # a mixture has no caption yet
+            wanted = api.wish({}, self.service.engine.max_tokens)
+            completion = await self.service.caption(drawn.prompts, wanted.sampling)
+            ((text, _),) = api.finished([completion], wanted)
+            answer |= {"caption": text, "tokens": len(completion.token_ids)}
+        return answer
+
     async def models(self, request: Request) -> Response:
         try:
             self.keys.find(request.headers.get("authorization"))
@@ -132,10 +156,11 @@ class Routes(Worker):
             return self.refused(refusal)
         entry = {"id": self.model, "object": "model", "created": 0, "owned_by": "vlv"}
         shape = {"queries": self.queries, "width": self.width, "max_tokens": self.service.engine.max_tokens}
-        return JSONResponse({"object": "list", "data": [{**entry, **shape}]})
+        draws = {"reconstructs": not self.painter.hindrance}
+        return JSONResponse({"object": "list", "data": [{**entry, **shape, **draws}]})
 
     async def page(self, _) -> Response:
-        return HTMLResponse(PAGE, headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:"})
+        return HTMLResponse(PAGE, headers=HEADERS)
 
     def _check_model(self, body: dict) -> None:
         if body.get("model") not in (None, self.model):

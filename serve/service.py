@@ -79,19 +79,30 @@ class Service:
             if not self.failure.done():
                 self.failure.set_exception(error)
 
+    async def crop(self, content: bytes):
+        """An image file's pixels as the encoder takes them: uint8 [3, S, S]. Raises Refusal."""
+        slot = await self._slot(content)
+        crop = self._pool.crops[slot].copy()
+        self._pool.release(slot)
+        return crop
+
     async def embed(self, content: bytes):
         """An image file's prompt embeddings [queries, llm_width]. Raises Refusal."""
-        decoding = asyncio.create_task(self._decode(content))
-        try:
-            with self.metrics.stage("decode"):
-                slot = await asyncio.shield(decoding)
-        except asyncio.CancelledError:  # the process writes into the slot until it answers
-            decoding.add_done_callback(self._release_late)
-            raise
+        slot = await self._slot(content)
         answer = asyncio.get_running_loop().create_future()
         self._crops.put_nowait((slot, answer))
         with self.metrics.stage("encode"):
             return await answer
+
+    async def _slot(self, content: bytes) -> int:
+        """Decode into a slot of the pool. Raises Refusal."""
+        decoding = asyncio.create_task(self._decode(content))
+        try:
+            with self.metrics.stage("decode"):
+                return await asyncio.shield(decoding)
+        except asyncio.CancelledError:  # the process writes into the slot until it answers
+            decoding.add_done_callback(self._release_late)
+            raise
 
     async def _decode(self, content: bytes) -> int:
         slot = await self._pool.slot()

@@ -1,0 +1,135 @@
+"""Pictures drawn from embeddings, for a server: the checkpoint's text-to-image model, loaded when first asked for.
+
+    painter = Painter(checkpoint)
+    drawn = await painter.paint(crops, Drawing(guidance=2.0))    # one crop: its reconstruction; two: their mixture
+    drawn.png, drawn.prompts                                     # the picture's file, embeddings [queries, llm_width]
+
+One picture is drawn at a time, in a thread. A text-to-image model needs the encoder's context, which the captions'
+encoder does not hand out, so the painter has an encoder of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from serve.limits import Refusal
+from vlv.checkpoint import Checkpoint, CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+MIXES = ("blend", "splice")
+WAITING = 16  # drawings that may wait for the one that is being drawn
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a picture is drawn, and where between two pictures it lies."""
+
+    steps: int = 50
+    guidance: float = 2.0  # classifier-free; 1 turns it off
+    seed: int = 0  # of the initial noise
+    share: float = 0.5  # of the second picture: 0 is the first, 1 the second
+    mix: str = "blend"  # "blend": the straight line between the two; "splice": tokens of the first, then of the second
+
+    @classmethod
+    def of(cls, body: dict) -> Drawing:
+        """Read a request's fields. Raises Refusal."""
+        known = {name: body[name] for name in cls.__dataclass_fields__ if body.get(name) is not None}
+        drawing = cls(**known)
+        if unknown := sorted(body.keys() - cls.__dataclass_fields__.keys() - {"model", "images"}):
+            raise _no(f"{unknown[0]} is not supported here: a drawing takes {', '.join(cls.__dataclass_fields__)}")
+        for name, low, high, kinds in (
+            ("steps", 1, 100, int), ("guidance", 1, 20, int | float), ("seed", 0, 2**32 - 1, int),
+            ("share", 0, 1, int | float),
+        ):  # fmt: skip
+            value = getattr(drawing, name)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                what = "a whole number" if kinds is int else "a number"
+                raise _no(f"{name} must be {what} from {low} to {high}, not {repr(value)[:40]}")
+        if drawing.mix not in MIXES:
+            raise _no(f"mix must be {' or '.join(MIXES)}, not {repr(drawing.mix)[:40]}")
+        return drawing
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture as a PNG file, and the prompt embeddings [queries, llm_width] of what it was drawn from."""
+
+    png: bytes
+    prompts: Tensor
+
+
+class Painter:
+    """Draws for one server, a picture at a time."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self._thread, self._models, self._waiting = ThreadPoolExecutor(1, "painter"), None, 0
+
+    @property
+    def hindrance(self) -> str:
+        """Why nothing can be drawn here; empty where it can."""
+        try:
+            _ = self.checkpoint.t2i
+        except CheckpointError:
+            return "this checkpoint has no text-to-image model (t2i/)"
+        return "" if importlib.util.find_spec("diffusers") else "diffusers is not installed: pip install diffusers"
+
+    async def paint(self, crops: list[np.ndarray], drawing: Drawing) -> Drawn:
+        """One or two crops, uint8 [3, S, S] each -> what is drawn from their embeddings. Raises Refusal."""
+        if self.hindrance:
+            raise Refusal(501, "no_drawing", self.hindrance)
+        if self._waiting > WAITING:
+            raise Refusal(503, "overloaded", f"{self._waiting} pictures are being drawn already", 5)
+        self._waiting += 1
+        try:
+            # where the request ends before its turn, the executor drops it
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._paint, crops, drawing)
+        finally:
+            self._waiting -= 1
+
+    def _paint(self, crops: list[np.ndarray], drawing: Drawing) -> Drawn:
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        from vlv.reconstruct import mix
+
+        try:
+            encoder, t2i = self._models = self._models or self._load()
+            with torch.inference_mode():
+                contexts = encoder.context(torch.from_numpy(np.stack(crops)).to(encoder.device))
+                context = contexts[0]
+                if len(contexts) == 2 and drawing.mix == "blend":
+                    context = torch.lerp(*contexts, drawing.share)
+                elif len(contexts) == 2:
+                    context = mix(*contexts, 1 - drawing.share)
+                picture = t2i.reconstruct(context[None], drawing.steps, drawing.guidance, drawing.seed)[0]
+                prompts = encoder.to_llm(context).cpu()
+        except torch.OutOfMemoryError as error:
+            raise Refusal(503, "no_memory", "the device has no memory left for the text-to-image model") from error
+        file = io.BytesIO()
+        Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(file, "png")
+        return Drawn(file.getvalue(), prompts)
+
+    def _load(self):
+        import torch
+        from transformers.utils import logging
+
+        from vlv.diffusion import T2I
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        return self.checkpoint.load_encoder(dtype).to(device), T2I.load(self.checkpoint.t2i, dtype).to(device)
+
+
+def _no(message: str) -> Refusal:
+    return Refusal(400, "invalid_request", message)

@@ -1,0 +1,278 @@
+"""The page at `/` in a real browser: captions that stream, drawings, mixtures, errors, keyboard, dark mode."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import httpx
+import pytest
+
+from serve.limits import Keys
+from serve.page import HEADERS, PAGE
+from tests.serve.serving import CLEAN, Running, Scripted
+from tests.web.browser import Browser, chromium
+from vlv.checkpoint import Checkpoint
+
+DONE = "cards.length && cards.every(card => card.record || card.failed)"
+DRAWN = "[...document.querySelectorAll('.drawn img')].filter(i => i.src && !i.className).length"
+
+
+class Engine(Scripted):
+    """Counters of this module's server."""
+
+    most = 0
+
+    async def tokens(self, embeds, sampling, every):
+        async for ids in super().tokens(embeds, sampling, every):
+            type(self).most = max(self.most, self.running)
+            yield ids
+
+
+@pytest.fixture(scope="module")
+def server(drawing_checkpoint):
+    running = Running(Checkpoint.open(drawing_checkpoint), Engine)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    path = chromium()
+    if path is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    with Browser(path, tmp_path_factory.mktemp("browser")) as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page, freshly loaded and drawing in few steps; afterwards it must have thrown nothing."""
+    browser.problems.clear()
+    browser.requests.clear()
+    browser.open(server.url)
+    browser.wait("model !== null")
+    browser.run("at('steps').add(new Option('2', '2', true, true)), at('draw').checked = false")
+    yield browser
+    assert browser.problems == []
+    assert {url.split("/")[2] for url in browser.requests if url.startswith("http")} == {server.url[7:]}
+
+
+def test_one_document_without_outside_resources():
+    assert not re.search(r"https?://|<script src|<link rel=\"style|@import|url\(", PAGE)
+    assert "'unsafe-inline'" not in HEADERS["Content-Security-Policy"]
+    assert "/*STYLE*/" not in PAGE and "/*SCRIPT*/" not in PAGE
+
+
+def test_captions_stream_and_download(page, scene_images):
+    Engine.pace = 0.03
+    try:
+        page.upload("#files", [scene_images / "00.png"])
+        page.wait("cards[0].text.textContent.includes('cat.')")
+        assert page.run("cards[0].record") is None and page.run("cards[0].node.ariaBusy") == "true"  # it is streaming
+    finally:
+        Engine.pace = 0.001
+    page.wait(DONE)
+    assert page.run("cards[0].text.textContent") == CLEAN
+    assert page.run("cards[0].picture.naturalWidth") > 0
+    text = page.run("""(async () => {
+        let blob;
+        const make = URL.createObjectURL;
+        URL.createObjectURL = given => make.call(URL, blob = given);
+        HTMLAnchorElement.prototype.click = () => {};
+        at("download").onclick();
+        URL.createObjectURL = make;
+        return blob.text();
+    })()""")
+    (record,) = map(json.loads, text.splitlines())
+    assert record["id"] == "00.png" and record["caption"] == CLEAN and record["model"] == "tiny"
+    assert record["tokens"] > 20 and 0 < record["timings"]["first"] < record["timings"]["total"]
+    assert float(page.run("at('rate').textContent")) > 0 and page.run("at('total').textContent").endswith(" s")
+
+
+def test_fifty_files_and_a_broken_one(page, scene_images, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture at all")
+    Engine.most = 0
+    page.upload("#files", [*sorted(scene_images.glob("*.png"))[:49], tmp_path / "broken.png"])
+    page.wait(DONE, 60)
+    assert page.run("at('done').textContent") == "49 of 50" and page.run("at('failed').textContent") == "1"
+    assert page.run(f"cards.filter(card => card.text.textContent === {json.dumps(CLEAN)}).length") == 49
+    assert 1 < Engine.most <= page.run("AT_ONCE")
+    toast = page.run("document.querySelector('#toasts p').textContent")
+    assert "broken.png: the image cannot be used" in toast and "not recognised as an image" in toast
+    assert page.run("document.querySelector('#toasts').role") == "alert"
+    assert page.run("at('status').textContent") == "49 captioned, 1 failed."
+    page.press("Escape")
+    assert page.run("document.querySelector('#toasts').children.length") == 0
+    page.run("document.querySelector('.failed .again').click()")
+    page.wait("document.querySelector('#toasts').children.length === 1")
+
+
+def test_drawing_follows_the_guidance(page, scene_images):
+    page.run("at('draw').checked = true")
+    page.upload("#files", [scene_images / "00.png"])
+    page.wait(f"{DRAWN} === 1")
+    first = page.run("document.querySelector('.drawn img').src")
+    page.run("at('guidance').focus()")
+    page.press("ArrowRight")
+    assert page.run("at('strength').textContent") == "2.5"
+    page.wait(f"{DRAWN} === 1 && document.querySelector('.drawn img').src !== {json.dumps(first)}")
+    page.run("at('draw').click()")
+    assert page.run("document.querySelector('.drawn').hidden")
+
+
+def test_mixing_two(page, scene_images):
+    page.upload("#files", [scene_images / f"{i:02}.png" for i in range(3)])
+    page.wait(DONE)
+    page.run("document.querySelectorAll('.mix').forEach(box => box.click())")
+    assert page.run("chosen.map(card => card.name)") == ["01.png", "02.png"]  # the first has given way
+    page.wait(f"at('mixcaption').textContent === {json.dumps(CLEAN)}")
+    assert page.run("at('mixto').alt") == "02.png"
+    half = page.run("at('mixed').src")
+    page.run("at('share').focus()")
+    page.press("ArrowRight")
+    page.wait(f"at('mixed').className === '' && at('mixed').src !== {json.dumps(half)}")
+    page.run("cards[2].node.querySelector('.remove').click()")
+    assert page.run("at('mixing').hidden") and page.run("document.activeElement.ariaLabel") == "Remove 01.png"
+
+
+def test_keyboard_names_and_dark_mode(page, scene_images):
+    page.upload("#files", [scene_images / "00.png"])
+    page.wait(DONE)
+    page.run("document.activeElement.blur()")
+    reached = []
+    for _ in range(12):
+        page.press("Tab")
+        reached.append(page.run("document.activeElement.id || document.activeElement.className"))
+    order = ["files", "draw", "guidance", "steps", "download", "clear", "mix", "remove"]
+    assert [name for name in reached if name in order][: len(order)] == order
+    tree = page.call("Accessibility.getFullAXTree")["nodes"]
+    controls = {"button", "checkbox", "slider", "combobox", "image", "textbox"}
+    for node in tree:
+        if not node["ignored"] and node["role"]["value"] in controls:
+            assert node["name"]["value"], node
+    shades = []
+    for scheme in ("light", "dark"):
+        page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        for selector in ("body", "#status", "small", "button"):
+            shades.append(contrast(page.run(COLOURS % selector)))
+    assert min(shades) >= 4.5, shades  # WCAG AA
+    page.call("Emulation.setEmulatedMedia", features=[])
+
+
+COLOURS = """(() => {
+    let node = document.querySelector('%s'), ink = getComputedStyle(node).color, ground = 'rgba(0, 0, 0, 0)';
+    for (; ground === 'rgba(0, 0, 0, 0)'; node = node.parentElement) ground = getComputedStyle(node).backgroundColor;
+    return [ink, ground];
+})()"""
+
+
+def contrast(colours: list[str]) -> float:
+    """WCAG's contrast ratio of two `rgb(...)` colours."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    high, low = sorted(map(luminance, colours), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_name_or_caption_is_never_markup(page, scene_images, tmp_path):
+    name = "<img src=x onerror=boom()>.png"
+    (tmp_path / name).write_bytes((scene_images / "00.png").read_bytes())
+    page.upload("#files", [tmp_path / name])
+    page.wait(DONE)
+    assert page.run("document.querySelector('small').textContent").startswith(name)
+    assert page.run("document.querySelectorAll('article img').length") == 2
+
+
+def test_asks_for_a_key_and_waits_where_the_server_is_full(browser, drawing_checkpoint, scene_images, tmp_path):
+    key = Keys.add(tmp_path / "keys.json", "me", concurrent=1)
+    guarded = Running(Checkpoint.open(drawing_checkpoint), Engine, keys=Keys.load(tmp_path / "keys.json"))
+    try:
+        browser.open(guarded.url)
+        browser.wait("!at('lock').hidden")
+        assert browser.run("at('status').textContent") == "This server asks for an API key."
+        browser.run(f"at('key').value = {json.dumps(key)}, at('key').onchange()")
+        browser.wait("model !== null")
+        browser.run("at('draw').checked = false")
+        browser.upload("#files", [scene_images / f"{i:02}.png" for i in range(3)])
+        browser.wait(DONE)  # one image at a time: the others are refused with 429 and come again
+        assert browser.run("at('done').textContent") == "3 of 3"
+    finally:
+        guarded.stop()
+
+
+def draw(server, **body):
+    return httpx.post(server.url + "/v1/reconstructions", json=body, timeout=60)
+
+
+def test_the_route_draws_what_the_command_draws(server, scene_images):
+    import base64
+    import io
+
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from vlv.diffusion import T2I
+    from vlv.image import load_crop
+
+    checkpoint = server.service.checkpoint
+    files = [scene_images / "00.png", scene_images / "01.png"]
+    urls = ["data:image/png;base64," + base64.b64encode(f.read_bytes()).decode() for f in files]
+    answers = [draw(server, images=urls[:1], steps=3), draw(server, images=urls, steps=3, share=0.25)]
+    answers.append(draw(server, images=urls, steps=3, share=0.25, mix="splice"))
+    assert [a.status_code for a in answers] == [200] * 3
+    crops = torch.from_numpy(np.stack([load_crop(f, checkpoint.config.image_size) for f in files]))
+    with torch.inference_mode():
+        first, second = checkpoint.load_encoder().context(crops)
+        cut = 3 * len(first) // 4
+        contexts = torch.stack([first, 0.75 * first + 0.25 * second, torch.cat([first[:cut], second[cut:]])])
+        expected = T2I.load(checkpoint.t2i).reconstruct(contexts, steps=3)
+    for answer, picture in zip(answers, expected, strict=True):
+        png = base64.b64decode(answer.json()["picture"].split(",")[1])
+        drawn = torch.from_numpy(np.array(Image.open(io.BytesIO(png)))).permute(2, 0, 1)
+        # another batch adds in another order: a value at the edge of two steps of 1/255 may fall to either
+        assert (drawn.int() - picture.int()).abs().max() <= 1
+    assert "caption" not in answers[0].json() and answers[1].json()["caption"] == CLEAN
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"images": []}, "images must be one image URL"),
+        ({"images": ["data:,x"] * 3}, "3 images in one request; this server takes up to 2"),
+        ({"guidance": 0}, "guidance must be a number from 1 to 20, not 0"),
+        ({"steps": 2.5}, "steps must be a whole number from 1 to 100, not 2.5"),
+        ({"share": float("nan")}, "share must be a number from 0 to 1, not nan"),
+        ({"mix": "stir"}, "mix must be blend or splice, not 'stir'"),
+        ({"sampler": "x"}, "sampler is not supported here: a drawing takes steps, guidance"),
+        ({"images": "data:,no picture"}, "not recognised as an image"),
+    ],
+)
+def test_refused_in_one_sentence(server, body, words):
+    content = json.dumps({"images": "data:,x", **body})
+    answer = httpx.post(server.url + "/v1/reconstructions", content=content)
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"]
+
+
+def test_a_checkpoint_that_cannot_draw(random_checkpoint, scene_images):
+    import asyncio
+
+    import numpy as np
+
+    from serve.limits import Refusal
+    from serve.painter import Drawing, Painter
+
+    painter = Painter(Checkpoint.open(random_checkpoint))
+    with pytest.raises(Refusal, match="no text-to-image model") as refused:
+        asyncio.run(painter.paint([np.zeros((3, 64, 64), np.uint8)], Drawing()))
+    assert refused.value.status == 501
+
+
+def test_drawing_is_counted(server):
+    text = httpx.get(server.url + "/metrics").text
+    assert 'vlv_stage_seconds_count{stage="draw"}' in text
