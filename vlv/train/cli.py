@@ -14,9 +14,12 @@ def parser(stage: str, presets: Iterable[str], doc: str) -> argparse.ArgumentPar
         prog=f"python -m vlv.train.{stage}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--preset", choices=sorted(presets), default="tiny", help="sizes and schedule")
-    p.add_argument("--run", type=Path, help="folder of saves and logs; resumed if it exists (runs/PRESET)")
+    # the longer spelling is for torchrun, which takes --run for its own --run-path
+    p.add_argument(
+        "--run", "--run-folder", type=Path, help="folder of saves and logs; resumed if it exists (runs/PRESET)"
+    )
     p.add_argument("--out", type=Path, help=f"what to write (RUN/{stage})")
-    p.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1 … (cpu)")
+    p.add_argument("--device", help="torch device: cpu, cuda, cuda:1 … (cpu; at scale: cuda if there is one)")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     return p
 

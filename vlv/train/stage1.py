@@ -6,6 +6,11 @@ the queries and the projection learn from the error of the predicted noise.
 The paper starts from Florence-2's pretrained weights; there is no such model of the synthetic world. In
 its place a linear layer, dropped afterwards, reads the frozen autoencoder's latents from the image
 features, so that the tower sees from the first steps on. This too needs images only.
+
+    python -m vlv.train.stage1 --preset tiny
+    torchrun --nproc-per-node 8 -m vlv.train.stage1 --preset paper-stage1 --data SHARDS --ckpt START --t2i SD_DIR
+
+With the paper's preset it trains on your images (vlv.train.scale), without that linear layer.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import shutil
 from pathlib import Path
 
 from vlv.config import PRESETS
-from vlv.train import cli
+from vlv.train import cli, paper, scale
 from vlv.train.presets import STAGE1, Stage1Config
 
 
@@ -71,11 +76,16 @@ def train(settings: Stage1Config, t2i_folder: Path, run: Path, out: Path, device
 
 
 def main() -> None:
-    parser = cli.parser("stage1", STAGE1, __doc__)
-    parser.add_argument("--t2i", type=Path, help="diffusers folder to reconstruct through (default: RUN/t2i)")
+    parser = cli.parser("stage1", [*STAGE1, "paper-stage1"], __doc__)
+    parser.add_argument("--t2i", type=Path, help="diffusers folder to draw through (RUN/t2i; at scale: CKPT/t2i)")
+    paper.add_flags(parser, "paper-stage1")
     args = parser.parse_args()
     run, out = cli.folders(args, "stage1")
-    train(STAGE1[args.preset], args.t2i or run / "t2i", run, out, args.device)
+    if args.preset in paper.PRESETS:
+        scale.run("stage1", args, run, out)
+    else:
+        scale.refuse_flags(parser, args)
+        train(STAGE1[args.preset], args.t2i or run / "t2i", run, out, args.device or "cpu")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ cross-entropy; the queries, the projection after them and the CLIP layers stay a
 The paper's language model comes pretrained. Ours starts from nothing, and what it would teach the
 encoder meanwhile is noise that wipes out what stage 1 has learned: so the encoder joins late (the
 paper's progressive unfreezing: MLP and language model first, then the encoder).
+
+    python -m vlv.train.stage2 --preset tiny
+    torchrun --nproc-per-node 8 -m vlv.train.stage2 --preset paper-stage2 --data CAPTIONS.jsonl --ckpt STAGE1 --llm QWEN
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from vlv.train import cli
+from vlv.train import cli, paper, scale
 from vlv.train.presets import STAGE2, Stage2Config
 
 
@@ -86,11 +89,17 @@ def train(settings: Stage2Config, stage1: Path, run: Path, out: Path, device: st
 
 
 def main() -> None:
-    parser = cli.parser("stage2", STAGE2, __doc__)
-    parser.add_argument("--stage1", type=Path, help="stage-1 folder (default: RUN/stage1)")
+    parser = cli.parser("stage2", [*STAGE2, "paper-stage2"], __doc__)
+    parser.add_argument("--stage1", type=Path, help="stage-1 folder (RUN/stage1); at scale it is --ckpt")
+    parser.add_argument("--llm", metavar="DIR", help="at scale: language model to start from (CKPT's)")
+    paper.add_flags(parser, "paper-stage2")
     args = parser.parse_args()
     run, out = cli.folders(args, "stage2")
-    train(STAGE2[args.preset], args.stage1 or run / "stage1", run, out, args.device)
+    if args.preset in paper.PRESETS:
+        scale.run("stage2", args, run, out)
+    else:
+        scale.refuse_flags(parser, args)
+        train(STAGE2[args.preset], args.stage1 or run / "stage1", run, out, args.device or "cpu")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def train(config: T2IConfig, run: Path, out: Path, device: str) -> None:
 def main() -> None:
     args = cli.parser("t2i", presets.T2I, __doc__).parse_args()
     run, out = cli.folders(args, "t2i")
-    train(presets.T2I[args.preset], run, out, args.device)
+    train(presets.T2I[args.preset], run, out, args.device or "cpu")
 
 
 if __name__ == "__main__":

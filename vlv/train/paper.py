@@ -1,0 +1,116 @@
+"""The published hyper-parameters of both stages, and every switch of a run at that scale. Imports nothing heavy.
+
+Sources: the authors' train_stage1.sh, train_stage2.sh, configs/deepspeed_fp32.json and train/*.py (optimiser, batch,
+rates, schedules, what is frozen); the paper, section 4.1 (stage 2: 100,000 steps of 64).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field, fields, replace
+
+
+def _option(default, text: str, choices: tuple[str, ...] | None = None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run at scale; every field is a flag of the same name."""
+
+    steps: int = _option(200_000, "optimiser steps")
+    batch: int = _option(512, "images a step, over all processes")
+    micro_batch: int = _option(32, "images a forward pass; the rest of a step's are accumulated")
+    lr: float = _option(5e-5, "peak learning rate")
+    schedule: str = _option("cosine", "decay of the learning rate", ("cosine", "linear"))
+    final_lr: float = _option(1e-4, "last learning rate, as a share of the peak")
+    warmup: int = _option(0, "steps of linear warm-up")
+    beta2: float = _option(0.99, "AdamW's second beta; the first is 0.9")
+    weight_decay: float = _option(0.01, "AdamW's decoupled weight decay")
+    clip: float = _option(1.0, "largest norm of the gradients")
+    ema: float = _option(0.0, "decay of an average of the weights, which is then what is written; 0: none")
+    encoder_part: str = _option(
+        "language-model", "what of Florence-2 learns", ("all", "language-model", "decoder", "none")
+    )
+    unfreeze: str = _option("encoder", "stage 2: what learns, each with those before it", ("mlp", "llm", "encoder"))
+    queries: int = _option(0, "learned queries; 0: as many as the start has (77)")
+    clip_layers: bool = _option(True, "CLIP's text layers between queries and UNet (--no-clip-layers: ablation)")
+    image_size: int = _option(0, "side of the square crop; 0: the start's (384)")
+    max_tokens: int = _option(300, "stage 2: a caption's tokens")
+    end_token: bool = _option(True, "stage 2: learn where a caption ends (the published loop does not)")
+    min_side: int = _option(0, "leave out images with a shorter side below this")
+    max_aspect: float = _option(0.0, "leave out images longer than this times their width, or the reverse; 0: none")
+    parallel: str = _option("ddp", "copies of the model, or shards of it", ("ddp", "fsdp"))
+    bf16: bool = _option(True, "compute in bfloat16; weights and optimiser stay float32")
+    checkpoint_activations: bool = _option(True, "recompute activations in the backward pass")
+    compile: bool = _option(False, "torch.compile of every block")
+    workers: int = _option(4, "processes that read and decode, for each training process")
+    seed: int = _option(0, "of data order and noise")
+    spike: float = _option(10.0, "skip a step whose gradient is this many times the recent median; 0: never")
+    save_every: int = _option(1000, "steps between saves")
+    keep: int = _option(2, "saves kept")
+    log_every: int = _option(20, "steps between lines of the log")
+
+    def accumulation(self, processes: int) -> int:
+        """Forward passes of one process in one step. Raises ValueError where the batch cannot be divided."""
+        unit = self.micro_batch * processes
+        if self.batch < 1 or self.micro_batch < 1 or self.batch % unit:
+            raise ValueError(
+                f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch} x {processes} processes "
+                f"= {unit}: choose one that is, or another number of processes"
+            )
+        return self.batch // unit
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, as a share of the peak."""
+        import math
+
+        done = max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        left = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
+        return min(1.0, (step + 1) / max(1, self.warmup)) * (self.final_lr + (1 - self.final_lr) * left)
+
+
+PRESETS = {
+    "paper-stage1": TrainConfig(),
+    "paper-stage2": TrainConfig(
+        steps=100_000, batch=64, micro_batch=8, lr=1e-5, schedule="linear", final_lr=0.0, beta2=0.999, end_token=False
+    ),
+}  # fmt: skip
+
+
+def add_flags(parser: argparse.ArgumentParser, preset: str) -> None:
+    """The flags of a run at scale; of the ones of TrainConfig, what is not given stays the preset's."""
+    group = parser.add_argument_group(f"with --preset {preset}, on any number of processes under torchrun")
+    group.add_argument("--data", nargs="+", metavar="SRC", help="images: folders, .tar, .parquet, .jsonl, hf:NAME")
+    group.add_argument("--ckpt", metavar="DIR", help="checkpoint to start from: a folder, published weights, a hub id")
+    # the longer spelling is for torchrun, which takes --log for its own --log-dir
+    group.add_argument("--log", "--logger", default="none", help="wandb, tensorboard or trackio, beside RUN/*.jsonl")
+    group.add_argument("--cache-latents", metavar="DIR", help="keep the autoencoder's latents there, and reuse them")
+    group.add_argument(
+        "--plan", type=int, nargs="?", const=1, metavar="GPUS", help="print the memory of a step on each GPU, and stop"
+    )
+    group.add_argument("--gpu-hour", type=float, metavar="USD", help="price of a GPU for an hour, for the estimate")
+    group.add_argument("--max-cost", type=float, metavar="USD", help="do not start if the estimate is higher")
+    for f in fields(TrainConfig):
+        flag, default = "--" + f.name.replace("_", "-"), getattr(PRESETS[preset], f.name)
+        if isinstance(default, bool):
+            text = f"{f.metadata['help']} ({'on' if default else 'off'})"
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            text = f"{f.metadata['help']} ({default})"
+            group.add_argument(flag, type=type(default), choices=f.metadata["choices"], help=text)
+
+
+def config(args: argparse.Namespace) -> TrainConfig:
+    """The preset with what the flags change. Raises ValueError on values that make no sense."""
+    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if getattr(args, f.name) is not None}
+    made = replace(PRESETS[args.preset], **given)
+    for name in ("steps", "batch", "micro_batch", "save_every", "log_every", "keep"):
+        if getattr(made, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(made, name)}: at least 1")
+    for name in ("workers", "warmup", "spike", "queries", "image_size", "min_side", "max_aspect"):
+        if getattr(made, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(made, name)}: not below 0")
+    if not 0 <= made.ema < 1:
+        raise ValueError(f"--ema {made.ema}: from 0 to below 1")
+    return made

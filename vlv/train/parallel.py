@@ -1,0 +1,114 @@
+"""Training on several processes by torch's own means: DDP or FSDP2, started by torchrun, or one process alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from vlv.bottleneck import BartLayer, ClipLayer
+from vlv.davit import Block
+from vlv.train.paper import TrainConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    background: dist.ProcessGroup  # for saves, whose messages must not mix with the training's
+
+    @classmethod
+    @contextmanager
+    def start(cls, device: str | None = None) -> Iterator[World]:
+        """Join torchrun's processes, or be the only one; leave when the block ends."""
+        kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if kind.type == "cuda":
+            kind = torch.device("cuda", kind.index or int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(kind)
+        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo", **alone)
+        try:
+            yield cls(dist.get_rank(), dist.get_world_size(), kind, dist.new_group(backend="gloo"))
+        finally:
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Over the processes, in place."""
+        dist.all_reduce(values)
+        return values.div_(self.size)
+
+    def barrier(self) -> None:
+        dist.barrier(self.background)
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of encoder and language model: units of sharding, recomputation and compilation."""
+    return [
+        m for m in module.modules()
+        if isinstance(m, Block | BartLayer | ClipLayer) or type(m).__name__.endswith("DecoderLayer")
+    ]  # fmt: skip
+
+
+def prepare(objective: nn.Module, config: TrainConfig, world: World) -> nn.Module:
+    """The objective, ready to train: recomputation, compilation, and DDP or FSDP2 around it.
+
+    Mixed precision: the weights stay float32 and autocast (Objective's caller) computes in bfloat16; FSDP2 gathers
+    bfloat16 and reduces gradients in float32.
+    """
+    objective.train()
+    for block in blocks(objective):
+        if config.checkpoint_activations:
+            # inside of FSDP's unit, so that its weights are there when the block is computed again
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if config.compile:
+            block.compile()
+    if config.parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        precision = MixedPrecisionPolicy(torch.bfloat16 if config.bf16 else None, torch.float32)
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for block in blocks(objective):
+            fully_shard(block, mesh=mesh, mp_policy=precision)
+        return fully_shard(objective, mesh=mesh, mp_policy=precision)
+    if world.size == 1:
+        return objective
+    ids = [world.device] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(objective, ids, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def accumulating(module: nn.Module, last: bool) -> Iterator[None]:
+    """Within, the processes exchange gradients only if this is a step's last forward pass."""
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
+        with module.no_sync():
+            yield
+        return
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(last)
+    yield
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other as it is. Shares the memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together on every process; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
