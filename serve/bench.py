@@ -21,14 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve.bench_page import page
-from serve.vllm_caption import Misuse, Parser, positive, say, verdict
+from serve.command import Misuse, Parser, debug_argument, positive, run, say
 
 MEASURES = ("ttft", "tpot", "itl", "e2e")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = Parser(prog="python -m serve.bench", description="Measure a captioning server under offered load.")
+    p = Parser(
+        prog="python -m serve.bench",
+        description="Measure a captioning server under offered load.",
+        parents=[debug_argument()],
+    )
     p.add_argument("paths", nargs="+", metavar="PATH", help="pictures to ask for: files, folders, globs")
     p.add_argument("--url", default="http://127.0.0.1:8000", help="the server (http://127.0.0.1:8000)")
     p.add_argument("--rates", type=_rates, default=(1.0, 2.0, 4.0), metavar="R,R", help="requests a second (1,2,4)")
@@ -40,7 +44,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--devices", type=positive, default=1, metavar="N", help="that the server runs on, for its figures")
     p.add_argument("--seed", type=int, default=0, help="of the arrivals (0)")
     p.add_argument("-o", "--output", default="bench.json", metavar="JSON", help="figures; the page is NAME.html")
-    p.add_argument("--debug", action="store_true", help="tracebacks")
     return p
 
 
@@ -56,18 +59,14 @@ def _rates(text: str) -> tuple[float, ...]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    args = parser().parse_args(argv)
-    try:
-        report = asyncio.run(measure(args))
-        output = Path(args.output)
-        output.write_text(json.dumps(report, indent=2) + "\n")
-        output.with_suffix(".html").write_text(page(report))
-    except Exception as error:
-        if args.debug:
-            raise
-        code, text = verdict(error)
-        say(f"error: {text}")
-        return code
+    return run(_bench, parser().parse_args(argv))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    report = asyncio.run(measure(args))
+    output = Path(args.output)
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    output.with_suffix(".html").write_text(page(report))
     say(f"written: {output} and {output.with_suffix('.html')}")
     return 0
 

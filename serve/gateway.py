@@ -14,10 +14,9 @@ import asyncio
 import json
 import sys
 import urllib.parse
-from pathlib import Path
 
-from serve.server import EXIT_CODES, loopback, read_keys, run
-from serve.vllm_caption import Misuse, Parser, positive, say, verdict
+from serve.command import Misuse, Parser, debug_argument, model_arguments, run
+from serve.server import EXIT_CODES, listen, listening_arguments, loopback, read_keys
 
 HEADER = "x-vlv-sampling"
 WATCH = 1  # seconds between looks at vLLM
@@ -29,33 +28,15 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m serve.gateway",
         description="Take prompt embeddings from elsewhere, checked, to a vLLM on this machine.",
         epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[model_arguments(in_flight=512), listening_arguments(), debug_argument()],
     )
-    p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder: its description and llm/, for the shapes")
     p.add_argument("--llm-url", metavar="URL", help="vLLM on this machine, such as http://127.0.0.1:8001")
-    p.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    p.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
-    p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
-    p.add_argument("--in-flight", type=positive, default=512, metavar="N", help="captions at a time (512)")
-    p.add_argument("--keys", type=Path, metavar="FILE", help="hashes of the API keys (serve.server makes them)")
-    p.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
-    p.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
-    p.add_argument("--drain", type=positive, default=60, metavar="S", help="seconds to finish at SIGTERM (60)")
-    p.add_argument("--debug", action="store_true", help="tracebacks")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    args = parser().parse_args(argv)
-    try:
-        return asyncio.run(_serve(args))
-    except Exception as error:
-        if args.debug:
-            raise
-        code, text = verdict(error)
-        say(f"error: {text}")
-        return code
+    return run(lambda args: asyncio.run(_serve(args)), parser().parse_args(argv))
 
 
 class Upstream:
@@ -182,7 +163,7 @@ async def _serve(args: argparse.Namespace) -> int:
     bounds = Bounds(args.deadline, 20, spec.queries * spec.width * 4 + 4096, 1)  # float32, and a header
     gateway = routes(upstream, keys, Admission(args.in_flight), bounds)
     try:
-        return await run(gateway.app(), args.host, args.port, gateway, upstream.failure, args.drain, 20)
+        return await listen(gateway.app(), args, gateway, upstream.failure, 20)
     finally:
         await upstream.close()
 

@@ -14,8 +14,17 @@ import signal
 import sys
 from pathlib import Path
 
-from serve import ENGINES
-from serve.vllm_caption import Misuse, Parser, positive, say, verdict
+from serve.command import (
+    Misuse,
+    Model,
+    Parser,
+    debug_argument,
+    engine_arguments,
+    model_arguments,
+    positive,
+    run,
+    say,
+)
 
 EXIT_CODES = """\
 exit codes: 0 stopped by SIGTERM or Ctrl-C, with every request answered; 1 the server cannot run; 2 wrong arguments.
@@ -28,57 +37,49 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m serve.server",
         description="Serve captions of a VLV checkpoint over HTTP, as OpenAI's API.",
         epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[
+            model_arguments(in_flight=128),
+            engine_arguments(),
+            listening_arguments(),
+            debug_argument("tracebacks, and the engine's log on stderr"),
+        ],
     )
-    p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")
-    p.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    p.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
     p.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
-    p.add_argument("--engine", choices=ENGINES, help="what runs the language model (vllm; with --llm-url remote)")
-    p.add_argument("--llm-url", metavar="URL", help="vLLM or serve.gateway that runs the language model elsewhere")
-    p.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for the language model (vllm)")
-    p.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share the LLM (vllm)")
-    p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
-    p.add_argument("--in-flight", type=positive, default=128, metavar="N", help="captions written together (128)")
-    p.add_argument("--queue", type=positive, default=128, metavar="N", help="images that may wait beyond these (128)")
-    p.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images per encoder batch (32)")
-    p.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
-    p.add_argument("--keys", type=Path, metavar="FILE", help="hashes of the API keys that are let in")
+    p.add_argument("--queue", type=positive, default=128, metavar="N", help="images that may wait for their turn (128)")
     p.add_argument("--new-key", metavar="NAME", help="make a key, add its hash to --keys, print it, and stop")
     p.add_argument(
         "--per-minute", type=positive, default=6000, metavar="N", help="of --new-key: images a minute (6000)"
     )
     p.add_argument("--concurrent", type=positive, default=256, metavar="N", help="of --new-key: images at a time (256)")
-    p.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
     p.add_argument(
         "--image-host", action="append", default=[], metavar="HOST",
         help="fetch http(s) images from this host (repeatable; *.example.org, host:port); none by default",
     )  # fmt: skip
-    p.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
     p.add_argument("--body-seconds", type=positive, default=20, metavar="S", help="for a request to arrive (20)")
     p.add_argument("--max-body", type=positive, default=64, metavar="MIB", help="largest request (64)")
     p.add_argument("--max-bodies", type=positive, default=512, metavar="MIB", help="of all requests together (512)")
     p.add_argument("--max-image", type=positive, default=20, metavar="MIB", help="largest image file fetched (20)")
     p.add_argument("--max-images", type=positive, default=64, metavar="N", help="images in one request (64)")
     p.add_argument("--max-pixels", type=positive, default=50_000_000, metavar="N", help="of an image (50 million)")
+    return p
+
+
+def listening_arguments() -> Parser:
+    """For whatever listens at a port: where, whom it lets in, and how long it waits."""
+    p = Parser(add_help=False)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
+    p.add_argument("--keys", type=Path, metavar="FILE", help="hashes of the API keys that are let in (see --new-key)")
+    p.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
+    p.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
     p.add_argument("--drain", type=positive, default=60, metavar="S", help="seconds to finish at SIGTERM (60)")
-    p.add_argument("--debug", action="store_true", help="tracebacks, and the engine's log on stderr")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = parser().parse_args(argv)
-    try:
-        if args.new_key:
-            return _new_key(args)
-        return asyncio.run(_serve(args))
-    except Exception as error:
-        if args.debug:
-            raise
-        code, text = verdict(error)
-        say(f"error: {text}")
-        return code
+    return run(_new_key if args.new_key else lambda args: asyncio.run(_serve(args)), args)
 
 
 def _new_key(args: argparse.Namespace) -> int:
@@ -98,47 +99,34 @@ def _new_key(args: argparse.Namespace) -> int:
 async def _serve(args: argparse.Namespace) -> int:
     from serve.fetch import Fetcher
     from serve.limits import Admission
-    from serve.llm import LLMSpec, Options, engine_class
     from serve.routes import Routes
     from serve.service import Service, ServiceConfig
     from serve.worker import Bounds
-    from vlv.checkpoint import CheckpointError
-    from vlv.published import resolve
 
     if not args.ckpt:
         raise Misuse("--ckpt is needed (--help shows the usage)")
     keys = read_keys(args)
-    try:
-        checkpoint = resolve(args.ckpt)
-    except CheckpointError as error:
-        raise Misuse(str(error)) from error
-    spec = LLMSpec.of(checkpoint)
-    try:
-        max_tokens = spec.max_tokens(args.max_tokens)
-    except ValueError as error:
-        raise Misuse(f"--max-tokens: {error}") from error
-
-    def make_engine():
-        kind = engine_class(args.engine or ("remote" if args.llm_url else "vllm"))
-        options = Options(args.lora, args.tensor_parallel, args.llm_url)
-        return kind(spec, max_tokens, args.in_flight, args.debug, options)
-
-    service = Service(checkpoint, make_engine, ServiceConfig(args.prompt_batch, args.workers, args.max_pixels))
+    model = Model.of(args)
+    config = ServiceConfig(args.prompt_batch, args.workers, args.max_pixels, args.encoder, args.artifacts)
+    service = Service(model.checkpoint, model.engine, config)
     fetcher = Fetcher(tuple(args.image_host), args.max_image << 20)
     bounds = Bounds(args.deadline, args.body_seconds, args.max_body << 20, args.max_images)
-    name = args.model_name or checkpoint.folder.resolve().name
+    name = args.model_name or model.checkpoint.folder.resolve().name
     admission = Admission(args.in_flight + args.queue, args.max_bodies << 20)
     routes = Routes(service, name, keys, admission, fetcher, bounds)
     try:
         await service.start()
-        return await run(routes.app(), args.host, args.port, routes, service.failure, args.drain, args.body_seconds)
+        return await listen(routes.app(), args, routes, service.failure, args.body_seconds)
     finally:
         await service.close()
         await fetcher.close()
 
 
-async def run(app, host: str, port: int, routes, failure: asyncio.Future, drain: float, header_seconds: float) -> int:
-    """Serve until a signal or a failure; a signal refuses what is new and answers what has begun."""
+async def listen(app, args: argparse.Namespace, routes, failure: asyncio.Future, header_seconds: float) -> int:
+    """Serve until a signal or a failure, as listening_arguments say; returns the exit code.
+
+    A signal refuses what is new and answers what has begun.
+    """
     import uvicorn
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -157,25 +145,26 @@ async def run(app, host: str, port: int, routes, failure: asyncio.Future, drain:
             yield
 
     config = uvicorn.Config(
-        app, host, port, http=Protocol, lifespan="off", log_level="warning", access_log=False, backlog=512,
-        timeout_keep_alive=30, timeout_graceful_shutdown=int(drain), server_header=False, limit_concurrency=4096,
+        app, args.host, args.port, http=Protocol, lifespan="off", log_level="warning", access_log=False, backlog=512,
+        timeout_keep_alive=30, timeout_graceful_shutdown=args.drain, server_header=False, limit_concurrency=4096,
     )  # fmt: skip
     server, loop = Server(config), asyncio.get_running_loop()
 
     def stop(number: signal.Signals) -> None:
         if routes.draining:
             server.force_exit = True
-        say(f"{number.name}: no new requests; those that run are finished (at most {drain} s)")
+        say(f"{number.name}: no new requests; those that run are finished (at most {args.drain} s)")
         routes.draining = server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     failure.add_done_callback(lambda _: setattr(server, "should_exit", True))
-    say(f"listening at http://{host}:{port} (loading the models: /ready tells when they are there)")
+    say(f"listening at http://{args.host}:{args.port} (loading the models: /ready tells when they are there)")
     try:
         await server.serve()
     except SystemExit as error:  # uvicorn's way to say that it cannot listen; its log has said why
-        raise OSError(f"cannot listen at {host}:{port}: another server has the port, or it is not allowed") from error
+        place = f"{args.host}:{args.port}"
+        raise OSError(f"cannot listen at {place}: another server has the port, or it is not allowed") from error
     if failure.done():
         failure.result()
     return 0

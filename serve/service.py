@@ -16,12 +16,13 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from serve.decode import DecodePool, default_workers
 from serve.limits import Refusal
 from serve.llm import Completion, EmbedsError, Engine, EngineError, Sampling
 from serve.metrics import Metrics
-from serve.pipeline import TorchEncoder
+from serve.pipeline import open_encoder
 from serve.sources import Item
 from vlv.checkpoint import Checkpoint
 from vlv.image import ImageError
@@ -37,6 +38,8 @@ class ServiceConfig:
     batch: int = 32  # images the encoder takes at once
     workers: int | None = None  # decode processes; None: default_workers()
     max_pixels: int = 50_000_000  # of a picture, as its header announces it
+    encoder: str = "torch"  # a runtime of export.engine
+    artifacts: Path | None = None  # folder of the exported encoder, for all but torch
 
 
 class Service:
@@ -128,7 +131,7 @@ class Service:
 
     async def _encode(self) -> None:
         loop = asyncio.get_running_loop()
-        encoder = await loop.run_in_executor(self._encoding, TorchEncoder, self.checkpoint)
+        encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, self.config)
         while True:
             batch = [await self._crops.get()]
             while len(batch) < self.config.batch and not self._crops.empty():

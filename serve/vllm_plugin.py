@@ -18,7 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from serve.vllm_caption import Misuse, Parser, say, verdict
+from serve.command import Misuse, Parser, debug_argument, run, say
 
 # a chat's text is not read; what every chat becomes is the picture in it
 CHAT_TEMPLATE = "{# VLV reads the picture alone, and no text. #}"
@@ -39,35 +39,34 @@ def register() -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = Parser(prog="python -m serve.vllm_plugin", description="Write a checkpoint as a folder for `vllm serve`.")
+    p = Parser(
+        prog="python -m serve.vllm_plugin",
+        description="Write a checkpoint as a folder for `vllm serve`.",
+        parents=[debug_argument()],
+    )
     p.add_argument("ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument("--out", type=Path, metavar="VLLM_DIR", required=True, help="folder to write")
     p.add_argument("--force", action="store_true", help="replace what is there")
-    p.add_argument("--debug", action="store_true", help="tracebacks")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    args = parser().parse_args(argv)
-    try:
-        from vlv.checkpoint import CheckpointError
-        from vlv.published import resolve
+    return run(_write, parser().parse_args(argv))
 
-        try:
-            checkpoint = resolve(args.ckpt)
-        except CheckpointError as error:
-            raise Misuse(str(error)) from error
-        try:
-            write(checkpoint, args.out, args.force)
-        except OSError as error:
-            raise Misuse(f"--out {args.out} cannot be written: {error.strerror}") from error
-    except Exception as error:
-        if args.debug:
-            raise
-        code, text = verdict(error)
-        say(f"error: {text}")
-        return code
+
+def _write(args: argparse.Namespace) -> int:
+    from vlv.checkpoint import CheckpointError
+    from vlv.published import resolve
+
+    try:
+        checkpoint = resolve(args.ckpt)
+    except CheckpointError as error:
+        raise Misuse(str(error)) from error
+    try:
+        write(checkpoint, args.out, args.force)
+    except OSError as error:
+        raise Misuse(f"--out {args.out} cannot be written: {error.strerror}") from error
     say(f"written: vllm serve {shlex.quote(str(args.out))}")
     return 0
 

@@ -99,10 +99,12 @@ def test_what_a_server_is_not_started_with(captioning_checkpoint, tmp_path, caps
     (tmp_path / "keys.json").write_text("[1]")
     for args, words in {
         (): "error: --ckpt is needed",
-        ("--ckpt", "/absent"): "error: no checkpoint at /absent",
+        ("--ckpt", "/absent"): "error: --ckpt: no checkpoint at /absent",
         ("--ckpt", captioning_checkpoint, "--host", "0.0.0.0"): "error: --host 0.0.0.0 lets others in: give --keys",
         ("--ckpt", captioning_checkpoint, "--keys", tmp_path / "keys.json"): f"error: {tmp_path}/keys.json is no file",
         ("--ckpt", captioning_checkpoint, "--max-tokens", "100000"): "error: --max-tokens: 100000 tokens a caption",
+        ("--ckpt", captioning_checkpoint, "--encoder", "onnx"): "error: --encoder onnx and --artifacts: an exported",
+        ("--ckpt", captioning_checkpoint, "--encoder", "onnx", "--artifacts", tmp_path): "error: --artifacts: no artif",
         ("--new-key", "me"): "error: --new-key needs --keys FILE",
     }.items():
         assert main([str(a) for a in args]) == 2
