@@ -1,23 +1,28 @@
-"""pyproject.toml says it all, but for one line of the metadata.
+"""The build step that pyproject.toml cannot state: the wheel keeps `kernels` in a folder of its own.
 
-The package holds a file in `optimum.commands.register`, where optimum-cli looks for subcommands. setuptools would
-therefore declare `optimum` a package of ours, and diffusers, which looks a library's version up by that declaration,
-would take our version for optimum's ("Multiple distributions found for package optimum. Picked distribution: vlv").
+Hugging Face's library installs a `kernels` too. Of two packages that bring kernels/__init__.py the later one overwrites
+the earlier one's, and uninstalling either breaks both. So ours goes to _vlv/kernels, and vlv.pth puts _vlv behind
+site-packages on Python's path; kernels/__init__.py and vlv/__init__.py say how the two then share the name.
 """
 
+from __future__ import annotations
+
+import shutil
 from pathlib import Path
 
 from setuptools import setup
-from setuptools.command.egg_info import egg_info
+from setuptools.command.build_py import build_py
 
 
-class EggInfo(egg_info):
-    """Metadata that claims our own packages alone; the file is installed all the same."""
-
+class BuildPy(build_py):
     def run(self) -> None:
         super().run()
-        declared = Path(self.egg_info, "top_level.txt")
-        declared.write_text("".join(f"{name}\n" for name in declared.read_text().split() if name != "optimum"))
+        if not self.editable_mode:
+            library = Path(self.build_lib)
+            shutil.rmtree(library / "_vlv", ignore_errors=True)
+            shutil.copytree(library / "kernels", library / "_vlv" / "kernels")
+            shutil.rmtree(library / "kernels")
+            (library / "vlv.pth").write_text("_vlv\n")
 
 
-setup(cmdclass={"egg_info": EggInfo})
+setup(cmdclass={"build_py": BuildPy})

@@ -1,0 +1,27 @@
+# The encoder on TensorRT at the edge; captions come from a gateway beside a vLLM in the data centre:
+#
+#   docker build -f deploy/docker/edge.Dockerfile -t vlv:edge .
+#   docker run --gpus all -v /models/vlv:/models/vlv -v /photos:/photos:ro -e VLV_API_KEY \
+#     vlv:edge serve.vllm_caption /photos --ckpt /models/vlv --encoder trt --artifacts /models/vlv/artifacts \
+#     --llm-url http://gateway:8002 -o /models/captions.jsonl
+#
+# The engine is built once on the node itself: vlv:edge export.trt --ckpt /models/vlv --out /models/vlv/artifacts
+ARG PYTHON=python:3.12.11-slim-bookworm
+
+FROM ${PYTHON} AS build
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/vlv/bin:$PATH
+RUN python -m venv /opt/vlv && pip install setuptools==78.1.1
+WORKDIR /src
+COPY requirements/cpu.lock deploy/docker/edge.txt /build/
+RUN pip install -c /build/cpu.lock -r /build/edge.txt
+COPY . .
+RUN pip install --no-deps --no-build-isolation . \
+    && python deploy/docker/sbom.py >/opt/vlv/sbom.cdx.json
+
+FROM ${PYTHON}
+COPY --from=build /opt/vlv /opt/vlv
+ENV PATH=/opt/vlv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp USER=vlv
+WORKDIR /tmp
+USER 10001:10001
+ENTRYPOINT ["python", "-m"]
+CMD ["serve.vllm_caption", "--help"]
