@@ -1,9 +1,11 @@
-"""The build step that pyproject.toml cannot state: the wheel keeps our packages in a folder of their own.
+"""What pyproject.toml cannot state: the wheel keeps our packages in a folder of their own, and does not claim optimum.
 
 Hugging Face's library installs a `kernels` too. Of two packages that bring kernels/__init__.py the later one overwrites
 the earlier one's, and uninstalling either breaks both. So the wheel holds _vlv/kernels and its neighbours, and vlv.pth
 puts _vlv behind site-packages on Python's path; kernels/__init__.py and vlv/__init__.py share the name from there, as
-they do in a source tree. optimum's subcommand stays outside: optimum looks for it in its own folder.
+they do in a source tree. optimum's subcommand stays outside: optimum looks for it in its own folder. But setuptools would declare that folder a
+package of ours, and diffusers, which looks a library's version up by that declaration, would take our version for
+optimum's ("Multiple distributions found for package optimum. Picked distribution: vlv").
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 ROOMS = ("kernels", "vlv", "export", "serve")
 
@@ -29,4 +32,11 @@ class BuildPy(build_py):
             (library / "vlv.pth").write_text("_vlv\n")
 
 
-setup(cmdclass={"build_py": BuildPy})
+class EggInfo(egg_info):
+    def run(self) -> None:
+        super().run()
+        declared = Path(self.egg_info, "top_level.txt")
+        declared.write_text("".join(f"{name}\n" for name in declared.read_text().split() if name in ROOMS))
+
+
+setup(cmdclass={"build_py": BuildPy, "egg_info": EggInfo})
