@@ -3,9 +3,9 @@
 Hugging Face's library installs a `kernels` too. Of two packages that bring kernels/__init__.py the later one overwrites
 the earlier one's, and uninstalling either breaks both. So the wheel holds _vlv/kernels and its neighbours, and vlv.pth
 puts _vlv behind site-packages on Python's path; kernels/__init__.py and vlv/__init__.py share the name from there, as
-they do in a source tree. optimum's subcommand stays outside: optimum looks for it in its own folder. But setuptools would declare that folder a
-package of ours, and diffusers, which looks a library's version up by that declaration, would take our version for
-optimum's ("Multiple distributions found for package optimum. Picked distribution: vlv").
+they do in a source tree. optimum's subcommand stays outside: optimum looks for it in its own folder. But setuptools
+would declare that folder a package of ours, and diffusers, which looks up a version by that declaration, would
+take our version for optimum's ("Multiple distributions found for package optimum. Picked distribution: vlv").
 """
 
 from __future__ import annotations
