@@ -7,17 +7,7 @@ from vlv import scenes
 from vlv.captioner import Captioner
 from vlv.checkpoint import Checkpoint, CheckpointError
 from vlv.diffusion import T2I
-from vlv.train import data, presets, stage1, stage2, t2i
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run folder in which all three stages went a few steps."""
-    folder = tmp_path_factory.mktemp("run")
-    t2i.train(presets.T2I["smoke"], folder, folder / "t2i", "cpu")
-    stage1.train(presets.STAGE1["smoke"], folder / "t2i", folder, folder / "stage1", "cpu")
-    stage2.train(presets.STAGE2["smoke"], folder / "stage1", folder, folder / "stage2", "cpu")
-    return folder
+from vlv.train import data
 
 
 def test_the_t2i_folder_is_a_plain_diffusers_pipeline(run):

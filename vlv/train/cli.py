@@ -30,10 +30,11 @@ def folders(args: argparse.Namespace, stage: str) -> tuple[Path, Path]:
     return run, args.out or run / stage
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a command: 130 after Ctrl-C (its saves are kept), 1 and one sentence after a failure."""
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command and exit with what it returns; 130 after Ctrl-C (its saves are kept), 1 after a failure."""
     try:
-        main()
+        if code := main():
+            sys.exit(code)
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last save", file=sys.stderr)
         sys.exit(130)

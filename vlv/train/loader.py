@@ -32,6 +32,9 @@ class Order:
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffle_shards)
         self._within = functools.lru_cache(maxsize=4)(self._shuffle_rows)
 
+    def __reduce__(self):  # a worker makes its own shuffles
+        return Order, (self.rows.tolist(), self.seed, self.group)
+
     def __call__(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.total)
         shards, ends = self._epoch(epoch)
@@ -64,10 +67,7 @@ class Pictures(Dataset):
 
     def __init__(self, source: Source, config: TrainConfig, size: int, captions: bool):
         self.source, self.config, self.size, self.captions = source, config, size, captions
-
-    @functools.cached_property
-    def order(self) -> Order:  # not sent to workers: each makes its own
-        return Order(self.source.rows, self.config.seed)
+        self.order = Order(source.rows, config.seed)
 
     def __getitem__(self, position: int) -> dict:
         shard, row = self.order(position)

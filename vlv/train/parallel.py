@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +37,13 @@ class World:
         if kind.type == "cuda":
             kind = torch.device("cuda", kind.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(kind)
-        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo", **alone)
+        store, rank, size = dist.HashStore(), 0, 1
+        if "WORLD_SIZE" in os.environ:
+            store, rank, size = next(dist.rendezvous("env://"))
+            # torchrun keeps its store when it starts workers again, with the addresses of those that died in it
+            store = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         try:
             yield cls(dist.get_rank(), dist.get_world_size(), kind, dist.new_group(backend="gloo"))
         finally:
@@ -88,6 +94,8 @@ def prepare(objective: nn.Module, config: TrainConfig, world: World) -> nn.Modul
         return fully_shard(objective, mesh=mesh, mp_policy=precision)
     if world.size == 1:
         return objective
+    # the filters of depthwise convolutions: their gradients are laid out otherwise, and copied
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     ids = [world.device] if world.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(objective, ids, gradient_as_bucket_view=True)
 

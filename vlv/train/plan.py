@@ -1,8 +1,8 @@
 """The memory of a training step at full size, on any machine: every tensor is a description without data.
 
 The real objective's forward and backward pass run under torch's FakeTensorMode, while the bytes of all tensors alive
-are added up. FSDP2 is counted from that: weights, gradients and optimiser divide among the GPUs, and one block at a time is
-gathered whole. Not counted: the allocator's fragments, the context of CUDA and the buffers of NCCL (1-2 GB).
+are added up. FSDP2 is counted from that: weights, gradients and optimiser divide among the GPUs, and one block at a
+time is gathered whole. Not counted: the allocator's fragments, the context of CUDA and the buffers of NCCL (1-2 GB).
 """
 
 from __future__ import annotations
@@ -71,24 +71,26 @@ def measure(stage: str, config: TrainConfig, args: argparse.Namespace) -> dict[s
         size = model.image_size
         batch = {"pixels": torch.zeros(config.micro_batch, 3, size, size, dtype=torch.uint8)}
         batch["caption"] = [""] * config.micro_batch
+        learning = [p for p in objective.parameters() if p.requires_grad]
+        for p in learning:  # as in all but the first pass of a step: counted by itself, and added to in place
+            p.grad = torch.zeros_like(p)
         with Peak() as peak:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
                 loss = objective(batch)
             loss.backward()
-    learning = [p for p in objective.parameters() if p.requires_grad]
     still = [p for p in objective.parameters() if not p.requires_grad]
     still += [p for module in frozen for p in module.parameters()]
     weights = _bytes(learning)
     units = sorted((_bytes(b.parameters()) for b in blocks(objective)), reverse=True)[:2]
     return {
         "weights": weights, "frozen": _bytes(still), "gradients": weights, "moments": 2 * weights,
-        "gathered": sum(units) // (2 if config.bf16 else 1), "activations": max(0, peak.bytes - weights),
+        "gathered": sum(units) // (2 if config.bf16 else 1), "activations": peak.bytes,
         "learning": sum(p.numel() for p in learning), "still": sum(p.numel() for p in still),
     }  # fmt: skip
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that were alive at once of what is made within, the gradients among them."""
+    """The most bytes that were alive at once of what is made within."""
 
     def __init__(self):
         super().__init__()
@@ -153,6 +155,7 @@ def _stage2(config: TrainConfig, args: argparse.Namespace) -> tuple[nn.Module, l
 
     folder = args.llm or (Checkpoint.open(args.ckpt).llm if args.ckpt else None)
     about = AutoConfig.from_pretrained(folder) if folder else llm_plan("qwen2.5-3b", torch.float32)[0]
+    about.use_cache = False
     llm = AutoModelForCausalLM.from_config(about)
     model = _model(config, args, "qwen2.5-3b", llm.config.hidden_size)
     captioner = Captioner(VLVEncoder(model), llm, _Longest(config.max_tokens))

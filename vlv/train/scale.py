@@ -120,8 +120,7 @@ def _stage2(config: TrainConfig, args: argparse.Namespace, world: World, source)
     llm_folder = args.llm or begin.llm
     llm = AutoModelForCausalLM.from_pretrained(llm_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(llm_folder)
-    if config.checkpoint_activations:
-        llm.config.use_cache = False  # the blocks are wrapped by vlv.train.parallel
+    llm.config.use_cache = False
     model = start.model_config(begin.config, config, llm_width=llm.config.hidden_size)
     captioner = Captioner(start.build_encoder(begin, model), llm, tokenizer)
     start.unfreeze_stage2(captioner, config)

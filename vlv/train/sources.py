@@ -14,7 +14,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -23,16 +23,20 @@ from vlv.image import EXTENSIONS
 IMAGE, CAPTION = (
     ("image", "jpg", "png", "webp"),
     ("caption", "text", "txt"),
-)  # names of columns, the first that is there
+)  # names of columns and fields; the first that is there counts
+IMAGE, CAPTION = ("image", "jpg", "png", "webp"), ("caption", "text", "txt")
+# what else a row may tell of its image, for vlv.train.distill
+ABOUT = ("license", "url", "source", "author", "copyright", "pwatermark")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row: `image` is an image file's content."""
+    """One row: `image` is an image file's content, `about` its licence and so on where the data tell (ABOUT)."""
 
     id: str
     image: bytes
     caption: str | None = None
+    about: dict = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -95,16 +99,20 @@ def open_file(path: str):
     return need("fsspec", path).open(path, "rb").open() if is_url(path) else open(path, "rb")
 
 
-def caption_of(name: str, content: bytes) -> str | None:
-    """The caption that a .txt or .json file holds."""
+def text_of(name: str, content: bytes) -> tuple[str | None, dict]:
+    """The caption that a .txt or .json file beside an image holds, and what a .json tells of the image."""
     text = content.decode("utf-8", "replace").strip()
     if not name.endswith(".json"):
-        return text or None
+        return text or None, {}
     try:
         values = json.loads(text)
     except ValueError:
-        return None
-    return first_of(values, CAPTION) if isinstance(values, dict) else None
+        return None, {}
+    return (first_of(values, CAPTION), about(values)) if isinstance(values, dict) else (None, {})
+
+
+def about(values: dict) -> dict:
+    return {name: values[name] for name in ABOUT if values.get(name) is not None}
 
 
 def first_of(values: dict, names: Sequence[str]):
@@ -112,26 +120,30 @@ def first_of(values: dict, names: Sequence[str]):
 
 
 class Files:
-    """Image files, one shard. Captions: those given, or of the .txt file beside an image."""
+    """Image files, one shard. What is known of each: caption and about, or the text file beside it."""
 
-    def __init__(self, files: list[str], captions: list[str | None] | None = None, ids: list[str] | None = None):
-        self.files, self.captions, self.ids, self.rows = files, captions, ids, [len(files)]
+    def __init__(self, files: list[str], known: list[tuple[str | None, dict]] | list[str | None], ids: list[str]):
+        self.files, self.known, self.ids, self.rows = files, known, ids, [len(files)]
 
     @classmethod
     def of_folder(cls, files: list[str], name: str) -> Files:
         """The images of a folder and those below it, by name."""
         if is_url(name):
             fs, root = need("fsspec", name).core.url_to_fs(name)
-            found = [fs.unstrip_protocol(f) for f in fs.find(root)]
+            names = [fs.unstrip_protocol(f) for f in fs.find(root)]
         else:
-            found = [os.path.join(d, f) for top in files for d, _, names in os.walk(top) for f in names]
-        return cls(sorted(f for f in found if os.path.splitext(f)[1].lower() in EXTENSIONS))
+            names = [os.path.join(d, f) for top in files for d, _, inner in os.walk(top) for f in inner]
+        texts = {f for f in names if f.endswith((".txt", ".json"))}
+        found = sorted(f for f in names if os.path.splitext(f)[1].lower() in EXTENSIONS)
+        beside = ([os.path.splitext(f)[0] + kind for kind in (".json", ".txt")] for f in found)
+        return cls(found, [next((t for t in both if t in texts), None) for both in beside], found)
 
     @classmethod
     def of_lines(cls, files: list[str], name: str) -> Files:
         """JSON lines with a path (or an id that is one), relative to the file's folder, and a caption."""
-        paths, captions, ids = [], [], []
+        paths, known, ids = [], [], []
         for file in files:
+            folder = os.path.dirname(file) or "."
             with open_file(file) as stream:
                 for number, line in enumerate(stream, 1):
                     try:
@@ -139,27 +151,19 @@ class Files:
                         path = record.get("path") or record["id"]
                     except (ValueError, KeyError, AttributeError) as error:
                         raise ValueError(f"{file}, line {number}: expected a JSON object with a path or id") from error
-                    folder = file.rpartition("/")[0] or "."
                     paths.append(path if is_url(path) or os.path.isabs(path) else f"{folder}/{path}")
-                    captions.append(first_of(record, CAPTION))
+                    known.append((first_of(record, CAPTION), about(record)))
                     ids.append(record.get("id", path))
-        return cls(paths, captions, ids)
+        return cls(paths, known, ids)
 
     def read(self, shard: int, row: int) -> Sample:
-        file = self.files[row]
-        with open_file(file) as stream:
+        with open_file(self.files[row]) as stream:
             image = stream.read()
-        caption = self.captions[row] if self.captions else self._beside(file)
-        return Sample(self.ids[row] if self.ids else file, image, caption)
-
-    @staticmethod
-    def _beside(file: str) -> str | None:
-        text = os.path.splitext(file)[0] + ".txt"
-        try:
-            with open_file(text) as stream:
-                return caption_of(text, stream.read())
-        except OSError:
-            return None
+        known = self.known[row]
+        if isinstance(known, str):
+            with open_file(known) as stream:
+                known = text_of(known, stream.read())
+        return Sample(self.ids[row], image, *(known or ()))
 
 
 class Parquet:
@@ -185,7 +189,7 @@ class Parquet:
         file, group = self._groups[shard]
         with open_file(file) as stream:
             opened = parquet.ParquetFile(stream)
-            columns = [c for c in opened.schema_arrow.names if c in (*IMAGE, *CAPTION, "id")]
+            columns = [c for c in opened.schema_arrow.names if c in (*IMAGE, *CAPTION, *ABOUT, "id")]
             return opened.read_row_group(group, columns)
 
     def read(self, shard: int, row: int) -> Sample:
@@ -209,7 +213,7 @@ def row_sample(values: dict, name: str) -> Sample:
     """A sample from a row with an image (bytes, or {"bytes": …}) and maybe a caption and an id."""
     image = first_of(values, IMAGE)
     image = image.get("bytes") if isinstance(image, dict) else image
-    return Sample(str(values.get("id") or name), image or b"", first_of(values, CAPTION))
+    return Sample(str(values.get("id") or name), image or b"", first_of(values, CAPTION), about(values))
 
 
 class HuggingFace:

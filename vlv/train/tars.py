@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vlv.image import EXTENSIONS
-from vlv.train.sources import Sample, caption_of, is_url, need, open_file
+from vlv.train.sources import Sample, is_url, need, open_file, text_of
 
 # a member: (key, [image offset, length], [caption offset, length, suffix] or None)
 Index = list[tuple[str, list, list | None]]
@@ -32,8 +32,8 @@ class Tars:
         key, image, text = self._index[shard][row]
         with open_file(self.files[shard]) as stream:
             content = _part(stream, *image)
-            caption = caption_of(text[2], _part(stream, *text[:2])) if text else None
-        return Sample(f"{self.files[shard]}/{key}", content, caption)
+            known = text_of(text[2], _part(stream, *text[:2])) if text else ()
+        return Sample(f"{self.files[shard]}/{key}", content, *known)
 
 
 def _part(stream, offset: int, length: int) -> bytes:
@@ -79,7 +79,7 @@ def _scan(file: str) -> Index:
                 extension = "." + suffix.lower().rpartition(".")[2]
                 if extension in EXTENSIONS:
                     images[key] = [member.offset_data, member.size]
-                elif suffix == "txt" or (suffix == "json" and key not in texts):
+                elif suffix == "json" or (suffix == "txt" and key not in texts):
                     texts[key] = [member.offset_data, member.size, extension]
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{file} is no whole tar file ({error}): write it again") from error

@@ -1,0 +1,191 @@
+"""Training data of every kind, read in an order that any position, process and worker agrees on."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train.toy_run import CONFIG, MODEL
+from vlv.train.loader import MicroBatches, Order, Pictures, batches
+from vlv.train.parallel import World
+from vlv.train.sources import open_sources
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def rows(captioned):
+    """(name, image, caption) of every scene of the folder."""
+    return [(f.stem, f.read_bytes(), f.with_suffix(".txt").read_text()) for f in sorted(captioned.glob("*.png"))]
+
+
+def write_tar(stream, rows, kind="txt"):
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, image, caption in rows:
+            text = caption if kind == "txt" else json.dumps({"caption": caption, "license": "CC0", "pwatermark": 0.25})
+            for suffix, content in (("png", image), (kind, text.encode())):
+                info = tarfile.TarInfo(f"part/{name}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def everything(source):
+    return [source.read(s, r) for s, count in enumerate(source.rows) for r in range(count)]
+
+
+def same(samples, rows):
+    assert [(s.image, s.caption) for s in samples] == [(image, caption) for _, image, caption in rows]
+
+
+def test_a_folder_and_the_texts_beside_its_images(captioned, rows):
+    same(everything(open_sources([str(captioned)])), rows)
+
+
+def test_tars_and_their_index(rows, tmp_path, monkeypatch):
+    with (tmp_path / "a.tar").open("wb") as stream:
+        write_tar(stream, rows[:7])
+    with (tmp_path / "b.tar").open("wb") as stream:
+        write_tar(stream, rows[7:], "json")
+    source = open_sources([str(tmp_path)])
+    assert source.rows == [7, 5]
+    same(everything(source), rows)
+    assert source.read(1, 0).about == {"license": "CC0", "pwatermark": 0.25}
+    monkeypatch.setattr("vlv.train.tars._scan", lambda file: pytest.fail("it has an index already"))
+    same(everything(open_sources([str(tmp_path / "*.tar")])), rows)
+
+
+def test_a_broken_tar_is_named(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(ValueError, match=r"a\.tar is no whole tar file"):
+        open_sources([str(tmp_path)])
+
+
+def test_parquet_by_row_groups_and_in_another_process(rows, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {
+        "image": [{"bytes": image, "path": None} for _, image, _ in rows], "text": [caption for *_, caption in rows],
+        "license": ["CC0"] * len(rows), "id": [name for name, *_ in rows],
+    }  # fmt: skip
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet", row_group_size=5)
+    source = pickle.loads(pickle.dumps(open_sources([str(tmp_path / "a.parquet")])))
+    assert source.rows == [5, 5, 2]
+    same(everything(source), rows)
+    assert source.read(1, 0).id == "05" and source.read(1, 0).about == {"license": "CC0"}
+
+
+def test_json_lines_as_distill_and_the_captioner_write_them(captioned, rows, tmp_path):
+    lines = [{"id": f"scene {n}", "path": str(captioned / f"{n}.png"), "caption": c, "url": "u"} for n, _, c in rows]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples = everything(open_sources([str(tmp_path / "data.jsonl")]))
+    same(samples, rows)
+    assert samples[3].id == "scene 03" and samples[3].about == {"url": "u"}
+
+
+def test_urls_that_fsspec_opens(rows):
+    fsspec = pytest.importorskip("fsspec")
+    fs = fsspec.filesystem("memory")
+    for name, image, caption in rows[:4]:
+        fs.pipe({f"/shots/{name}.png": image, f"/shots/{name}.txt": caption.encode()})
+    with fs.open("/shards/a.tar", "wb") as stream:
+        write_tar(stream, rows[4:])
+    same(everything(open_sources(["memory://shots"])), rows[:4])
+    same(everything(open_sources(["memory://shards/*.tar"])), rows[4:])
+
+
+def test_several_kinds_as_one(captioned, rows, tmp_path):
+    with (tmp_path / "a.tar").open("wb") as stream:
+        write_tar(stream, rows[:7])
+    same(everything(open_sources([str(tmp_path / "a.tar"), str(captioned)])), rows[:7] + rows)
+
+
+def test_what_leads_to_nothing_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.zip").write_bytes(b"")
+    for path, words in {"absent": "no such file", "empty": "no rows in", "x.zip": "expected a folder, .tar"}.items():
+        with pytest.raises(ValueError, match=words):
+            open_sources([str(tmp_path / path)])
+    (tmp_path / "a.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: expected a JSON object"):
+        open_sources([str(tmp_path / "a.jsonl")])
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ValueError, match="hf:someone/pictures needs a package that is not installed: pip install data"):
+        open_sources(["hf:someone/pictures"])
+
+
+@pytest.mark.parametrize("group", [1, 10, 25, 1000])
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own(group):
+    counts = [7, 0, 12, 1, 30, 5]
+    order = Order(counts, seed=3, group=group)
+    epochs = [[order(e * 55 + i) for i in range(55)] for e in range(2)]
+    every = [(s, r) for s, n in enumerate(counts) for r in range(n)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == every
+    assert epochs[0] != epochs[1] != every
+    assert Order(counts, 3, group)(60) == epochs[1][5]  # asked for at once, as a resumed run does
+    assert [Order(counts, 4, group)(i) for i in range(55)] != epochs[0]
+
+
+def test_few_shards_are_open_at_a_time():
+    order = Order([100] * 50, seed=0, group=300)
+    shards = [order(i)[0] for i in range(5000)]
+    assert max(len(set(shards[i : i + 300])) for i in range(0, 5000, 300)) <= 6 and len(set(shards[:300])) >= 3
+
+
+def test_processes_share_a_step_without_overlap():
+    streams = [iter(MicroBatches(40, 4, rank, 3)) for rank in range(3)]
+    taken = [i for _ in range(2) for s in streams for i in next(s)]
+    assert taken == list(range(40, 64))
+
+
+def test_workers_and_a_later_start_give_the_same_batches(captioned):
+    from dataclasses import replace
+
+    pictures = Pictures(open_sources([str(captioned)]), CONFIG, MODEL.image_size, captions=True)
+    with World.start("cpu") as world:
+        plain = batches(pictures, CONFIG, world, 0)
+        first = [next(plain) for _ in range(8)]
+        worked = batches(pictures, replace(CONFIG, workers=2), world, 6)
+        for expected in first[3:]:
+            found = next(worked)
+            assert found["position"] == expected["position"] and found["id"] == expected["id"]
+            assert torch.equal(found["pixels"], expected["pixels"]) and found["caption"] == expected["caption"]
+        worked.close()
+
+
+def test_an_image_that_gives_nothing_is_replaced_and_told_of(captioned, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(captioned, tmp_path / "some")
+    (folder / "03.png").write_bytes(b"broken")
+    (folder / "05.txt").unlink()
+    source = open_sources([str(folder)])
+    pictures = Pictures(source, CONFIG, MODEL.image_size, captions=True)
+    found = [pictures[i] for i in range(12)]
+    names = sorted(s["id"][-6:] for s in found)
+    assert "03.png" not in names and "05.png" not in names and names.count("04.png") == names.count("06.png") == 2
+    assert sum(s["replaced"] for s in found) == 2
+    for file in folder.glob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"12 rows in a row give no training image; the last, .*the file is empty"):
+        pictures[0]
+
+
+def test_limits_on_size_and_shape(tmp_path):
+    from dataclasses import replace
+
+    from PIL import Image
+
+    for name, size in {"a": (64, 64), "b": (200, 64), "c": (40, 40)}.items():
+        Image.fromarray(np.full((size[1], size[0], 3), 99, np.uint8)).save(tmp_path / f"{name}.png")
+    config = replace(CONFIG, min_side=50, max_aspect=2.0)
+    pictures = Pictures(open_sources([str(tmp_path)]), config, 32, captions=False)
+    assert {pictures[i]["id"][-5:] for i in range(3)} == {"a.png"}

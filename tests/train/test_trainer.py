@@ -1,0 +1,143 @@
+"""The loop at scale: processes, kills and restarts change nothing; what is not finite, or stands out, is left out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.train import toy_run
+from vlv.train.guard import PATIENCE, Guard
+from vlv.train.trainer import Trainer
+
+ROOT, SCRIPT = Path(__file__).parents[2], Path(toy_run.__file__)
+ALONE = [sys.executable, str(SCRIPT)]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+TWO_RESTARTED = [*TWO[:3], "--max-restarts", "2", "--monitor-interval", "0.1", *TWO[3:]]
+
+
+def start(command, data, folder, parallel="ddp"):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([*command, str(data), str(folder), parallel], env=environment, stderr=subprocess.PIPE)
+
+
+def log(folder):
+    file = folder / "toy.log.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def until_saved(folder, process):
+    """Wait for the first whole save, so that a kill finds the run in the middle."""
+    deadline = time.monotonic() + 100
+    while not list(folder.glob("toy.saves/*/.metadata")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()[-2000:]
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def alone(captioned, tmp_path_factory):
+    """The log and the weights of an undisturbed run in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    weights = toy_run.train(captioned, folder)
+    return log(folder), weights, folder
+
+
+def same_losses(found, expected):
+    assert [r["step"] for r in found] == [r["step"] for r in expected] == list(range(1, toy_run.CONFIG.steps + 1))
+    for a, b in zip(found, expected, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["norm"] == pytest.approx(b["norm"], rel=1e-3)
+
+
+def test_two_processes_with_shards_of_the_model_do_what_one_does(alone, captioned, tmp_path):
+    process = start(TWO, captioned, tmp_path, "fsdp")
+    assert process.wait(200) == 0, process.stderr.read().decode()[-2000:]
+    same_losses(log(tmp_path), alone[0])
+    weights = toy_run.train(captioned, tmp_path)  # one process takes up the shards of two
+    scale = max(w.abs().max() for w in weights.values())
+    assert max((weights[n] - w).abs().max() for n, w in alone[1].items()) / scale < 1e-4
+
+
+def test_torchrun_starts_a_killed_worker_again_and_the_run_ends_as_if_nothing_had_been(alone, captioned, tmp_path):
+    process = start(TWO_RESTARTED, captioned, tmp_path)
+    until_saved(tmp_path, process)
+    workers = [c for c in psutil.Process(process.pid).children(recursive=True) if str(SCRIPT) in " ".join(c.cmdline())]
+    workers[-1].kill()
+    assert process.wait(200) == 0, process.stderr.read().decode()[-2000:]
+    assert b"resuming at step" in process.stderr.read()
+    same_losses(log(tmp_path), alone[0])
+
+
+def test_kill_9_and_again_gives_the_same_bits(alone, captioned, tmp_path):
+    process = start(ALONE, captioned, tmp_path)
+    until_saved(tmp_path, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(log(tmp_path)) < toy_run.CONFIG.steps, "it was killed too late to show anything"
+    weights = toy_run.train(captioned, tmp_path)
+    assert all(torch.equal(weights[name], w) for name, w in alone[1].items())
+    keys = ("step", "loss", "norm")
+    assert [[r[k] for k in keys] for r in log(tmp_path)] == [[r[k] for k in keys] for r in alone[0]]
+
+
+def test_only_the_last_saves_are_kept(alone):
+    assert sorted(f.name for f in (alone[2] / "toy.saves").iterdir()) == ["00000006", "00000008"]
+
+
+def test_a_save_of_other_flags_is_refused(alone, captioned, monkeypatch):
+    with pytest.raises(ValueError, match="--micro-batch 2, which decides the data"):
+        toy_run.train(captioned, alone[2], replace(toy_run.CONFIG, micro_batch=4))
+    monkeypatch.setattr(toy_run, "MODEL", replace(toy_run.MODEL, width=64))
+    with pytest.raises(ValueError, match="does not fit this run"):
+        toy_run.train(captioned, alone[2])
+
+
+def test_a_batch_that_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match="--batch 8 is no multiple of --micro-batch 3 x 2 processes = 6"):
+        replace(toy_run.CONFIG, micro_batch=3).accumulation(2)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(captioned, tmp_path, monkeypatch, capsys):
+    """The same as if the optimiser had not been called, and the run goes on."""
+    real, poisoned = Trainer._forward_backward, []
+
+    def poison(self, batch, last):
+        loss = real(self, batch, last)
+        if self.step == 1 and last:
+            poisoned.append([p.detach().clone() for p in self.params])
+            self.params[0].grad.fill_(float("nan"))
+        if self.step == 2 and len(poisoned) == 1:
+            poisoned.append([p.detach().clone() for p in self.params])
+        return loss
+
+    monkeypatch.setattr(Trainer, "_forward_backward", poison)
+    weights = toy_run.train(captioned, tmp_path, replace(toy_run.CONFIG, steps=3))
+    assert all(torch.equal(a, b) for a, b in zip(*poisoned, strict=True))
+    assert all(w.isfinite().all() for w in weights.values())
+    assert log(tmp_path)[-1]["skipped"] == 1 and "step 1, images from 8: left out" in capsys.readouterr().err
+
+
+def test_the_guard_sees_what_stands_out_and_gives_up_in_the_end():
+    guard = Guard(spike=5)
+    for step in range(40):
+        assert guard.reason_to_skip(step, 1.0, 1 + step % 3) is None
+    assert "over 5 times the recent median 2" in guard.reason_to_skip(40, 1.0, 11.0)
+    assert guard.reason_to_skip(41, 1.0, 9.0) is None and guard.in_a_row == 0
+    again = Guard(5, **json.loads(json.dumps(guard.state())))
+    for step in range(PATIENCE - 1):
+        assert again.reason_to_skip(step, float("nan"), 1.0) == "the loss is nan"
+    with pytest.raises(FloatingPointError, match="10 steps in a row were left out, the last at step 9"):
+        again.reason_to_skip(9, 1.0, float("inf"))
+
+
+def test_the_schedules_begin_and_end_as_published():
+    cosine = replace(toy_run.CONFIG, steps=100, final_lr=1e-4)
+    assert cosine.rate(0) == 1 and cosine.rate(100) == pytest.approx(1e-4)
+    linear = replace(cosine, schedule="linear", final_lr=0.0, warmup=10)
+    assert [linear.rate(s) for s in (0, 9, 55, 100)] == pytest.approx([0.1, 1.0, 0.5, 0.0])

@@ -1,0 +1,60 @@
+"""A whole run of vlv.train.trainer on a very small encoder: in this process, or started by torchrun.
+
+python toy_run.py DATA RUN ddp|fsdp: trains to its end, resuming what RUN holds.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vlv.config import PRESETS, DaViTConfig
+from vlv.encoder import VLVEncoder
+from vlv.train.loader import Pictures, batches
+from vlv.train.paper import TrainConfig
+from vlv.train.parallel import World
+from vlv.train.sources import open_sources
+from vlv.train.trainer import Trainer
+
+MODEL = replace(
+    PRESETS["tiny"],
+    vision=DaViTConfig(
+        dims=(16, 32), heads=(1, 2), groups=(1, 2), depths=(1, 1), patches=(8, 3), strides=(8, 2), paddings=(0, 1),
+        prenorm=(False, True), window=4,
+    ),
+    image_size=32, width=32, heads=2, ffn=64, encoder_layers=1, decoder_layers=1, queries=4, context_width=32,
+    context_heads=2, context_ffn=64, context_layers=1, llm_width=0,
+)  # fmt: skip
+CONFIG = TrainConfig(
+    steps=8, batch=8, micro_batch=2, lr=1e-2, ema=0.9, bf16=False, workers=0, save_every=2, log_every=1, spike=0
+)
+
+
+class Noisy(nn.Module):
+    """Draws noise, as stage 1 does, and uses every parameter that learns."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder = VLVEncoder(MODEL)
+        self.encoder.bottleneck.text.requires_grad_(False)
+
+    def forward(self, batch):
+        context = self.encoder.context(batch["pixels"])
+        return (context - torch.randn_like(context)).square().mean()
+
+
+def train(data, folder, config=CONFIG, workers=0):
+    """Train to the end in the processes at hand; returns the trainer's whole weights."""
+    with World.start("cpu") as world:
+        trainer = Trainer("toy", Path(folder), config, Noisy(), world)
+        pictures = Pictures(open_sources([str(data)]), config, MODEL.image_size, captions=False)
+        trainer.fit(batches(pictures, config, world, trainer.images))
+        return trainer.weights()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(sys.argv[1], sys.argv[2], replace(CONFIG, parallel=sys.argv[3]))

@@ -1,0 +1,78 @@
+"""Which images and captions are good enough to learn from, and why others are not."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+# A model that talks about itself or its task rather than the picture
+_REFUSAL = re.compile(
+    r"\b(i['’]?m sorry|i apologi[sz]e|as an ai\b|i (?:can(?:no|['’])t|am unable to|am not able to|won['’]t)\b"
+    r"|(?:cannot|unable to) (?:describe|process|see|view|assist|help)|no image (?:was|is|has been)|please provide)",
+    re.IGNORECASE,
+)
+_PREAMBLE = re.compile(
+    r"^(?:sure|certainly|of course|okay|here(?:['’]s| is| are))\b[^.:\n]{0,80}:\s*|^(?:caption|description)\s*:\s*",
+    re.IGNORECASE,
+)
+_MARKUP = re.compile(r"https?://|```|<[a-z/][^>]*>|^\s*(?:#{1,6} |[-*] )|\*\*", re.IGNORECASE | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is kept. The image limits are the paper's for its LAION subset (section 4.1)."""
+
+    min_side: int = 512
+    max_aspect: float = 2.0
+    max_watermark: float = 0.5  # LAION's probability, where a row has one
+    min_words: int = 20
+    max_words: int = 400
+    repetition: float = 0.3  # share of a caption's 4-grams that it says again
+
+
+def image_problem(width: int, height: int, about: dict, limits: Limits) -> str | None:
+    """Why an image is left out, None if it is not."""
+    short, long = sorted((width, height))
+    if short < limits.min_side:
+        return f"small: {width} x {height}"
+    if limits.max_aspect and long > limits.max_aspect * short:
+        return f"aspect: {width} x {height}"
+    watermark = about.get("pwatermark")
+    if isinstance(watermark, int | float) and watermark > limits.max_watermark:
+        return f"watermark: {watermark:.2f}"
+    return None
+
+
+def tidy(caption: str, cut_off: bool) -> str:
+    """Without an announcement before it, on one line; one that ran out of tokens ends with its last whole sentence."""
+    text = re.sub(r"\s+", " ", _PREAMBLE.sub("", caption.strip())).strip().strip('"“”').strip()
+    if cut_off and "." in text:
+        text = text[: text.rindex(".") + 1]
+    return text
+
+
+def caption_problem(caption: str, cut_off: bool, limits: Limits) -> str | None:
+    """Why a tidied caption is left out, None if it is not."""
+    words = caption.split()
+    if not words:
+        return "empty"
+    if _REFUSAL.search(caption):
+        return "refusal"
+    if cut_off and not caption.endswith("."):
+        return "cut off"
+    if len(words) < limits.min_words:
+        return f"short: {len(words)} words"
+    if len(words) > limits.max_words:
+        return f"long: {len(words)} words"
+    if _MARKUP.search(caption):
+        return "markup"
+    if (share := repetition(words)) > limits.repetition:
+        return f"repeated: {share:.0%}"
+    return None
+
+
+def repetition(words: list[str], length: int = 4) -> float:
+    """The share of runs of `length` words that came before."""
+    runs = [tuple(w.lower() for w in words[i : i + length]) for i in range(len(words) - length + 1)]
+    return 1 - len(Counter(runs)) / len(runs) if runs else 0.0
