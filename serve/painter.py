@@ -108,9 +108,9 @@ class Painter:
                 contexts = encoder.context(torch.from_numpy(np.stack(crops)).to(encoder.device))
                 context = contexts[0]
                 if len(contexts) == 2 and drawing.mix == "blend":
-                    context = torch.lerp(*contexts, drawing.share)
+                    context = torch.lerp(contexts[0], contexts[1], drawing.share)
                 elif len(contexts) == 2:
-                    context = mix(*contexts, 1 - drawing.share)
+                    context = mix(contexts[0], contexts[1], 1 - drawing.share)
                 picture = t2i.reconstruct(context[None], drawing.steps, drawing.guidance, drawing.seed)[0]
                 prompts = encoder.to_llm(context).cpu()
         except torch.OutOfMemoryError as error:
