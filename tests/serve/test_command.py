@@ -1,0 +1,73 @@
+"""What the commands share: arguments that mean the same everywhere, and one way to end."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from serve.command import Misuse, Model, Parser, engine_arguments, model_arguments, run, verdict
+from serve.llm import OptionError
+
+COMMANDS = ("vllm_caption", "server", "gateway", "bench", "vllm_plugin")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_light(name):
+    """No command loads a model's libraries for its --help."""
+    code = f"""
+import sys
+from serve.{name} import parser
+parser().format_help()
+heavy = {{"torch", "numpy", "transformers", "vllm", "uvicorn", "aiohttp"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+
+
+def parse(*args) -> argparse.Namespace:
+    p = Parser(parents=[model_arguments(in_flight=7), engine_arguments()])
+    p.set_defaults(debug=False)
+    return p.parse_args([str(arg) for arg in args])
+
+
+def test_arguments_become_a_model_and_its_engine(captioning_checkpoint):
+    model = Model.of(parse("--ckpt", captioning_checkpoint, "--max-tokens", 9, "--llm-url", "http://127.0.0.1:1"))
+    engine = model.engine()
+    assert (engine.name, engine.in_flight, engine.max_tokens) == ("remote", 7, 9)
+    assert engine.options.url == "http://127.0.0.1:1" and engine.spec == model.spec
+    assert model.engine() is not engine
+    with pytest.raises(OptionError, match="--lora does not go with --engine transformers"):
+        Model.of(parse("--ckpt", captioning_checkpoint, "--engine", "transformers", "--lora", "x")).engine()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--max-tokens", 10**6), "--max-tokens: 1000000 tokens a caption"),
+        (("--encoder", "onnx"), "--encoder onnx and --artifacts: an exported encoder needs both"),
+        (("--artifacts", "/absent"), "--encoder torch and --artifacts"),
+        (("--encoder", "onnx", "--artifacts", "/absent"), "--artifacts: no artifacts in /absent"),
+    ],
+)
+def test_arguments_that_do_not_fit(captioning_checkpoint, args, words):
+    with pytest.raises(Misuse, match=words):
+        Model.of(parse("--ckpt", captioning_checkpoint, *args))
+
+
+def test_an_error_is_one_sentence_and_a_traceback_on_demand(capsys):
+    def work(args) -> int:
+        raise args.error
+
+    for error, code, words in (
+        (Misuse("not so"), 2, "error: not so\n"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), 1, "error: x is not installed (python -m serve.vllm"),
+        (ZeroDivisionError("line\nline"), 1, "error: ZeroDivisionError: line line (unexpected: --debug shows where)\n"),
+    ):
+        assert run(work, argparse.Namespace(error=error, debug=False)) == code == verdict(error)[0]
+        assert capsys.readouterr().err.startswith(words)
+        with pytest.raises(type(error)):
+            run(work, argparse.Namespace(error=error, debug=True))
+    assert run(lambda args: 3, argparse.Namespace(debug=False)) == 3
