@@ -1,0 +1,215 @@
+"""The bottleneck at work: what the embeddings hold, by their number and by the number of training images.
+
+    python -m benchmarks.bottleneck --stage1 assets/vlv-tiny --run runs/bottleneck --out benchmarks/bottleneck.json
+
+Stage 1 in small, so that it takes minutes a point on one core: vision tower and BART encoder are the checkpoint's,
+frozen; queries, BART decoder and projection start anew for each point and learn from the frozen text-to-image model's
+noise error alone, with stage 1's settings but fewer steps. Then a linear probe (vlv.evaluate.attributes) reads
+objects, places, sizes and background of scenes that no training saw. Stopped at any moment, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from benchmarks import machine
+from vlv import scenes
+from vlv.checkpoint import Checkpoint
+from vlv.diffusion import T2I
+from vlv.encoder import VLVEncoder
+from vlv.evaluate import attributes
+from vlv.train import data
+from vlv.train.loop import Loop
+from vlv.train.presets import STAGE1, LoopConfig
+from vlv.train.t2i import latents
+
+PROBE = 2**30  # first scene of the probe's training set: beyond stage 1's pool and below the held-out ones
+CHUNK = 256  # images encoded together
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training: how many queries, different images and steps."""
+
+    queries: int
+    images: int
+
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"q{self.queries}-n{self.images}-s{self.steps}"
+
+
+def memories(encoder: VLVEncoder, seeds: range, cache: Path) -> Tensor:
+    """What the frozen part makes of the scenes: BART's memory [len(seeds), M, width], float16, kept in `cache`."""
+    if cache.exists():
+        return torch.load(cache, weights_only=True)
+    parts, prompt = [], encoder.bottleneck.prompt
+    with torch.inference_mode():
+        for i in range(0, len(seeds), CHUNK):
+            features = encoder.features(data.images(seeds[i : i + CHUNK]))
+            joined = torch.cat([features, prompt.expand(len(features), -1, -1)], dim=1)
+            parts.append(encoder.bottleneck.encoder(joined).half())
+    temporary = cache.with_suffix(".tmp")
+    torch.save(torch.cat(parts), temporary)
+    temporary.replace(cache)
+    return torch.cat(parts)
+
+
+def fresh(trained: VLVEncoder, t2i: T2I, queries: int) -> tuple[VLVEncoder, float]:
+    """An encoder with new queries, decoder and projection, and the scale that its last layer was given.
+
+    More queries than the text model has positions get positions interpolated between them: this model of 32
+    positions cannot take 77 otherwise.
+    """
+    torch.manual_seed(0)
+    encoder = VLVEncoder(replace(trained.config, queries=queries))
+    own = {k: v for k, v in trained.state_dict().items() if k.startswith(("vision.", "image.", "bottleneck.encoder."))}
+    encoder.load_state_dict(own | {"bottleneck.prompt": trained.bottleneck.prompt}, strict=False)
+    text = encoder.bottleneck.text
+    known = t2i.text_encoder.get_parameter("embeddings.position_embedding.weight")
+    if queries <= len(known):
+        text.copy_from(t2i.text_encoder)
+    else:
+        text.positions.data = known  # so that copy_from fits; stretched below
+        text.copy_from(t2i.text_encoder)
+        stretched = interpolate(known.T[None], queries, mode="linear", align_corners=True)[0].T
+        text.positions.data = stretched.contiguous()
+    encoder.requires_grad_(False)
+    bottleneck = encoder.bottleneck
+    for part in (bottleneck.decoder, bottleneck.projection):
+        part.requires_grad_(True)
+    bottleneck.queries.requires_grad_(True)
+    with torch.no_grad():  # as stage 1 does, and why: see there
+        words = t2i.text_encoder.get_input_embeddings().weight.std()
+        projected = bottleneck.projection(bottleneck.decode(encoder.features(data.images(range(8)))))
+        scale = (words / projected.std()).item()
+        bottleneck.projection[2].weight.mul_(scale)
+        bottleneck.projection[2].bias.mul_(scale)
+    return encoder, scale
+
+
+def context(encoder: VLVEncoder, memory: Tensor) -> Tensor:
+    b = encoder.bottleneck
+    return b.text(b.projection(b.decoder(b.queries[None], memory.float())))
+
+
+def train(point: Point, encoder: VLVEncoder, scale: float, t2i: T2I, memory: Tensor, cache: Tensor, settings, run):
+    """Teach the new parts to draw the first `point.images` scenes; resumes."""
+    bottleneck, last = encoder.bottleneck, encoder.bottleneck.projection[2]
+    slow = {id(p) for p in last.parameters()}
+    learning = [p for p in encoder.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in learning if id(p) not in slow], "lr": settings.lr},
+        {"params": list(last.parameters()), "lr": settings.lr * scale},
+    ]
+    loop = Loop(point.name, run, settings, {"bottleneck": bottleneck}, groups)
+
+    def loss(step: int) -> dict[str, Tensor]:
+        chosen = data.seeds(step, settings.batch, point.images)
+        return {"loss": t2i.noise_loss(cache[chosen].float(), context(encoder, memory[chosen]), draws=2)}
+
+    loop.run(loss)
+    return loop
+
+
+@torch.inference_mode()
+def noise(t2i: T2I, cache: Tensor, contexts: Tensor) -> float:
+    """The held-out noise error, over the same noises and time steps for every point."""
+    torch.manual_seed(1)
+    parts = zip(cache.split(CHUNK), contexts.split(CHUNK), strict=True)
+    losses = [t2i.noise_loss(x.float(), c).item() * len(x) for x, c in parts]
+    return sum(losses) / len(cache)
+
+
+@torch.inference_mode()
+def contexts_of(encoder: VLVEncoder, memory: Tensor) -> Tensor:
+    return torch.cat([context(encoder, part) for part in memory.split(CHUNK)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bottleneck", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--stage1", required=True, help="checkpoint folder with t2i/")
+    parser.add_argument("--run", type=Path, required=True, help="folder of caches and saves; resumed")
+    parser.add_argument("--out", type=Path, help="JSON file of the results (also printed)")
+    parser.add_argument("--queries", type=int, nargs="+", default=[2, 8, 16, 32, 77], metavar="N")
+    parser.add_argument("--images", type=int, nargs="+", default=[64, 512, 4096], metavar="N", help="data sizes")
+    parser.add_argument("--pool", type=int, default=16_384, help="different images for the curve over queries")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--probe", type=int, default=8000, help="scenes that the probe learns from")
+    parser.add_argument("--held-out", type=int, default=1000)
+    args = parser.parse_args()
+
+    checkpoint = Checkpoint.open(args.stage1)
+    run = args.run / checkpoint.hash  # what one checkpoint's features gave is no other's
+    run.mkdir(parents=True, exist_ok=True)
+    trained, t2i = checkpoint.load_encoder(), T2I.load(checkpoint.t2i)
+    t2i.unet.to(memory_format=torch.channels_last)
+    width = trained.config.queries
+    settings: LoopConfig = replace(STAGE1["tiny"].loop, steps=args.steps, warmup=50, save_every=50)
+    points = [Point(q, args.pool, args.steps) for q in args.queries]
+    points += [Point(width, n, args.steps) for n in args.images]
+    ranges = {
+        "train": range(args.pool),
+        "probe": range(PROBE, PROBE + args.probe),
+        "held-out": range(scenes.HELD_OUT, scenes.HELD_OUT + args.held_out),
+    }
+    memory = {name: memories(trained, seeds, run / f"memory-{name}-{len(seeds)}.pt") for name, seeds in ranges.items()}
+    truth = {name: attributes.labels([scenes.sample(s) for s in ranges[name]]) for name in ("probe", "held-out")}
+    cache = latents(t2i, args.pool, run)
+    with torch.inference_mode():
+        held_out = torch.cat(
+            [t2i.encode_images(data.images(ranges["held-out"][i : i + CHUNK]), sample=False)
+             for i in range(0, args.held_out, CHUNK)]
+        )  # fmt: skip
+    results = {
+        "command": " ".join(["python -m benchmarks.bottleneck", *sys.argv[1:]]),
+        "kind": "bottleneck",
+        "model": checkpoint.hash,
+        "machine": machine.describe() | {"threads": torch.get_num_threads()},
+        "what": __doc__.split("\n\n")[2].replace("\n", " "),
+        "settings": {"steps": args.steps, "batch": settings.batch, "noise_draws": 2, "lr": settings.lr}
+        | {"probe_scenes": args.probe, "held_out_scenes": args.held_out, "text_positions": width},
+        "points": [],
+    }
+    for point in points:
+        file = run / f"{point.name}.result.json"
+        if not file.exists():
+            start = time.time()
+            encoder, scale = fresh(trained, t2i, point.queries)
+            untrained = contexts_of(encoder, memory["held-out"])
+            loop = train(point, encoder, scale, t2i, memory["train"], cache, settings, run)
+            read = {name: contexts_of(encoder, memory[name]) for name in ("probe", "held-out")}
+            probe = attributes.fit(read["probe"], truth["probe"])
+            found = {
+                "queries": point.queries,
+                "images": point.images,
+                "noise_error": noise(t2i, held_out, read["held-out"]),
+                "noise_error_shuffled": noise(t2i, held_out, read["held-out"].roll(1, 0)),
+                "noise_error_untrained": noise(t2i, held_out, untrained),
+                "training_noise_error": loop.history[-1]["loss"],
+                "right": attributes.compare(probe.says(read["held-out"]), truth["held-out"]),
+                "interpolated_positions": point.queries > width,
+                "seconds": round(loop.seconds + time.time() - start, 1),
+            }
+            file.write_text(json.dumps(found))
+        results["points"].append(json.loads(file.read_text()))
+        print(json.dumps(results["points"][-1]), file=sys.stderr, flush=True)
+    text = json.dumps(results, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Text-only VQA: the official normalisation and accuracy by hand, the official files, and few-shot prompts."""
+
+import json
+
+import pytest
+
+from vlv.evaluate import vqa
+from vlv.evaluate.__main__ import main
+from vlv.evaluate.vqa_answers import CONTRACTIONS, accuracy, normalise
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Cat!", "cat"),
+        ("two", "2"),
+        ("None", "0"),
+        ("a red, round ball", "red round ball"),
+        ("dont", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("yall'd've", "y'all'd've"),
+        ("black/white", "black white"),  # between letters a mark becomes a space
+        ("black / white", "black white"),  # beside a space it goes
+        ("1,000", "1000"),  # with a number's comma all marks go
+        ("1,000-2,000", "10002000"),
+        ("3.5", "3.5"),  # a period before a digit stays
+        ("U.S.", "us"),
+        ("somebody'd", "somebodyd"),  # the official table's own slip
+        ("im", "im"),  # its entries with a capital I never match
+        ("well", "well"),
+    ],
+)
+def test_official_normalisation(text, expected):
+    assert normalise(text) == expected
+
+
+def test_the_official_contractions():
+    """Spot checks of the published table, and its length: one row for each apostrophe that may be missing."""
+    for bare, spelled in {"aint": "ain't", "oclock": "o'clock", "twas": "'twas", "'ow'sat": "'ow's'at"}.items():
+        assert CONTRACTIONS[bare] == spelled
+    assert not {"shell", "were", "ill", "wed", "shed", "hell", "its", "id"} & set(CONTRACTIONS)
+
+
+def test_accuracy_leaves_each_person_out():
+    """3 of 10 say so: for those three 2 others agree, for the other seven 3: (3 * 2/3 + 7 * 1) / 10 = 0.9."""
+    assert accuracy("cat", ["cat"] * 3 + ["dog"] * 7) == pytest.approx(0.9)
+    assert accuracy("cat", ["cat"] * 1 + ["dog"] * 9) == pytest.approx(0.3)
+    assert accuracy("cat", ["cat"] * 4 + ["dog"] * 6) == 1
+    assert accuracy("cow", ["cat"] * 4 + ["dog"] * 6) == 0
+    assert accuracy("The two", ["2"] * 5 + ["3"] * 5) == 1
+
+
+def test_where_all_agree_nothing_is_normalised():
+    """As the official code has it: then only the very words count."""
+    assert accuracy("two", ["2"] * 10) == 0 and accuracy("2\n", ["2"] * 10) == 1
+    with pytest.raises(ValueError, match="without answers"):
+        accuracy("x", [])
+
+
+QUESTIONS = [(1, 42, "What is it?", ["cat"] * 10, "other"), (2, 42, "How many?", ["1"] * 4 + ["2"] * 6, "number")]
+QUESTIONS += [(3, 7, "Is it day?", ["yes"] * 9 + ["no"], "yes/no"), (4, 99, "Nothing?", ["no"] * 10, "yes/no")]
+
+
+def write(folder, name, rows):
+    questions = [{"question_id": i, "image_id": image, "question": q} for i, image, q, *_ in rows]
+    annotations = [
+        {
+            "question_id": i,
+            "image_id": image,
+            "answer_type": kind,
+            "question_type": "what",
+            "multiple_choice_answer": answers[0],
+            "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": j} for j, a in enumerate(answers, 1)],
+        }
+        for i, image, _, answers, kind in rows
+    ]
+    (folder / f"{name}-q.json").write_text(json.dumps({"questions": questions, "task_type": "Open-Ended"}))
+    (folder / f"{name}-a.json").write_text(json.dumps({"annotations": annotations, "data_type": "mscoco"}))
+
+
+@pytest.fixture
+def words(tmp_path, server):
+    """The command over two data files: questions of images 42 and 7, examples of 42 and of 100 to 139."""
+    write(tmp_path, "val", QUESTIONS)
+    train = [(1000 + i, 100 + i, f"Example {i}?", [f"answer{i}"] * 10, "other") for i in range(40)]
+    write(tmp_path, "train", [*train, (2000, 42, "Forbidden?", ["leak"] * 10, "other")])
+    captions = {"COCO_val2014_000000000042.jpg": "A cat.", "COCO_val2014_000000000007.jpg": "A sunny street."}
+    (tmp_path / "c.json").write_text(json.dumps(captions))
+    examples = {f"COCO_train2014_{100 + i:012}.jpg": f"Picture {i}." for i in range(40)} | {
+        "COCO_x_000042.jpg": "A cat."
+    }
+    (tmp_path / "t.json").write_text(json.dumps(examples))
+    command = ["vqa", "--captions", f"ours={tmp_path / 'c.json'}", "--questions", tmp_path / "val-q.json"]
+    command += [
+        "--annotations",
+        tmp_path / "val-a.json",
+        "--url",
+        server.url,
+        "--model",
+        "m",
+        "-o",
+        tmp_path / "o.json",
+    ]
+    return [str(w) for w in command]
+
+
+def shots(tmp_path):
+    found = ["--train-questions", tmp_path / "train-q.json", "--train-annotations", tmp_path / "train-a.json"]
+    return [str(w) for w in found] + ["--train-captions", f"ours={tmp_path / 't.json'}"]
+
+
+def test_answers_from_captions_alone(words, server, tmp_path):
+    def answer(body):
+        text = body["messages"][1]["content"]
+        asked = text.rsplit("Question: ", 1)[1]
+        return {"What": "Cat.", "How ": "two", "Is i": "\nyes\nbecause"}[asked[:4]]
+
+    server.answer = answer
+    assert main([*words, "--shots", "0"]) == 0
+    found = json.loads((tmp_path / "o.json").read_text())
+    # "Cat." is no "cat" where all people agree; "two" is the "2" of six; "yes" that of nine
+    assert found["rows"][0]["by_kind"] == {"number": 100.0, "other": 0.0, "yes/no": 100.0}
+    assert found["rows"][0]["accuracy"]["mean"] == pytest.approx(200 / 3)
+    assert (found["questions"], found["without_caption"]) == (3, 1)
+    sent = json.dumps(server.asked[0][2]["messages"])
+    assert "image_url" not in sent and "Description: A cat." in sent
+
+
+def test_examples_come_from_other_images(words, server, tmp_path):
+    server.answer = lambda body: "cat"
+    assert main([*words, *shots(tmp_path), "--shots", "0", "4", "32"]) == 0
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert [r["shots"] for r in found["rows"]] == [0, 4, 32]
+    texts = [body["messages"][1]["content"] for *_, body in server.asked]
+    assert sorted(t.count("Answer: ") for t in texts) == [0] * 3 + [4] * 3 + [32] * 3
+    assert not any("leak" in t for t in texts if t.endswith("What is it?\nAnswer:") or t.endswith("How many?\nAnswer:"))
+    asked = len(server.asked)
+    assert main([*words, *shots(tmp_path), "--shots", "0", "4", "32"]) == 0
+    assert len(server.asked) == asked  # the draws are the same, so nothing is asked again
+
+
+def test_what_cannot_be_done(words, tmp_path, capsys):
+    assert main([*words, "--shots", "4"]) == 2 and "--shots above 0 needs" in capsys.readouterr().err
+    assert main([*words, *shots(tmp_path), "--shots", "41"]) == 1 and "too few for 41" in capsys.readouterr().err
+    assert main([*words, "--shots", "-1"]) == 2 and "--shots -1" in capsys.readouterr().err
+    (tmp_path / "val-q.json").write_text('{"questions": []}')
+    assert main([*words, "--shots", "0"]) == 1 and "no pair of official VQA files" in capsys.readouterr().err
+
+
+def test_an_empty_answer_counts_as_wrong_and_is_told(words, server, tmp_path):
+    server.answer = lambda body: ""
+    assert main([*words, "--shots", "0"]) == 1
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert found["rows"][0]["accuracy"]["mean"] == 0 and len(found["failures"]) == 3
+
+
+def test_image_numbers(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"id": "x/COCO_val2014_000000000042.jpg", "caption": "a"}\n')
+    assert vqa.by_number(tmp_path / "c.jsonl") == {42: "a"}

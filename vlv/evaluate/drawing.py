@@ -1,0 +1,106 @@
+"""Draws a set of pictures into a folder, a batch at a time, and goes on where an earlier run stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlv.evaluate.cli import say
+
+# a part of the set -> its pictures, uint8 [B, 3, S, S]
+Draw = Callable[[slice], Tensor]
+
+
+def draw_all(folder: Path, names: list[str], batch: int, settings: dict, draw: Draw) -> Tensor:
+    """Pictures uint8 [N, 3, S, S] of `names`; those that `folder` holds already are read, the others drawn.
+
+    Batches are cut at the same places every time, so a picture does not depend on where a run stopped. Raises
+    ValueError where the folder's pictures were made with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "settings.json"
+    if note.exists() and json.loads(note.read_text()) != settings:
+        raise ValueError(f"{folder} holds pictures of other settings (see {note}): remove it, or choose another --work")
+    note.write_text(json.dumps(settings, indent=1) + "\n")
+    for i in range(0, len(names), batch):
+        part = slice(i, i + batch)
+        files = [folder / f"{name}.png" for name in names[part]]
+        if all(f.exists() for f in files):
+            continue
+        say(f"drawing {i} of {len(names)} into {folder}")
+        for file, picture in zip(files, draw(part).cpu().numpy(), strict=True):
+            _save(file, picture)
+    return read_all(folder, names)
+
+
+def read_all(folder: Path, names: list[str]) -> Tensor:
+    """The pictures of `names`: uint8 [N, 3, S, S]. Raises ValueError where one is not there, or of another size."""
+    pictures = []
+    for name in names:
+        file = folder / f"{name}.png"
+        if not file.is_file():
+            raise ValueError(f"there is no {file}: every original needs its drawing, of the same name")
+        pictures.append(np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1))
+        if pictures[-1].shape != pictures[0].shape:
+            raise ValueError(f"{file} has another size than the first picture: {pictures[-1].shape[1:]}")
+    return torch.from_numpy(np.stack(pictures))
+
+
+def from_images(folder: Path, encoder, crops: Tensor, device: str):
+    """Draw from the embeddings of crops uint8 [N, 3, S, S]: draw(part, mixed, steps, guidance, seed, sampler).
+
+    `mixed`: each token is another image's, by turns within the batch; what is left then is what chance gives.
+    """
+    from vlv.diffusion import T2I
+
+    t2i, encoder = T2I.load(folder).to(device), encoder.to(device)
+
+    @torch.inference_mode()
+    def draw(part: slice, mixed: bool, **options) -> Tensor:
+        context = encoder.context(crops[part].to(device))
+        if mixed:
+            if len(context) < 2:
+                raise ValueError("--shuffled mixes the images of a batch, and the last has only one: change --batch")
+            context = torch.stack([context[:, i].roll(i, 0) for i in range(context.shape[1])], dim=1)
+        return t2i.reconstruct(context, **options)
+
+    return draw
+
+
+def from_captions(folder: Path, captions: list[str], device: str):
+    """Draw from captions with any diffusers text-to-image folder, the way the paper judges captions."""
+    import diffusers
+
+    from vlv.samplers import scheduler
+
+    options = {"safety_checker": None} if (folder / "text_encoder").is_dir() else {}
+    pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(folder, torch_dtype=torch.float32, **options)
+    pipeline.to(device).set_progress_bar_config(disable=True)
+    own = pipeline.scheduler.config
+
+    def draw(part: slice, mixed: bool, steps: int, guidance: float, seed: int, sampler: str) -> Tensor:
+        if hasattr(pipeline.scheduler, "alphas_cumprod"):  # flow-matching models (SD 3.5) keep their own sampler
+            pipeline.scheduler = scheduler(sampler, own)
+        drawn = pipeline(
+            captions[part],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for _ in captions[part]],
+            output_type="np",
+        ).images
+        return torch.from_numpy(np.round(np.stack(drawn).transpose(0, 3, 1, 2) * 255).astype(np.uint8))
+
+    return draw
+
+
+def _save(file: Path, picture: np.ndarray) -> None:
+    temporary = file.with_suffix(".tmp")
+    Image.fromarray(picture.transpose(1, 2, 0)).save(temporary, "png")
+    os.replace(temporary, file)

@@ -1,0 +1,181 @@
+"""Pictures drawn from embeddings or captions against the originals: FID, KID, CMMD, similarity, LPIPS.
+
+    python -m vlv.evaluate images PHOTOS --ckpt DIR --guidance 1 2 4 --net inception=inception-2015-12-05.pt \\
+        --net clip=CLIP_DIR --net dino=DINOV2_DIR --lpips vgg16.safetensors --work drawn -o images.json
+    python -m vlv.evaluate images PHOTOS --captions captions.jsonl --t2i SD_DIR --net clip=CLIP_DIR -o captions.json
+    python -m vlv.evaluate images PHOTOS --drawn FOLDER --net clip=CLIP_DIR
+
+Every --net NAME=PATH gives, of its features: `frechet` (FID with Inception), `kernel` (KID), `cmmd` (CMMD with CLIP)
+and `cosine`. Pictures are kept in --work; a run that was stopped goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlv.evaluate import caption_files, cli
+from vlv.image import EXTENSIONS
+from vlv.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXAMPLES = 8  # pictures that the report shows of each set
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("images", __doc__)
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="originals: files, or folders of them")
+    p.add_argument("--ckpt", metavar="DIR", help="checkpoint whose embeddings are drawn from")
+    p.add_argument("--captions", type=Path, metavar="FILE", help="draw from these captions instead")
+    p.add_argument("--drawn", type=Path, metavar="DIR", help="pictures that are drawn already, named as the originals")
+    p.add_argument("--t2i", type=Path, metavar="DIR", help="diffusers folder that draws (default: the checkpoint's)")
+    p.add_argument("--net", type=cli.named, action="append", default=[], metavar="NAME=PATH", help="a feature net")
+    p.add_argument("--lpips", type=Path, metavar="FILE", help="VGG16's weights, for LPIPS")
+    p.add_argument("--guidance", type=float, nargs="+", default=[2.0], metavar="G", help="the sweep (2.0)")
+    p.add_argument("--shuffled", action="store_true", help="controls: other images' embeddings, and mixed ones")
+    p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
+    p.add_argument("--steps", type=cli.positive, default=50)
+    p.add_argument("--seed", type=int, default=0, help="of the initial noise")
+    p.add_argument("--batch", type=cli.positive, default=32, help="pictures drawn together")
+    p.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N originals")
+    p.add_argument("--work", type=Path, default=Path("drawn"), metavar="DIR", help="folder of drawn pictures")
+    p.add_argument("--device", default="cpu", help="torch device (cpu)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return cli.run(parser(), lambda args: _evaluate(args, argv), argv)
+
+
+def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
+    _check(args)
+    cli.hush()
+    originals = _originals(args)
+    results = cli.results("images", argv) | {"pictures": len(originals)}
+    measure = Measure(args, originals)
+    rows, examples = [], [{"label": "original", "files": [str(f) for f in list(originals.values())[:EXAMPLES]]}]
+    for label, folder, pictures in _sets(args, originals):
+        rows.append(label | measure(pictures))
+        cli.say(json.dumps(rows[-1]))
+        files = [str(folder / f"{name}.png") for name in list(originals)[:EXAMPLES]]
+        title = "drawn" if label["guidance"] is None else f"guidance {label['guidance']:g} {label['control']}".strip()
+        examples.append({"label": title, "files": files})
+        if args.shuffled and not label["control"]:
+            rows.append(label | {"control": "another image's embeddings"} | measure(pictures.roll(1, 0)))
+        cli.write(results | {"rows": rows, "examples": examples}, args.out, show=False)
+    cli.write(results | {"rows": rows, "examples": examples}, args.out)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if sum(map(bool, (args.captions, args.drawn))) > 1 or not (args.ckpt or args.drawn or args.captions):
+        raise cli.Misuse("give one of --ckpt (its embeddings draw), --captions with --t2i, or --drawn")
+    if args.captions and not (args.t2i or args.ckpt):
+        raise cli.Misuse("--captions needs --t2i, the diffusers folder that draws from them (or --ckpt, for its own)")
+    if args.shuffled and (args.captions or args.drawn):
+        raise cli.Misuse("--shuffled mixes embeddings: it goes with --ckpt alone")
+    if not args.net and not args.lpips:
+        raise cli.Misuse("give a feature net (--net clip=DIR ...) or --lpips FILE: nothing would be measured")
+    if len({name for name, _ in args.net}) < len(args.net):
+        raise cli.Misuse("two --net have the same name")
+
+
+def _originals(args: argparse.Namespace) -> dict[str, Path]:
+    """Files by key, sorted; with captions only those that have one."""
+    found: dict[str, Path] = {}
+    for path in args.images:
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
+        for file in files:
+            if other := found.get(caption_files.key(file.name)):
+                raise ValueError(f"{other} and {file} have the same name: their drawings could not be told apart")
+            found[caption_files.key(file.name)] = file
+    if not found:
+        raise ValueError(f"no images in {', '.join(map(str, args.images))}: looked for {' '.join(sorted(EXTENSIONS))}")
+    if args.captions:
+        captions = caption_files.read(args.captions)
+        found = {name: found[name] for name in caption_files.common({str(args.captions): captions}, set(found))}
+    return dict(list(found.items())[: args.limit])
+
+
+def _crops(originals: dict[str, Path], size: int) -> Tensor:
+    """uint8 [N, 3, size, size]. Raises ImageError."""
+    import numpy as np
+    import torch
+
+    from vlv.image import ImageError, load_crop
+
+    crops = []
+    for file in originals.values():
+        try:
+            crops.append(load_crop(file, size))
+        except ImageError as error:
+            raise ImageError(error.kind, f"{file}: {error}") from error
+    return torch.from_numpy(np.stack(crops))
+
+
+def _sets(args: argparse.Namespace, originals: dict[str, Path]):
+    """Labels, folders and pictures [N, 3, S, S] of everything that is to be compared with the originals."""
+    from vlv.evaluate import drawing
+    from vlv.published import resolve
+
+    names = list(originals)
+    if args.drawn:
+        yield {"guidance": None, "control": ""}, args.drawn, drawing.read_all(args.drawn, names)
+        return
+    checkpoint = resolve(args.ckpt) if args.ckpt else None
+    t2i = args.t2i or checkpoint.t2i
+    settings = {"model": checkpoint.hash if checkpoint else None, "t2i": str(t2i), "captions": str(args.captions)}
+    settings |= {"sampler": args.sampler, "steps": args.steps, "seed": args.seed, "batch": args.batch, "names": names}
+    if args.captions:
+        texts = caption_files.read(args.captions)
+        draw, controls = drawing.from_captions(t2i, [texts[name] for name in names], args.device), [""]
+    else:
+        crops = _crops(originals, checkpoint.config.image_size)
+        draw = drawing.from_images(t2i, checkpoint.load_encoder(), crops, args.device)
+        controls = ["", "mixed embeddings"] if args.shuffled else [""]
+    for guidance in args.guidance:
+        options = {"steps": args.steps, "guidance": guidance, "seed": args.seed, "sampler": args.sampler}
+        for control in controls:
+            folder = args.work / f"{'mixed' if control else 'drawn'}-{guidance:g}"
+            part = functools.partial(draw, mixed=bool(control), **options)
+            pictures = drawing.draw_all(folder, names, args.batch, settings | {"guidance": guidance}, part)
+            yield {"guidance": guidance, "control": control}, folder, pictures
+
+
+class Measure:
+    """The distances that were asked for, of picture sets to the originals."""
+
+    def __init__(self, args: argparse.Namespace, originals: dict[str, Path]):
+        from vlv.evaluate.features import FeatureNet
+        from vlv.evaluate.lpips import LPIPS
+
+        self.nets = {name: FeatureNet(path, args.device) for name, path in args.net}
+        self.lpips = LPIPS.load(args.lpips) if args.lpips else None
+        self.files, self.batch, self.originals = originals, args.batch, None
+
+    def __call__(self, pictures: Tensor) -> dict:
+        """All figures of pictures uint8 [N, 3, S, S], in the originals' order."""
+        import torch
+
+        from vlv.evaluate.distances import distances
+
+        if self.originals is None:
+            self.originals = _crops(self.files, pictures.shape[-1])
+            self.real = {name: net(self.originals) for name, net in self.nets.items()}
+            for name, features in self.real.items():
+                if len(features) <= features.shape[1]:
+                    few, width = len(features), features.shape[1]
+                    cli.say(
+                        f"{name}: {few} pictures for {width} features: `frechet` is biased, compare equal numbers only"
+                    )
+        found = {name: distances(self.real[name], net(pictures)) for name, net in self.nets.items()}
+        if self.lpips:
+            pairs = zip(self.originals.split(self.batch), pictures.split(self.batch), strict=True)
+            found["lpips"] = torch.cat([self.lpips(a, b) for a, b in pairs]).mean().item()
+        return found
