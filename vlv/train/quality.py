@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # A model that talks about itself or its task rather than the picture
 _REFUSAL = re.compile(
@@ -19,16 +19,20 @@ _PREAMBLE = re.compile(
 _MARKUP = re.compile(r"https?://|```|<[a-z/][^>]*>|^\s*(?:#{1,6} |[-*] )|\*\*", re.IGNORECASE | re.MULTILINE)
 
 
+def _limit(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Limits:
     """What is kept. The image limits are the paper's for its LAION subset (section 4.1)."""
 
-    min_side: int = 512
-    max_aspect: float = 2.0
-    max_watermark: float = 0.5  # LAION's probability, where a row has one
-    min_words: int = 20
-    max_words: int = 400
-    repetition: float = 0.3  # share of a caption's 4-grams that it says again
+    min_side: int = _limit(512, "pixels of an image's shorter side, at least")
+    max_aspect: float = _limit(2.0, "longer side over shorter side, at most; 0: any")
+    max_watermark: float = _limit(0.5, "LAION's probability of a watermark, where a row has one, at most")
+    min_words: int = _limit(20, "words of a caption, at least")
+    max_words: int = _limit(400, "words of a caption, at most")
+    repetition: float = _limit(0.3, "share of a caption's runs of 4 words that it says again, at most")
 
 
 def image_problem(width: int, height: int, about: dict, limits: Limits) -> str | None:

@@ -1,0 +1,267 @@
+"""Captions for stage 2 from a real OpenAI-compatible server: ours, with the reference engine."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlv.train import distill
+from vlv.train.duplicates import Duplicates, content_hash, difference_hash
+from vlv.train.quality import Limits, caption_problem, image_problem, repetition, tidy
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--min-side", "32", "--min-words", "1", "--repetition", "1", "--size", "0", "--max-tokens", "40"]
+
+
+@pytest.fixture(scope="module")
+def server(captioning_checkpoint):
+    """The address of a serve.server process, ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--engine", "transformers", "--workers", "1", "--port", str(port)]
+    command = [sys.executable, "-m", "serve.server", "--ckpt", str(captioning_checkpoint), *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 200
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url + "/ready").status_code == 200:
+                break
+        time.sleep(0.1)
+    yield url + "/v1"
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture
+def photos(scene_images, tmp_path):
+    """Ten scenes, one of them twice, one of them again as a JPEG, a small one and a broken file."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(10):
+        shutil.copy(scene_images / f"{i:02}.png", folder)
+    shutil.copy(folder / "04.png", folder / "10-again.png")
+    Image.open(folder / "05.png").save(folder / "11-again.jpg", quality=90)
+    Image.new("RGB", (20, 20)).save(folder / "12-small.png")
+    (folder / "13-broken.png").write_bytes(b"no image")
+    (folder / "00.json").write_text(json.dumps({"license": "CC0-1.0", "url": "https://example.org/0"}))
+    return folder
+
+
+def call(photos, server, output, *more):
+    model = httpx.get(server + "/models").json()["data"][0]["id"]
+    return distill.main([str(photos), "--url", server, "--model", model, "-o", str(output), *SMALL, *more])
+
+
+def records(file):
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_captions_origin_and_what_is_left_out(photos, server, tmp_path, captioning_checkpoint, capsys):
+    out = tmp_path / "data.jsonl"
+    assert call(photos, server, out, "--license", "mine", "--price", "1", "2") == 0
+    kept, rejected = records(out), records(tmp_path / "data.rejected.jsonl")
+    assert [Path(r["id"]).stem for r in sorted(kept, key=lambda r: r["id"])] == [f"{i:02}" for i in range(10)]
+    reasons = {Path(r["id"]).stem: r["reason"] for r in rejected}
+    assert reasons.keys() == {"10-again", "11-again", "12-small", "13-broken"}
+    assert reasons["10-again"].endswith("04.png") and reasons["11-again"].endswith("05.png")
+    assert reasons["12-small"] == "small: 20 x 20" and reasons["13-broken"].startswith("unreadable")
+    first = next(r for r in kept if r["id"].endswith("00.png"))
+    assert (first["license"], first["source"]) == ("CC0-1.0", "https://example.org/0")
+    assert {r["license"] for r in kept if r is not first} == {"mine"}
+    assert (
+        first["teacher"]["model"] and first["teacher"]["date"] and first["width"] == 64 and len(first["sha256"]) == 16
+    )
+
+    from vlv.captioner import Captioner
+    from vlv.checkpoint import Checkpoint
+    from vlv.image import load_crop
+
+    captioner = Captioner.load(Checkpoint.open(captioning_checkpoint))
+    crop = __import__("torch").from_numpy(load_crop(photos / "00.png", 64))[None]
+    assert first["caption"] == tidy(captioner.captions(crop, max_new_tokens=40)[0], False)
+    told = capsys.readouterr()
+    assert "14 images: at most 0.02 M tokens in" in told.err and "$" in told.err
+    summary = json.loads(told.out)
+    assert (summary["kept"], summary["rejected"], summary["failed"]) == (10, 4, 0) and summary["dollars"] > 0
+
+    before = out.read_bytes()
+    assert call(photos, server, out) == 0  # nothing is left to do
+    assert out.read_bytes() == before and json.loads(capsys.readouterr().out)["answers"] == 0
+
+    from vlv.train.sources import open_sources
+
+    source = open_sources([str(out)])  # as stage 2 reads it
+    assert source.rows == [10] and all(source.read(0, i).caption == kept[i]["caption"] for i in range(10))
+
+
+def test_kill_9_loses_and_doubles_nothing(photos, server, tmp_path):
+    out = tmp_path / "data.jsonl"
+    model = httpx.get(server + "/models").json()["data"][0]["id"]
+    command = [
+        sys.executable,
+        "-m",
+        "vlv.train.distill",
+        str(photos),
+        "--url",
+        server,
+        "--model",
+        model,
+        "-o",
+        str(out),
+    ]
+    process = subprocess.Popen([*command, *SMALL, "--concurrency", "1"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while len(records_so_far(out)) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with out.open("ab") as stream:
+        stream.write(b'{"id": "half a li')
+    assert len(records_so_far(out)) < 10
+    assert call(photos, server, out) == 0
+    assert sorted(Path(r["id"]).stem for r in records(out)) == [f"{i:02}" for i in range(10)]
+    assert len(records(tmp_path / "data.rejected.jsonl")) == 4
+
+
+def records_so_far(file):
+    return file.read_bytes().splitlines() if file.exists() else []
+
+
+class Moody(BaseHTTPRequestHandler):
+    """Fails now and then, as APIs do: what the tests of retries and limits need and our server never does."""
+
+    failures, calls = {}, 0
+
+    def do_POST(self):
+        type(self).calls += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        status = self.failures.get(self.calls, 200)
+        message = {"role": "assistant", "content": f"Number {self.calls} is a red kite above two green hills."}
+        answer = {
+            "id": "x", "object": "chat.completion", "created": 0, "model": "moody",
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 100_000, "completion_tokens": 10_000, "total_tokens": 110_000},
+        }  # fmt: skip
+        body = json.dumps(answer if status == 200 else {"error": {"message": "not now"}}).encode()
+        self.send_response(status)
+        self.send_header("Retry-After-Ms", "1")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def moody():
+    Moody.failures, Moody.calls = {}, 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def ask(photos, url, out, *more):
+    return distill.main(
+        [str(photos), "--url", url, "--model", "m", "-o", str(out), *SMALL, "--concurrency", "1", *more]
+    )
+
+
+def test_what_fails_is_tried_again_and_then_told(photos, moody, tmp_path, capsys):
+    Moody.failures = {1: 429, 2: 503, 5: 400}
+    out = tmp_path / "data.jsonl"
+    assert ask(photos, moody, out) == 1
+    (error,) = records(tmp_path / "data.errors.jsonl")
+    assert "BadRequestError" in error["error"] and len(records(out)) == 9
+    assert ask(photos, moody, out) == 0  # the next run asks for that one alone
+    assert len(records(out)) == 10 and not (tmp_path / "data.errors.jsonl").exists() and Moody.calls == 13
+
+
+def test_it_stops_when_the_money_is_spent(photos, moody, tmp_path, capsys):
+    out = tmp_path / "data.jsonl"
+    with pytest.raises(ValueError, match=r"\$0\.33 are spent, --max-cost is 0\.3"):
+        ask(photos, moody, out, "--price", "1", "1", "--max-cost", "0.3")
+    assert len(records(out)) == 3
+    with pytest.raises(SystemExit):
+        ask(photos, moody, out, "--max-cost", "0.3")
+
+
+def test_a_wrong_key_stops_at_once(photos, moody, tmp_path):
+    Moody.failures = dict.fromkeys(range(1, 50), 401)
+    with pytest.raises(ValueError, match=r"gives no answers .*401"):
+        ask(photos, moody, tmp_path / "data.jsonl")
+    assert Moody.calls < 4
+
+
+def test_rows_of_shards_get_a_copy_that_training_reads(photos, moody, tmp_path):
+    import tarfile
+
+    from vlv.train.sources import open_sources
+
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(photos / "00.png", "00.png")
+    assert ask(tmp_path / "a.tar", moody, tmp_path / "data.jsonl") == 0
+    assert open_sources([str(tmp_path / "data.jsonl")]).read(0, 0).image == (photos / "00.png").read_bytes()
+
+
+def test_near_duplicates(scene_images, tmp_path):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).resize((300, 300), Image.Resampling.BICUBIC)
+    files = {"a": ("PNG", noise), "b": ("JPEG", noise), "c": ("PNG", noise.resize((200, 200))),
+             "d": ("PNG", noise.transpose(Image.Transpose.ROTATE_90)), "e": ("PNG", Image.new("RGB", (90, 90))),
+             "f": ("PNG", Image.new("RGB", (91, 91)))}  # fmt: skip
+    found, seen = {}, Duplicates(near=3)
+    for name, (kind, image) in files.items():
+        image.save(tmp_path / name, kind)
+        content = (tmp_path / name).read_bytes()
+        found[name] = seen.of(content_hash(content), difference_hash(content))
+        seen.add(name, content_hash(content), difference_hash(content))
+    assert found == {"a": None, "b": "a", "c": "a", "d": None, "e": None, "f": None}
+
+
+def test_every_pair_within_the_distance_is_found():
+    rng, seen = np.random.default_rng(1), Duplicates(near=3)
+    base = int(rng.integers(2**62, 2**63)) | 0xFFFF
+    seen.add("a", "x", base)
+    for _ in range(300):
+        bits = rng.choice(64, 4, replace=False)
+        near = base ^ sum(1 << int(b) for b in bits[:3])
+        assert seen.of("y", near) == "a" and seen.of("y", near ^ (1 << int(bits[3]))) is None
+
+
+def test_what_a_caption_must_be():
+    good = "A brown dog lies on a grey sofa. Behind it hangs a round mirror that shows a window and part of a door."
+    limits = Limits()
+    assert caption_problem(good, False, limits) is None
+    for text, cut, reason in (
+        ("", False, "empty"), ("I'm sorry, but I cannot describe this picture for you.", False, "refusal"),
+        ("A dog.", False, "short"), (good * 30, False, "long"), ("- A dog\n" + good, False, "markup"),
+        ((good[:32] + " ") * 12, False, "repeated"), (good[:-5], True, "cut off"),
+    ):  # fmt: skip
+        assert caption_problem(text, cut, limits).startswith(reason), text
+    assert tidy("Here is a caption of it:\n\n" + good + " And then a", True) == good
+    assert tidy('"' + good + '"', False) == good and repetition("a b c d e".split()) == 0
+
+
+def test_what_an_image_must_be():
+    limits = Limits()
+    assert image_problem(600, 800, {"pwatermark": 0.4}, limits) is None
+    assert image_problem(500, 800, {}, limits) == "small: 500 x 800"
+    assert image_problem(1300, 600, {}, limits) == "aspect: 1300 x 600"
+    assert image_problem(600, 800, {"pwatermark": 0.8}, limits) == "watermark: 0.80"

@@ -1,0 +1,203 @@
+"""Both stages by the paper's presets on real files: what learns, the ablations, what is written and refused."""
+
+import sys
+
+import pytest
+import torch
+
+from vlv.captioner import Captioner
+from vlv.checkpoint import Checkpoint
+from vlv.train import paper, stage1, stage2
+from vlv.train.cost import account, estimate
+
+SMALL = "--batch 4 --micro-batch 2 --workers 0 --no-bf16 --device cpu --lr 1e-3 --log-every 1".split()
+
+
+@pytest.fixture
+def command(monkeypatch):
+    def call(main, *args):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, args)])
+        main()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(run, captioned, tmp_path_factory):
+    """Stage 1 with 8 queries and without CLIP's layers, then stage 2 from it: (folder, what stderr said)."""
+    folder = tmp_path_factory.mktemp("scale")
+    with pytest.MonkeyPatch.context() as patch:
+        for main, name, more in (
+            (stage1.main, "stage1", ["--ckpt", run / "stage1", "--queries", "8", "--no-clip-layers", "--steps", "2",
+                                     "--cache-latents", folder / "latents"]),
+            (stage2.main, "stage2", ["--ckpt", folder / "stage1", "--llm", run / "stage2" / "llm", "--steps", "1",
+                                     "--gpu-hour", "2", "--parallel", "fsdp"]),
+        ):  # fmt: skip
+            args = ["--preset", f"paper-{name}", "--data", captioned, "--run", folder, *more, *SMALL]
+            patch.setattr(sys, "argv", ["command", *map(str, args)])
+            main()
+    return folder
+
+
+def changed(before, after):
+    """The names of the parts whose weights differ."""
+    return {n for n, w in after.items() if n in before and w.shape == before[n].shape and not torch.equal(w, before[n])}
+
+
+def test_stage_1_trains_what_the_authors_train(trained, run):
+    start, end = Checkpoint.open(run / "stage1"), Checkpoint.open(trained / "stage1")
+    assert (end.config.queries, end.config.context_layers, end.config.llm_width) == (8, 0, 0)
+    moved = changed(start.load_encoder().state_dict(), end.load_encoder().state_dict())
+    assert {n.split(".")[0] for n in moved} == {"bottleneck"}  # the tower and the image projection stay
+    assert {n.split(".")[1] for n in moved} == {"prompt", "encoder", "decoder", "projection"}
+    assert "reconstruct" in end.can and (trained / "stage1.log.jsonl").read_text().count("\n") == 2
+
+
+def test_stage_2_trains_the_language_model_and_the_encoder_but_not_the_queries(trained, run):
+    start, end = Checkpoint.open(trained / "stage1"), Checkpoint.open(trained / "stage2")
+    moved = changed(start.load_encoder().state_dict(), end.load_encoder().state_dict())
+    assert {n.split(".")[1] for n in moved} == {"prompt", "encoder", "decoder"}
+    captioner = Captioner.load(end)
+    assert len(captioner.generate(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), max_new_tokens=4)) == 1
+
+
+def test_latents_are_the_same_from_the_cache_and_after_damage(trained, run, captioned):
+    from vlv.train.latents import LatentCache
+    from vlv.train.sources import open_sources
+
+    source = open_sources([str(captioned)])
+    (made,) = (trained / "latents").iterdir()
+    assert (made / "000000.f16").stat().st_size == 12 * 2 * 12 * 8 * 8 * 2  # rows, mean and deviation, c, s, s, bytes
+    cache = LatentCache(trained / "latents2", run / "t2i" / "vae", source, "first", 64)
+    fresh, places = torch.randn(2, 2, 12, 8, 8), [(0, 3), (0, 7)]
+    kept = cache.moments(places, lambda: fresh)
+    assert torch.equal(kept, fresh.half().float())
+    assert torch.equal(cache.moments(places, lambda: pytest.fail("they are there")), kept)
+    with next(cache.folder.glob("*.f16")).open("r+b") as stream:
+        stream.seek(3 * 2 * 12 * 8 * 8 * 2)
+        stream.write(b"\x7f" * 8)
+    assert torch.equal(cache.moments(places, lambda: fresh + 1)[0], (fresh + 1)[0].half().float())
+
+
+@pytest.mark.parametrize(
+    ("part", "count"), [("all", 5), ("language-model", 3), ("decoder", 1), ("none", 0)]
+)  # parts of Florence-2 that learn
+def test_unfreezing_modes(run, part, count):
+    from vlv.train.start import unfreeze_encoder
+
+    encoder = Checkpoint.open(run / "stage1").load_encoder()
+    unfreeze_encoder(encoder, part)
+    b = encoder.bottleneck
+    parts = [[b.prompt], *(list(m.parameters()) for m in (encoder.vision, encoder.image, b.encoder, b.decoder))]
+    learning = [[p.requires_grad for p in group] for group in parts]
+    assert all(all(group) or not any(group) for group in learning) and sum(map(all, learning)) == count
+    assert not b.queries.requires_grad and not any(p.requires_grad for p in b.text.parameters())
+
+
+def test_progressive_unfreezing(run):
+    from dataclasses import replace
+
+    from vlv.train.start import unfreeze_stage2
+
+    captioner = Captioner.load(Checkpoint.open(run / "stage2"))
+    for unfreeze, expected in {"mlp": (1, 0, 0), "llm": (1, 1, 0), "encoder": (1, 1, 1)}.items():
+        unfreeze_stage2(captioner, replace(paper.PRESETS["paper-stage2"], unfreeze=unfreeze))
+        parts = (captioner.encoder.to_llm, captioner.llm, captioner.encoder.bottleneck.decoder)
+        assert tuple(int(all(p.requires_grad for p in m.parameters())) for m in parts) == expected
+
+
+def test_more_queries_keep_the_trained_ones(run):
+    from vlv.train.start import build_encoder, model_config
+
+    start = Checkpoint.open(run / "stage1")
+    model = model_config(start.config, paper.TrainConfig(queries=40), 0)
+    grown, old = build_encoder(start, model), start.load_encoder()
+    assert torch.equal(grown.bottleneck.queries[:32], old.bottleneck.queries) and len(grown.bottleneck.queries) == 40
+    with pytest.raises(ValueError, match="--image-size 640 gives a map of 20 x 20"):
+        model_config(start.config, paper.TrainConfig(image_size=640), 0)
+
+
+def test_the_plan_counts_every_weight(run, command, capsys):
+    plan = ["--preset", "paper-stage1", "--ckpt", run / "stage1", "--t2i", run / "t2i", "--plan", "4", *SMALL]
+    command(stage1.main, *plan)
+    text = capsys.readouterr().out
+    encoder = Checkpoint.open(run / "stage1").load_encoder().bottleneck
+    learning = [encoder.queries, encoder.prompt]
+    learning += [p for m in (encoder.encoder, encoder.decoder, encoder.projection) for p in m.parameters()]
+    assert f"{sum(p.numel() for p in learning):,} parameters learn" in text and "1 passes x 2" not in text
+    with pytest.raises(ValueError, match="no multiple of --micro-batch 2 x 3 processes"):
+        command(stage1.main, *plan[: -len(SMALL) - 1], "3", *SMALL)
+
+
+def test_more_images_and_kept_activations_need_more_memory(run):
+    from argparse import Namespace
+
+    from vlv.train.plan import measure
+
+    args = Namespace(ckpt=run / "stage1", t2i=run / "t2i")
+    config = paper.TrainConfig(micro_batch=2, batch=2, bf16=False)
+    from dataclasses import replace
+
+    base = measure("stage1", config, args)
+    double = measure("stage1", replace(config, micro_batch=4), args)
+    kept = measure("stage1", replace(config, checkpoint_activations=False), args)
+    assert base["weights"] == double["weights"] == base["gradients"] == base["moments"] // 2
+    assert 1.5 < double["activations"] / base["activations"] < 2.5 and kept["activations"] > 1.5 * base["activations"]
+
+
+def test_the_published_figures():
+    one, two = paper.PRESETS["paper-stage1"], paper.PRESETS["paper-stage2"]
+    assert (one.steps, one.batch, one.lr, one.beta2, one.weight_decay, one.clip) == (200_000, 512, 5e-5, 0.99, 0.01, 1)
+    assert (two.steps, two.batch, two.lr, two.schedule, two.max_tokens) == (100_000, 64, 1e-5, "linear", 300)
+
+
+def test_cost_before_and_after(trained):
+    text, dollars = estimate(102_400_000, 800, 8, 2.0)
+    assert dollars == pytest.approx(102_400_000 / 800 / 3600 * 8 * 2) and "$568.89 at $2 a GPU-hour" in text
+    assert "35.56 h" in text and "284.44 GPU-hours" in text
+    assert account(1000, 100, 800, None).startswith("1,000 images in 0.03 h, 10.0 a second: 0.22 GPU-hours (--gpu-hour")
+
+
+def test_what_is_refused(command, run, captioned, tmp_path, capsys):
+    at_scale = ["--preset", "paper-stage1", "--run", tmp_path, "--device", "cpu"]
+    ready = [*at_scale, "--data", captioned, "--ckpt", run / "stage1", *SMALL]
+    for args, words in {
+        (*at_scale,): "needs --data and --ckpt",
+        (*ready, "--log", "paper"): "--log paper: one of none, wandb",
+        (*ready, "--steps", "0"): "--steps 0: at least 1",
+        (*ready, "--micro-batch", "3"): "--batch 4 is no multiple of --micro-batch 3 x 1 processes",
+        (*ready, "--gpu-hour", "1e9", "--max-cost", "1"): "over --max-cost 1: not started",
+        (*ready, "--encoder-part", "none", "--t2i", tmp_path / "no"): "no diffusers text-to-image folder",
+    }.items():
+        with pytest.raises((ValueError, OSError), match=words):
+            command(stage1.main, *args)
+    with pytest.raises(ValueError, match="belong to stage 1"):
+        command(stage2.main, *[str(a).replace("stage1", "stage2") for a in ready[:2]], *ready[2:], "--queries", "4")
+    with pytest.raises(SystemExit) as ended:
+        command(stage1.main, "--preset", "tiny", "--data", captioned)
+    assert ended.value.code == 2 and "--data belongs to the paper's presets" in capsys.readouterr().err
+
+
+def test_a_log_whose_package_is_not_there_is_named(monkeypatch):
+    from vlv.train import logs
+
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ValueError, match="--log trackio needs a package that is not installed: pip install trackio"):
+        logs.check("trackio")
+
+
+def test_figures_go_to_the_tool_and_lines_after_the_save_are_written_again(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from vlv.train.logs import open_log
+
+    sent = []
+    tool = SimpleNamespace(init=lambda **kw: sent.append(kw), log=lambda figures, step: sent.append((step, figures)))
+    monkeypatch.setitem(sys.modules, "wandb", tool)
+    for first in (0, 2):
+        log = open_log("wandb", tmp_path, "stage1", {"lr": 1}, first)
+        for step in range(first + 1, first + 4):
+            log(step, {"loss": step})
+    lines = (tmp_path / "stage1.log.jsonl").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == [f'{{"step": {i}' for i in (1, 2, 3, 4, 5)]
+    assert sent[0]["resume"] == "allow" and sent[0]["id"] == sent[4]["id"] and sent[-1] == (5, {"loss": 5})
