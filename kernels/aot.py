@@ -2,6 +2,7 @@
 
     python -m kernels.aot --target sm80,sm86,sm89,sm90,sm120 --out builds/kernels
     python -m kernels.aot --target sm90 --check          # fail on spills that kernels/aot_baseline.json does not list
+    python -m kernels.aot --target sm80,sm90 --check --in-turn      # the same in half the time: a sample of each
 
 The shapes are those of the published encoder and of SD 2.1's UNet (kernels/aot_cases.py); the configurations those
 of kernels/tuned.json. Needs Triton, whose ptxas comes with it.
@@ -23,15 +24,20 @@ BASELINE = Path(__file__).parent / "aot_baseline.json"
 MANIFEST, FORMAT = "manifest.json", 1
 
 
-def build(target: str, dtype: str, parts: tuple[str, ...], out: Path | None) -> dict[str, dict]:
-    """Build all launches for one architecture; the files go to `out`/`target`. Returns the manifest's entries."""
+def build(
+    target: str, dtype: str, parts: tuple[str, ...], out: Path | None, turn: slice = slice(None)
+) -> dict[str, dict]:
+    """Build the launches of one architecture, or only those whose turn it is; the files go to `out`/`target`.
+
+    Returns the manifest's entries.
+    """
     import torch
 
     from kernels.aot_cases import launches
     from kernels.compile import compile_launch
 
     entries = {}
-    distinct = launches(target, getattr(torch, dtype), parts)
+    distinct = dict(list(launches(target, getattr(torch, dtype), parts).items())[turn])
     for count, (key, start) in enumerate(distinct.items(), 1):
         print(f"\r{target}: {count} of {len(distinct)} ", end="", file=sys.stderr, flush=True)
         built = compile_launch(start, int(target.removeprefix("sm")))
@@ -73,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", default="encoder,unet,training", help="of encoder, unet, training (all)")
     parser.add_argument("--out", type=Path, help="folder for PTX, cubin and manifest")
     parser.add_argument("--check", action="store_true", help="exit 1 on spills that the baseline does not list")
+    parser.add_argument("--in-turn", action="store_true", help="build every launch for one of the targets, in turn")
     parser.add_argument("--write-baseline", action="store_true", help="record registers and spills as the baseline")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
@@ -80,11 +87,14 @@ def main(argv: list[str] | None = None) -> int:
     for name, given, valid in (("target", targets, TARGETS), ("parts", parts, ("encoder", "unet", "training"))):
         if wrong := [one for one in given if one not in valid]:
             parser.error(f"--{name} {wrong[0]}: choose from {', '.join(valid)}")
+    if args.in_turn and (args.out or args.write_baseline):
+        parser.error("--in-turn builds a sample, for --check alone")
     if find_spec("triton") is None:
         print("error: building needs Triton: pip install triton", file=sys.stderr)
         return 1
     try:
-        builds = {target: build(target, args.dtype, parts, args.out) for target in targets}
+        turns = [slice(i, None, len(targets)) if args.in_turn else slice(None) for i in range(len(targets))]
+        builds = {t: build(t, args.dtype, parts, args.out, turn) for t, turn in zip(targets, turns, strict=True)}
         if args.out:
             write_manifest(args.out, args.dtype, builds)
     except (OSError, ValueError) as error:

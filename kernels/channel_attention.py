@@ -40,16 +40,22 @@ def splits_and_chunk(b: int, n: int, groups: int) -> tuple[int, int]:
     return -(-n // chunk), chunk
 
 
-def _gram(a: Tensor, b: Tensor, groups: int) -> Tensor:
-    """Products a^T b [B, groups, splits, d, d] of a, b [B, N, C], summed within each chunk of tokens."""
-    batch, n, c = a.shape
-    d = c // groups
+def _gram(a: Tensor, b: Tensor, b_first: int, channels: int, groups: int) -> Tensor:
+    """Products a^T b [B, groups, splits, d, d], summed within each chunk of tokens.
+
+    a, b: [B, N, …], of which the first `channels` of a count, and as many of b from `b_first` on.
+    """
+    batch, n, _ = a.shape
+    d = channels // groups
     splits, chunk = splits_and_chunk(batch, n, groups)
     double = a.dtype == torch.float64
     part = a.new_empty(batch, groups, splits, d, d, dtype=torch.float64 if double else torch.float32)
     launch(
         "channel_attention.gram", f"d{d}", ("splits", "groups", "batch"),
-        {"a": a, "b": b, "part": part, "tokens": n, "chunk": chunk, **strides("a", a, "bnc"), **strides("b", b, "bnc")},
+        {
+            "a": a, "b": b, "part": part, "tokens": n, "chunk": chunk, "b_first": b_first,
+            **strides("a", a, "bnc"), **strides("b", b, "bnc"),
+        },
         {"D": d, "BLOCK_D": power_of_two(d), "DOUBLE": double},
         splits=splits, groups=groups, batch=batch,
     )  # fmt: skip
@@ -76,8 +82,8 @@ def _pass(kernel: str, qkv: Tensor, part: Tensor, groups: int, **more: Tensor | 
 def channel_attention_op(qkv: Tensor, groups: int) -> Tensor:
     out = _like_tokens(qkv, groups)
     if out.numel():
-        q, k, _ = qkv.chunk(3, dim=-1)
-        _pass("apply", qkv, _gram(q, k, groups), groups, out=out)
+        c = out.shape[-1]
+        _pass("apply", qkv, _gram(qkv, qkv, c, c, groups), groups, out=out)
     return out
 
 
@@ -91,10 +97,10 @@ def _like_tokens(qkv: Tensor, groups: int) -> Tensor:
 def channel_attention_backward_op(grad: Tensor, qkv: Tensor, groups: int) -> Tensor:
     grad_qkv = _like_qkv(grad, qkv, groups)
     if grad.numel():
-        q, k, v = qkv.chunk(3, dim=-1)
-        grad_part = _gram(grad, v, groups)
+        c = grad.shape[-1]
+        grad_part = _gram(grad, qkv, 2 * c, c, groups)
         more = {"grad": grad, "grad_part": grad_part, "grad_qkv": grad_qkv, **strides("grad", grad, "bnc")}
-        _pass("backward", qkv, _gram(q, k, groups), groups, **more)
+        _pass("backward", qkv, _gram(qkv, qkv, c, c, groups), groups, **more)
     return grad_qkv
 
 

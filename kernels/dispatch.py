@@ -27,11 +27,14 @@ INTERPRET = MODE != "reference" and os.environ.get("TRITON_INTERPRET") == "1"
 AOT_FOLDER = os.environ.get("VLV_KERNELS_AOT")  # builds of kernels.aot, for a machine without Triton
 _enabled = MODE != "reference" and (AOT_FOLDER is not None or find_spec("triton") is not None)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_as_nodes = False
 
 
 def fused(x: Tensor, *others: Tensor) -> bool:
     """Whether an operation on these tensors goes to its kernel. Traceable; its answer is a constant of the graph."""
-    if not _enabled or torch.compiler.is_exporting():
+    if torch.compiler.is_exporting():
+        return _as_nodes and all(one.dtype in _DTYPES for one in (x, *others))  # plugins take no 8-bit pictures
+    if not _enabled:
         return False
     if x.device.type == "cpu":  # float64 only here: gradcheck asks for it, and GPUs have no use for it
         usable = INTERPRET and x.dtype in (*_DTYPES, torch.float64)
@@ -49,3 +52,14 @@ def references() -> Iterator[None]:
         yield
     finally:
         _enabled = before
+
+
+@contextmanager
+def as_nodes() -> Iterator[None]:
+    """Within, an exported graph keeps the operations as nodes (kernels.symbolic), where a kernel could run them."""
+    global _as_nodes
+    before, _as_nodes = _as_nodes, True
+    try:
+        yield
+    finally:
+        _as_nodes = before

@@ -1,10 +1,10 @@
-"""A kernel as TensorRT's ahead-of-time plugins take it: PTX, launch parameters, and nothing but pointers to pass.
+"""Kernels as TensorRT's ahead-of-time plugins take them: PTX, launch parameters, and nothing but pointers to pass.
 
-    kernel = plugin_kernel(lambda: window_attention_op._init_fn(qkv, bias, heads, window), sm=90)
+    kernels, results = plugin_kernels(lambda: window_attention_op._init_fn(qkv, bias, heads, window), [qkv, bias], 90)
 
-TensorRT's engine then needs neither Python nor Triton. Shapes are static: every size, stride and scale is compiled
-in, so the kernel's only parameters are its inputs and then its outputs, which is TensorRT's own order. Operations
-of several kernels (channel attention, GroupNorm) need memory between them and are no single plugin.
+TensorRT's engine then needs neither Python nor Triton. Shapes are static: every size, stride and scale is compiled in,
+so a kernel's only parameters are its inputs and then its outputs, which is TensorRT's own order. An operation of two
+kernels (channel attention, GroupNorm) is two plugins, and what lies between them is a tensor of the engine's.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ from torch import Tensor
 from kernels import tuning
 from kernels.aot_loader import SCRATCH
 from kernels.compile import compile_launch
-from kernels.launch import recording
+from kernels.launch import Launch, recording
 
 
 @dataclass(frozen=True)
 class PluginKernel:
-    """What a plugin's `aot_impl` returns. There are no extra scalars."""
+    """What a plugin's `aot_impl` returns. There are no extra scalars.
 
+    `inputs` and `outputs` are numbers of values: the operation's inputs come first, then every kernel's outputs.
+    """
+
+    kernel: str  # "window_attention.forward"
     name: str  # the entry in the PTX
     ptx: str
-    pointers: tuple[str, ...]  # inputs, then outputs
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    written: tuple[Tensor, ...]  # meta tensors like the outputs
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared: int
@@ -35,25 +41,47 @@ class PluginKernel:
     spills: int
 
 
-def plugin_kernel(call: Callable[[], object], sm: int, ptx_version: int | None = None) -> PluginKernel:
-    """The one kernel that `call` launches, with meta tensors of the engine's shapes, for compute capability `sm`.
+def plugin_kernels(
+    call: Callable[[], Tensor | tuple[Tensor, ...]], inputs: list[Tensor], sm: int, ptx_version: int | None = None
+) -> tuple[list[PluginKernel], tuple[int, ...]]:
+    """The kernels that `call` launches for compute capability `sm`, and the numbers of the values that it returns.
 
-    call: runs the operation's launcher, such as `lambda: window_attention_op._init_fn(qkv, bias, 8, 12)`.
-    ptx_version: at most what TensorRT's CUDA takes (86 is 8.6). Raises ValueError for an operation of several kernels.
+    call: runs the operation's launcher on `inputs`, meta tensors of the engine's shapes, such as
+    `lambda: window_attention_op._init_fn(qkv, bias, 8, 12)`. ptx_version: at most what TensorRT's CUDA takes (86 is
+    8.6). Raises ValueError where a kernel's parameters cannot be a plugin's.
     """
     with tuning.forced(f"sm{sm}"), recording() as record:
-        call()
-    if len(record) != 1:
-        raise ValueError(f"a plugin is one kernel, and this operation is {[one.kernel for one in record]}")
-    (start,) = record
+        results = call()
+    values = {_memory(x): number for number, x in enumerate(inputs)}
+    kernels = [_kernel(start, values, sm, ptx_version) for start in record]
+    results = results if isinstance(results, tuple) else (results,)
+    return kernels, tuple(values[_memory(x)] for x in results)
+
+
+def _memory(x: Tensor) -> int:
+    """What tells the memory of one meta tensor from another's; views share it."""
+    return x.untyped_storage()._cdata
+
+
+def _kernel(start: Launch, values: dict[int, int], sm: int, ptx_version: int | None) -> PluginKernel:
     pointers = {name: value for name, value in start.args.items() if isinstance(value, Tensor)}
+    inputs, outputs = [], {}
+    for name, x in pointers.items():
+        number = values.get(_memory(x))
+        if x.storage_offset() or (number is not None and outputs):
+            raise ValueError(f"{start.kernel}: {name} is no whole tensor, or an input behind the outputs")
+        if number is None:
+            number = values[_memory(x)] = len(values)
+            outputs[number] = x
+        else:
+            inputs.append(number)
     scalars = {name: value for name, value in start.args.items() if name not in pointers}
     options = start.options | ({"ptx_version": ptx_version} if ptx_version else {})
     fixed = replace(start, args=pointers, constants={**start.constants, **scalars}, options=options)
     built = compile_launch(fixed, sm)
     return PluginKernel(
-        built.symbol, without_scratch(built.ptx, built.symbol), tuple(pointers), start.blocks(),
-        (built.warps * 32, 1, 1), built.shared, built.registers, built.spills,
+        start.kernel, built.symbol, without_scratch(built.ptx, built.symbol), tuple(inputs), tuple(outputs),
+        tuple(outputs.values()), start.blocks(), (built.warps * 32, 1, 1), built.shared, built.registers, built.spills,
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "upsample_normalize.forward": _choices("BLOCK", (256, 4, 1), (128, 4, 1), (512, 8, 1)),
 }
 
-ALIKE = {"sm89": "sm86", "sm120": "sm86"}  # as much shared memory and as many warps: whose entry serves without an own
+ALIKE = {"sm100": "sm90", "sm103": "sm90", "sm121": "sm120"}  # whose entry serves an architecture without its own
 _fitting: dict[tuple[str, str, torch.device], int] = {}  # how far down its `smaller` list a kernel had to go
 _forced: list[tuple[str | None, dict[str, dict[str, int]]]] = []
 

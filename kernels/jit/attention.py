@@ -11,31 +11,36 @@ from kernels.jit.common import dot
 
 
 @triton.jit
-def _rows(base, rows, count, stride_n, lanes, used, stride_d):
-    """Tokens `rows` of one head: [rows, head_dim], zero where there are none."""
-    offsets = rows.to(tl.int64)[:, None] * stride_n + lanes.to(tl.int64)[None, :] * stride_d
-    return tl.load(base + offsets, mask=(rows < count)[:, None] & used[None, :], other=0.0)
+def _head(x, stride_b, stride_h, stride_n, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """This program's head of x: pointers to its first token's channels, which of them exist, the tokens' stride."""
+    lanes = tl.arange(0, BLOCK_D)
+    first = x + tl.program_id(2).to(tl.int64) * stride_b + tl.program_id(1).to(tl.int64) * stride_h
+    return first + lanes.to(tl.int64) * stride_d, lanes < HEAD_DIM, tl.cast(stride_n, tl.int64)
 
 
 @triton.jit
-def _store_rows(base, x, rows, count, stride_n, lanes, used, stride_d):
-    offsets = rows.to(tl.int64)[:, None] * stride_n + lanes.to(tl.int64)[None, :] * stride_d
-    tl.store(base + offsets, x.to(base.dtype.element_ty), mask=(rows < count)[:, None] & used[None, :])
+def _rows(head, rows, count):
+    """Tokens `rows` of a head: [rows, head_dim], zero where there are none."""
+    pointers, used, stride = head
+    places = pointers[None, :] + rows.to(tl.int64)[:, None] * stride
+    return tl.load(places, mask=(rows < count)[:, None] & used[None, :], other=0.0)
 
 
 @triton.jit
-def _head(base, stride_b, stride_h):
-    return base + tl.program_id(2).to(tl.int64) * stride_b + tl.program_id(1).to(tl.int64) * stride_h
+def _store_rows(head, x, rows, count):
+    pointers, used, stride = head
+    places = pointers[None, :] + rows.to(tl.int64)[:, None] * stride
+    tl.store(places, x.to(pointers.dtype.element_ty), mask=(rows < count)[:, None] & used[None, :])
 
 
 @triton.jit
 def _keys_step(
-    q, k_base, v_base, rows, start, keys, k_n, k_d, v_n, v_d, lanes, used, scale, out, top, total,
+    q, k_head, v_head, rows, start, keys, scale, out, top, total,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The running softmax after another block of keys."""
     columns = start + tl.arange(0, BLOCK_N)
-    k = _rows(k_base, columns, keys, k_n, lanes, used, k_d)
+    k = _rows(k_head, columns, keys)
     scores = dot(q, tl.trans(k)) * scale
     if MASKED:
         seen = (columns < keys)[None, :]
@@ -45,7 +50,7 @@ def _keys_step(
     new_top = tl.maximum(top, tl.max(scores, 1))
     p = tl.exp2(scores - new_top[:, None])
     shrink = tl.exp2(top - new_top)
-    v = _rows(v_base, columns, keys, v_n, lanes, used, v_d)
+    v = _rows(v_head, columns, keys)
     out = out * shrink[:, None] + dot(p.to(v.dtype), v)
     return out, new_top, total * shrink + tl.sum(p, 1)
 
@@ -59,12 +64,11 @@ def forward(
 ):  # fmt: skip
     """out and logsum of a block of queries. The scale includes log2(e). Causal: query i sees keys 0 to i."""
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    lanes = tl.arange(0, BLOCK_D)
-    used = lanes < HEAD_DIM
     first = tl.program_id(0) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
-    queried = _rows(_head(q, q_b, q_h), rows, queries, q_n, lanes, used, q_d)
-    k_base, v_base = _head(k, k_b, k_h), _head(v, v_b, v_h)
+    queried = _rows(_head(q, q_b, q_h, q_n, q_d, HEAD_DIM, BLOCK_D), rows, queries)
+    k_head = _head(k, k_b, k_h, k_n, k_d, HEAD_DIM, BLOCK_D)
+    v_head = _head(v, v_b, v_h, v_n, v_d, HEAD_DIM, BLOCK_D)
     result = tl.zeros((BLOCK_M, BLOCK_D), SUM)
     top = tl.full((BLOCK_M,), float("-inf"), SUM)
     total = tl.zeros((BLOCK_M,), SUM)
@@ -75,16 +79,14 @@ def forward(
         whole = tl.minimum(keys, first) // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         result, top, total = _keys_step(
-            queried, k_base, v_base, rows, start, keys, k_n, k_d, v_n, v_d, lanes, used, scale, result, top, total,
-            BLOCK_N, CAUSAL, False,
+            queried, k_head, v_head, rows, start, keys, scale, result, top, total, BLOCK_N, CAUSAL, False
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
         result, top, total = _keys_step(
-            queried, k_base, v_base, rows, start, keys, k_n, k_d, v_n, v_d, lanes, used, scale, result, top, total,
-            BLOCK_N, CAUSAL, True,
+            queried, k_head, v_head, rows, start, keys, scale, result, top, total, BLOCK_N, CAUSAL, True
         )  # fmt: skip
     result = result / total[:, None]
-    _store_rows(_head(out, out_b, out_h), result, rows, queries, out_n, lanes, used, out_d)
+    _store_rows(_head(out, out_b, out_h, out_n, out_d, HEAD_DIM, BLOCK_D), result, rows, queries)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(logsum + head * queries + rows, top + tl.log2(total), mask=rows < queries)
 
@@ -96,11 +98,9 @@ def delta(
 ):  # fmt: skip
     """sums [B, heads, tokens] = out . grad, which is the mean of the probabilities' gradient in each row."""
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    lanes = tl.arange(0, BLOCK_D)
-    used = lanes < HEAD_DIM
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o = _rows(_head(out, out_b, out_h), rows, queries, out_n, lanes, used, out_d).to(SUM)
-    do = _rows(_head(grad, grad_b, grad_h), rows, queries, grad_n, lanes, used, grad_d).to(SUM)
+    o = _rows(_head(out, out_b, out_h, out_n, out_d, HEAD_DIM, BLOCK_D), rows, queries).to(SUM)
+    do = _rows(_head(grad, grad_b, grad_h, grad_n, grad_d, HEAD_DIM, BLOCK_D), rows, queries).to(SUM)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(sums + head * queries + rows, tl.sum(o * do, 1), mask=rows < queries)
 
@@ -131,13 +131,12 @@ def key_backward(
 ):  # fmt: skip
     """grad_k and grad_v [B, tokens, heads, head_dim], contiguous, of a block of keys: a loop over the queries."""
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    lanes = tl.arange(0, BLOCK_D)
-    used = lanes < HEAD_DIM
     first = tl.program_id(0) * BLOCK_N
     columns = first + tl.arange(0, BLOCK_N)
-    key = _rows(_head(k, k_b, k_h), columns, keys, k_n, lanes, used, k_d)
-    value = _rows(_head(v, v_b, v_h), columns, keys, v_n, lanes, used, v_d)
-    q_base, grad_base = _head(q, q_b, q_h), _head(grad, grad_b, grad_h)
+    key = _rows(_head(k, k_b, k_h, k_n, k_d, HEAD_DIM, BLOCK_D), columns, keys)
+    value = _rows(_head(v, v_b, v_h, v_n, v_d, HEAD_DIM, BLOCK_D), columns, keys)
+    q_head = _head(q, q_b, q_h, q_n, q_d, HEAD_DIM, BLOCK_D)
+    grad_head = _head(grad, grad_b, grad_h, grad_n, grad_d, HEAD_DIM, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), SUM)
     dv = tl.zeros((BLOCK_N, BLOCK_D), SUM)
     begin = 0
@@ -145,14 +144,13 @@ def key_backward(
         begin = first // BLOCK_M * BLOCK_M
     for start in range(begin, queries, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        queried = _rows(q_base, rows, queries, q_n, lanes, used, q_d)
-        do = _rows(grad_base, rows, queries, grad_n, lanes, used, grad_d)
+        queried, do = _rows(q_head, rows, queries), _rows(grad_head, rows, queries)
         p, ds = _probabilities(queried, key, do, value, logsum, sums, rows, columns, queries, keys, scale, CAUSAL)
         dv += dot(tl.trans(p), do)
         dk += dot(tl.trans(ds), queried)
     row = tl.cast(keys, tl.int64) * HEADS * HEAD_DIM
-    _store_rows(_head(grad_k, row, HEAD_DIM), dk, columns, keys, HEADS * HEAD_DIM, lanes, used, 1)
-    _store_rows(_head(grad_v, row, HEAD_DIM), dv, columns, keys, HEADS * HEAD_DIM, lanes, used, 1)
+    _store_rows(_head(grad_k, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), dk, columns, keys)
+    _store_rows(_head(grad_v, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), dv, columns, keys)
 
 
 @triton.jit
@@ -164,22 +162,20 @@ def query_backward(
 ):  # fmt: skip
     """grad_q [B, tokens, heads, head_dim], contiguous, of a block of queries: a loop over the keys."""
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    lanes = tl.arange(0, BLOCK_D)
-    used = lanes < HEAD_DIM
     first = tl.program_id(0) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
-    queried = _rows(_head(q, q_b, q_h), rows, queries, q_n, lanes, used, q_d)
-    do = _rows(_head(grad, grad_b, grad_h), rows, queries, grad_n, lanes, used, grad_d)
-    k_base, v_base = _head(k, k_b, k_h), _head(v, v_b, v_h)
+    queried = _rows(_head(q, q_b, q_h, q_n, q_d, HEAD_DIM, BLOCK_D), rows, queries)
+    do = _rows(_head(grad, grad_b, grad_h, grad_n, grad_d, HEAD_DIM, BLOCK_D), rows, queries)
+    k_head = _head(k, k_b, k_h, k_n, k_d, HEAD_DIM, BLOCK_D)
+    v_head = _head(v, v_b, v_h, v_n, v_d, HEAD_DIM, BLOCK_D)
     dq = tl.zeros((BLOCK_M, BLOCK_D), SUM)
     end = keys
     if CAUSAL:
         end = tl.minimum(keys, first + BLOCK_M)
     for start in range(0, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        key = _rows(k_base, columns, keys, k_n, lanes, used, k_d)
-        value = _rows(v_base, columns, keys, v_n, lanes, used, v_d)
+        key, value = _rows(k_head, columns, keys), _rows(v_head, columns, keys)
         _, ds = _probabilities(queried, key, do, value, logsum, sums, rows, columns, queries, keys, scale, CAUSAL)
         dq += dot(ds, key)
     row = tl.cast(queries, tl.int64) * HEADS * HEAD_DIM
-    _store_rows(_head(grad_q, row, HEAD_DIM), dq, rows, queries, HEADS * HEAD_DIM, lanes, used, 1)
+    _store_rows(_head(grad_q, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), dq, rows, queries)

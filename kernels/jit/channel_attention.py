@@ -16,12 +16,12 @@ def _places(start, tokens, limit, stride_n, c, used, stride_c, BLOCK_N: tl.const
 
 @triton.jit
 def gram(
-    a, b, part, tokens, chunk, a_b, a_n, a_c, b_b, b_n, b_c,
+    a, b, part, tokens, chunk, b_first, a_b, a_n, a_c, b_b, b_n, b_c,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """part [B, groups, splits, D, D] = a^T b of each chunk of tokens. a, b: [B, N, groups * D] strided.
+    """part [B, groups, splits, D, D] = a^T b of each chunk of tokens. Grid: splits, groups, batch.
 
-    Grid: splits, groups, batch.
+    a, b: [B, N, …] strided, of which the first groups * D channels of a count, and those of b from b_first on.
     """
     batch, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
     first = tl.program_id(0) * chunk
@@ -32,7 +32,7 @@ def gram(
     for start in range(first, first + chunk, BLOCK_N):
         at, mask = _places(start, tokens, first + chunk, a_n, c, used, a_c, BLOCK_N)
         x = tl.load(a + batch * a_b + at, mask=mask, other=0.0)
-        at, mask = _places(start, tokens, first + chunk, b_n, c, used, b_c, BLOCK_N)
+        at, mask = _places(start, tokens, first + chunk, b_n, c + b_first, used, b_c, BLOCK_N)
         y = tl.load(b + batch * b_b + at, mask=mask, other=0.0)
         total += dot(tl.trans(x), y)
     row = ((batch * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)) * D * D

@@ -11,7 +11,7 @@ import torch
 
 from kernels.channel_attention import channel_attention_op
 from kernels.geglu import geglu_op
-from kernels.plugin import plugin_kernel, without_scratch
+from kernels.plugin import plugin_kernels, without_scratch
 from kernels.window_attention import window_attention_op
 
 triton = pytest.importorskip("triton", reason="building needs Triton: pip install triton")
@@ -21,19 +21,24 @@ def empty(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
 
+def kernels_of(op, inputs: list[torch.Tensor], *numbers: int):
+    return plugin_kernels(lambda: op._init_fn(*inputs, *numbers), inputs, 80, ptx_version=80)
+
+
 @pytest.mark.parametrize(
-    "call, pointers, grid",
+    "op, inputs, numbers, grid",
     [
-        (lambda: geglu_op._init_fn(empty(3, 7, 90)), ("x", "out"), (21, 1, 1)),
-        (lambda: window_attention_op._init_fn(empty(2, 8, 6, 48), empty(48), 1, 4), ("qkv", "bias", "out"), (4, 1, 2)),
+        (geglu_op, [empty(3, 7, 90)], (), (21, 1, 1)),
+        (window_attention_op, [empty(2, 8, 6, 48), empty(48)], (1, 4), (4, 1, 2)),
     ],
 )
-def test_only_pointers_are_left(call, pointers, grid, tmp_path):
-    kernel = plugin_kernel(call, 80, ptx_version=80)
-    assert (kernel.pointers, kernel.grid, kernel.spills) == (pointers, grid, 0)
+def test_only_pointers_are_left(op, inputs, numbers, grid, tmp_path):
+    (kernel,), results = kernels_of(op, inputs, *numbers)
+    assert (kernel.inputs, kernel.outputs, results) == (tuple(range(len(inputs))), (len(inputs),), (len(inputs),))
+    assert (kernel.grid, kernel.spills) == (grid, 0)
     assert ".version 8.0" in kernel.ptx and ".target sm_80" in kernel.ptx
     parameters = re.search(rf"\.entry {kernel.name}\(([^)]*)\)", kernel.ptx)[1]
-    assert re.findall(r"\.param \.(\w+)", parameters) == ["u64"] * len(pointers)
+    assert re.findall(r"\.param \.(\w+)", parameters) == ["u64"] * (len(inputs) + 1)
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     (tmp_path / "kernel.ptx").write_text(kernel.ptx)
     command = [assembler, "--gpu-name=sm_80", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
@@ -41,9 +46,18 @@ def test_only_pointers_are_left(call, pointers, grid, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_operations_of_several_kernels_are_refused():
-    with pytest.raises(ValueError, match=r"channel_attention\.gram.*channel_attention\.apply"):
-        plugin_kernel(lambda: channel_attention_op._init_fn(empty(1, 9, 48), 1), 80)
+def test_two_kernels_share_what_lies_between():
+    """Channel attention: sums of products of the projections with themselves, then those and the projections."""
+    (gram, apply), results = kernels_of(channel_attention_op, [empty(1, 9, 48)], 1)
+    assert (gram.kernel, gram.inputs, gram.outputs) == ("channel_attention.gram", (0, 0), (1,))
+    assert (apply.inputs, apply.outputs, results) == ((0, 1), (2,), (2,))
+    assert gram.written[0].dtype == torch.float32 and gram.written[0].shape == (1, 1, 1, 16, 16)
+
+
+def test_views_are_refused():
+    x = empty(2, 7, 90)
+    with pytest.raises(ValueError, match="no whole tensor"):
+        plugin_kernels(lambda: geglu_op._init_fn(x[1:]), [x], 80)
 
 
 def test_used_scratch_memory_is_refused():

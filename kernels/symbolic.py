@@ -1,0 +1,100 @@
+"""The operations as ONNX nodes of the domain `vlv`, which a runtime's plugins run in place of many standard ones.
+
+    with dispatch.as_nodes():
+        torch.onnx.export(module, …, dynamo=True, custom_translation_table=translations())
+
+A node has the operation's tensors as inputs and its numbers as attributes. Where an operation's tensors are transposed
+views (attention's heads), the node's are what lies in memory, and the graph's own transpositions cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from kernels import attention as attn
+from kernels import channel_attention as channel
+from kernels import cross_attention as cross
+from kernels import dwconv_norm as dwconv
+from kernels import geglu, groupnorm_silu
+from kernels import window_attention as window
+
+DOMAIN = "vlv"
+_TYPES = {"int": int, "float": float, "bool": bool}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation: its registered form, its reference, and the order of a 4-axis tensor's axes in memory."""
+
+    op: torch.library.CustomOpDef
+    reference: Callable
+    order: tuple[int, ...] = (0, 1, 2, 3)
+
+    @cached_property
+    def arguments(self) -> dict[str, type | None]:
+        """The names of all arguments in order; None stands for a tensor, else the number's type."""
+        return {a.name: _TYPES.get(str(a.type)) for a in self.op._opoverload._schema.arguments}
+
+    @property
+    def tensors(self) -> list[str]:
+        return [name for name, kind in self.arguments.items() if kind is None]
+
+    def call(self, function: Callable, tensors: list, attributes: dict[str, int | float]):
+        """The function of `op`'s arguments on a node's inputs and attributes, its results as a tuple."""
+        given, attributes = iter(tensors), dict(attributes)
+        kinds = self.arguments.items()
+        found = function(*(self.laid(next(given)) if k is None else k(attributes[name]) for name, k in kinds))
+        return tuple(map(self.laid, found if isinstance(found, tuple) else (found,)))
+
+    def laid(self, x: torch.Tensor) -> torch.Tensor:
+        """Between an operation's tensor and its node's, either way: the order is its own inverse."""
+        return x.permute(self.order) if x.ndim == 4 and self.order != (0, 1, 2, 3) else x
+
+
+OPERATIONS = {
+    "window_attention": Operation(window.window_attention_op, window.window_attention_reference),
+    "channel_attention": Operation(channel.channel_attention_op, channel.channel_attention_reference),
+    "dwconv_norm": Operation(dwconv.dwconv_norm_op, dwconv.dwconv_norm_reference),
+    "attention": Operation(attn.attention_op, attn.attention_reference, (0, 2, 1, 3)),
+    "cross_attention": Operation(cross.cross_attention_op, cross.cross_attention_reference),
+    "groupnorm_silu": Operation(groupnorm_silu.groupnorm_silu_op, groupnorm_silu.groupnorm_silu_reference),
+    "geglu": Operation(geglu.geglu_op, geglu.geglu_reference),
+}
+
+
+def translations() -> dict[Callable, Callable]:
+    """What torch.onnx.export takes as `custom_translation_table`. Needs onnx and onnxscript."""
+    return {one.op._opoverload: _translation(name, one) for name, one in OPERATIONS.items()}
+
+
+def _translation(name: str, operation: Operation) -> Callable:
+    from onnx.defs import OpSchema
+    from onnxscript import opset20
+    from onnxscript.values import Op, Opset
+
+    numbers = {n: kind for n, kind in operation.arguments.items() if kind is not None}
+    kinds = {int: OpSchema.AttrType.INT, bool: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
+    results = len(operation.op._opoverload._schema.returns)
+    schema = OpSchema(
+        name, DOMAIN, 1,
+        inputs=[OpSchema.FormalParameter(n, "T") for n in operation.tensors],
+        outputs=[OpSchema.FormalParameter(f"out_{i}", "T") for i in range(results)],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "what the kernels take")],
+        attributes=[OpSchema.Attribute(n, kinds[kind], required=True) for n, kind in numbers.items()],
+    )  # fmt: skip
+    node = Op(Opset(DOMAIN, 1), name, schema)
+
+    def translate(*args):
+        given = dict(zip(operation.arguments, args, strict=True))
+        attributes = {n: int(given[n]) if kind is bool else given[n] for n, kind in numbers.items()}
+        if operation.order == (0, 1, 2, 3):
+            return node(*(given[n] for n in operation.tensors), **attributes)
+        laid = [opset20.Transpose(given[n], perm=operation.order) for n in operation.tensors]
+        first, *others = node(*laid, **attributes)
+        return opset20.Transpose(first, perm=operation.order), *others
+
+    return translate
