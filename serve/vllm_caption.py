@@ -16,20 +16,13 @@ import sys
 import threading
 from pathlib import Path
 
-from export.components import RUNTIMES
-from serve import ENGINES, FORMATS
+from serve import FORMATS
+from serve.command import Misuse, Model, Parser, debug_argument, engine_arguments, model_arguments, positive, run, say
 
 EXIT_CODES = """\
 exit codes: 0 every image has a caption; 1 the run failed, or some images did (see NAME.errors.jsonl);
 2 wrong arguments; 130 stopped by Ctrl-C.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (--help shows the usage)\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,27 +31,20 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m serve.vllm_caption",
         description="Caption images with a VLV checkpoint, through vLLM.",
         epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[
+            model_arguments(in_flight=128),
+            engine_arguments(),
+            debug_argument("tracebacks, and the engine's log on stderr"),
+        ],
     )
     p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, .txt list, .tar shard")
-    p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument("-o", "--output", metavar="FILE", help="file, or folder of shards (captions.*); - for stdout")
     p.add_argument("--format", choices=FORMATS, default="jsonl", help="jsonl (default), .txt beside each image, ...")
     p.add_argument("--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input; I from 1 to N")
-    p.add_argument("--engine", choices=ENGINES, help="what runs the language model (vllm; with --llm-url remote)")
-    p.add_argument("--llm-url", metavar="URL", help="vLLM or serve.gateway that runs the language model elsewhere")
-    p.add_argument("--encoder", choices=RUNTIMES, default="torch", help="what runs the encoder: torch, or an export")
-    p.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the exported encoder (export.onnx)")
-    p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
     p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws at a temperature above 0")
     p.add_argument("-n", type=positive, default=1, metavar="N", help="captions drawn per image; equal ones count once")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end captions before TEXT (repeatable)")
-    p.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for the language model (vllm)")
-    p.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share the LLM (vllm)")
-    p.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images per encoder batch (32)")
-    p.add_argument("--in-flight", type=positive, default=128, metavar="N", help="captions decoded together (128)")
-    p.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
     p.add_argument("--limit", type=positive, metavar="N", help="only the first N images of the input")
     p.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True,
@@ -68,15 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gallery", metavar="HTML", help="also write a page of image | reconstruction | caption")
     p.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
     p.add_argument("--doctor", action="store_true", help="report what is installed and what is missing, and stop")
-    p.add_argument("--debug", action="store_true", help="tracebacks, and the engine's log on stderr")
     return p
-
-
-def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
 
 
 def _temperature(text: str) -> float:
@@ -95,12 +73,8 @@ def _shard(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole, such as 3/16 (from 1/16 to 16/16)")
 
 
-class Misuse(ValueError):
-    """Arguments that cannot be meant."""
-
-
-class Stopped(Exception):
-    """A signal ended the run."""
+class Stopped(BaseException):
+    """A signal ended the run; like KeyboardInterrupt, no error."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,24 +85,15 @@ def main(argv: list[str] | None = None) -> int:
 
         return report()
     try:
-        return _caption(args)
+        return run(_caption, args)
     except (Stopped, KeyboardInterrupt) as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
         say(f"stopped by {number.name}: what is captioned so far is kept, and the same command goes on from here")
         # not sys.exit: it would wait for the threads that load or encode at this moment
         os._exit(128 + number)
-    except Exception as error:
-        if args.debug:
-            raise
-        code, text = verdict(error)
-        say(f"error: {text}")
-        return code
 
 
 def _caption(args: argparse.Namespace) -> int:
-    from vlv.checkpoint import CheckpointError
-    from vlv.published import resolve
-
     if not args.paths or not args.ckpt:
         raise Misuse("PATH and --ckpt are needed (--help shows the usage)")
     if args.n > 1 and not args.temperature:
@@ -141,40 +106,29 @@ def _caption(args: argparse.Namespace) -> int:
         raise Misuse(
             "--gallery reads the captions back from JSON lines: give -o a file, in --format jsonl, txt or coco"
         )
-    try:
-        checkpoint = resolve(args.ckpt)
-    except CheckpointError as error:
-        raise Misuse(f"--ckpt: {error}") from error
-    _require_artifacts(args)
+    model = Model.of(args)
     items = _items(args)
 
     from serve.formats import sink_class
-    from serve.llm import LLMSpec, Options, Sampling, engine_class
+    from serve.llm import Sampling
     from serve.pipeline import Pipeline, PipelineConfig
     from serve.progress import Progress
     from serve.sinks import StreamSink
     from serve.timeline import Timeline
 
-    spec = LLMSpec.of(checkpoint)
-    try:
-        max_tokens = spec.max_tokens(args.max_tokens)
-    except ValueError as error:
-        raise Misuse(f"--max-tokens: {error}") from error
-    sampling = Sampling(max_tokens, args.temperature, args.seed, tuple(args.stop))
+    sampling = Sampling(model.max_tokens, args.temperature, args.seed, tuple(args.stop))
     config = PipelineConfig(
         sampling, args.prompt_batch, args.workers, args.limit, args.raw, args.n, args.encoder, args.artifacts
     )
-    options = Options(args.lora, args.tensor_parallel, args.llm_url)
-    kind = engine_class(args.engine or ("remote" if args.llm_url else "vllm"))
-    engine = kind(spec, max_tokens, args.in_flight, args.debug, options)
+    engine = model.engine()
     if args.output == "-":
         sink = StreamSink(_claim_stdout(), sys.stderr.fileno())
     else:
-        sink = sink_class(args.format)(_output(args), options.mark(checkpoint.hash), args.resume)
+        sink = sink_class(args.format)(_output(args), engine.options.mark(model.checkpoint.hash), args.resume)
     progress, timeline = Progress(), Timeline(args.trace)
     threading.Thread(target=_count, args=(args, progress), daemon=True).start()
     try:
-        _run(Pipeline(checkpoint, engine, sink, config, progress, timeline), items)
+        _run(Pipeline(model.checkpoint, engine, sink, config, progress, timeline), items)
     finally:
         timeline.close()
         sink.close()
@@ -184,7 +138,7 @@ def _caption(args: argparse.Namespace) -> int:
     if args.gallery:
         from serve import gallery
 
-        gallery.write(Path(args.gallery), checkpoint, _items(args), sink.journal_path)
+        gallery.write(Path(args.gallery), model.checkpoint, _items(args), sink.journal_path)
     if progress.failed:
         where = sink.errors_path or "the lines above"
         say(f"{progress.failed} of {progress.finished} images failed: see {where}")
@@ -207,19 +161,6 @@ def _output(args: argparse.Namespace) -> Path:
         part, parts = args.shard
         path = path.with_name(f"{path.stem}-{part:0{len(str(parts))}}-of-{parts}{path.suffix}")
     return path
-
-
-def _require_artifacts(args: argparse.Namespace) -> None:
-    """Find out before anything loads that the exported encoder is not there. Raises Misuse."""
-    from export.manifest import ArtifactError, Manifest
-
-    if (args.encoder == "torch") != (args.artifacts is None):
-        raise Misuse(f"--encoder {args.encoder} and --artifacts: an exported encoder needs both, torch neither")
-    try:
-        if args.artifacts:
-            Manifest.open(args.artifacts)
-    except ArtifactError as error:
-        raise Misuse(f"--artifacts: {error}") from error
 
 
 def _run(pipeline, items) -> None:
@@ -260,29 +201,6 @@ def _claim_stdout() -> int:
     data = os.dup(1)
     os.dup2(2, 1)
     return data
-
-
-def verdict(error: Exception) -> tuple[int, str]:
-    """Exit code and sentence for an exception."""
-    from export.manifest import ArtifactError
-    from serve.decode import DecodeError
-    from serve.llm import EngineError, OptionError, one_line
-    from serve.sinks import SinkError
-    from serve.sources import SourceError
-    from vlv.checkpoint import CheckpointError
-
-    if isinstance(error, Misuse | SourceError | OptionError):
-        return 2, str(error)
-    if isinstance(error, SinkError | CheckpointError | ArtifactError | EngineError | DecodeError):
-        return 1, str(error)
-    if isinstance(error, ModuleNotFoundError):
-        return 1, f"{error.name} is not installed (python -m serve.vllm_caption --doctor says how)"
-    return 1, f"{one_line(error)} (unexpected: --debug shows where)"
-
-
-def say(text: str) -> None:
-    """One line to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
