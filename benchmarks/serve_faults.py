@@ -83,6 +83,7 @@ async def _run(parts: list[str], args, url: str, pid: int, report: dict) -> None
             figures["sound_after"] = (await caption(client, scene(0))).json() == expected
             figures["passed"] = figures["passed"] and figures["sound_after"]
             report["parts"][part] = figures
+            Path(args.output).write_text(json.dumps(report, indent=2) + "\n")  # a run may be cut short
             print(json.dumps({part: figures}), file=sys.stderr, flush=True)
 
 
