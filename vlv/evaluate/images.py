@@ -6,7 +6,9 @@
     python -m vlv.evaluate images PHOTOS --drawn FOLDER --net clip=CLIP_DIR
 
 Every --net NAME=PATH gives, of its features: `frechet` (FID with Inception), `kernel` (KID), `cmmd` (CMMD with CLIP)
-and `cosine`. Pictures are kept in --work; a run that was stopped goes on there.
+and `cosine`. --shuffled adds two controls: the same pictures beside other originals (the distances of sets stay the
+same, those of pairs do not), and pictures drawn from embeddings whose every token is another image's.
+Pictures are kept in --work; a run that was stopped goes on there.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def parser() -> cli.Parser:
     p.add_argument("--net", type=cli.named, action="append", default=[], metavar="NAME=PATH", help="a feature net")
     p.add_argument("--lpips", type=Path, metavar="FILE", help="VGG16's weights, for LPIPS")
     p.add_argument("--guidance", type=float, nargs="+", default=[2.0], metavar="G", help="the sweep (2.0)")
-    p.add_argument("--shuffled", action="store_true", help="controls: other images' embeddings, and mixed ones")
+    p.add_argument("--shuffled", action="store_true", help="controls, at the first guidance: see below")
     p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
     p.add_argument("--steps", type=cli.positive, default=50)
     p.add_argument("--seed", type=int, default=0, help="of the initial noise")
@@ -66,7 +68,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
         files = [str(folder / f"{name}.png") for name in list(originals)[:EXAMPLES]]
         title = "drawn" if label["guidance"] is None else f"guidance {label['guidance']:g} {label['control']}".strip()
         examples.append({"label": title, "files": files})
-        if args.shuffled and not label["control"]:
+        if args.shuffled and label == {"guidance": args.guidance[0], "control": ""}:
             rows.append(label | {"control": "another image's embeddings"} | measure(pictures.roll(1, 0)))
         cli.write(results | {"rows": rows, "examples": examples}, args.out, show=False)
     cli.write(results | {"rows": rows, "examples": examples}, args.out)
@@ -134,14 +136,13 @@ def _sets(args: argparse.Namespace, originals: dict[str, Path]):
     settings |= {"sampler": args.sampler, "steps": args.steps, "seed": args.seed, "batch": args.batch, "names": names}
     if args.captions:
         texts = caption_files.read(args.captions)
-        draw, controls = drawing.from_captions(t2i, [texts[name] for name in names], args.device), [""]
+        draw = drawing.from_captions(t2i, [texts[name] for name in names], args.device)
     else:
         crops = _crops(originals, checkpoint.config.image_size)
         draw = drawing.from_images(t2i, checkpoint.load_encoder(), crops, args.device)
-        controls = ["", "mixed embeddings"] if args.shuffled else [""]
     for guidance in args.guidance:
         options = {"steps": args.steps, "guidance": guidance, "seed": args.seed, "sampler": args.sampler}
-        for control in controls:
+        for control in ["", "mixed embeddings"] if args.shuffled and guidance == args.guidance[0] else [""]:
             folder = args.work / f"{'mixed' if control else 'drawn'}-{guidance:g}"
             part = functools.partial(draw, mixed=bool(control), **options)
             pictures = drawing.draw_all(folder, names, args.batch, settings | {"guidance": guidance}, part)
