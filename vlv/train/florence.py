@@ -1,0 +1,80 @@
+"""What the paper's stage 1 starts from: Florence-2's weights, the text-to-image model's CLIP layers, random queries.
+
+    python -m vlv.train.florence --florence Florence-2-large --t2i stable-diffusion-2-1-base --out START
+    python -m vlv.train.stage1 --preset paper-stage1 --ckpt START --data ...
+
+Reads Florence-2 as Microsoft released it (names like vision_tower.convs.0.proj.weight). The queries are drawn from a
+normal distribution and the projection is PyTorch's untrained one, as in the authors' code (models/VLV_stage1.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from vlv.train.cli import run
+
+
+def start(florence: Path, t2i: Path, out: Path, queries: int = 77, seed: int = 0, force: bool = False):
+    """Write the checkpoint folder `out`, with a link to `t2i`. Raises CheckpointError on weights of other models."""
+    import torch
+    from torch import nn
+
+    from vlv.checkpoint import CheckpointError
+    from vlv.published_read import convert
+    from vlv.tensor_files import Tensors, weight_files, write_safetensors
+
+    vision, clip = Tensors(weight_files(florence)), Tensors(weight_files(t2i / "text_encoder"))
+    bias, norm = "language_model.model.decoder.layernorm_embedding.bias", "final_layer_norm.bias"
+    prefix = "text_model." if f"text_model.{norm}" in clip else ""
+    if bias not in vision or prefix + norm not in clip:
+        missing = f"{florence}: {bias}" if bias not in vision else f"{t2i / 'text_encoder'}: {norm}"
+        expected = "Florence-2 as Microsoft released it, and Stable Diffusion"
+        raise CheckpointError(f"{missing} is missing: expected {expected}")
+    width, context = len(vision[bias]), len(clip[prefix + norm])
+    torch.manual_seed(seed)
+    projection = nn.Sequential(nn.Linear(width, context), nn.GELU(), nn.Linear(context, context))
+    new = {"query_embed": torch.randn(1, queries, width)}
+    new |= {f"language_proj.{name}": tensor for name, tensor in projection.state_dict().items()}
+    sources = {f"model.{name}": (vision, name) for name in vision}
+    sources |= {f"text_encoder.text_model.{name.removeprefix(prefix)}": (clip, name) for name in clip}
+    plan = {name: tensors.metas[own] for name, (tensors, own) in sources.items()}
+    plan |= {name: tensor.to("meta") for name, tensor in new.items()}
+
+    def make(name: str) -> torch.Tensor:
+        if name in new:
+            return new[name].detach()
+        tensors, own = sources[name]
+        return tensors[own]
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        write_safetensors(Path(folder) / "model.safetensors", plan, make)
+        made = convert(
+            Path(folder), out, str(florence), str(t2i / "text_encoder"), t2i=t2i, dtype=torch.float32, force=force
+        )
+    (out / "published.safetensors").unlink()  # Florence-2's word tables, which nothing here needs
+    return made
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        prog="python -m vlv.train.florence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--florence", type=Path, required=True, metavar="DIR", help="folder of Florence-2")
+    p.add_argument("--t2i", type=Path, required=True, metavar="DIR", help="folder of Stable Diffusion")
+    p.add_argument("--out", type=Path, required=True, help="what to write; appears whole or not at all")
+    p.add_argument("--queries", type=int, default=77, help="learned queries (77)")
+    p.add_argument("--seed", type=int, default=0, help="of queries and projection (0)")
+    p.add_argument("--force", action="store_true", help="replace what is at --out")
+    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = p.parse_args()
+    if args.queries < 1:
+        p.error(f"--queries {args.queries}: at least 1")
+    print(start(args.florence, args.t2i, args.out, args.queries, args.seed, args.force).folder, file=sys.stdout)
+
+
+if __name__ == "__main__":
+    run(main)
