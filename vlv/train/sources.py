@@ -221,7 +221,7 @@ class HuggingFace:
 
     def __init__(self, names: list[str], name: str):
         datasets = need("datasets", name)
-        parts = [n.removeprefix("hf:") for n in names]
+        self._name, parts = name, [n.removeprefix("hf:") for n in names]
         loaded = [self._load(datasets, part) for part in parts]
         self._data = [self._undecoded(datasets, one, name) for one in loaded]
         self.rows = [len(one) for one in self._data]
@@ -243,7 +243,7 @@ class HuggingFace:
         return data
 
     def read(self, shard: int, row: int) -> Sample:
-        return row_sample(self._data[shard][row], f"{shard}:{row}")
+        return row_sample(self._data[shard][row], f"{self._name}#{shard}:{row}")
 
 
 class Joined:
