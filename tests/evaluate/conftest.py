@@ -10,7 +10,7 @@ import pytest
 
 
 class Scripted(ThreadingHTTPServer):
-    """`answer(body) -> text`, or (status, text); every request's path, headers and body are in `asked`."""
+    """`answer(body) -> text`, (status, text) or a whole content; `asked` has each request's path, headers and body."""
 
     daemon_threads = True
 
@@ -34,7 +34,7 @@ class Handler(BaseHTTPRequestHandler):
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
         } if status == 200 else {"error": {"message": text, "type": "invalid_request_error"}}  # fmt: skip
-        data = json.dumps(content).encode()
+        data = json.dumps(answer if isinstance(answer, dict) else content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

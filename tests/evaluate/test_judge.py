@@ -108,6 +108,19 @@ def test_an_unusable_answer_is_asked_once_more_and_then_told(files, server, tmp_
     assert run(files, server, tmp_path, "--mode", "pairs", "--limit", "1")[0] == 0
 
 
+def test_a_server_that_is_no_chat_server(files, server, tmp_path):
+    server.answer = lambda body: {"hello": "world"}
+    code, found = run(files, server, tmp_path, "--mode", "rubric", "--limit", "1")
+    assert code == 1 and len(found["failures"]) == 2
+
+
+def test_nobody_listens(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(chat, "RETRIES", 0)
+    words = ["judge", *files, "--url", "http://127.0.0.1:9/v1", "--model", "m", "-o", str(tmp_path / "o.json")]
+    assert main(words) == 1
+    assert "error: http://127.0.0.1:9/v1 cannot be used: Connection error" in capsys.readouterr().err
+
+
 def test_a_refused_key_stops_the_run(files, server, tmp_path, capsys):
     server.answer = lambda body: (401, "bad key")
     assert run(files, server, tmp_path)[0] == 1

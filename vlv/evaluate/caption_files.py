@@ -14,6 +14,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from vlv.image import EXTENSIONS
+
 NAMES = ("image_id", "id", "image", "file_name", "path", "filename")
 
 
@@ -41,6 +43,20 @@ def read_several(path: Path) -> dict[str, list[str]]:
         found.setdefault(name, []).append(text)
     if not found:
         raise ValueError(f"{path} holds no captions")
+    return found
+
+
+def pictures(paths: list[Path]) -> dict[str, Path]:
+    """Image files, and those of folders, by key. Raises ValueError where there are none, or two of one name."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
+        for file in files:
+            if other := found.get(key(file.name)):
+                raise ValueError(f"{other} and {file} have the same name: their captions could not be told apart")
+            found[key(file.name)] = file
+    if not found:
+        raise ValueError(f"no images in {', '.join(map(str, paths))}: looked for {' '.join(sorted(EXTENSIONS))}")
     return found
 
 

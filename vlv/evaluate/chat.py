@@ -21,6 +21,7 @@ from vlv.evaluate import cli
 
 T = TypeVar("T")
 CHARACTERS = 4  # of English text in a token, about: for the estimate only
+RETRIES = 5  # of a question that a busy server turns away
 THOUGHTS = 2000  # tokens that a reasoning model may think
 
 
@@ -144,7 +145,10 @@ class Chat:
         _cut_torn_line(self.journal)
         waiting, done = iter(questions), 0
         client = openai.AsyncOpenAI(
-            base_url=self.args.url, api_key=os.environ.get(self.args.key_env) or "none", max_retries=5, timeout=300
+            base_url=self.args.url,
+            api_key=os.environ.get(self.args.key_env) or "none",
+            max_retries=RETRIES,
+            timeout=300,
         )
 
         async def work(file) -> None:
@@ -182,8 +186,9 @@ class Chat:
                 )
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:  # this question, not the server
                 return record | {"refused": f"the server refuses the question: {error}"}
-            text = (answer.choices[0].message.content if answer.choices else "") or ""
-            if answer.usage:
+            choices = getattr(answer, "choices", None)  # a server that is no chat server may answer anything
+            text = (choices[0].message.content if choices else "") or ""
+            if getattr(answer, "usage", None):
                 record["usage"][0] += answer.usage.prompt_tokens
                 record["usage"][1] += answer.usage.completion_tokens
             record["answer"] = text

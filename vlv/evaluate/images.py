@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlv.evaluate import caption_files, cli
-from vlv.image import EXTENSIONS
 from vlv.samplers import SAMPLERS
 
 if TYPE_CHECKING:
@@ -90,15 +89,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _originals(args: argparse.Namespace) -> dict[str, Path]:
     """Files by key, sorted; with captions only those that have one."""
-    found: dict[str, Path] = {}
-    for path in args.images:
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
-        for file in files:
-            if other := found.get(caption_files.key(file.name)):
-                raise ValueError(f"{other} and {file} have the same name: their drawings could not be told apart")
-            found[caption_files.key(file.name)] = file
-    if not found:
-        raise ValueError(f"no images in {', '.join(map(str, args.images))}: looked for {' '.join(sorted(EXTENSIONS))}")
+    found = caption_files.pictures(args.images)
     if args.captions:
         captions = caption_files.read(args.captions)
         found = {name: found[name] for name in caption_files.common({str(args.captions): captions}, set(found))}

@@ -19,7 +19,6 @@ from pathlib import Path
 from vlv.evaluate import caption_files, chat, cli
 from vlv.evaluate.chat import Chat, Question
 from vlv.evaluate.statistics import bootstrap, wilson
-from vlv.image import EXTENSIONS
 
 ASPECTS = ("coverage", "hallucination", "layout")
 RUBRIC = """\
@@ -59,7 +58,7 @@ def _judge(args: argparse.Namespace, argv: list[str] | None) -> int:
         raise cli.Misuse("two --captions have the same name")
     if args.mode == "pairs" and len(systems) < 2:
         raise cli.Misuse("--mode pairs compares: give at least two NAME=FILE")
-    files = pictures(args.images)
+    files = caption_files.pictures(args.images)
     keys = caption_files.common(systems, set(files))[: args.limit]
     ours, *others = systems
     rubric = [] if args.mode == "pairs" else rubric_questions(systems, files, keys)
@@ -85,14 +84,6 @@ def _judge(args: argparse.Namespace, argv: list[str] | None) -> int:
     if failures:
         cli.say(f"{len(failures)} of {len(every)} judgements failed (see failures in the results)")
     return 1 if failures else 0
-
-
-def pictures(paths: list[Path]) -> dict[str, Path]:
-    """Image files by key. Raises ValueError where there are none."""
-    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.suffix.lower() in EXTENSIONS]
-    if not files:
-        raise ValueError(f"no images in {', '.join(map(str, paths))}")
-    return {caption_files.key(f.name): f for f in files}
 
 
 def rubric_questions(systems: dict[str, dict[str, str]], files: dict[str, Path], keys: list[str]) -> list[Question]:
