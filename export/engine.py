@@ -10,6 +10,7 @@ Runtime in engine_ort.py, TensorRT and TensorRT-RTX in engine_trt.py.
 
 from __future__ import annotations
 
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -105,30 +106,35 @@ class Engine(ABC):
         return self.session("encoder")(pixels=images)["context"]
 
     @torch.inference_mode()
-    def reconstruct(self, context: Tensor, steps: int = 50, guidance: float = 2.0, seed: int = 0) -> Tensor:
-        """Context [B, N, C] -> pictures, uint8 [B, 3, S, S]; the same as vlv.diffusion.T2I.reconstruct's DDIM.
+    def reconstruct(
+        self, context: Tensor, steps: int = 50, guidance: float = 2.0, seed: int = 0, sampler: str = "ddim"
+    ) -> Tensor:
+        """Context [B, N, C] -> pictures, uint8 [B, 3, S, S]; the same as vlv.diffusion.T2I.reconstruct's.
 
         The keys and values of the context are computed once and serve all steps.
         """
         from vlv.samplers import scheduler
 
-        sampler, batch, guided = scheduler("ddim", self.sampling["scheduler"]), len(context), guidance > 1
-        sampler.set_timesteps(steps)
-        noise = torch.randn(self.sampling["latents"], generator=torch.Generator().manual_seed(seed))
-        latents = noise.expand(batch, -1, -1, -1).to(self.device) * sampler.init_noise_sigma
+        schedule, guided = scheduler(sampler, self.sampling["scheduler"]), guidance > 1
+        schedule.set_timesteps(steps)
+        draws = [torch.Generator().manual_seed(seed) for _ in context]
+        noise = torch.stack([torch.randn(self.sampling["latents"], generator=draw) for draw in draws])
+        takes = inspect.signature(schedule.step).parameters  # DDPM's goes on drawing from the same
+        more = {"generator": draws} if "generator" in takes else {}
+        latents = noise.to(self.device) * schedule.init_noise_sigma
         context = context.to(self.device, torch.float32)
         if guided:
             context = torch.cat([self._empty_context().expand_as(context), context])
         kv = self.session("context_kv")(context=context)
         unet = self.session("unet")
-        for step in sampler.timesteps:
-            x = sampler.scale_model_input(latents, step)
+        for step in schedule.timesteps:
+            x = schedule.scale_model_input(latents, step)
             x = torch.cat([x, x]) if guided else x
             prediction = unet(latents=x, timestep=step[None].float(), **kv)["prediction"]
             if guided:
                 without, within = prediction.chunk(2)
                 prediction = without + guidance * (within - without)
-            latents = sampler.step(prediction, step, latents).prev_sample
+            latents = schedule.step(prediction, step, latents, **more).prev_sample
         pictures = self.session("vae_decoder")(latents=latents)["picture"]
         return (pictures * 255).round().to(torch.uint8)
 

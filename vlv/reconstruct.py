@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vlv.checkpoint import CheckpointError
 from vlv.image import EXTENSIONS, ImageError, load_crop
@@ -26,16 +26,53 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from vlv.checkpoint import Checkpoint
+
 COLUMNS = 8  # pictures a row of a grid without originals
+
+
+class Drawer(Protocol):
+    """What draws: PyTorch here, and every engine of the room that exports."""
+
+    def context(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> context [B, N, C]."""
+
+    def reconstruct(self, context: Tensor, steps: int, guidance: float, seed: int, sampler: str) -> Tensor:
+        """Context -> pictures, uint8 [B, 3, S, S]."""
+
+
+class TorchDrawer:
+    """A checkpoint's encoder and a diffusers folder, as PyTorch runs them."""
+
+    def __init__(self, args: argparse.Namespace, checkpoint: Checkpoint):
+        """args: --t2i (default: the checkpoint's own) and --device."""
+        from vlv.diffusion import T2I
+
+        self._device = args.device
+        t2i = T2I.load(args.t2i or checkpoint.t2i).to(args.device)
+        self._encoder, self.reconstruct = checkpoint.load_encoder().to(args.device), t2i.reconstruct
+
+    def context(self, images: Tensor) -> Tensor:
+        import torch
+
+        with torch.inference_mode():
+            return self._encoder.context(images.to(self._device))
+
+
+Open = Callable[[argparse.Namespace, "Checkpoint"], Drawer]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    args = _arguments(argv)
+    return run(arguments(parser(), argv))
+
+
+def run(args: argparse.Namespace, open_drawer: Open = TorchDrawer) -> int:
+    """Run the command on parsed flags, with another drawer than PyTorch's if need be; returns its exit code."""
     try:
         _hush()
         args.output.mkdir(parents=True, exist_ok=True)
-        pictures, originals = _from_captions(args) if args.captions else _from_images(args)
+        pictures, originals = _from_captions(args) if args.captions else _from_images(args, open_drawer)
         for name, picture in {**pictures, "grid": grid(list(pictures.values()), originals)}.items():
             _save(args.output / f"{name}.png", picture)
     except (CheckpointError, ImageError, OSError, ValueError) as error:
@@ -47,10 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        prog="python -m vlv.reconstruct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser(prog: str = "python -m vlv.reconstruct", doc: str = __doc__) -> argparse.ArgumentParser:
+    """The command line; imports nothing heavy."""
+    p = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files, or folders of them")
     p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument("--captions", type=Path, metavar="JSONL", help="draw from these captions instead of images")
@@ -65,6 +101,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--mix", type=float, metavar="SHARE", help="this share of the first's embeddings, then the second's")
     p.add_argument("--device", default="cpu", help="torch device (cpu)")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
+    return p
+
+
+def arguments(p: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parsed and found to go together; ends the process with code 2 where they do not."""
     args = p.parse_args(argv)
     if bool(args.captions) == bool(args.images):
         p.error("give either images or --captions")
@@ -127,11 +168,10 @@ def _files(paths: list[Path]) -> Iterator[Path]:
         yield from found
 
 
-def _from_images(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+def _from_images(args: argparse.Namespace, open_drawer: Open) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     import numpy as np
     import torch
 
-    from vlv.diffusion import T2I
     from vlv.published import resolve
 
     checkpoint = resolve(args.ckpt)
@@ -144,14 +184,9 @@ def _from_images(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], list[
             crops.append(load_crop(file, checkpoint.config.image_size))
         except ImageError as error:
             raise ImageError(error.kind, f"{file}: {error}") from error
-    t2i = T2I.load(args.t2i or checkpoint.t2i).to(args.device)
-    encoder = checkpoint.load_encoder().to(args.device)
-    with torch.inference_mode():
-        parts = [
-            encoder.context(torch.from_numpy(np.stack(crops[i : i + args.batch])).to(args.device))
-            for i in range(0, len(crops), args.batch)
-        ]
-    contexts = torch.cat(parts)
+    drawer = open_drawer(args, checkpoint)
+    stacks = [np.stack(crops[i : i + args.batch]) for i in range(0, len(crops), args.batch)]
+    contexts = torch.cat([drawer.context(torch.from_numpy(stack)) for stack in stacks])
     if args.interpolate:
         contexts = interpolate(*contexts, args.interpolate)
         names = [f"between-{i}" for i in range(args.interpolate)]
@@ -161,7 +196,7 @@ def _from_images(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], list[
     for i in range(0, len(contexts), args.batch):
         print(f"drawing {i} of {len(contexts)}", file=sys.stderr, flush=True)
         batch = contexts[i : i + args.batch]
-        pictures.extend(t2i.reconstruct(batch, args.steps, args.guidance, args.seed, args.sampler).cpu().numpy())
+        pictures.extend(drawer.reconstruct(batch, args.steps, args.guidance, args.seed, args.sampler).cpu().numpy())
     return dict(zip(names, pictures, strict=True)), crops
 
 

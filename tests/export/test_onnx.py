@@ -78,14 +78,16 @@ def test_reconstruction_is_pytorchs(artifacts, checkpoint):
 
 
 def test_any_engine_samples_as_diffusers_does(checkpoint):
-    """The sampling loop itself, with and without guidance."""
+    """The sampling loop itself, with every sampler, with and without guidance."""
     from vlv.diffusion import T2I
+    from vlv.samplers import SAMPLERS
 
     engine, t2i = TorchEngine(checkpoint, "cpu"), T2I.load(checkpoint.t2i)
-    context = engine.context(Probes(checkpoint, 4).pictures[:1])
-    for guidance in (1.0, 3.0):
-        expected = t2i.reconstruct(context, steps=3, guidance=guidance, seed=1).float()
-        assert (engine.reconstruct(context, 3, guidance, seed=1).float() - expected).abs().max() <= 1
+    context = engine.context(Probes(checkpoint, 4).pictures[:2])
+    for sampler in SAMPLERS:
+        for guidance in (1.0, 3.0):
+            expected = t2i.reconstruct(context, 3, guidance, 1, sampler).float()
+            assert (engine.reconstruct(context, 3, guidance, 1, sampler).float() - expected).abs().max() <= 1
 
 
 def test_batches_outside_the_profile_are_refused(artifacts, checkpoint):
@@ -192,7 +194,7 @@ def test_two_exports_into_one_folder(copied, capsys):
     assert json.loads((copied / "manifest.json").read_text())["format"] == 1
 
 
-@pytest.mark.parametrize("module", ["onnx", "verify", "trt", "lint", "bench"])
+@pytest.mark.parametrize("module", ["onnx", "verify", "trt", "lint", "bench", "reconstruct"])
 def test_help_is_light(module):
     code = (
         f"import sys; from export import {module}\n"

@@ -1,0 +1,51 @@
+"""Reconstruction through an exported model: the same pictures as PyTorch's from the same command."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from export import reconstruct
+from tests.export.conftest import BUNDLED
+from vlv import reconstruct as torch_reconstruct
+
+
+def draw(main, images, out, *more: str) -> dict[str, np.ndarray]:
+    assert main([*map(str, images), "--ckpt", str(BUNDLED), "-o", str(out), "--steps", "3", "--batch", "2", *more]) == 0
+    return {file.name: np.asarray(Image.open(file)).astype(int) for file in out.iterdir()}
+
+
+def test_pictures_are_pytorchs(artifacts, scene_images, tmp_path):
+    images = sorted(scene_images.iterdir())[:3]
+    there = ["--backend", "onnx", "--artifacts", str(artifacts)]
+    for name, flags in (("plain", ["--sampler", "dpm++"]), ("between", ["--interpolate", "3"])):
+        some = images if name == "plain" else images[:2]
+        expected = draw(torch_reconstruct.main, some, tmp_path / f"{name}-torch", *flags)
+        found = draw(reconstruct.main, some, tmp_path / name, *flags, *there)
+        assert found.keys() == expected.keys() and len(found) == 4
+        assert all(abs(found[key] - expected[key]).max() <= 1 for key in found)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--backend", "onnx"], "--backend onnx needs --artifacts"),
+        (["--backend", "torch", "--artifacts", "there"], "--backend torch takes no --artifacts"),
+        (["--backend", "vulkan"], "invalid choice: 'vulkan'"),
+        (["--artifacts", "there", "--t2i", "sd"], "are vlv.reconstruct's"),
+    ],
+)
+def test_misuse(args, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        reconstruct.main(["a.png", "--ckpt", "c", *args])
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_batch_that_was_not_exported(artifacts, scene_images, tmp_path, capsys):
+    images = [str(file) for file in sorted(scene_images.iterdir())[:3]]
+    there = ["--artifacts", str(artifacts), "--batch", "3", "-o", str(tmp_path / "o")]
+    assert reconstruct.main([*images, "--ckpt", str(BUNDLED), *there]) == 1
+    assert "split the batch, or export with another --max-batch or --max-pictures" in capsys.readouterr().err
+    assert reconstruct.main([*images, "--ckpt", str(BUNDLED), "--artifacts", str(tmp_path / "none"), *there[2:]]) == 1
+    assert "no artifacts in" in capsys.readouterr().err
