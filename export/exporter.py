@@ -13,7 +13,7 @@ from export.cli import say
 from export.components import Batch
 from export.engine import sampling_settings
 from export.engine_ort import OrtSession
-from export.graphs import load
+from export.graphs import Graph, load
 from export.manifest import Artifact, Manifest, describe_files, digest, kernels_hash, source_hash
 from export.probes import Probes
 from export.verifier import Verifier, hopeless
@@ -36,7 +36,7 @@ class Exporter:
     ):
         """made: a folder on the same disk to work in; probes, images, captions: what Verifier checks on."""
         self.checkpoint, self.manifest, self.made = checkpoint, manifest, made
-        self._count = probes
+        self._calibration = Probes(checkpoint, probes, (), CALIBRATION).inputs
         self.probes = Probes(checkpoint, probes, images)
         self.verifier = Verifier(checkpoint, self.probes, captions)
 
@@ -51,13 +51,21 @@ class Exporter:
         """Make, check and publish. Returns the problems for which it was refused; with `allow_drift` few are left."""
         name, start = wanted.component, time.monotonic()
         say(f"{name}: tracing in {wanted.precision} …")
-        artifact = self._trace(wanted)
-        if problems := lint.problems(self.made / artifact.main_file, artifact):
-            return problems
+        graph, traced, exact = self._trace(wanted)
         say(f"{name}: traced in {time.monotonic() - start:.0f} s; checking against float32 PyTorch …")
-        session = OrtSession.on_cpu(artifact, self.made)
-        figures = self.verifier.check(artifact, session, self.made)
-        problems = figures["problems"]
+        ranking: tuple[str, ...] = ()
+        while True:
+            artifact = self._written(wanted, graph, traced, exact)
+            if problems := lint.problems(self.made / artifact.main_file, artifact):
+                return problems
+            figures = self.verifier.check(artifact, OrtSession.on_cpu(artifact, self.made), self.made)
+            problems = figures["problems"]
+            ranking = ranking or quantize.by_drift(figures.get("blocks", []))
+            more = max(1, 2 * len(exact))
+            if not problems or not _int8(wanted) or more > len(ranking) // 2:  # mostly in float32 it is no INT8
+                break
+            exact = ranking[:more]
+            say(f"{name}: {problems[0]}; {more} of {len(graph.blocks)} blocks back in float32 …")
         if problems and (not allow_drift or hopeless(figures)):
             remedy = "choose another --precision" + ("" if hopeless(figures) else ", or keep it with --allow-drift")
             return [*problems, f"refused, and nothing kept: {remedy}"]
@@ -67,17 +75,22 @@ class Exporter:
         say(f"{name}: {'kept although it drifts' if problems else 'verified'}, {time.monotonic() - start:.0f} s in all")
         return []
 
-    def _trace(self, wanted: Artifact) -> Artifact:
-        """The graph in the work folder, and its entry without figures."""
+    def _trace(self, wanted: Artifact) -> tuple[Graph, trace.Traced, tuple[str, ...]]:
+        """The module, its graph in the work folder (for INT8: the float32 one, apart), and the blocks kept exact."""
         name, precision = wanted.component, wanted.precision
         sets = self.probes.inputs(name) if precision == "mixed" else []
         reference = self.probes.reference.session(name).graph
         graph, exact = quantize.prepare(reference, lambda: load(self.checkpoint, name), precision, sets)
-        traced = trace.to_onnx(graph, self.made / f"{name}.onnx", wanted.profile, wanted.opset)
-        if precision.startswith("int8"):
-            static = precision == "int8-static"
-            calibration = Probes(self.checkpoint, self._count, (), CALIBRATION).inputs(name) if static else []
-            traced = quantize.to_int8(traced, self.made, static, calibration)
+        folder = self.made / "float32" if _int8(wanted) else self.made
+        folder.mkdir(exist_ok=True)
+        return graph, trace.to_onnx(graph, folder / f"{name}.onnx", wanted.profile, wanted.opset), exact
+
+    def _written(self, wanted: Artifact, graph: Graph, traced: trace.Traced, exact: tuple[str, ...]) -> Artifact:
+        """The entry, without figures, of what is in the work folder; INT8 is made here."""
+        if _int8(wanted):
+            static = wanted.precision == "int8-static"
+            sets = self._calibration(wanted.component) if static else []
+            traced = quantize.to_int8(traced, self.made / "float32", self.made, static, sets, exact)
         files = describe_files(self.made, traced.files)
         return replace(
             wanted,
@@ -88,6 +101,10 @@ class Exporter:
             blocks=traced.blocks,
             exact=exact,
         )
+
+
+def _int8(wanted: Artifact) -> bool:
+    return wanted.precision.startswith("int8")
 
 
 def builder() -> str:

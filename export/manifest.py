@@ -49,7 +49,7 @@ class Artifact:
     files: dict[str, dict]  # name -> {"sha256", "bytes"}; the first one is what a runtime opens
     command: str  # makes it again
     blocks: dict[str, str] = field(default_factory=dict)  # module path -> value of the graph that it ends with
-    exact: tuple[str, ...] = ()  # blocks that stayed in float32 (precision "mixed")
+    exact: tuple[str, ...] = ()  # blocks that stayed in float32 (precisions "mixed" and INT8)
     verification: dict = field(default_factory=dict)
 
     @property

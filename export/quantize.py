@@ -8,7 +8,8 @@
 | `int8`        | ONNX Runtime: weights by channel ahead, activations by tensor at run time                     |
 | `int8-static` | ONNX Runtime: activation ranges calibrated on pictures, Q/DQ nodes, which TensorRT reads too  |
 
-INT8 touches the products inside blocks alone: the preprocessing's are exact by design. FP8 exists on SM 89 and up
+INT8 touches the products inside blocks alone: the preprocessing's are exact by design. Where it drifts, blocks return
+to float32, as few as keep the outputs and the captions. FP8 exists on SM 89 and up
 only, where NVIDIA's ModelOpt makes it: see docs/export.md.
 """
 
@@ -107,8 +108,20 @@ def _error(found: Tensor, expected: Tensor) -> tuple[float, float]:
     return rms.item(), (difference.abs().max() / expected.abs().max()).item()
 
 
-def to_int8(traced: Traced, made: Path, static: bool, sets: list[dict[str, Tensor]]) -> Traced:
-    """Quantize the float32 graph in the folder `made`, in place. sets: calibration inputs, for `static`."""
+def by_drift(report: list[dict]) -> tuple[str, ...]:
+    """The blocks of `blocks.drift`'s report, those first that add most to the error of what comes before them."""
+    errors = [entry["rms"] for entry in report]
+    added = [(here - before, entry["block"]) for before, here, entry in zip([0, *errors], errors, report, strict=False)]
+    return tuple(path for _, path in sorted(added, reverse=True))
+
+
+def to_int8(
+    traced: Traced, source: Path, made: Path, static: bool, sets: list[dict[str, Tensor]], exact: tuple[str, ...] = ()
+) -> Traced:
+    """Quantize the float32 graph of the folder `source` into the folder `made`.
+
+    sets: calibration inputs, for `static`; exact: blocks that stay in float32.
+    """
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -117,16 +130,17 @@ def to_int8(traced: Traced, made: Path, static: bool, sets: list[dict[str, Tenso
         quantize_static,
     )
 
-    source, target = made / traced.files[0], made / f"int8-{traced.files[0]}"
-    large = sum((made / name).stat().st_size for name in traced.files) > EXTERNAL
+    graph, target = source / traced.files[0], made / f"int8-{traced.files[0]}"
+    large = len(traced.files) > 1
     # its advice to preprocess: the trace is folded already
     logging.getLogger().addFilter(lambda record: "pre-processing before quantization" not in record.getMessage())
     # 7 bits of weights: AVX2 adds pairs of 8-bit products in 16 bits, which saturate at full range
-    options = {"per_channel": True, "reduce_range": True, "nodes_to_exclude": traced.loose}
+    loose = [node for node, path in traced.owner.items() if path is None or path in exact]
+    options = {"per_channel": True, "reduce_range": True, "nodes_to_exclude": loose}
     options |= {"weight_type": QuantType.QInt8, "use_external_data_format": large}
     if not static:
         quantize_dynamic(
-            source, target, op_types_to_quantize=["MatMul", "Gemm"], extra_options={"MatMulConstBOnly": True}, **options
+            graph, target, op_types_to_quantize=["MatMul", "Gemm"], extra_options={"MatMulConstBOnly": True}, **options
         )
     else:
 
@@ -138,11 +152,9 @@ def to_int8(traced: Traced, made: Path, static: bool, sets: list[dict[str, Tenso
                 return next(self._rows, None)
 
         quantize_static(
-            source, target, Reader(), QuantFormat.QDQ, op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+            graph, target, Reader(), QuantFormat.QDQ, op_types_to_quantize=["MatMul", "Gemm", "Conv"],
             activation_type=QuantType.QUInt8, extra_options={"MatMulConstBOnly": True}, **options,
         )  # fmt: skip
-    for name in traced.files:
-        (made / name).unlink()
     return _renamed(target, made, traced)
 
 
@@ -157,9 +169,10 @@ def _renamed(target: Path, made: Path, traced: Traced) -> Traced:
 
     model = onnx.load(target)
     name = traced.files[0]
-    large = model.ByteSize() > EXTERNAL
+    large = sum(len(constant.raw_data) for constant in model.graph.initializer) > EXTERNAL
     for file in made.glob("int8-*"):
         file.unlink()
+    (made / f"{name}.data").unlink(missing_ok=True)  # of an attempt before: onnx would append to it
     external = {"save_as_external_data": True, "location": f"{name}.data"} if large else {}
     onnx.save(model, made / name, **external)
-    return Traced([name, *([f"{name}.data"] if large else [])], traced.blocks, traced.loose)
+    return Traced([name, *([f"{name}.data"] if large else [])], traced.blocks, traced.owner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 from export.components import Batch, Port
 from export.graphs import Graph
 
-EXTERNAL = 1_900_000_000  # bytes of weights above which they get a file of their own: protobuf ends at 2 GiB
+# Bytes of weights above which they get a file of their own. protobuf ends at 2 GiB; but from such a file a runtime maps
+# the weights, and takes half the memory to load them that it takes for weights inside the graph.
+EXTERNAL = 1 << 26
 TRACED = 5  # batch while tracing: neither 1, which would be specialised, nor a size of anything else
 _FOLDED = 1 << 31  # largest constant that folding may make, in numbers
 
@@ -25,19 +28,23 @@ class Traced:
 
     files: list[str]  # the graph, and the weights where they are apart
     blocks: dict[str, str]  # path of a block -> the value that it ends with
-    loose: list[str]  # nodes outside all blocks: preprocessing, sums between blocks
+    owner: dict[str, str | None]  # node -> path of its block; None: preprocessing, sums between blocks
 
 
-def to_onnx(graph: Graph, file: Path, profile: Batch, opset: int) -> Traced:
-    """Write `graph` as ONNX, its batch dynamic."""
+def to_onnx(graph: Graph, file: Path, profile: Batch, opset: int, nodes: bool = False) -> Traced:
+    """Write `graph` as ONNX, its batch dynamic. With `nodes`, our operations are functions (export/plugins.py)."""
     import onnx_ir
+
+    from export import plugins
+    from kernels.dispatch import as_nodes
+    from kernels.symbolic import translations
 
     axis = torch.export.Dim("batch", min=profile.least, max=max(profile.most, TRACED))
     shapes = [{0: axis} if port.batched else {} for port in graph.inputs]
     if (fixed := _positional(graph)) < len(shapes):
         shapes[fixed:] = [tuple(shapes[fixed:])]  # *kv
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), as_nodes() if nodes else nullcontext():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
@@ -47,6 +54,7 @@ def to_onnx(graph: Graph, file: Path, profile: Batch, opset: int) -> Traced:
             input_names=[port.name for port in graph.inputs],
             output_names=list(graph.outputs),
             dynamic_shapes=tuple(shapes),
+            custom_translation_table=translations() if nodes else None,
             verbose=False,
         )
     model = program.model
@@ -57,11 +65,13 @@ def to_onnx(graph: Graph, file: Path, profile: Batch, opset: int) -> Traced:
     blocks = {path: node.outputs[0].name for node, path in owner.items() if path}  # the last one stays
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # source paths of the machine that exported
+    if nodes:
+        plugins.add_bodies(model, opset)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     external = f"{file.name}.data" if size > EXTERNAL else None
     onnx_ir.save(model, file, external_data=external)
-    loose = [node.name for node, path in owner.items() if path is None]
-    return Traced([file.name, *([external] if external else [])], blocks, loose)
+    names = {node.name: path for node, path in owner.items()}
+    return Traced([file.name, *([external] if external else [])], blocks, names)
 
 
 def _fold(model) -> None:

@@ -174,3 +174,38 @@ def test_changed_captions_are_a_problem(artifacts, checkpoint, probes):
 
     figures = Verifier(checkpoint, probes).check(artifact, Shuffled.on_cpu(artifact, artifacts), artifacts)
     assert any("captions change" in p for p in figures["problems"]) and not hopeless(figures)
+
+
+def test_int8_returns_to_float32_where_it_drifts(tmp_path, monkeypatch, capsys):
+    """The block that adds most to the error goes first, and the manifest names it."""
+    real = Verifier.check
+
+    def check(self, artifact, session, folder):
+        figures = real(self, artifact, session, folder)
+        if not artifact.exact:
+            inputs = self.probes.inputs(artifact.component)[0]
+            graph = self.probes.reference.session(artifact.component).graph
+            figures |= {"problems": ["too far"], "blocks": blocks.drift(artifact, folder, graph, inputs)}
+            reports.append(figures["blocks"])
+        return figures
+
+    reports = []
+    assert export(tmp_path, "int8", "--components", "text_encoder", "--no-captions") == 0
+    plain = _products(tmp_path)
+    monkeypatch.setattr(Verifier, "check", check)
+    assert export(tmp_path, "int8", "--components", "text_encoder", "--no-captions", "--force") == 0
+    assert "too far; 1 of" in capsys.readouterr().err and len(reports) == 1
+    artifact = Manifest.open(tmp_path).checked("text_encoder")
+    assert artifact.exact == quantize.by_drift(reports[0])[:1]
+    assert 0 < _products(tmp_path) < plain
+
+
+def _products(folder) -> int:
+    """8-bit products in the text encoder's graph."""
+    return sum(node.op_type == "MatMulInteger" for node in onnx_library.load(folder / "text_encoder.onnx").graph.node)
+
+
+def test_blocks_by_what_they_add():
+    """The first block's error is its own; one that lessens the error comes last."""
+    report = [{"block": name, "rms": rms} for name, rms in (("a", 0.02), ("b", 0.05), ("c", 0.01), ("d", 0.02))]
+    assert quantize.by_drift(report) == ("b", "a", "d", "c")
