@@ -151,7 +151,7 @@ def test_the_published_figures():
     assert (two.steps, two.batch, two.lr, two.schedule, two.max_tokens) == (100_000, 64, 1e-5, "linear", 300)
 
 
-def test_cost_before_and_after(trained):
+def test_cost_before_and_after():
     text, dollars = estimate(102_400_000, 800, 8, 2.0)
     assert dollars == pytest.approx(102_400_000 / 800 / 3600 * 8 * 2) and "$568.89 at $2 a GPU-hour" in text
     assert "35.56 h" in text and "284.44 GPU-hours" in text

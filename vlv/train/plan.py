@@ -44,7 +44,7 @@ def plan(stage: str, config: TrainConfig, args: argparse.Namespace) -> str:
     shards = gpus if config.parallel == "fsdp" else 1
     rows = [
         ("weights that learn, float32", parts["weights"] / shards),
-        ("weights that are frozen", parts["frozen"]),
+        ("weights that are frozen", parts["still"] / shards + parts["t2i"]),
         ("gradients, float32", parts["gradients"] / shards),
         ("AdamW's two moments, float32", parts["moments"] / shards),
         ("average of the weights, float32", parts["weights"] / shards if config.ema else 0),
@@ -57,7 +57,7 @@ def plan(stage: str, config: TrainConfig, args: argparse.Namespace) -> str:
     lines = [f"{name:<48}{size / 2**30:8.2f} GiB" for name, size in rows if size]
     lines += [f"{'in all, for each of ' + str(gpus) + ' GPUs, by ' + config.parallel:<48}{total / 2**30:8.2f} GiB"]
     lines += [f"{config.batch} images a step: {gpus} GPUs x {passes} passes x {config.micro_batch}"]
-    lines += [f"{parts['learning']:,} parameters learn, {parts['still']:,} are frozen"]
+    lines += [f"{parts['learning']:,} parameters learn, {parts['frozen']:,} are frozen"]
     return "\n".join(lines)
 
 
@@ -79,13 +79,13 @@ def measure(stage: str, config: TrainConfig, args: argparse.Namespace) -> dict[s
                 loss = objective(batch)
             loss.backward()
     still = [p for p in objective.parameters() if not p.requires_grad]
-    still += [p for module in frozen for p in module.parameters()]
+    t2i = [p for module in frozen for p in module.parameters()]  # every GPU has it whole
     weights = _bytes(learning)
     units = sorted((_bytes(b.parameters()) for b in blocks(objective)), reverse=True)[:2]
     return {
-        "weights": weights, "frozen": _bytes(still), "gradients": weights, "moments": 2 * weights,
+        "weights": weights, "still": _bytes(still), "t2i": _bytes(t2i), "gradients": weights, "moments": 2 * weights,
         "gathered": sum(units) // (2 if config.bf16 else 1), "activations": peak.bytes,
-        "learning": sum(p.numel() for p in learning), "still": sum(p.numel() for p in still),
+        "learning": sum(p.numel() for p in learning), "frozen": sum(p.numel() for p in (*still, *t2i)),
     }  # fmt: skip
 
 
