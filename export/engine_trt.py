@@ -29,9 +29,16 @@ class TrtSession(Session):
             raise ArtifactError(f"{file} cannot be loaded ({self._log.last()}); make it again: {artifact.command}")
         self._context = self._engine.create_execution_context()
 
+        batched = next(port.name for port in self.inputs if port.batched)
+        self._only = self._engine.get_tensor_shape(batched)[0]  # the one batch that it takes, with plugins; -1 for any
+
     def _run(self, values: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+        size = batch if self._only < 0 else self._only
+        if size > batch:
+            ports = {port.name: port for port in self.inputs}
+            values = {k: _padded(v, size) if ports[k].batched else v for k, v in values.items()}
         found = {
-            port.name: torch.empty(port.at(batch), dtype=getattr(torch, port.dtype), device=self.device)
+            port.name: torch.empty(port.at(size), dtype=getattr(torch, port.dtype), device=self.device)
             for port in self.outputs
         }
         for name, value in values.items():
@@ -40,7 +47,12 @@ class TrtSession(Session):
             self._context.set_tensor_address(name, value.data_ptr())
         if not self._context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
             raise RuntimeError(f"{self.name} failed: {self._log.last()}")
-        return found
+        return {name: value[:batch] for name, value in found.items()}
+
+
+def _padded(x: Tensor, size: int) -> Tensor:
+    """x with its last row repeated to `size` rows."""
+    return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
 
 
 class RtxEngine(ArtifactEngine):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from export.components import COMPONENTS, Port
+from kernels.cross_attention import cross_attention
 from vlv.checkpoint import Checkpoint
 
 
@@ -144,10 +145,9 @@ class CachedContext:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, temb=None) -> Tensor:
         """hidden_states: [B, M, C]; encoder_hidden_states: all layers' kv_i [B, 2, heads, N, d]. [B, M, C]."""
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        key, value = encoder_hidden_states[self.index].to(query.dtype).unbind(1)
-        out = nn.functional.scaled_dot_product_attention(query, key, value)
-        out = attn.to_out[0](out.transpose(1, 2).flatten(2))
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        key, value = encoder_hidden_states[self.index].to(query.dtype).transpose(2, 3).unbind(1)
+        out = attn.to_out[0](cross_attention(query, key, value).flatten(2))
         return out / attn.rescale_output_factor
 
 
@@ -173,6 +173,13 @@ class UNetStep(Graph):
         parts = ["time_embedding", "conv_in", *_children(unet, "down_blocks"), "mid_block"]
         parts += [*_children(unet, "up_blocks"), "conv_norm_out", "conv_out"]
         self.blocks = tuple(f"unet.{p}" for p in parts)
+
+    def fuse(self) -> None:
+        """Put the fused operations where diffusers has plain ones, for an export that keeps them as nodes."""
+        from vlv.unet import fused_parts
+
+        for parent, name, part in fused_parts(self.unet):
+            setattr(parent, name, part)
 
     def forward(self, latents: Tensor, timestep: Tensor, *kv: Tensor) -> Tensor:
         latents = latents.to(self.dtype)

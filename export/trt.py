@@ -2,7 +2,8 @@
 
 What is not yet exported to ONNX in ARTIFACTS is exported and verified first. TensorRT-RTX builds without a GPU, for
 the targets that it knows; TensorRT (--runtime trt) builds on the GPU that the engine is for. An engine is kept as long
-as its graph, shapes, precision, target and builder stay the same.
+as its graph, shapes, precision, target and builder stay the same. With --plugins, TensorRT runs our fused kernels; such
+an engine computes batches of one size, the largest, and pads smaller ones.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of graphs that are not there yet (fp32)")
     p.add_argument("--max-batch", type=cli.positive, default=32, metavar="N", help="images encoded at once (32)")
     p.add_argument("--max-pictures", type=cli.positive, default=8, metavar="N", help="pictures drawn at once (8)")
+    p.add_argument(
+        "--plugins", choices=("auto", "on", "off"), default="auto",
+        help="our kernels in the engine: auto means for TensorRT in half precision; TensorRT-RTX has no plugins (auto)",
+    )  # fmt: skip
     p.add_argument("--refittable", action="store_true", help="build engines that --refit can give other weights")
     p.add_argument("--refit", action="store_true", help="put a checkpoint's weights into the engine that is there")
     p.add_argument("--force", action="store_true", help="build again what is there already")
@@ -65,15 +70,34 @@ def _build_all(args: argparse.Namespace) -> int:
     with workspace(args.out) as made:
         manifest = Manifest.open(args.out)
         for name in names:
-            _build(args, manifest, name, library, made)
+            _build(args, manifest, name, library, made, checkpoint)
     return 0
 
 
-def _build(args: argparse.Namespace, manifest, name: str, library, made: Path) -> None:
+def _wants_plugins(asked: str, runtime: str, precision: str) -> bool:
+    """Whether an engine gets our kernels. Says why not where they were asked for. Raises RuntimeMissing."""
+    from importlib.util import find_spec
+
+    from export.engine import RuntimeMissing
+    from export.plugins import HALF
+
+    built = find_spec("triton") is not None
+    if runtime == "rtx" or precision.startswith("int8"):
+        reason = "TensorRT-RTX has no plugins" if runtime == "rtx" else "INT8 is quantized from the plain graph"
+        if asked == "on":
+            cli.say(f"--plugins on: {reason}, so the engine is built from the plain graph")
+        return False
+    if asked == "on" and not built:
+        raise RuntimeMissing("--plugins on: our kernels are built by Triton, which is not here: pip install triton")
+    return asked == "on" or (asked == "auto" and built and precision in HALF)
+
+
+def _build(args: argparse.Namespace, manifest, name: str, library, made: Path, checkpoint) -> None:
     """One engine, unless it is there."""
     from dataclasses import replace
 
-    from export import lint, tensorrt_library
+    from export import lint, plugins, tensorrt_library
+    from export.components import Batch
     from export.manifest import ArtifactError, describe_files, name_of
 
     graph = manifest.checked(name)
@@ -81,6 +105,9 @@ def _build(args: argparse.Namespace, manifest, name: str, library, made: Path) -
         graph, runtime=args.runtime, target=args.target, files={}, verification={},
         builder=f"{library.title} {library.load().__version__}", command=_command(args, name),
     )  # fmt: skip
+    fused = _wants_plugins(args.plugins, args.runtime, graph.precision)
+    if fused:
+        wanted = replace(wanted, kernels=plugins.source_hash())
     label = name_of(name, args.runtime, args.target)
     if not args.force and manifest.current(wanted):
         cli.say(f"{label}: up to date")
@@ -89,7 +116,11 @@ def _build(args: argparse.Namespace, manifest, name: str, library, made: Path) -
     if problems := lint.problems(source, graph, args.runtime):
         raise ArtifactError(f"{label}: {'; '.join(problems)}")
     start, cache = time.monotonic(), manifest.folder / f"timing-{args.runtime}-{args.target}.cache"
-    file = f"{name}.{args.runtime}-{args.target}.engine"
+    file, profile = f"{name}.{args.runtime}-{args.target}.engine", graph.profile
+    if fused and (made_with := plugins.make(checkpoint, graph, made, source, args.target)):
+        source, profile = made_with[0], Batch(profile.most, profile.most, profile.most)
+        plugins.register(library.load(), made_with[1])
+        cli.say(f"{label}: {len(made_with[1])} kernels of ours, for batches of {profile.most}")
     if args.refit:
         from export.engine_trt import refit
 
@@ -100,7 +131,7 @@ def _build(args: argparse.Namespace, manifest, name: str, library, made: Path) -
     else:
         timing = cache.read_bytes() if cache.is_file() else b""
         built = tensorrt_library.build(
-            library, str(source), graph.inputs, graph.profile, args.target, timing, args.refittable
+            library, str(source), graph.inputs, profile, args.target, timing, args.refittable
         )
         (made / file).write_bytes(built[0])
         if built[1]:
@@ -125,7 +156,7 @@ def _onnx_arguments(args: argparse.Namespace, names: list[str]) -> list[str]:
 
 def _command(args: argparse.Namespace, name: str) -> str:
     words = ["python", "-m", "export.trt", "--ckpt", args.ckpt, "--out", str(args.out), "--target", args.target]
-    words += ["--runtime", args.runtime, "--components", name, "--precision", args.precision]
+    words += ["--runtime", args.runtime, "--components", name, "--precision", args.precision, "--plugins", args.plugins]
     return shlex.join([*words, "--max-batch", str(args.max_batch), "--max-pictures", str(args.max_pictures)])
 
 

@@ -1,0 +1,280 @@
+"""Our fused kernels in TensorRT's engines: an ONNX graph whose operations are nodes of their own, and its plugins.
+
+`make` does it all for one component:
+
+- `add_bodies` makes a graph traced with nodes (kernels/symbolic.py) whole. Each node becomes a call of an ONNX function
+  whose body is the operation's plain reference, so that any runtime runs the file, and ONNX Runtime checks it against
+  its plain twin.
+- `kernel_graph` turns it into what TensorRT builds from: a node a kernel, the functions gone, the batch fixed.
+- `register` makes the plugins known to TensorRT: quick-deployable ones, compiled ahead of time from our Triton source,
+  so that the engine needs no Python. Their names carry the hash of their code: no timing of other code is reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from export import trace
+from export.components import PEAK, tolerance
+from export.engine_ort import OrtSession
+from export.graphs import UNetStep, load
+from export.manifest import Artifact, ArtifactError
+from export.probes import NOISE, Probes
+from export.verifier import compare
+from kernels.plugin import PluginKernel, plugin_kernels
+from kernels.symbolic import DOMAIN, OPERATIONS
+from vlv.checkpoint import Checkpoint
+
+PROBES = NOISE + 1
+
+_SIGNATURE = "vlv.signature"  # key of a function's metadata
+_TRACED = 5  # batch while tracing a body
+PTX_VERSION = 88  # of CUDA 12.9: new enough for all our targets, old enough for every TensorRT 11
+HALF = ("fp16", "bf16", "mixed")  # precisions in which the kernels are faster than TensorRT's own layers could be
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One operation at one size: what a node's kernels and its body depend on."""
+
+    operation: str
+    inputs: tuple[tuple[str, tuple[int | None, ...]], ...]  # dtype and shape; None: the batch
+    attributes: dict[str, int | float]
+
+    @classmethod
+    def of(cls, node) -> Signature:
+        """The signature of a traced node. Raises ValueError where a size other than the batch is not known."""
+        inputs = []
+        for value in node.inputs:
+            shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+            if None in shape[1:]:
+                raise ValueError(f"{node.name} ({node.op_type}): the shape of {value.name} is not known, {value.shape}")
+            inputs.append((value.dtype.name, shape))
+        return cls(node.op_type, tuple(inputs), {name: a.value for name, a in node.attributes.items()})
+
+    @classmethod
+    def read(cls, text: str) -> Signature:
+        values = json.loads(text)
+        inputs = tuple((dtype, tuple(shape)) for dtype, shape in values["inputs"])
+        return cls(values["operation"], inputs, values["attributes"])
+
+    def text(self) -> str:
+        return json.dumps(vars(self), sort_keys=True)
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation}_{hashlib.sha256(self.text().encode()).hexdigest()[:8]}"
+
+    def empty(self, batch: int, device: str) -> list[torch.Tensor]:
+        """Inputs of that batch."""
+        kinds = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
+        sizes = [(kinds[dtype], [batch if n is None else n for n in shape]) for dtype, shape in self.inputs]
+        return [torch.zeros(shape, dtype=dtype, device=device) for dtype, shape in sizes]
+
+
+class _Body(nn.Module):
+    """An operation's reference as a node computes it, without results that nothing uses."""
+
+    def __init__(self, signature: Signature, results: int):
+        super().__init__()
+        self.signature, self.results = signature, results
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        operation = OPERATIONS[self.signature.operation]
+        return operation.call(operation.reference, inputs, self.signature.attributes)[: self.results]
+
+
+def make(checkpoint: Checkpoint, graph: Artifact, made: Path, plain: Path, target: str) -> tuple[Path, dict] | None:
+    """The file in the folder `made` that TensorRT builds from, and its plugins; None where there is nothing to fuse.
+
+    plain: the graph's own file, the twin that ours is held against in ONNX Runtime. Raises ArtifactError.
+    """
+    import onnx_ir
+
+    module = load(checkpoint, graph.component)
+    if isinstance(module, UNetStep):
+        module.fuse()
+    dtype = {"fp32": None, "bf16": torch.bfloat16}.get(graph.precision, torch.float16)
+    if dtype:
+        module.cast(dtype, graph.exact)
+    file = made / f"{graph.component}.nodes.onnx"
+    trace.to_onnx(module, file, graph.profile, graph.opset, nodes=True)
+    model = onnx_ir.load(file)
+    if not model.functions:
+        return None
+    _require_twins(checkpoint, graph, module.longest, file, plain)
+    plugins = kernel_graph(model, graph.profile.most, int(target.removeprefix("sm")))
+    built = made / f"{graph.component}.plugins.onnx"
+    onnx_ir.save(model, built)  # weights that lie in a file of their own stay there
+    return built, plugins
+
+
+def _require_twins(checkpoint: Checkpoint, graph: Artifact, longest: int, file: Path, plain: Path) -> None:
+    """Raise ArtifactError unless both files compute the same in ONNX Runtime, on a picture and on noise."""
+    import onnx
+
+    if graph.precision == "bf16":  # a CPU runs it operator by operator
+        onnx.save(onnx.inliner.inline_local_functions(onnx.load(file, load_external_data=False)), file)
+    sessions = [OrtSession.on_cpu(replace(graph, files={one.name: {}}), one.parent) for one in (file, plain)]
+    allowed = tolerance(graph.precision, len(graph.blocks), longest)
+    for inputs in Probes(checkpoint, PROBES).inputs(graph.component):
+        found, expected = (session(**inputs) for session in sessions)
+        for name, value in expected.items():
+            figures = compare(found[name], value)
+            if not (figures["rms"] <= allowed and figures["max"] <= PEAK * allowed):
+                raise ArtifactError(
+                    f"{graph.component} with plugin nodes is off its plain twin in {name}, by {figures['rms']:.1e} "
+                    f"({allowed:.1e} allowed): build with --plugins off"
+                )
+
+
+def add_bodies(model, opset: int) -> None:
+    """Give every node of our domain in a traced onnx_ir model its function, one for all nodes of the same signature."""
+    for node in [node for node in model.graph if node.domain == DOMAIN]:
+        used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
+        node.resize_outputs(len(used))  # attention's log-sums, which only a gradient reads, come last
+        signature = Signature.of(node)
+        key = (DOMAIN, signature.name, "")
+        if key not in model.functions:
+            model.functions[key] = _function(signature, len(used), opset)
+        node.op_type = signature.name
+        node.attributes.clear()
+
+
+def _function(signature: Signature, results: int, opset: int):
+    """The body as an ONNX function, its constants within. Its metadata tell the signature."""
+    import onnx_ir
+
+    axis = torch.export.Dim("batch", min=1, max=1 << 16)
+    shapes = tuple({0: axis} if shape[0] is None else {} for _, shape in signature.inputs)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _Body(signature, results).eval(), tuple(signature.empty(_TRACED, "cpu")), dynamo=True, opset_version=opset,
+            dynamic_shapes=(shapes,), verbose=False,
+        )  # fmt: skip
+    graph = program.model.graph
+    for value in list(graph.initializers.values()):
+        constant = onnx_ir.node("Constant", [], {"value": value.const_value})
+        constant.outputs[0].name = f"{value.name}_constant"
+        value.replace_all_uses_with(constant.outputs[0])
+        graph.insert_before(graph[0], constant)
+    graph.initializers.clear()
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+    function = onnx_ir.Function(DOMAIN, signature.name, graph=graph, attributes=[])
+    function.metadata_props[_SIGNATURE] = signature.text()
+    return function
+
+
+def kernel_graph(model, batch: int, sm: int) -> dict[str, PluginKernel]:
+    """Make an onnx_ir model with our nodes, in place, one that TensorRT builds from; returns its plugins by name.
+
+    batch: the only batch of the engine. sm: its compute capability, 90 for sm90. Raises ValueError.
+    """
+    import onnx_ir
+
+    for value in model.graph.inputs:
+        value.shape = onnx_ir.Shape([size if isinstance(size, int) else batch for size in value.shape])
+    planned, plugins = {}, {}
+    for node in [node for node in model.graph if node.domain == DOMAIN]:
+        if node.op_type not in planned:
+            function = model.functions[DOMAIN, node.op_type, ""]
+            planned[node.op_type] = _plan(Signature.read(function.metadata_props[_SIGNATURE]), batch, sm)
+        kernels, results = planned[node.op_type]
+        values = dict(enumerate(node.inputs))
+        for kernel in kernels:
+            name = f"{kernel.kernel.replace('.', '_')}_{hashlib.sha256(kernel.ptx.encode()).hexdigest()[:12]}"
+            plugins[name] = kernel
+            attributes = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
+            made = onnx_ir.node(
+                name, [values[i] for i in kernel.inputs], attributes, domain=DOMAIN, num_outputs=len(kernel.outputs)
+            )
+            made.name = f"{node.name}_{kernel.kernel}"
+            values |= zip(kernel.outputs, made.outputs, strict=True)
+            for number, value in zip(kernel.outputs, made.outputs, strict=True):
+                value.name = f"{made.name}_{number}"
+            model.graph.insert_before(node, made)
+        for old, number in zip(node.outputs, results, strict=False):
+            new = values[number]
+            new.name, old.name = old.name, f"{old.name}_replaced"
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+    model.functions.clear()
+    return plugins
+
+
+def _plan(signature: Signature, batch: int, sm: int) -> tuple[list[PluginKernel], tuple[int, ...]]:
+    operation, inputs = OPERATIONS[signature.operation], signature.empty(batch, "meta")
+    kernels, results = plugin_kernels(
+        lambda: operation.call(operation.op._init_fn, inputs, signature.attributes), inputs, sm, PTX_VERSION
+    )
+    # the shapes that a node's tensors have, which lie in memory without gaps
+    laid = [replace(kernel, written=tuple(map(operation.laid, kernel.written))) for kernel in kernels]
+    if gaps := [one.kernel for one in laid if not all(x.is_contiguous() for x in one.written)]:
+        raise ValueError(f"{gaps[0]} writes a tensor with gaps, which TensorRT does not have")
+    return laid, results
+
+
+def register(trt: ModuleType, plugins: dict[str, PluginKernel]) -> None:
+    """Make the plugins known to TensorRT's parser, those that it does not know yet."""
+    import importlib
+
+    trtp = importlib.import_module(f"{trt.__name__}.plugin")
+    for name, kernel in plugins.items():
+        if not hasattr(trtp.op.define_or_get(DOMAIN), name):
+            _register(trt, trtp, f"{DOMAIN}::{name}", kernel)
+
+
+def _register(trt: ModuleType, trtp: ModuleType, plugin: str, kernel: PluginKernel) -> None:
+    kinds = {torch.float32: trt.DataType.FLOAT, torch.float16: trt.DataType.HALF, torch.bfloat16: trt.DataType.BF16}
+    names = [f"input_{i}" for i in range(len(kernel.inputs))]
+    tensors = tuple[(trtp.TensorDesc,) * len(kernel.outputs)]
+
+    def describe(*_inputs):
+        return tuple(trtp.from_shape_expr(tuple(x.shape), kinds[x.dtype]) for x in kernel.written)
+
+    def launch(*_inputs_outputs_tactic):
+        parameters = trtp.KernelLaunchParams()
+        for axis, blocks, threads in zip("xyz", kernel.grid, kernel.block, strict=True):
+            setattr(parameters, f"grid_{axis}", blocks)
+            setattr(parameters, f"block_{axis}", threads)
+        parameters.shared_mem = kernel.shared
+        return kernel.name, kernel.ptx, parameters, trtp.SymIntExprs(0)
+
+    # TensorRT reads the number of tensors and attributes off the functions' signatures
+    launched = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
+    describe.__signature__ = _signature(dict.fromkeys(names, trtp.TensorDesc), tensors)
+    arguments = {**dict.fromkeys(names, trtp.TensorDesc), "outputs": tensors, "tactic": int}
+    launch.__signature__ = _signature(arguments, launched)
+    trtp.register(plugin)(describe)
+    trtp.aot_impl(plugin)(launch)
+
+
+def _signature(arguments: dict[str, type], result: type) -> inspect.Signature:
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature(
+        [inspect.Parameter(name, either, annotation=kind) for name, kind in arguments.items()], return_annotation=result
+    )
+
+
+def source_hash() -> str:
+    """The hash of everything that the plugins are compiled from, in hex."""
+    import triton
+
+    import kernels
+
+    folder = Path(kernels.__file__).parent
+    found = hashlib.sha256(triton.__version__.encode())
+    for file in sorted([*folder.rglob("*.py"), folder / "tuned.json"]):
+        found.update(file.name.encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()

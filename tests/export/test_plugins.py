@@ -1,0 +1,218 @@
+"""Graphs with plugin nodes: their plain twin, what TensorRT builds from, and its own Python code for such plugins."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from export import plugins, trace
+from export.components import Batch, tolerance
+from export.engine import RuntimeMissing
+from export.engine_trt import _padded
+from export.graphs import EncoderGraph
+from export.trt import _wants_plugins
+from vlv import random_weights
+from vlv.config import PRESETS, DaViTConfig
+
+pytest.importorskip("triton", reason="plugins are built by Triton: pip install triton")
+TOY = replace(
+    PRESETS["tiny"], image_size=16, encoder_layers=1, decoder_layers=1, context_layers=1,
+    vision=DaViTConfig((32,), (1,), (1,), (1,), (8,), (8,), (0,), (False,), 4),
+)  # fmt: skip
+BATCH, PROFILE = 8, Batch(1, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def toy() -> EncoderGraph:
+    return EncoderGraph(random_weights.encoder(TOY, torch.float32)).eval()
+
+
+@pytest.fixture(scope="module")
+def twins(toy, tmp_path_factory) -> dict[str, Path]:
+    """The same module as a plain graph and as one with nodes of ours."""
+    folder = tmp_path_factory.mktemp("twins")
+    for kind in ("plain", "nodes"):
+        trace.to_onnx(toy, folder / f"{kind}.onnx", PROFILE, 20, nodes=kind == "nodes")
+    return {kind: folder / f"{kind}.onnx" for kind in ("plain", "nodes")}
+
+
+@pytest.fixture(scope="module")
+def built(twins):
+    """What TensorRT is to build from, and the plugins."""
+    import onnx_ir
+
+    model = onnx_ir.load(twins["nodes"])
+    return model, plugins.kernel_graph(model, BATCH, 80)
+
+
+def operations(file: Path) -> list[str]:
+    import onnx
+
+    return [node.op_type for node in onnx.load(file).graph.node if node.domain == "vlv"]
+
+
+def test_onnx_runtime_runs_the_nodes_as_their_plain_twin(toy, twins):
+    import onnxruntime
+
+    kinds = {name.rpartition("_")[0] for name in operations(twins["nodes"])}
+    assert kinds == {"window_attention", "channel_attention", "dwconv_norm", "attention"}
+    assert not operations(twins["plain"])
+    sessions = [onnxruntime.InferenceSession(file) for file in twins.values()]
+    for batch in (1, 3):
+        pixels = np.random.default_rng(batch).integers(0, 256, (batch, 3, 16, 16), dtype=np.uint8)
+        for a, b in zip(*(session.run(None, {"pixels": pixels}) for session in sessions), strict=True):
+            assert np.abs(a - b).max() <= 5 * tolerance("fp32", len(toy.blocks), toy.longest) * np.abs(a).max()
+
+
+def test_a_node_a_kernel_is_left(twins, built):
+    """Channel attention becomes two; all others one; values keep their names, so that blocks are found."""
+    model, kernels = built
+    nodes = [node for node in model.graph if node.domain == "vlv"]
+    before = operations(twins["nodes"])
+    assert len(nodes) == len(before) + sum(name.startswith("channel_attention") for name in before)
+    assert not model.functions and {node.op_type for node in nodes} == set(kernels)
+    assert [tuple(value.shape) for value in model.graph.inputs] == [(BATCH, 3, 16, 16)]
+    for node in nodes:
+        kernel = kernels[node.op_type]
+        assert {name: a.value for name, a in node.attributes.items()} == {
+            "plugin_namespace": "vlv", "plugin_version": "1", "aot": 1
+        }  # fmt: skip
+        assert (len(node.inputs), len(node.outputs)) == (len(kernel.inputs), len(kernel.outputs))
+        parameters = re.search(rf"\.entry {kernel.name}\(([^)]*)\)", kernel.ptx)[1]
+        assert parameters.count(".param") == len(node.inputs) + len(node.outputs)
+    known = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    for node in model.graph:
+        assert {value.name for value in node.inputs if value} <= known, node.name
+        known |= {value.name for value in node.outputs}
+    assert {value.name for value in model.graph.outputs} == {"context", "prompts"} <= known
+
+
+def test_shapes_that_are_not_known_are_refused():
+    import onnx_ir
+
+    x = onnx_ir.Value(name="x", shape=onnx_ir.Shape(["batch", "n", 4]), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+    with pytest.raises(ValueError, match="shape of x is not known"):
+        plugins.Signature.of(onnx_ir.node("geglu", [x], domain="vlv", name="node"))
+
+
+@pytest.mark.parametrize(
+    "asked, runtime, precision, expected, said",
+    [
+        ("auto", "trt", "fp16", True, ""), ("auto", "trt", "fp32", False, ""), ("auto", "rtx", "fp16", False, ""),
+        ("on", "trt", "fp32", True, ""), ("off", "trt", "fp16", False, ""),
+        ("on", "rtx", "fp16", False, "TensorRT-RTX has no plugins"), ("on", "trt", "int8", False, "the plain graph"),
+    ],
+)  # fmt: skip
+def test_when_an_engine_gets_our_kernels(asked, runtime, precision, expected, said, capsys):
+    assert _wants_plugins(asked, runtime, precision) is expected
+    assert said in capsys.readouterr().err
+
+
+def test_without_triton_it_says_so(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not _wants_plugins("auto", "trt", "fp16")
+    with pytest.raises(RuntimeMissing, match="pip install triton"):
+        _wants_plugins("on", "trt", "fp16")
+
+
+def test_smaller_batches_are_padded():
+    x = torch.arange(6).view(3, 2)
+    assert torch.equal(_padded(x, 5), x[[0, 1, 2, 2, 2]])
+
+
+class _Kind(type):
+    """A class whose unknown members come into being when asked for: what is only compared or inherited from."""
+
+    def __getattr__(cls, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = f"{cls.__name__}.{name}" if name.isupper() else _Kind(name, (), {})
+        setattr(cls, name, value)
+        return value
+
+
+class _Expression(metaclass=_Kind):
+    """TensorRT's symbolic size, here always a known one."""
+
+    def __init__(self, value: int):
+        self.value = value
+
+    def is_constant(self) -> bool:
+        return True
+
+    def get_constant_value(self) -> int:
+        return self.value
+
+
+@pytest.fixture
+def trt(monkeypatch):
+    """TensorRT's own `tensorrt.plugin`, over a stand-in for the library's part in C++."""
+    spec = importlib.util.find_spec("tensorrt_bindings")
+    if spec is None:
+        pytest.skip("TensorRT's Python source is not here: pip install --no-deps tensorrt-cu13-bindings")
+
+    class Library(ModuleType):
+        def __getattr__(self, name: str):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            setattr(self, name, _Kind(name, (), {}))
+            return getattr(self, name)
+
+    library, creators = Library("tensorrt"), {}
+    library.Logger = type("Logger", (), {"WARNING": 1, "log": lambda *_: None})
+    library.IDimensionExpr = _Expression
+    library.Dims = SimpleNamespace(MAX_DIMS=8)
+    library.DimsExprs = lambda length: [None] * length
+    library.PluginFieldCollection = list
+    library.get_plugin_registry = lambda: SimpleNamespace(
+        register_creator=lambda creator, namespace: creators.setdefault((creator.name, namespace), creator),
+        get_creator=lambda name, version, namespace: creators.get((name, namespace)),
+    )
+    library.__path__ = [str(Path(spec.origin).parent)]
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    yield library
+    for name in [name for name in sys.modules if name.startswith("tensorrt.")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_tensorrt_takes_the_plugins(trt, built):
+    """Each is registered, created as an AOT plugin, and asked what the builder asks: types, shapes, launch, code."""
+    model, kernels = built
+    plugins.register(trt, kernels)
+    plugins.register(trt, kernels)  # a second component may have the same kernel
+    from tensorrt.plugin import _lib
+
+    kinds = {torch.float32: trt.DataType.FLOAT}
+    maker = SimpleNamespace(constant=_Expression)
+    for node in (node for node in model.graph if node.domain == "vlv"):
+        kernel, name = kernels[node.op_type], f"vlv::{node.op_type}"
+        creator = _lib._TemplatePluginCreator(node.op_type, "vlv", {})
+        plugin = creator.create_plugin(node.op_type, "vlv", [], None, trt.QuickPluginCreationRequest.STRICT_AOT)
+        shapes = [[_Expression(size) for size in value.shape] for value in node.inputs]
+        types = plugin.get_output_data_types([trt.DataType.FLOAT] * len(shapes), [len(shape) for shape in shapes])
+        assert types == [kinds[x.dtype] for x in kernel.written] and len(types) == _lib.QDP_REGISTRY[name].num_outputs
+        outputs = plugin.get_output_shapes(shapes, [], maker)
+        assert [tuple(size.value for size in shape) for shape in outputs] == [tuple(x.shape) for x in kernel.written]
+        plugin.set_tactic(0)
+        tensors = [
+            SimpleNamespace(desc=SimpleNamespace(type=0, format=0, scale=1), dims=s) for s in (*shapes, *outputs)
+        ]
+        params, extra = SimpleNamespace(), SimpleNamespace()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tensorrt.plugin._plugin_class.Shape", lambda desc: None)
+            plugin.get_launch_params(shapes, tensors, len(shapes), params, extra, maker)
+        grid, block = ([getattr(params, f"{kind}_{axis}").expr.value for axis in "xyz"] for kind in ("grid", "block"))
+        assert (tuple(grid), tuple(block)) == (kernel.grid, kernel.block) and extra.nbSymExprs == 0
+        assert params.shared_mem.expr.value == kernel.shared
+        descriptions = [SimpleNamespace(type=0, format=0)] * len(tensors)
+        assert plugin.get_kernel(descriptions[: len(shapes)], descriptions[len(shapes) :]) == (
+            kernel.name, kernel.ptx.encode()
+        )  # fmt: skip
