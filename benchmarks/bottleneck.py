@@ -33,6 +33,7 @@ from vlv.train.t2i import latents
 
 PROBE = 2**30  # first scene of the probe's training set: beyond stage 1's pool and below the held-out ones
 CHUNK = 256  # images encoded together
+NOISE = 512  # held-out scenes that the noise error is measured on
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ class Point:
     images: int
 
     steps: int
+    batch: int
 
     @property
     def name(self) -> str:
-        return f"q{self.queries}-n{self.images}-s{self.steps}"
+        return f"q{self.queries}-n{self.images}-s{self.steps}x{self.batch}"
 
 
 def memories(encoder: VLVEncoder, seeds: range, cache: Path) -> Tensor:
@@ -124,9 +126,9 @@ def train(point: Point, encoder: VLVEncoder, scale: float, t2i: T2I, memory: Ten
 
 @torch.inference_mode()
 def noise(t2i: T2I, cache: Tensor, contexts: Tensor) -> float:
-    """The held-out noise error, over the same noises and time steps for every point."""
+    """The noise error of the first held-out scenes, over the same noises and time steps for every point."""
     torch.manual_seed(1)
-    parts = zip(cache.split(CHUNK), contexts.split(CHUNK), strict=True)
+    parts = zip(cache.split(CHUNK), contexts[: len(cache)].split(CHUNK), strict=True)
     losses = [t2i.noise_loss(x.float(), c).item() * len(x) for x, c in parts]
     return sum(losses) / len(cache)
 
@@ -141,10 +143,11 @@ def main() -> None:
     parser.add_argument("--stage1", required=True, help="checkpoint folder with t2i/")
     parser.add_argument("--run", type=Path, required=True, help="folder of caches and saves; resumed")
     parser.add_argument("--out", type=Path, help="JSON file of the results (also printed)")
-    parser.add_argument("--queries", type=int, nargs="+", default=[2, 8, 16, 32, 77], metavar="N")
+    parser.add_argument("--queries", type=int, nargs="+", default=[8, 32, 2, 16, 77], metavar="N")
     parser.add_argument("--images", type=int, nargs="+", default=[64, 512, 4096], metavar="N", help="data sizes")
     parser.add_argument("--pool", type=int, default=16_384, help="different images for the curve over queries")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=16, help="images a step, each with two noises")
     parser.add_argument("--probe", type=int, default=8000, help="scenes that the probe learns from")
     parser.add_argument("--held-out", type=int, default=1000)
     args = parser.parse_args()
@@ -155,9 +158,9 @@ def main() -> None:
     trained, t2i = checkpoint.load_encoder(), T2I.load(checkpoint.t2i)
     t2i.unet.to(memory_format=torch.channels_last)
     width = trained.config.queries
-    settings: LoopConfig = replace(STAGE1["tiny"].loop, steps=args.steps, warmup=50, save_every=50)
-    points = [Point(q, args.pool, args.steps) for q in args.queries]
-    points += [Point(width, n, args.steps) for n in args.images]
+    settings: LoopConfig = replace(STAGE1["tiny"].loop, steps=args.steps, batch=args.batch, warmup=50, save_every=50)
+    points = [Point(q, args.pool, args.steps, args.batch) for q in args.queries]
+    points += [Point(width, n, args.steps, args.batch) for n in args.images]
     ranges = {
         "train": range(args.pool),
         "probe": range(PROBE, PROBE + args.probe),
@@ -168,8 +171,8 @@ def main() -> None:
     cache = latents(t2i, args.pool, run)
     with torch.inference_mode():
         held_out = torch.cat(
-            [t2i.encode_images(data.images(ranges["held-out"][i : i + CHUNK]), sample=False)
-             for i in range(0, args.held_out, CHUNK)]
+            [t2i.encode_images(data.images(ranges["held-out"][:NOISE][i : i + CHUNK]), sample=False)
+             for i in range(0, min(NOISE, args.held_out), CHUNK)]
         )  # fmt: skip
     results = {
         "command": " ".join(["python -m benchmarks.bottleneck", *sys.argv[1:]]),
@@ -178,14 +181,14 @@ def main() -> None:
         "machine": machine.describe() | {"threads": torch.get_num_threads()},
         "what": __doc__.split("\n\n")[2].replace("\n", " "),
         "settings": {"steps": args.steps, "batch": settings.batch, "noise_draws": 2, "lr": settings.lr}
-        | {"probe_scenes": args.probe, "held_out_scenes": args.held_out, "text_positions": width},
+        | {"probe_scenes": args.probe, "held_out_scenes": args.held_out, "noise_scenes": len(held_out)}
+        | {"text_positions": width},
         "points": [],
     }
     for point in points:
         file = run / f"{point.name}.result.json"
         if not file.exists():
             encoder, scale = fresh(trained, t2i, point.queries)
-            untrained = contexts_of(encoder, memory["held-out"])
             loop = train(point, encoder, scale, t2i, memory["train"], cache, settings, run)
             read = {name: contexts_of(encoder, memory[name]) for name in ("probe", "held-out")}
             probe = attributes.fit(read["probe"], truth["probe"])
@@ -194,19 +197,19 @@ def main() -> None:
                 "images": point.images,
                 "noise_error": noise(t2i, held_out, read["held-out"]),
                 "noise_error_shuffled": noise(t2i, held_out, read["held-out"].roll(1, 0)),
-                "noise_error_untrained": noise(t2i, held_out, untrained),
                 "training_noise_error": loop.history[-1]["loss"],
                 "right": attributes.compare(probe.says(read["held-out"]), truth["held-out"]),
                 "interpolated_positions": point.queries > width,
                 "training_seconds": round(loop.seconds, 1),
             }
             file.write_text(json.dumps(found))
-        results["points"].append(json.loads(file.read_text()))
-        print(json.dumps(results["points"][-1]), file=sys.stderr, flush=True)
-    text = json.dumps(results, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+        results["points"] = sorted(
+            [*results["points"], json.loads(file.read_text())], key=lambda p: (p["queries"], p["images"])
+        )
+        if args.out:  # as far as it has come
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps(results["points"]), file=sys.stderr, flush=True)
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
