@@ -11,7 +11,8 @@ COLOR = "#3b82f6"
 def of_rows(rows: list[dict], x: str, only: str = "") -> str:
     """A chart for each figure of the rows whose name begins with `only`, over the column `x`."""
     rows = sorted((r for r in rows if isinstance(r.get(x), int | float)), key=lambda r: r[x])
-    names = [k for k, v in rows[0].items() if isinstance(v, float) and k != x and k.startswith(only)] if rows else []
+    figures = [k for k, v in rows[0].items() if isinstance(v, float) and k != x] if rows else []
+    names = [k for k in figures if k.startswith(only) and not k.endswith("_std")]
     drawn = [chart([(r[x], r[name]) for r in rows if r.get(name) is not None], name, x) for name in names]
     return f'<div class="charts">{"".join(drawn)}</div>' if len(rows) > 1 else ""
 

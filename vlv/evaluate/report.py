@@ -34,7 +34,7 @@ th:first-child, td:first-child {{ text-align: left; }}
 p, code, small {{ color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }}
 .strip {{ display: flex; gap: .3rem; }} .strip img {{ width: 6rem; image-rendering: pixelated; border-radius: .3rem; }}
 svg text {{ fill: var(--soft); font-size: 11px; }} svg .axis {{ stroke: var(--line); }}
-.charts {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
+.charts {{ display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem; }}
 </style>
 <h1>VLV evaluation</h1>
 {sections}
@@ -69,7 +69,7 @@ def _section(name: str, found: dict, body: str) -> str:
         k: v for k, v in found.items() if isinstance(v, str | int | float) and k not in ("kind", "command", "what")
     }
     facts = ", ".join(f"{k} {v}" for k, v in about.items())
-    parts = [f"<h2>{html.escape(found['kind'])}</h2><p>{html.escape(name)}: {html.escape(facts)}</p>"]
+    parts = [f"<h2>{html.escape(found['kind'])}</h2><p>{html.escape(f"{name}: {facts}" if facts else name)}</p>"]
     parts += [f"<p>{html.escape(found['what'])}</p>"] if "what" in found else []
     parts += [body, f"<p><code>{html.escape(found.get('command', ''))}</code></p>"]
     if failures := found.get("failures"):
