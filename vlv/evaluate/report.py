@@ -69,7 +69,8 @@ def _section(name: str, found: dict, body: str) -> str:
         k: v for k, v in found.items() if isinstance(v, str | int | float) and k not in ("kind", "command", "what")
     }
     facts = ", ".join(f"{k} {v}" for k, v in about.items())
-    parts = [f"<h2>{html.escape(found['kind'])}</h2><p>{html.escape(f"{name}: {facts}" if facts else name)}</p>"]
+    head = f"{name}: {facts}" if facts else name
+    parts = [f"<h2>{html.escape(found['kind'])}</h2><p>{html.escape(head)}</p>"]
     parts += [f"<p>{html.escape(found['what'])}</p>"] if "what" in found else []
     parts += [body, f"<p><code>{html.escape(found.get('command', ''))}</code></p>"]
     if failures := found.get("failures"):
