@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import itertools
 import re
 import shlex
 import shutil
@@ -20,7 +21,14 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 by_page = pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-OUTSIDE = {"docker", "kubectl", "helm", "curl", "source"}  # not ours: only the files that they name are looked at
+OUTSIDE = {
+    "pip",
+    "docker",
+    "kubectl",
+    "helm",
+    "curl",
+    "source",
+}  # not ours: only the files that they name are looked at
 RUN = [
     "python -m vlv.checkpoint assets/vlv-tiny",
     "python -m serve.server --keys keys.json --new-key alice",
@@ -30,11 +38,11 @@ RUN = [
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of a page's sh blocks, and of its indented ones that call Python."""
-    text = page.read_text()
+    """The lines of a page's sh blocks, and of its indented ones that call Python; continued lines are joined."""
+    text = page.read_text().replace("\\\n", " ")
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
     lines += re.findall(r"^    ((?:\w+=\S+ )*python -m .*)", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
-    return [line for line in lines if line.strip()]
+    return [line for line in lines if words_of(line)]
 
 
 def words_of(command: str) -> list[str]:
@@ -46,10 +54,10 @@ def words_of(command: str) -> list[str]:
 
 
 @functools.cache
-def options_of(module: str) -> set[str]:
-    """The options that a module's --help lists."""
+def options_of(*module: str) -> set[str]:
+    """The options that the --help of a module, or of a module's subcommand, lists."""
     done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", *module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, f"{module} --help: {done.stderr[-500:]}"
     return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", done.stdout))
@@ -70,11 +78,15 @@ def options_of_vllm() -> set[str]:
 
 def check(words: list[str]) -> None:
     """Raise AssertionError where a command has an option, a module or a file that does not exist."""
+    if words[0] == "torchrun":
+        words = ["python", *words[words.index("-m") :]]
     used = {word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
     if words[0] in ("python", ".venv/bin/python"):
         assert words[1] == "-m" or (ROOT / words[1]).is_file(), words
         if words[1] == "-m" and words[2] != "pytest":
             missing = used - {"-m"} - options_of(words[2])
+            if missing and words[3].isalpha():
+                missing -= options_of(*words[2:4])
             assert not missing, f"{words[2]} takes no {missing}"
     elif words[:2] == ["vllm", "serve"]:
         assert used <= options_of_vllm(), used - options_of_vllm()
@@ -85,8 +97,9 @@ def check(words: list[str]) -> None:
         assert set(words[1:]) <= {*targets}
     else:
         assert words[0] in OUTSIDE, f"unknown command {words[0]}: teach this test to check it"
-    for word in words:
-        if re.match(r"(deploy|assets|docs|scripts|benchmarks|requirements)/", word):
+    for before, word in itertools.pairwise(words):
+        written = before in ("-o", "--out", "--output")
+        if not written and re.match(r"(deploy|assets|docs|scripts|benchmarks|requirements)/", word):
             assert (ROOT / word).exists(), f"there is no {word}"
 
 
