@@ -1,0 +1,160 @@
+"""The stages of serve.ray_batch, as Ray Data's actors run them: each takes a unit's batch of columns and gives one.
+
+    {unit} --Decode--> {index, crop, kind, error} --Encode--> {embeds instead of crop} --Write--> captions, in a part
+
+A unit stays one block from its plan to its part. What fails with an image travels on as its kind and error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+from typing import Any
+
+import numpy as np
+
+from serve.command import Model
+from serve.ray_store import Store, part, unit_items
+from vlv.image import ImageError
+
+Batch = dict[str, Any]
+
+
+class Decode:
+    """Plans to crops, in processes of the actor's own: a file that kills its decoder costs that image."""
+
+    def __init__(self, args: argparse.Namespace):
+        from serve.decode import DecodePool
+
+        self._store = Store(args.output)
+        self._loop, workers = asyncio.new_event_loop(), args.workers or 1
+        self._pool = DecodePool(Model.of(args).checkpoint.config.image_size, workers, 4 * workers)
+        self._loop.run_until_complete(self._pool.__aenter__())
+
+    def __call__(self, batch: Batch) -> Batch:
+        unit = int(batch["unit"][0])
+        items = unit_items(self._store, unit)
+        size = self._pool.crops.shape[-1]
+        crops = np.zeros((len(items), 3, size, size), np.uint8)
+        problems = [("", "")] * len(items)
+
+        async def one(index: int) -> None:
+            slot = await self._pool.slot()
+            try:
+                await self._pool.decode(items[index], slot)
+                crops[index] = self._pool.crops[slot]
+            except ImageError as error:
+                problems[index] = (error.kind, str(error))
+            finally:
+                self._pool.release(slot)
+
+        async def all_of_them() -> None:
+            await asyncio.gather(*(one(index) for index in range(len(items))))
+
+        self._loop.run_until_complete(all_of_them())
+        kinds, errors = (np.array(column, dtype=object) for column in zip(*problems, strict=True))
+        units = np.full(len(items), unit)
+        return {"unit": units, "index": np.arange(len(items)), "crop": crops, "kind": kinds, "error": errors}
+
+
+class Encode:
+    """Crops to embeddings."""
+
+    def __init__(self, args: argparse.Namespace):
+        from serve.llm import Sampling
+        from serve.pipeline import PipelineConfig, open_encoder
+
+        self._most = args.prompt_batch
+        config = PipelineConfig(Sampling(), encoder=args.encoder, artifacts=args.artifacts)
+        self._encoder = open_encoder(Model.of(args).checkpoint, config)
+
+    def __call__(self, batch: Batch) -> Batch:
+        crops = np.array(batch.pop("crop"))  # a copy: Ray's are read-only
+        parts = [self._encoder(crops[i : i + self._most]).float().numpy() for i in range(0, len(crops), self._most)]
+        return {**batch, "embeds": np.concatenate(parts)}
+
+
+class Write:
+    """Embeddings to captions, by an engine of the actor's own, and to the unit's part in the store."""
+
+    def __init__(self, args: argparse.Namespace):
+        model = Model.of(args)
+        self._store, self._raw, self._format = Store(args.output), args.raw, args.format
+        self._engine = model.engine()
+        self._mark = self._engine.options.mark(model.checkpoint.hash)
+        self._loop = asyncio.new_event_loop()
+        self._loop.run_until_complete(self._engine.start())
+
+    def __call__(self, batch: Batch) -> Batch:
+        unit = int(batch["unit"][0])
+        items = unit_items(self._store, unit)
+        records, errors = [], []
+        for row, outcome in enumerate(self._loop.run_until_complete(self._captions(batch))):
+            item = items[int(batch["index"][row])]
+            place = {"id": item.id, "path": item.path}
+            if isinstance(outcome, dict):
+                records.append((item, {**place, **outcome, "model": self._mark}))
+            else:
+                errors.append({**place, "kind": outcome[0], "error": outcome[1]})
+        if errors:
+            self._store.write(f"errors/{part(unit, '.parquet')}", parquet(errors))
+        content = tar(records) if self._format == "webdataset" else parquet([record for _, record in records])
+        self._store.write(part(unit, ENDINGS[self._format]), content)
+        return {"captions": np.array([len(records)]), "errors": np.array([len(errors)])}
+
+    async def _captions(self, batch: Batch) -> list[dict | tuple[str, str]]:
+        return await asyncio.gather(*(self._caption(batch, row) for row in range(len(batch["index"]))))
+
+    async def _caption(self, batch: Batch, row: int) -> dict | tuple[str, str]:
+        import torch
+
+        from serve.llm import EmbedsError, Sampling
+        from vlv.captioner import clean_caption
+
+        if batch["kind"][row]:
+            return str(batch["kind"][row]), str(batch["error"][row])
+        embeds = torch.from_numpy(np.array(batch["embeds"][row], dtype=np.float32))
+        try:
+            completion = await self._engine.generate(embeds, Sampling(self._engine.max_tokens))
+        except EmbedsError as error:
+            return "encoder", str(error)
+        text = completion.text if self._raw else clean_caption(completion.text)
+        return {"caption": text, "tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
+
+
+ENDINGS = {"parquet": ".parquet", "webdataset": ".tar"}
+TEXTS = ("id", "path", "caption", "finish_reason", "model")
+
+
+def parquet(rows: list[dict]) -> bytes:
+    """Rows as a Parquet file; captions have their columns even where a unit has none."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    errors = bool(rows) and "error" in rows[0]
+    fields = {name: pa.string() for name in (("id", "path", "kind", "error") if errors else TEXTS)}
+    fields |= {} if errors else {"tokens": pa.int32()}
+    whole = [{k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in r.items()} for r in rows]
+    file = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(whole, pa.schema(fields.items())), file, compression="zstd")
+    return file.getvalue()
+
+
+def tar(records: list[tuple[Any, dict]]) -> bytes:
+    """Images with their captions as a WebDataset shard."""
+    import os
+    import tarfile
+
+    from serve.sinks import json_bytes
+
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as shard:
+        for number, (item, record) in enumerate(records):
+            extension = os.path.splitext(item.id)[1].lower() or ".img"
+            parts = {extension: item.read(), ".txt": record["caption"].encode(), ".json": json_bytes(record)}
+            for ending, content in parts.items():
+                info = tarfile.TarInfo(f"{number:06}{ending}")
+                info.size = len(content)
+                shard.addfile(info, io.BytesIO(content))
+    return file.getvalue()

@@ -1,0 +1,173 @@
+"""The output folder of serve.ray_batch: its plan, and the parts that say which units of the plan are done.
+
+    _plan/000000.json ...    the images of each unit, written before anything is captioned
+    _plan/complete.json      the plan's terms; without it the plan is made again
+    part-000000.parquet      a unit's captions, put there whole: its presence is what makes the unit done
+    errors/part-000000.parquet    a unit's images that failed, put there before its captions
+
+A unit that is done twice, because a worker died after the work and before the news, writes the same file again. So
+nothing is lost or doubled, whatever is killed, on a local disk as on S3 or GCS (through fsspec).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+
+from serve.command import Misuse
+from serve.sources import Item, SourceError, expand
+from vlv.image import EXTENSIONS, ImageError
+
+
+class Remote(Item):
+    """An image behind a URL that fsspec opens."""
+
+    __slots__ = ()
+
+    def read(self) -> bytes:
+        """The file's content. Raises ImageError."""
+        import fsspec
+
+        try:
+            with fsspec.open(self.path, "rb") as file:
+                return file.read()
+        except FileNotFoundError as error:
+            raise ImageError("missing", "there is no such file") from error
+        except Exception as error:  # every file system has its own
+            raise ImageError("unreadable", f"cannot read the URL: {type(error).__name__}: {error}") from error
+
+
+class Store:
+    """A folder, local or behind a URL, whose files appear whole."""
+
+    def __init__(self, url: str):
+        """Raises Misuse where fsspec has no file system for the URL."""
+        self._fs, self._root = file_system(url)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put a file there, or replace it."""
+        path = f"{self._root}/{name}"
+        if "file" in self._fs.protocol:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}.{os.getpid()}.tmp"
+            with open(temporary, "wb") as file:
+                file.write(content)
+            os.replace(temporary, path)
+        else:  # an object store shows an object once it is whole
+            self._fs.pipe_file(path, content)
+
+    def read(self, name: str) -> bytes:
+        """A file's content. Raises FileNotFoundError."""
+        return self._fs.cat_file(f"{self._root}/{name}")
+
+    def names(self, suffix: str) -> set[str]:
+        """The names at the top of the folder that end so."""
+        if not self._fs.exists(self._root):
+            return set()
+        self._fs.invalidate_cache()
+        found = {path.rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)}
+        return {name for name in found if name.endswith(suffix)}
+
+
+def file_system(url: str):
+    """fsspec's file system for a URL or path, and the path in it. Raises Misuse."""
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, path = url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise Misuse(f"{url} cannot be opened: {error}") from error
+    return fs, path.rstrip("/")
+
+
+def part(unit: int, ending: str = "") -> str:
+    """The name of a unit's part."""
+    return f"part-{unit:06}{ending}"
+
+
+def items_of(paths: list[str], column: str) -> Iterator[Item]:
+    """The images of paths (as serve.sources), folders behind URLs, and Parquet files with a column of URLs.
+
+    Raises SourceError or Misuse.
+    """
+    for path in paths:
+        if path.endswith(".parquet"):
+            yield from _listed(path, column)
+        elif "://" in path:
+            yield from _remote_folder(path)
+        else:
+            yield from expand([path])
+
+
+def _listed(path: str, column: str) -> Iterator[Item]:
+    from pyarrow import parquet
+
+    fs, inside = file_system(path)
+    if not fs.exists(inside):
+        raise SourceError(f"no such file: {path}")
+    with fs.open(inside, "rb") as file:
+        table = parquet.ParquetFile(file)
+        if column not in table.schema_arrow.names:
+            raise SourceError(f"{path} has no column {column}: it has {table.schema_arrow.names}; choose --url-column")
+        for batch in table.iter_batches(columns=[column]):
+            for url in batch.column(0).to_pylist():
+                if "://" in (url or ""):
+                    yield Remote(url, url)
+                else:
+                    yield Item(url or "", os.path.abspath(url or ""))
+
+
+def _remote_folder(url: str) -> Iterator[Item]:
+    fs, inside = file_system(url)
+    found = sorted(fs.find(inside))
+    for name in found:
+        if os.path.splitext(name)[1].lower() in EXTENSIONS:
+            whole = fs.unstrip_protocol(name)
+            yield Remote(whole, whole)
+    if not found:
+        raise SourceError(f"no images at {url}")
+
+
+def plan(store: Store, items: Iterable[Item], terms: dict, size: int) -> int:
+    """Write the plan, or find it written; the number of units. Raises Misuse where other terms hold there."""
+    try:
+        held = json.loads(store.read("_plan/complete.json"))
+    except FileNotFoundError:
+        pass
+    else:
+        if changed := sorted(name for name in terms if held.get(name) != terms[name]):
+            name, before = changed[0], held.get(changed[0])
+            raise Misuse(f"DST was begun with {name} {before}, and this is {terms[name]}: choose another DST")
+        return held["units"]
+    units, batch = 0, []
+    for item in _once(items):
+        batch.append(item)
+        if len(batch) == size:
+            _write_unit(store, units, batch)
+            units, batch = units + 1, []
+    if batch:
+        _write_unit(store, units, batch)
+        units += 1
+    store.write("_plan/complete.json", json.dumps({**terms, "units": units}).encode())
+    return units
+
+
+def _once(items: Iterable[Item]) -> Iterator[Item]:
+    """Each id once, as its first mention has it."""
+    from serve.sinks import IdSet
+
+    seen = IdSet()
+    return (item for item in items if seen.add(item.id))
+
+
+def _write_unit(store: Store, unit: int, items: list[Item]) -> None:
+    entries = [asdict(item) | {"remote": isinstance(item, Remote)} for item in items]
+    store.write(f"_plan/{unit:06}.json", json.dumps(entries).encode())
+
+
+def unit_items(store: Store, unit: int) -> list[Item]:
+    """The images of one unit."""
+    entries = json.loads(store.read(f"_plan/{unit:06}.json"))
+    return [(Remote if entry.pop("remote") else Item)(**entry) for entry in entries]

@@ -1,0 +1,129 @@
+"""serve.ray_batch without Ray: what it reads and plans, each stage as an actor would call it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import Table, parquet
+
+from serve import ray_batch
+from serve.command import Misuse
+from serve.ray_stages import Decode, Encode, Write
+from serve.ray_store import Remote, Store, items_of, part, plan, unit_items
+from serve.sources import Item, SourceError
+from vlv.image import ImageError
+
+
+def test_the_plan_names_each_image_once(pictures, tmp_path):
+    store = Store(str(tmp_path / "out"))
+    sources = [str(pictures), str(pictures / "00.png")]  # one of them twice
+    assert plan(store, items_of(sources, "url"), {"model": "a"}, 4) == 4
+    held = [item.id for unit in range(4) for item in unit_items(store, unit)]
+    assert held == sorted(str(file) for file in pictures.iterdir())
+    # taken up again it is what it was, whatever has come to the folder since
+    (pictures / "zz.png").write_bytes(b"new")
+    assert plan(store, items_of(sources, "url"), {"model": "a"}, 4) == 4
+    with pytest.raises(Misuse, match="DST was begun with model a, and this is b: choose another DST"):
+        plan(store, iter([]), {"model": "b"}, 4)
+
+
+def test_a_plan_that_was_killed_is_made_again(pictures, tmp_path):
+    def dies():
+        yield from list(items_of([str(pictures)], "url"))[:6]
+        raise KeyboardInterrupt
+
+    store = Store(str(tmp_path / "out"))
+    with pytest.raises(KeyboardInterrupt):
+        plan(store, dies(), {}, 4)
+    assert plan(store, items_of([str(pictures)], "url"), {}, 4) == 4
+
+
+def test_urls_and_lists_of_urls(pictures, tmp_path):
+    urls = [(pictures / name).as_uri() for name in ("00.png", "gone.png")] + [str(pictures / "01.png")]
+    listed = tmp_path / "list.parquet"
+    parquet.write_table(Table.from_pydict({"url": urls, "other": [1, 2, 3]}), listed)
+    first, gone, local = items_of([str(listed)], "url")
+    assert first.read() == (pictures / "00.png").read_bytes() and first.id == urls[0]
+    assert local.read() == (pictures / "01.png").read_bytes() and not isinstance(local, Remote)
+    with pytest.raises(ImageError, match="there is no such file"):
+        gone.read()
+    with pytest.raises(SourceError, match=r"no column picture: it has \['url', 'other'\]"):
+        list(items_of([str(listed)], "picture"))
+    assert {Path(item.id).name for item in items_of([pictures.as_uri()], "url")} == {f.name for f in pictures.iterdir()}
+    with pytest.raises(Misuse, match="nonsense://x/y cannot be opened"):
+        list(items_of(["nonsense://x/y"], "url"))
+
+
+def test_a_store_in_memory_as_object_stores_are():
+    store = Store("memory://captions")
+    assert store.names(".parquet") == set()
+    store.write("part-000000.parquet", b"x")
+    store.write("errors/part-000000.parquet", b"y")
+    assert store.names(".parquet") == {"part-000000.parquet"} and store.read("errors/part-000000.parquet") == b"y"
+    with pytest.raises(FileNotFoundError):
+        store.read("part-000001.parquet")
+
+
+def test_the_stages_one_after_another(args, pictures, captioning_checkpoint):
+    store = Store(args.output)
+    assert plan(store, items_of(args.paths, "url"), {}, args.unit) == 4
+    decode, encode, write = Decode(args), Encode(args), Write(args)
+    try:
+        results = [write(encode(decode({"unit": np.array([unit])}))) for unit in range(4)]
+        again = write(encode(decode({"unit": np.array([3])})))  # as after a worker's death: the same file
+    finally:
+        decode._loop.run_until_complete(decode._pool.__aexit__())
+        write._loop.run_until_complete(write._engine.close())
+    assert sum(r["captions"][0] for r in results) == 12 and sum(r["errors"][0] for r in results) == 1
+    assert again == results[3]
+    rows = [row for unit in range(4) for row in parquet.read_table(f"{args.output}/{part(unit)}.parquet").to_pylist()]
+    assert sorted(row["id"] for row in rows) == sorted(str(f) for f in pictures.glob("[0-9]*.png"))
+    assert {row["caption"] for row in rows} == captions_of(pictures, captioning_checkpoint)
+    (error,) = [row for f in Path(args.output).glob("errors/*") for row in parquet.read_table(f).to_pylist()]
+    assert error["id"].endswith("broken.png") and "not recognised as an image" in error["error"]
+
+
+def captions_of(pictures: Path, checkpoint: Path) -> set[str]:
+    """What the reference writes of the good pictures."""
+    import torch
+
+    from vlv.captioner import Captioner
+    from vlv.checkpoint import Checkpoint
+    from vlv.image import load_crop
+
+    captioner = Captioner.load(Checkpoint.open(checkpoint))
+    size = captioner.encoder.config.image_size
+    crops = torch.from_numpy(np.stack([load_crop(f, size) for f in sorted(pictures.glob("[0-9]*.png"))]))
+    return set(captioner.captions(crops, max_new_tokens=60))
+
+
+def test_a_tar_part_holds_images_and_records(scene_images):
+    import io
+
+    from serve.ray_stages import tar
+
+    file = scene_images / "00.png"
+    record = {"id": str(file), "caption": "A cat.", "tokens": 3}
+    with tarfile.open(fileobj=io.BytesIO(tar([(Item(str(file), str(file)), record)]))) as shard:
+        content = {member.name: shard.extractfile(member).read() for member in shard}
+    assert content["000000.png"] == file.read_bytes() and content["000000.txt"] == b"A cat."
+    assert json.loads(content["000000.json"]) == record
+
+
+def test_refused_in_one_sentence(command, capsys, tmp_path):
+    for change, words in {
+        ("--ckpt", "/absent"): "error: --ckpt: no checkpoint at /absent",
+        ("--llms", "3-1"): "'3-1' is neither a number of actors",
+        ("--llm-gpu", "2"): "'2' is no share of a GPU",
+    }.items():
+        try:
+            code = ray_batch.main([*command, *change])
+        except SystemExit as exit:
+            code = exit.code
+        stderr = capsys.readouterr().err
+        assert code == 2 and words in stderr and stderr.count("\n") == 1, stderr
+    assert not (tmp_path / "out").exists()
