@@ -276,3 +276,33 @@ def test_a_checkpoint_that_cannot_draw(random_checkpoint, scene_images):
 def test_drawing_is_counted(server):
     text = httpx.get(server.url + "/metrics").text
     assert 'vlv_stage_seconds_count{stage="draw"}' in text
+
+
+def test_a_painter_that_is_busy_or_has_no_memory(drawing_checkpoint, monkeypatch):
+    import asyncio
+    import threading
+
+    import torch
+
+    from serve.limits import Refusal
+    from serve.painter import WAITING, Drawing, Painter
+
+    painter, go = Painter(Checkpoint.open(drawing_checkpoint)), threading.Event()
+
+    def full():
+        go.wait(20)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(painter, "_load", full)
+
+    async def ask():
+        first = [asyncio.create_task(painter.paint([], Drawing())) for _ in range(WAITING + 1)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal, match="pictures are being drawn already") as refused:
+            await painter.paint([], Drawing())
+        assert refused.value.status == 503 and refused.value.retry_after
+        go.set()
+        return await asyncio.gather(*first, return_exceptions=True)
+
+    answers = asyncio.run(ask())
+    assert {(type(a), a.status, a.kind) for a in answers} == {(Refusal, 503, "no_memory")}
