@@ -37,6 +37,9 @@ def write_tar(stream, rows, kind="txt"):
 
 
 def everything(source):
+    for shard, count in enumerate(source.rows):
+        for row in range(count):
+            assert source.name(shard, row) in (None, source.read(shard, row).id)
     return [source.read(s, r) for s, count in enumerate(source.rows) for r in range(count)]
 
 

@@ -126,6 +126,8 @@ class Distiller:
         from vlv.train.duplicates import content_hash, difference_hash
 
         sample = None
+        if self.source.name(shard, row) in self.done:
+            return None
         try:
             sample = self.source.read(shard, row)
             if sample.id in self.done:

@@ -44,6 +44,10 @@ class Source(Protocol):
 
     rows: list[int]
 
+    def name(self, shard: int, row: int) -> str | None:
+        """A row's id if it is known without reading the row."""
+        ...
+
     def read(self, shard: int, row: int) -> Sample: ...
 
 
@@ -156,6 +160,9 @@ class Files:
                     ids.append(record.get("id", path))
         return cls(paths, known, ids)
 
+    def name(self, shard: int, row: int) -> str:
+        return self.ids[row]
+
     def read(self, shard: int, row: int) -> Sample:
         with open_file(self.files[row]) as stream:
             image = stream.read()
@@ -191,6 +198,9 @@ class Parquet:
             opened = parquet.ParquetFile(stream)
             columns = [c for c in opened.schema_arrow.names if c in (*IMAGE, *CAPTION, *ABOUT, "id")]
             return opened.read_row_group(group, columns)
+
+    def name(self, shard: int, row: int) -> None:
+        return None
 
     def read(self, shard: int, row: int) -> Sample:
         values = {name: column[row].as_py() for name, column in zip(*self._columns(shard), strict=True)}
@@ -242,6 +252,9 @@ class HuggingFace:
             data = data.cast_column(column, datasets.Image(decode=False))
         return data
 
+    def name(self, shard: int, row: int) -> None:
+        return None
+
     def read(self, shard: int, row: int) -> Sample:
         return row_sample(self._data[shard][row], f"{self._name}#{shard}:{row}")
 
@@ -253,6 +266,10 @@ class Joined:
         self._parts = parts
         self._where = [(part, i) for part in parts for i in range(len(part.rows))]
         self.rows = [n for part in parts for n in part.rows]
+
+    def name(self, shard: int, row: int) -> str | None:
+        part, inner = self._where[shard]
+        return part.name(inner, row)
 
     def read(self, shard: int, row: int) -> Sample:
         part, inner = self._where[shard]

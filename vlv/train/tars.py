@@ -28,12 +28,15 @@ class Tars:
             self._index: list[Index] = list(pool.map(_index, files))
         self.rows = [len(members) for members in self._index]
 
+    def name(self, shard: int, row: int) -> str:
+        return f"{self.files[shard]}/{self._index[shard][row][0]}"
+
     def read(self, shard: int, row: int) -> Sample:
-        key, image, text = self._index[shard][row]
+        _, image, text = self._index[shard][row]
         with open_file(self.files[shard]) as stream:
             content = _part(stream, *image)
             known = text_of(text[2], _part(stream, *text[:2])) if text else ()
-        return Sample(f"{self.files[shard]}/{key}", content, *known)
+        return Sample(self.name(shard, row), content, *known)
 
 
 def _part(stream, offset: int, length: int) -> bytes:
