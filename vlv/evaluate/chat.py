@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -52,7 +53,7 @@ class Question:
     def digest(self, model: str) -> str:
         """What the journal knows the question by: model, texts, and the image's content."""
         digest = hashlib.sha256(json.dumps([model, self.system, self.text, self.max_tokens]).encode())
-        digest.update(hashlib.sha256(self.image.read_bytes()).digest() if self.image else b"")
+        digest.update(_content(self.image) if self.image else b"")
         return digest.hexdigest()[:24]
 
 
@@ -210,6 +211,12 @@ class Chat:
         tokens_in, tokens_out = (sum(r["usage"][i] for r in records) for i in (0, 1))
         found = {"model": self.args.model, "tokens_in": tokens_in, "tokens_out": tokens_out}
         return found | ({"usd": round(self._dollars(tokens_in, tokens_out), 4)} if self.args.price else {})
+
+
+@functools.cache
+def _content(image: Path) -> bytes:
+    """The SHA-256 of a file, read once a run."""
+    return hashlib.sha256(image.read_bytes()).digest()
 
 
 def _cut_torn_line(file: Path) -> None:

@@ -18,8 +18,8 @@ from vlv.evaluate.cli import say
 Draw = Callable[[slice], Tensor]
 
 
-def draw_all(folder: Path, names: list[str], batch: int, settings: dict, draw: Draw) -> Tensor:
-    """Pictures uint8 [N, 3, S, S] of `names`; those that `folder` holds already are read, the others drawn.
+def draw_all(folder: Path, names: list[str], batch: int, settings: dict, draw: Draw) -> None:
+    """Draw the pictures of `names` that `folder` does not hold yet: NAME.png.
 
     Batches are cut at the same places every time, so a picture does not depend on where a run stopped. Raises
     ValueError where the folder's pictures were made with other settings.
@@ -37,24 +37,23 @@ def draw_all(folder: Path, names: list[str], batch: int, settings: dict, draw: D
         say(f"drawing {i} of {len(names)} into {folder}")
         for file, picture in zip(files, draw(part).cpu().numpy(), strict=True):
             _save(file, picture)
-    return read_all(folder, names)
 
 
-def read_all(folder: Path, names: list[str]) -> Tensor:
-    """The pictures of `names`: uint8 [N, 3, S, S]. Raises ValueError where one is not there, or of another size."""
+def read(files: list[Path], size: int | None = None) -> Tensor:
+    """Pictures uint8 [B, 3, S, S] as they are, all of one size. Raises ValueError where one is not."""
     pictures = []
-    for name in names:
-        file = folder / f"{name}.png"
+    for file in files:
         if not file.is_file():
             raise ValueError(f"there is no {file}: every original needs its drawing, of the same name")
         pictures.append(np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1))
-        if pictures[-1].shape != pictures[0].shape:
-            raise ValueError(f"{file} has another size than the first picture: {pictures[-1].shape[1:]}")
+        side = size or pictures[0].shape[1]
+        if pictures[-1].shape[1:] != (side, side):
+            raise ValueError(f"{file} is {pictures[-1].shape[2]} x {pictures[-1].shape[1]}, not {side} x {side} pixels")
     return torch.from_numpy(np.stack(pictures))
 
 
-def from_images(folder: Path, encoder, crops: Tensor, device: str):
-    """Draw from the embeddings of crops uint8 [N, 3, S, S]: draw(part, mixed, steps, guidance, seed, sampler).
+def from_images(folder: Path, encoder, crops: Draw, device: str):
+    """Draw from the embeddings of crops uint8 [B, 3, S, S]: draw(part, mixed, steps, guidance, seed, sampler).
 
     `mixed`: each token is another image's, by turns within the batch; what is left then is what chance gives.
     """
@@ -64,7 +63,7 @@ def from_images(folder: Path, encoder, crops: Tensor, device: str):
 
     @torch.inference_mode()
     def draw(part: slice, mixed: bool, **options) -> Tensor:
-        context = encoder.context(crops[part].to(device))
+        context = encoder.context(crops(part).to(device))
         if mixed:
             if len(context) < 2:
                 raise ValueError("--shuffled mixes the images of a batch, and the last has only one: change --batch")

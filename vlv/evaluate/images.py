@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,14 +62,14 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
     results = cli.results("images", argv) | {"pictures": len(originals)}
     measure = Measure(args, originals)
     rows, examples = [], [{"label": "original", "files": [str(f) for f in list(originals.values())[:EXAMPLES]]}]
-    for label, folder, pictures in _sets(args, originals):
-        rows.append(label | measure(pictures))
+    for label, folder in _sets(args, originals):
+        files = [folder / f"{name}.png" for name in originals]
+        rows.append(label | measure(files))
         cli.say(json.dumps(rows[-1]))
-        files = [str(folder / f"{name}.png") for name in list(originals)[:EXAMPLES]]
         title = "drawn" if label["guidance"] is None else f"guidance {label['guidance']:g} {label['control']}".strip()
-        examples.append({"label": title, "files": files})
+        examples.append({"label": title, "files": list(map(str, files[:EXAMPLES]))})
         if args.shuffled and label == {"guidance": args.guidance[0], "control": ""}:
-            rows.append(label | {"control": "another image's embeddings"} | measure(pictures.roll(1, 0)))
+            rows.append(label | {"control": "another image's embeddings"} | measure(files[-1:] + files[:-1]))
         cli.write(results | {"rows": rows, "examples": examples}, args.out, show=False)
     cli.write(results | {"rows": rows, "examples": examples}, args.out)
     return 0
@@ -96,15 +97,15 @@ def _originals(args: argparse.Namespace) -> dict[str, Path]:
     return dict(list(found.items())[: args.limit])
 
 
-def _crops(originals: dict[str, Path], size: int) -> Tensor:
-    """uint8 [N, 3, size, size]. Raises ImageError."""
+def _crops(files: list[Path], size: int) -> Tensor:
+    """uint8 [B, 3, size, size]. Raises ImageError."""
     import numpy as np
     import torch
 
     from vlv.image import ImageError, load_crop
 
     crops = []
-    for file in originals.values():
+    for file in files:
         try:
             crops.append(load_crop(file, size))
         except ImageError as error:
@@ -113,13 +114,13 @@ def _crops(originals: dict[str, Path], size: int) -> Tensor:
 
 
 def _sets(args: argparse.Namespace, originals: dict[str, Path]):
-    """Labels, folders and pictures [N, 3, S, S] of everything that is to be compared with the originals."""
+    """Labels and folders of the pictures that are to be compared with the originals, each when it is complete."""
     from vlv.evaluate import drawing
     from vlv.published import resolve
 
-    names = list(originals)
+    names, files = list(originals), list(originals.values())
     if args.drawn:
-        yield {"guidance": None, "control": ""}, args.drawn, drawing.read_all(args.drawn, names)
+        yield {"guidance": None, "control": ""}, args.drawn
         return
     checkpoint = resolve(args.ckpt) if args.ckpt else None
     t2i = args.t2i or checkpoint.t2i
@@ -129,19 +130,19 @@ def _sets(args: argparse.Namespace, originals: dict[str, Path]):
         texts = caption_files.read(args.captions)
         draw = drawing.from_captions(t2i, [texts[name] for name in names], args.device)
     else:
-        crops = _crops(originals, checkpoint.config.image_size)
-        draw = drawing.from_images(t2i, checkpoint.load_encoder(), crops, args.device)
+        size = checkpoint.config.image_size
+        draw = drawing.from_images(t2i, checkpoint.load_encoder(), lambda part: _crops(files[part], size), args.device)
     for guidance in args.guidance:
         options = {"steps": args.steps, "guidance": guidance, "seed": args.seed, "sampler": args.sampler}
         for control in ["", "mixed embeddings"] if args.shuffled and guidance == args.guidance[0] else [""]:
             folder = args.work / f"{'mixed' if control else 'drawn'}-{guidance:g}"
             part = functools.partial(draw, mixed=bool(control), **options)
-            pictures = drawing.draw_all(folder, names, args.batch, settings | {"guidance": guidance}, part)
-            yield {"guidance": guidance, "control": control}, folder, pictures
+            drawing.draw_all(folder, names, args.batch, settings | {"guidance": guidance}, part)
+            yield {"guidance": guidance, "control": control}, folder
 
 
 class Measure:
-    """The distances that were asked for, of picture sets to the originals."""
+    """The distances that were asked for, of picture sets to the originals; holds features, and a batch of pictures."""
 
     def __init__(self, args: argparse.Namespace, originals: dict[str, Path]):
         from vlv.evaluate.features import FeatureNet
@@ -149,25 +150,33 @@ class Measure:
 
         self.nets = {name: FeatureNet(path, args.device) for name, path in args.net}
         self.lpips = LPIPS.load(args.lpips) if args.lpips else None
-        self.files, self.batch, self.originals = originals, args.batch, None
+        self.originals, self.batch, self.size = list(originals.values()), args.batch, None
 
-    def __call__(self, pictures: Tensor) -> dict:
-        """All figures of pictures uint8 [N, 3, S, S], in the originals' order."""
-        import torch
-
+    def __call__(self, files: list[Path]) -> dict:
+        """All figures of drawn pictures, in the originals' order."""
+        from vlv.evaluate import drawing
         from vlv.evaluate.distances import distances
 
-        if self.originals is None:
-            self.originals = _crops(self.files, pictures.shape[-1])
-            self.real = {name: net(self.originals) for name, net in self.nets.items()}
+        if self.size is None:
+            self.size = drawing.read(files[:1]).shape[-1]
+            self.real, _ = self._walk(lambda part: _crops(self.originals[part], self.size))
             for name, features in self.real.items():
                 if len(features) <= features.shape[1]:
-                    few, width = len(features), features.shape[1]
-                    cli.say(
-                        f"{name}: {few} pictures for {width} features: `frechet` is biased, compare equal numbers only"
-                    )
-        found = {name: distances(self.real[name], net(pictures)) for name, net in self.nets.items()}
-        if self.lpips:
-            pairs = zip(self.originals.split(self.batch), pictures.split(self.batch), strict=True)
-            found["lpips"] = torch.cat([self.lpips(a, b) for a, b in pairs]).mean().item()
-        return found
+                    cli.say(f"{name}: {len(features)} pictures for {features.shape[1]} features: `frechet` is biased")
+        drawn, lpips = self._walk(lambda part: drawing.read(files[part], self.size), compare=self.lpips is not None)
+        found = {name: distances(self.real[name], drawn[name]) for name in self.nets}
+        return found | ({"lpips": sum(lpips) / len(lpips)} if lpips else {})
+
+    def _walk(self, pictures: Callable[[slice], Tensor], compare: bool = False) -> tuple[dict, list[float]]:
+        """Features [N, D] by net, and LPIPS to each original, of pictures that come a batch at a time."""
+        import torch
+
+        features, lpips = {name: [] for name in self.nets}, []
+        for i in range(0, len(self.originals), self.batch):
+            part = slice(i, i + self.batch)
+            batch = pictures(part)
+            for name, net in self.nets.items():
+                features[name].append(net(batch))
+            if compare:
+                lpips += self.lpips(_crops(self.originals[part], self.size), batch).tolist()
+        return {name: torch.cat(parts) for name, parts in features.items()}, lpips
