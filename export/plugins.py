@@ -37,6 +37,7 @@ from vlv.checkpoint import Checkpoint
 PROBES = NOISE + 1
 
 _SIGNATURE = "vlv.signature"  # key of a function's metadata
+_KINDS = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
 _TRACED = 5  # batch while tracing a body
 PTX_VERSION = 88  # of CUDA 12.9: new enough for all our targets, old enough for every TensorRT 11
 HALF = ("fp16", "bf16", "mixed")  # precisions in which the kernels are faster than TensorRT's own layers could be
@@ -76,8 +77,7 @@ class Signature:
 
     def empty(self, batch: int, device: str) -> list[torch.Tensor]:
         """Inputs of that batch."""
-        kinds = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
-        sizes = [(kinds[dtype], [batch if n is None else n for n in shape]) for dtype, shape in self.inputs]
+        sizes = [(_KINDS[dtype], [batch if n is None else n for n in shape]) for dtype, shape in self.inputs]
         return [torch.zeros(shape, dtype=dtype, device=device) for dtype, shape in sizes]
 
 
@@ -201,8 +201,9 @@ def kernel_graph(model, batch: int, sm: int) -> dict[str, PluginKernel]:
             )
             made.name = f"{node.name}_{kernel.kernel}"
             values |= zip(kernel.outputs, made.outputs, strict=True)
-            for number, value in zip(kernel.outputs, made.outputs, strict=True):
-                value.name = f"{made.name}_{number}"
+            for number, value, like in zip(kernel.outputs, made.outputs, kernel.written, strict=True):
+                value.name, value.shape = f"{made.name}_{number}", onnx_ir.Shape(like.shape)
+                value.dtype = onnx_ir.DataType[next(name for name, dtype in _KINDS.items() if dtype == like.dtype)]
             model.graph.insert_before(node, made)
         for old, number in zip(node.outputs, results, strict=False):
             new = values[number]

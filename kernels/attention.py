@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.dispatch import fused
-from kernels.launch import launch
+from kernels.launch import ALIGNMENT, launch
 from kernels.tiles import LOG2_E, power_of_two, strides
 from kernels.tuning import reference_is_faster
 
@@ -35,6 +35,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     return attention_reference(q, k, v, causal)
 
 
+def _describable(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can stand for these: 16-byte alignment throughout, channels side by side."""
+    return all(
+        x.stride(-1) == 1
+        and x.dtype != torch.float64
+        and all(n * x.element_size() % ALIGNMENT == 0 for n in (*x.stride()[:-1], x.storage_offset()))
+        for x in tensors
+    )
+
+
 def _launch(kernel: str, block: str, args: dict, q: Tensor, causal: bool | None, **constants: int) -> None:
     """Start a kernel over blocks of `block`'s tokens ("queries, BLOCK_M")."""
     batch, heads, _, head_dim = q.shape
@@ -60,7 +70,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor,
         **strides("q", q, "bhnd"), **strides("k", k, "bhnd"), **strides("v", v, "bhnd"), **strides("out", out, "bhnd"),
         "scale": q.shape[-1] ** -0.5 * LOG2_E,
     }  # fmt: skip
-    _launch("forward", "queries, BLOCK_M", args, q, causal)
+    _launch("forward", "queries, BLOCK_M", args, q, causal, DESCRIBABLE=_describable(k, v))
     return out, logsum
 
 

@@ -25,8 +25,11 @@ class Build:
     spills: int  # bytes of a thread in local memory
 
 
-def compile_launch(start: Launch, sm: int) -> Build:
-    """Build `start` for compute capability `sm` (90 is 9.0). Raises ValueError where it cannot be built."""
+def compile_launch(start: Launch, sm: int, scratch: bool = False) -> Build:
+    """Build `start` for compute capability `sm` (90 is 9.0). Raises ValueError where it cannot be built.
+
+    scratch: allow a kernel that only Triton can launch, because it needs scratch memory.
+    """
     if dispatch.INTERPRET:
         raise ValueError("in Triton's interpreter nothing is compiled: unset TRITON_INTERPRET and VLV_KERNELS")
     import triton
@@ -43,7 +46,7 @@ def compile_launch(start: Launch, sm: int) -> Build:
         built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(start.options))
     except (triton.TritonError, RuntimeError) as error:
         raise ValueError(f"{start.kernel} does not compile for sm{sm}: {error}") from error
-    if built.metadata.global_scratch_size or built.metadata.profile_scratch_size:
+    if not scratch and (built.metadata.global_scratch_size or built.metadata.profile_scratch_size):
         raise ValueError(f"{start.kernel} asks for scratch memory, which an ahead-of-time launch cannot give")
     cubin = built.asm["cubin"]
     registers, spills = resources(cubin)

@@ -112,6 +112,10 @@ def launch(
 
 def _run(start: Launch, constants: dict[str, int | float | bool], device: torch.device) -> None:
     """Through Triton; a configuration that this GPU has no room for gives way to the next that it has, for good."""
+    if start.constants.get("TMA"):
+        import triton
+
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     try:
         function(start.kernel)[start.blocks()](**start.args, **start.constants, **start.options)
         return

@@ -60,6 +60,8 @@ def choose(target: str) -> dict[str, dict[str, dict]]:
         tried = []
         for candidate in CANDIDATES[start.kernel]:
             constants, options = split(candidate)
+            if constants.get("TMA"):  # descriptors lie in scratch memory, which no ahead-of-time launch has
+                continue
             trial = replace(start, constants={**start.constants, **constants}, options=options)
             built = compile_launch(trial, int(target.removeprefix("sm")))
             filled = occupancy(LIMITS[target], built.warps, built.registers, built.shared)

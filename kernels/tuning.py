@@ -35,7 +35,17 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "dwconv_norm.forward": _choices("TILE", (4, 4, 1), (2, 4, 1), (8, 8, 1), (4, 8, 1), (16, 8, 1)),
     "dwconv_norm.norm_backward": _choices("TILE", (4, 4, 1), (2, 4, 1), (4, 8, 1)),
     "dwconv_norm.weight_backward": _choices("TILE", (16, 4, 1), (8, 4, 1), (32, 8, 1)),
-    "attention.forward": _choices("BLOCK_M BLOCK_N", (64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3), (64, 32, 8, 2)),
+    # TMA 1: keys and values through tensor descriptors, which Hopper and later GPUs copy by themselves
+    "attention.forward": _choices(
+        "BLOCK_M BLOCK_N TMA",
+        (64, 64, 0, 4, 3),
+        (128, 64, 0, 8, 3),
+        (64, 32, 0, 4, 3),
+        (64, 32, 0, 8, 2),
+        (128, 64, 1, 8, 3),
+        (64, 64, 1, 4, 3),
+        (128, 128, 1, 8, 2),
+    ),
     "attention.delta": _choices("BLOCK_M", (64, 4, 1)),
     "attention.key_backward": _choices("BLOCK_M BLOCK_N", (32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 4, 2)),
     "attention.query_backward": _choices("BLOCK_M BLOCK_N", (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
@@ -89,7 +99,7 @@ def _by_size(kernel: str) -> list[dict[str, int]]:
     """The candidates by falling need of shared memory, about: tiles times stages. The last is one stage of 16s."""
     least = {"num_warps": 4, "num_stages": 1}
     smallest = {name: least.get(name, min(value, 16)) for name, value in CANDIDATES[kernel][0].items()}
-    needs = lambda one: prod(value for name, value in one.items() if name != "num_warps")  # noqa: E731
+    needs = lambda one: prod(value for name, value in one.items() if name not in ("num_warps", "TMA"))  # noqa: E731
     return [*sorted(CANDIDATES[kernel], key=needs, reverse=True), smallest]
 
 

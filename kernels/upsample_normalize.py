@@ -66,7 +66,7 @@ def upsample_normalize_op(pixels: Tensor, resize: Tensor, mean: Tensor, std: Ten
     target, size = resize.shape
     out = _channels_last(pixels, resize, mean, std, dtype)
     launch(
-        "upsample_normalize.forward", f"t{target}", ("cdiv(TARGET, BLOCK)", "TARGET", "batch"),
+        "upsample_normalize.forward", f"t{target}", ("cdiv(TARGET * TARGET, BLOCK)", "batch"),
         {
             "pixels": pixels, "resize": resize.contiguous(), "mean": mean, "std": std, "out": out,
             **strides("stride", pixels, "bcyx"),

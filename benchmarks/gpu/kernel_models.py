@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 
 from benchmarks.encoder_cpu import flops, picture, prepared
-from benchmarks.gpu.kernels import Clock, compiled, judge, summary
+from benchmarks.gpu.kernels import OURS, THEIRS, Clock, eager_and_compiled, judge, summary
 from benchmarks.published_encoder import PublishedEncoder
 from kernels.dispatch import references
 from vlv import random_weights
@@ -55,11 +55,8 @@ def encoder(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: i
     result = {"name": "encoder", **judge(ours(pixels)[:2], theirs(x)[:2], expected)}
     if not result["correct"]:
         return result
-    their_compiled, our_compiled = compiled(theirs, clock.device), compiled(ours, clock.device)
-    times = {
-        "ours eager": clock(lambda: ours(pixels)), "ours compiled": clock(lambda: our_compiled(pixels)),
-        "eager": clock(lambda: theirs(x)), "compile": clock(lambda: their_compiled(x)),
-    }  # fmt: skip
+    times = eager_and_compiled(clock, OURS, ours, lambda call: call(pixels))
+    times |= eager_and_compiled(clock, THEIRS, theirs, lambda call: call(x))
     return summary(result, times, flops(config, batch) / limits["flops_per_s"] * 1e3, target=2.0) | {
         "pictures_per_s": batch / times["ours compiled"] * 1e3, "pictures_per_s_target": 240, "ceiling_target": 0.5,
     }  # fmt: skip
@@ -92,16 +89,15 @@ def unet(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: int,
     latents, context = latents.to(dtype), context.to(dtype)
     step = torch.tensor(500, device=clock.device)
 
-    def call(model: Callable) -> Callable[[], torch.Tensor]:
-        return lambda: model(latents, step, encoder_hidden_states=context).sample
+    def predict(model: Callable) -> torch.Tensor:
+        return model(latents, step, encoder_hidden_states=context).sample
 
-    plain = call(rounded)
     with fixed_context(rounded, context):
-        found = plain()
-    result = {"name": "unet step", **judge(found, plain(), expected)}
+        found = predict(rounded)
+    result = {"name": "unet step", **judge(found, predict(rounded), expected)}
     if not result["correct"]:
         return result
-    times = {"eager": clock(plain), "compile": clock(call(compiled(rounded, clock.device)))}
+    times = eager_and_compiled(clock, THEIRS, rounded, predict)
     with fixed_context(rounded, context):
-        times |= {"ours eager": clock(plain), "ours compiled": clock(call(compiled(rounded, clock.device)))}
+        times |= eager_and_compiled(clock, OURS, rounded, predict)
     return summary(result, times, counter.get_total_flops() / limits["flops_per_s"] * 1e3, target=1.15)

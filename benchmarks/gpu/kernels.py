@@ -88,20 +88,19 @@ def ceilings(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def compiled(call: Callable, device: str) -> Callable:
+def eager_and_compiled(
+    clock: Clock, names: tuple[str, str], call: Callable, run: Callable[[Callable], object]
+) -> dict[str, float]:
+    """Milliseconds of `run` on the call as it is, and compiled; in a dry run nothing is compiled, nor run again."""
+    eager = clock(lambda: run(call))
+    if clock.device == "cpu":
+        return dict.fromkeys(names, eager)
     torch._dynamo.reset()
-    return torch.compile(call, mode="max-autotune") if device == "cuda" else call
+    fast = torch.compile(call, mode="max-autotune")
+    return dict(zip(names, (eager, clock(lambda: run(fast))), strict=True))
 
 
-def rivals(case, device: str) -> dict[str, Callable[[], object]]:
-    fast = compiled(case.reference, device)
-    found = {"eager": lambda: case.reference(*case.inputs), "compile": lambda: fast(*case.inputs)}
-    if case.operation == "attention" and device == "cuda" and find_spec("xformers") and "causal" not in case.name:
-        from xformers.ops import memory_efficient_attention
-
-        q, k, v = (x.transpose(1, 2) for x in case.inputs)
-        found["xformers"] = lambda: memory_efficient_attention(q, k, v)
-    return found
+OURS, THEIRS = ("ours eager", "ours compiled"), ("eager", "compile")
 
 
 def compare(case, clock: Clock, limits: dict[str, float]) -> dict:
@@ -110,9 +109,13 @@ def compare(case, clock: Clock, limits: dict[str, float]) -> dict:
     if not result["correct"]:
         return result
     least = max(case.moved / limits["bytes_per_s"], case.flops / limits["flops_per_s"]) * 1e3
-    fast = compiled(case.ours, clock.device)
-    times = {"ours eager": clock(lambda: case.ours(*case.inputs)), "ours compiled": clock(lambda: fast(*case.inputs))}
-    times |= {name: clock(call) for name, call in rivals(case, clock.device).items()}
+    times = eager_and_compiled(clock, OURS, case.ours, lambda call: call(*case.inputs))
+    times |= eager_and_compiled(clock, THEIRS, case.reference, lambda call: call(*case.inputs))
+    if case.operation == "attention" and clock.device == "cuda" and find_spec("xformers") and "causal" not in case.name:
+        from xformers.ops import memory_efficient_attention
+
+        q, k, v = (x.transpose(1, 2) for x in case.inputs)
+        times["xformers"] = clock(lambda: memory_efficient_attention(q, k, v))
     result = summary(result, times, least, case.speedup)
     of_copy = case.moved / result["milliseconds"]["ours"] * 1e3 / limits["bytes_per_s"]
     return result | {"of_copy": of_copy, "bandwidth_target": case.bandwidth}

@@ -34,13 +34,39 @@ def _store_rows(head, x, rows, count):
 
 
 @triton.jit
+def _source(
+    x, stride_b, stride_h, stride_n, stride_d, count,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """What blocks of a head's `count` tokens are loaded from: a tensor descriptor, or pointers as in _head."""
+    if TMA:
+        first = x + tl.program_id(2).to(tl.int64) * stride_b + tl.program_id(1).to(tl.int64) * stride_h
+        source = tl.make_tensor_descriptor(
+            first, shape=[count, HEAD_DIM], strides=[tl.cast(stride_n, tl.int64), 1], block_shape=[BLOCK_N, BLOCK_D]
+        )
+    else:
+        source = _head(x, stride_b, stride_h, stride_n, stride_d, HEAD_DIM, BLOCK_D)
+    return source
+
+
+@triton.jit
+def _block(source, start, count, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
+    """The tokens from `start` on: [BLOCK_N, head_dim], zero where there are none."""
+    if TMA:
+        x = source.load([start, 0])
+    else:
+        x = _rows(source, start + tl.arange(0, BLOCK_N), count)
+    return x
+
+
+@triton.jit
 def _keys_step(
-    q, k_head, v_head, rows, start, keys, scale, out, top, total,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    q, k_source, v_source, rows, start, keys, scale, out, top, total,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The running softmax after another block of keys."""
     columns = start + tl.arange(0, BLOCK_N)
-    k = _rows(k_head, columns, keys)
+    k = _block(k_source, start, keys, BLOCK_N, TMA)
     scores = dot(q, tl.trans(k)) * scale
     if MASKED:
         seen = (columns < keys)[None, :]
@@ -50,7 +76,7 @@ def _keys_step(
     new_top = tl.maximum(top, tl.max(scores, 1))
     p = tl.exp2(scores - new_top[:, None])
     shrink = tl.exp2(top - new_top)
-    v = _rows(v_head, columns, keys)
+    v = _block(v_source, start, keys, BLOCK_N, TMA)
     out = out * shrink[:, None] + dot(p.to(v.dtype), v)
     return out, new_top, total * shrink + tl.sum(p, 1)
 
@@ -60,15 +86,16 @@ def forward(
     q, k, v, out, logsum, queries, keys,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, out_b, out_h, out_n, out_d, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, DOUBLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIBABLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out and logsum of a block of queries. The scale includes log2(e). Causal: query i sees keys 0 to i."""
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     first = tl.program_id(0) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
     queried = _rows(_head(q, q_b, q_h, q_n, q_d, HEAD_DIM, BLOCK_D), rows, queries)
-    k_head = _head(k, k_b, k_h, k_n, k_d, HEAD_DIM, BLOCK_D)
-    v_head = _head(v, v_b, v_h, v_n, v_d, HEAD_DIM, BLOCK_D)
+    DESCRIBED: tl.constexpr = TMA and DESCRIBABLE
+    k_source = _source(k, k_b, k_h, k_n, k_d, keys, HEAD_DIM, BLOCK_D, BLOCK_N, DESCRIBED)
+    v_source = _source(v, v_b, v_h, v_n, v_d, keys, HEAD_DIM, BLOCK_D, BLOCK_N, DESCRIBED)
     result = tl.zeros((BLOCK_M, BLOCK_D), SUM)
     top = tl.full((BLOCK_M,), float("-inf"), SUM)
     total = tl.zeros((BLOCK_M,), SUM)
@@ -79,11 +106,13 @@ def forward(
         whole = tl.minimum(keys, first) // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         result, top, total = _keys_step(
-            queried, k_head, v_head, rows, start, keys, scale, result, top, total, BLOCK_N, CAUSAL, False
+            queried, k_source, v_source, rows, start, keys, scale, result, top, total,
+            BLOCK_N, CAUSAL, False, DESCRIBED,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
         result, top, total = _keys_step(
-            queried, k_head, v_head, rows, start, keys, scale, result, top, total, BLOCK_N, CAUSAL, True
+            queried, k_source, v_source, rows, start, keys, scale, result, top, total,
+            BLOCK_N, CAUSAL, True, DESCRIBED,
         )  # fmt: skip
     result = result / total[:, None]
     _store_rows(_head(out, out_b, out_h, out_n, out_d, HEAD_DIM, BLOCK_D), result, rows, queries)

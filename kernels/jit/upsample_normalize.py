@@ -12,11 +12,22 @@ def _first_tap(target, SIZE: tl.constexpr, TARGET: tl.constexpr):
 
 
 @triton.jit
-def _tap(resize, target, source, valid, SIZE: tl.constexpr):
-    """The filter's weight of `source` at `target`, as Pillow's 22-bit whole number; zero beyond the border."""
+def _tap(resize, target, source, valid, stride, SIZE: tl.constexpr):
+    """The filter's weight of `source` at `target`, as Pillow's 22-bit whole number, zero beyond the border; whether it
+    is within; and its offset."""
     inside = valid & (source >= 0) & (source < SIZE)
     weight = tl.load(resize + target * SIZE + source, mask=inside, other=0.0)
-    return (weight * 4194304.0).to(tl.int32), inside
+    return (weight * 4194304.0).to(tl.int32), inside, tl.cast(source, tl.int64) * stride
+
+
+@triton.jit
+def _taps(resize, target, valid, stride, SIZE: tl.constexpr, TARGET: tl.constexpr):
+    """The four taps around `target` along one axis."""
+    first = _first_tap(target, SIZE, TARGET)
+    return (
+        _tap(resize, target, first, valid, stride, SIZE), _tap(resize, target, first + 1, valid, stride, SIZE),
+        _tap(resize, target, first + 2, valid, stride, SIZE), _tap(resize, target, first + 3, valid, stride, SIZE),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -30,25 +41,24 @@ def forward(
     pixels, resize, mean, std, out, stride_b, stride_c, stride_y, stride_x,
     SIZE: tl.constexpr, TARGET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """pixels uint8 [B, 3, SIZE, SIZE] strided -> out [B, TARGET, TARGET, 3] contiguous. Grid: columns, rows, batch."""
-    batch = tl.program_id(2).to(tl.int64)
-    y = tl.program_id(1)
-    x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = x < TARGET
-    first_y, first_x = _first_tap(y, SIZE, TARGET), _first_tap(x, SIZE, TARGET)
+    """pixels uint8 [B, 3, SIZE, SIZE] strided -> out [B, TARGET, TARGET, 3] contiguous. Grid: pixel tiles, batch."""
+    batch = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = pixel < TARGET * TARGET
+    y, x = pixel // TARGET, pixel % TARGET
+    taps_y, taps_x = _taps(resize, y, valid, stride_y, SIZE, TARGET), _taps(resize, x, valid, stride_x, SIZE, TARGET)
     for channel in tl.static_range(3):
         base = pixels + batch * stride_b + channel * tl.cast(stride_c, tl.int64)
         column = tl.zeros((BLOCK,), tl.int32)
         for i in tl.static_range(4):
-            weight_y, inside_y = _tap(resize, y, first_y + i, True, SIZE)
+            weight_y, inside_y, at_y = taps_y[i]
             row = tl.zeros((BLOCK,), tl.int32)
             for j in tl.static_range(4):
-                weight_x, inside_x = _tap(resize, x, first_x + j, valid, SIZE)
-                at = tl.cast(first_y + i, tl.int64) * stride_y + (first_x + j).to(tl.int64) * stride_x
-                level = tl.load(base + at, mask=inside_x & inside_y, other=0)
+                weight_x, inside_x, at_x = taps_x[j]
+                level = tl.load(base + at_y + at_x, mask=inside_x & inside_y, other=0)
                 row += level.to(tl.int32) * weight_x
             column += _level(row) * weight_y
         level = _level(column).to(tl.float32)
         value = tl.div_rn(tl.div_rn(level, 255.0) - tl.load(mean + channel), tl.load(std + channel))
-        at = ((batch * TARGET + y) * TARGET + x) * 3 + channel
+        at = (batch * TARGET * TARGET + pixel) * 3 + channel
         tl.store(out + at, value.to(out.dtype.element_ty), mask=valid)

@@ -9,12 +9,14 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from kernels import aot, aot_cases, aot_loader, tuning
+from kernels.compile import compile_launch
 from kernels.launch import Launch, grid_size
 from kernels.occupancy import LIMITS, occupancy
 
@@ -134,6 +136,22 @@ def test_no_spills_that_were_not_there_before():
     command = [sys.executable, "-m", "kernels.aot", "--target", ",".join(aot.TARGETS), "--check", "--in-turn"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("causal", [False, True])
+def test_tensor_descriptors_build_for_hopper(causal):
+    """Copied by the hardware, and without spills; not ahead of time, as descriptors lie in scratch memory."""
+    starts = [one for one in aot_cases.launches("sm90").values() if one.kernel == "attention.forward"]
+    one = next(one for one in starts if one.constants["CAUSAL"] is causal)
+    assert one.constants["DESCRIBABLE"]
+    for candidate in (config for config in tuning.CANDIDATES[one.kernel] if config["TMA"]):
+        constants, options = tuning.split(candidate)
+        trial = replace(one, constants={**one.constants, **constants}, options=options)
+        built = compile_launch(trial, 90, scratch=True)
+        assert built.spills == 0 and "cp.async.bulk.tensor" in built.ptx and "wgmma" in built.ptx
+    with pytest.raises(ValueError, match="scratch memory"):
+        compile_launch(trial, 90)
 
 
 def test_baseline_and_tuned_defaults_are_complete():

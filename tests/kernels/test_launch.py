@@ -25,7 +25,7 @@ class Device:
     def __getitem__(self, grid):
         return self
 
-    def __call__(self, x, BLOCK_M, BLOCK_N, num_warps, num_stages):
+    def __call__(self, x, BLOCK_M, BLOCK_N, TMA, num_warps, num_stages):
         self.tried.append((BLOCK_M, BLOCK_N, num_stages))
         if BLOCK_M * BLOCK_N * num_stages > self.room:
             raise OutOfResources

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from checks import DTYPES, compare, far_apart, surrounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import tuning
-from kernels.attention import attention, attention_op, attention_reference
+from kernels.attention import _describable, attention, attention_op, attention_reference
 from kernels.cross_attention import cross_attention, cross_attention_op, cross_attention_reference
 from kernels.tuning import forced
+from tests.kernels.interpreted.checks import DTYPES, compare, far_apart, surrounded
 
 
 def qkv(b, heads, m, n, d, dtype=torch.float32):
@@ -31,10 +31,25 @@ def test_attention(shape, causal, dtype):
 @pytest.mark.parametrize("m, n", [(16, 16), (16, 64), (64, 16), (128, 32)])
 def test_attention_in_any_tile(m, n):
     config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1}
-    names = ("forward", "key_backward", "query_backward")
-    with forced(**{f"attention__{name}": config for name in names}):
+    names = ("key_backward", "query_backward")
+    with forced(attention__forward={**config, "TMA": 0}, **{f"attention__{name}": config for name in names}):
         for causal in (False, True):
             compare(attention, attention_reference, qkv(1, 1, 75, 83, 16), causal, depth=99, gradients=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(2, 2, 37, 83, 40), (1, 1, 70, 16, 64), (1, 2, 3, 1, 16)])
+def test_attention_through_tensor_descriptors(shape, causal, dtype):
+    b, heads, m, n, d = shape
+    inputs = [torch.randn(b, length, heads, d).to(dtype).transpose(1, 2) for length in (m, n, n)]
+    # keys and values as a projection leaves them, side by side
+    inputs[1:] = torch.randn(b, n, 2, heads, d).to(dtype).permute(2, 0, 3, 1, 4).unbind()
+    config = {"BLOCK_M": 64, "BLOCK_N": 32, "TMA": 1, "num_warps": 4, "num_stages": 1}
+    assert _describable(*inputs[1:]) and not _describable(*qkv(*shape, dtype)[1:])
+    with forced(attention__forward=config), torch.no_grad():
+        compare(attention, attention_reference, inputs, causal, depth=n + d)
+        compare(attention, attention_reference, qkv(*shape, dtype), causal, depth=n + d)  # which takes pointers
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from checks import DTYPES, compare, far_apart, surrounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from kernels.upsample_normalize import (
     upsample_normalize_op,
     upsample_normalize_reference,
 )
+from tests.kernels.interpreted.checks import DTYPES, compare, far_apart, surrounded
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 

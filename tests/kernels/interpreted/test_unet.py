@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from checks import UNIT
 
+from tests.kernels.interpreted.checks import UNIT
 from vlv.unet import FixedContext, FusedGEGLU, FusedNorm, fixed_context
 
 

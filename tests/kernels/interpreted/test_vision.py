@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from checks import DTYPES, compare, far_apart, surrounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +9,7 @@ from kernels.channel_attention import channel_attention, channel_attention_op, c
 from kernels.dwconv_norm import dwconv_norm, dwconv_norm_op, dwconv_norm_reference
 from kernels.tuning import forced
 from kernels.window_attention import window_attention, window_attention_op, window_attention_reference
+from tests.kernels.interpreted.checks import DTYPES, compare, far_apart, surrounded
 
 BIG_TILES = {
     f"dwconv_norm__{kernel}": {"TILE": 64, "num_warps": 4, "num_stages": 1}
