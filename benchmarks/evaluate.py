@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from vlv import scenes
+from vlv.checkpoint import Checkpoint
 
 REFERENCES = 5  # true captions a scene, as COCO has
 
@@ -51,8 +52,10 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[2.0, 1.0, 4.0], help="controls at the first")
     args = parser.parse_args()
 
-    run, out = args.run, args.out
-    pictures, net, captions, references = (run / n for n in ("scenes", "net", "captions.jsonl", "references.jsonl"))
+    out, pictures, net = args.out, args.run / f"scenes-{args.count}", args.run / "net"
+    run = args.run / Checkpoint.open(args.ckpt).hash  # another checkpoint's drawings and captions are its own
+    run.mkdir(parents=True, exist_ok=True)
+    captions, references = run / "captions.jsonl", run / "references.jsonl"
     images, layout, scores = (out / f"evaluate_{n}.json" for n in ("images", "layout", "references"))
     if not (net / "preprocessor_config.json").exists():
         step("vlv.evaluate.scene_net", net)
