@@ -28,7 +28,6 @@ class TrtSession(Session):
         if self._engine is None:
             raise ArtifactError(f"{file} cannot be loaded ({self._log.last()}); make it again: {artifact.command}")
         self._context = self._engine.create_execution_context()
-
         batched = next(port.name for port in self.inputs if port.batched)
         self._only = self._engine.get_tensor_shape(batched)[0]  # the one batch that it takes, with plugins; -1 for any
 

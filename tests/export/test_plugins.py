@@ -18,6 +18,7 @@ from export.components import PEAK, Batch, Port, tolerance
 from export.engine import RuntimeMissing
 from export.engine_trt import _padded
 from export.graphs import Graph
+from export.manifest import ArtifactError, Manifest
 from export.trt import _wants_plugins
 from kernels.attention import attention
 from kernels.cross_attention import cross_attention
@@ -118,6 +119,18 @@ def test_a_node_a_kernel_is_left(twins, built):
         assert {value.name for value in node.inputs if value} <= known, node.name
         known |= {value.name for value in node.outputs}
     assert {value.name for value in model.graph.outputs} == {"found"} <= known
+
+
+def test_a_component_of_a_checkpoint(artifacts, checkpoint, tmp_path, monkeypatch):
+    manifest = Manifest.open(artifacts)
+    kv, graph = manifest.checked("context_kv"), manifest.checked("encoder")
+    assert plugins.make(checkpoint, kv, tmp_path, artifacts / kv.main_file, "sm90") is None  # nothing to fuse in it
+    file, kernels = plugins.make(checkpoint, graph, tmp_path, artifacts / graph.main_file, "sm90")
+    assert set(operations(file)) == set(kernels) and all("sm_90a" in kernel.ptx for kernel in kernels.values())
+    monkeypatch.setattr(plugins, "tolerance", lambda *_: 0.0)
+    twins = tmp_path / "encoder.nodes.onnx", artifacts / graph.main_file
+    with pytest.raises(ArtifactError, match="is off its plain twin in context"):
+        plugins._require_twins(checkpoint, graph, 1, *twins)
 
 
 def test_shapes_that_are_not_known_are_refused():
