@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 PREPARATION = {
@@ -33,28 +34,30 @@ def presence(scenes: list):
     return torch.tensor([[float(k in s.kinds) for k in KINDS] for s in scenes])
 
 
-def train(steps: int = 600, batch: int = 128):
-    """Train on real scenes, blurred and noised a little so that it reads shapes rather than edges.
+def resnet():
+    """A small untrained ResNetForImageClassification of transformers."""
+    from transformers import ResNetConfig, ResNetForImageClassification
 
-    Returns a transformers ResNetForImageClassification; its logits say which kinds are present.
+    from vlv.scenes import KINDS
+
+    shape = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 1], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**shape, num_labels=len(KINDS)))
+
+
+def train(build: Callable = resnet, steps: int = 600, batch: int = 128):
+    """Train the net that `build` makes on real scenes, blurred and noised a little so that it reads shapes not edges.
+
+    The net takes float32 [B, 3, 64, 64] from -1 to 1 and gives logits of the kinds present [B, kinds], or an object
+    that has them as `logits`.
     """
     import torch
     from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
-    from transformers import ResNetConfig, ResNetForImageClassification
 
     from vlv import scenes
     from vlv.train import data
 
     torch.manual_seed(0)
-    net = ResNetForImageClassification(
-        ResNetConfig(
-            embedding_size=32,
-            hidden_sizes=[32, 64, 128],
-            depths=[1, 1, 1],
-            layer_type="basic",
-            num_labels=len(scenes.KINDS),
-        )
-    )
+    net = build()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
@@ -62,7 +65,10 @@ def train(steps: int = 600, batch: int = 128):
         x = data.images(seeds) / 127.5 - 1
         x = avg_pool2d(x, 3, stride=1, padding=1) if step % 2 else x
         x = x + torch.randn_like(x) * 0.1 * torch.rand(batch, 1, 1, 1)
-        loss = binary_cross_entropy_with_logits(net(x).logits, presence([scenes.sample(s) for s in seeds]))
+        said = net(x)
+        loss = binary_cross_entropy_with_logits(
+            getattr(said, "logits", said), presence([scenes.sample(s) for s in seeds])
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -83,7 +89,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--steps", type=int, default=600)
     args = parser.parse_args()
-    save(train(args.steps), args.folder)
+    save(train(steps=args.steps), args.folder)
 
 
 if __name__ == "__main__":

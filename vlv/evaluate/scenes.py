@@ -38,6 +38,19 @@ def score_captions(captioner, scenes: list, images, batch: int) -> dict:
     }
 
 
+def classifier():
+    """A small untrained convolutional network: float32 [B, 3, 64, 64] -> logits of the kinds present [B, kinds]."""
+    from torch import nn
+
+    from vlv.scenes import KINDS
+
+    def layer(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    net = nn.Sequential(*layer(3, 32), *layer(32, 64), *layer(64, 128), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU())
+    return net.extend([nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, len(KINDS))])
+
+
 def named(logits, truth) -> float:
     """The share of objects among the classifier's k most likely kinds, k being the scene's true count."""
     hits = 0
@@ -53,7 +66,7 @@ def score_reconstructions(encoder, t2i, scenes: list, images, batch: int) -> dic
 
     from vlv.evaluate.scene_net import presence, train
 
-    classifier, truth = train(), presence(scenes)
+    judge, truth = train(classifier), presence(scenes)
     pictures = []
     for i in range(0, len(scenes), batch):
         with torch.inference_mode():
@@ -62,7 +75,7 @@ def score_reconstructions(encoder, t2i, scenes: list, images, batch: int) -> dic
         print(f"reconstructed {min(i + batch, len(scenes))}/{len(scenes)}", file=sys.stderr, flush=True)
     pictures = torch.cat(pictures)
     with torch.inference_mode():
-        real, seen = (classifier(x / 127.5 - 1).logits for x in (images, pictures))
+        real, seen = (judge(x / 127.5 - 1) for x in (images, pictures))
     return {
         "objects_named": named(seen, truth),
         "objects_named_shuffled": named(seen, truth.roll(1, 0)),
