@@ -113,18 +113,18 @@ def test_more_queries_keep_the_trained_ones(run):
     model = model_config(start.config, paper.TrainConfig(queries=40), 0)
     grown, old = build_encoder(start, model), start.load_encoder()
     assert torch.equal(grown.bottleneck.queries[:32], old.bottleneck.queries) and len(grown.bottleneck.queries) == 40
-    with pytest.raises(ValueError, match="--image-size 640 gives a map of 20 x 20"):
+    with pytest.raises(ValueError, match="--image-size 640 gives a map of 40 x 40"):
         model_config(start.config, paper.TrainConfig(image_size=640), 0)
 
 
 def test_the_plan_counts_every_weight(run, command, capsys):
-    plan = ["--preset", "paper-stage1", "--ckpt", run / "stage1", "--t2i", run / "t2i", "--plan", "4", *SMALL]
+    plan = ["--preset", "paper-stage1", "--ckpt", run / "stage1", "--t2i", run / "t2i", "--plan", "2", *SMALL]
     command(stage1.main, *plan)
     text = capsys.readouterr().out
     encoder = Checkpoint.open(run / "stage1").load_encoder().bottleneck
     learning = [encoder.queries, encoder.prompt]
     learning += [p for m in (encoder.encoder, encoder.decoder, encoder.projection) for p in m.parameters()]
-    assert f"{sum(p.numel() for p in learning):,} parameters learn" in text and "1 passes x 2" not in text
+    assert f"{sum(p.numel() for p in learning):,} parameters learn" in text and "2 GPUs x 1 passes x 2" in text
     with pytest.raises(ValueError, match="no multiple of --micro-batch 2 x 3 processes"):
         command(stage1.main, *plan[: -len(SMALL) - 1], "3", *SMALL)
 
