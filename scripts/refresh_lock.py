@@ -33,6 +33,7 @@ LEFT_OUT = {
     "lark": "constrained decoding",
     "depyf": "debugging of torch.compile",
     "ninja": "builds CUDA extensions",
+    "pycocotools": "pycocoevalcap's own reader of files; we call its scorers",
 }
 
 
