@@ -49,8 +49,8 @@ class Order:
     def _bounds(self, ends: np.ndarray, shard: int) -> tuple[int, int]:
         """The first shard of the group that a shard belongs to, and the one behind its last."""
         number = (int(ends[shard]) - 1) // self.group
-        numbers = (ends - 1) // self.group
-        return int(np.searchsorted(numbers, number, "left")), int(np.searchsorted(numbers, number, "right"))
+        low, high = np.searchsorted(ends, [number * self.group, (number + 1) * self.group], side="right")
+        return int(low), int(high)
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         shards = np.random.default_rng([self.seed, epoch]).permutation(np.flatnonzero(self.rows))
