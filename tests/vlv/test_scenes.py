@@ -59,7 +59,8 @@ def test_prompts_name_everything_within_the_context():
         ("a large frog and a large cat", "a large frog", "count"),
         ("pink", "blue", "background"),
         ("a large frog", "a small frog", "sizes"),
-        ("the top left", "the top right", "places"),
+        ("is at the top left", "is at the top right", "places"),
+        ("At the top left", "At the top right", "places"),
     ],
 )
 def test_the_judge_sees_a_false_claim(claim, replacement, field):
@@ -68,7 +69,7 @@ def test_the_judge_sees_a_false_claim(claim, replacement, field):
     scene = scenes.Scene("pink", (250, 175, 200), (frog, cat))
     truth = (
         "The image shows a large frog and a large cat on a pink background. The frog is at the top left. "
-        "The cat sits at the bottom right. The frog is above the cat."
+        "The cat sits at the bottom right. At the top left, the frog is above the cat."
     )
     assert getattr(scenes.judge(truth, scene), field)
     assert not getattr(scenes.judge(truth.replace(claim, replacement), scene), field)
@@ -84,5 +85,6 @@ def test_the_judge_sees_a_false_relation():
         ("The cat is to the right of the frog.", 1),
         ("The cat is to the left of the frog.", 0),
         ("The cat is above the dog.", 0),
+        ("At the bottom right, the cat is above the frog.", 0),
     ]:
         assert scenes.judge(text, scene).relations == (right, 1), text

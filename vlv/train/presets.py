@@ -94,10 +94,10 @@ class Stage2Config:
 
 STAGE2 = {
     "tiny": Stage2Config(
-        loop=LoopConfig(steps=3000, batch=32, lr=1e-3, warmup=100, ema=0.995),
+        loop=LoopConfig(steps=2400, batch=32, lr=1e-3, warmup=100, ema=0.995),
         pool=2**20,
         encoder_lr=1e-4,
-        encoder_from=2200,
+        encoder_from=2000,
         llm_layers=4,
         llm_heads=2,
     )
