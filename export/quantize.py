@@ -136,6 +136,7 @@ def to_int8(
     logging.getLogger().addFilter(lambda record: "pre-processing before quantization" not in record.getMessage())
     # 7 bits of weights: AVX2 adds pairs of 8-bit products in 16 bits, which saturate at full range
     loose = [node for node, path in traced.owner.items() if path is None or path in exact]
+    loose += [f"{node}_MatMul" for node in loose]  # what ONNX Runtime calls the product of a Gemm, which it splits
     options = {"per_channel": True, "reduce_range": True, "nodes_to_exclude": loose}
     options |= {"weight_type": QuantType.QInt8, "use_external_data_format": large}
     if not static:

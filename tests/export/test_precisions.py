@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import onnx as onnx_library
+import onnxruntime
 import pytest
 import torch
 
-from export import blocks, graphs, onnx, quantize
+from export import blocks, graphs, onnx, quantize, trace
+from export.components import Batch
 from export.engine_ort import OrtSession
-from export.manifest import Manifest
+from export.exporter import Exporter
+from export.manifest import Artifact, Manifest
 from export.probes import Probes
 from export.verifier import Verifier, compare, hopeless
 from tests.export.conftest import BUNDLED, LIMITS
@@ -176,33 +180,57 @@ def test_changed_captions_are_a_problem(artifacts, checkpoint, probes):
     assert any("captions change" in p for p in figures["problems"]) and not hopeless(figures)
 
 
-def test_int8_returns_to_float32_where_it_drifts(tmp_path, monkeypatch, capsys):
-    """The block that adds most to the error goes first, and the manifest names it."""
-    real = Verifier.check
-
-    def check(self, artifact, session, folder):
-        figures = real(self, artifact, session, folder)
-        if not artifact.exact:
-            inputs = self.probes.inputs(artifact.component)[0]
-            graph = self.probes.reference.session(artifact.component).graph
-            figures |= {"problems": ["too far"], "blocks": blocks.drift(artifact, folder, graph, inputs)}
-            reports.append(figures["blocks"])
-        return figures
-
-    reports = []
-    assert export(tmp_path, "int8", "--components", "text_encoder", "--no-captions") == 0
-    plain = _products(tmp_path)
-    monkeypatch.setattr(Verifier, "check", check)
-    assert export(tmp_path, "int8", "--components", "text_encoder", "--no-captions", "--force") == 0
-    assert "too far; 1 of" in capsys.readouterr().err and len(reports) == 1
-    artifact = Manifest.open(tmp_path).checked("text_encoder")
-    assert artifact.exact == quantize.by_drift(reports[0])[:1]
-    assert 0 < _products(tmp_path) < plain
+def test_int8_leaves_exact_blocks_alone(tmp_path):
+    """The products of a block that is kept are no 8-bit ones, and its error is none."""
+    toy = _scaled(Toy())
+    traced = trace.to_onnx(toy, tmp_path / "toy.onnx", Batch(1, 1, 4), 20)
+    inputs = {"x": torch.randn(4, 64)}
+    errors = []
+    for exact, products in (((), 3), (("layers.1",), 2), (toy.blocks, 0)):
+        made = tmp_path / str(products)
+        made.mkdir()
+        written = quantize.to_int8(traced, tmp_path, made, False, [], exact)
+        nodes = onnx_library.load(made / written.files[0]).graph.node
+        assert sum(node.op_type == "MatMulInteger" for node in nodes) == products
+        session = onnxruntime.InferenceSession(made / "toy.onnx", providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"x": inputs["x"].numpy()})[0])
+        errors.append(compare(found, toy(inputs["x"]).detach())["rms"])
+    assert errors[0] > errors[1] > 1e-4 > errors[2]
 
 
-def _products(folder) -> int:
-    """8-bit products in the text encoder's graph."""
-    return sum(node.op_type == "MatMulInteger" for node in onnx_library.load(folder / "text_encoder.onnx").graph.node)
+@pytest.mark.parametrize("enough", [0, 1, 4, 99])
+def test_int8_returns_to_float32_as_little_as_helps(tmp_path, monkeypatch, capsys, enough):
+    """Blocks that add most to the error go first: one, two, four of them, up to half; then the export is refused."""
+    report = [{"block": str(i), "rms": rms} for i, rms in enumerate((1, 3, 4, 9, 9, 9, 9, 9, 9, 9))]
+    tried = []
+
+    class Stub(Exporter):
+        def __init__(self):
+            self.made, self.manifest, self.checkpoint = tmp_path, SimpleNamespace(sampling=True, publish=publish), None
+            self.verifier = SimpleNamespace(check=check)
+
+        def _trace(self, wanted):
+            return SimpleNamespace(blocks=range(10)), None, ()
+
+        def _written(self, wanted, graph, traced, exact):
+            tried.append(exact)
+            return dataclasses.replace(wanted, exact=exact, files={"x": {}})
+
+    def check(artifact, session, folder):
+        good = len(artifact.exact) >= enough
+        return {"problems": [] if good else ["too far"], "blocks": report}
+
+    published = []
+    publish = lambda artifact, made: published.append(artifact)  # noqa: E731
+    monkeypatch.setattr("export.exporter.lint.problems", lambda *_: [])
+    monkeypatch.setattr("export.exporter.OrtSession.on_cpu", lambda *_: None)
+    wanted = Artifact("encoder", "onnx", "", "int8", 20, (), (), Batch(1, 1, 1), "", "", "", "", {}, "")
+    problems = Stub().export(wanted, allow_drift=False)
+    order = ("3", "1", "2", "0")  # adding 5, 2, 1 (the later first), 1
+    counts = {0: [0], 1: [0, 1], 4: [0, 1, 2, 4], 99: [0, 1, 2, 4]}[enough]
+    assert tried == [order[:count] for count in counts]
+    assert bool(problems) == (enough == 99) and len(published) == (enough != 99)
+    assert "blocks back in float32" in capsys.readouterr().err or enough == 0
 
 
 def test_blocks_by_what_they_add():
