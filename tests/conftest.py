@@ -38,9 +38,9 @@ def random_checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def captioning_checkpoint(random_checkpoint) -> Path:
-    """The bundled checkpoint, or a random one in a tree that has none."""
-    return BUNDLED if (BUNDLED / "vlv.json").exists() else random_checkpoint
+def captioning_checkpoint() -> Path:
+    """The bundled checkpoint."""
+    return BUNDLED
 
 
 @pytest.fixture(scope="session")
