@@ -121,9 +121,10 @@ def make(checkpoint: Checkpoint, graph: Artifact, made: Path, plain: Path, targe
 def _require_twins(checkpoint: Checkpoint, graph: Artifact, longest: int, file: Path, plain: Path) -> None:
     """Raise ArtifactError unless both files compute the same in ONNX Runtime, on a picture and on noise."""
     import onnx
+    from onnx.inliner import inline_local_functions
 
     if graph.precision == "bf16":  # a CPU runs it operator by operator
-        onnx.save(onnx.inliner.inline_local_functions(onnx.load(file, load_external_data=False)), file)
+        onnx.save(inline_local_functions(onnx.load(file, load_external_data=False)), file)
     sessions = [OrtSession.on_cpu(replace(graph, files={one.name: {}}), one.parent) for one in (file, plain)]
     allowed = tolerance(graph.precision, len(graph.blocks), longest)
     for inputs in Probes(checkpoint, PROBES).inputs(graph.component):
