@@ -1,7 +1,7 @@
 """What the commands of this room share: their arguments, what these say, and how a command ends.
 
     def parser():
-        p = Parser(prog="python -m serve.x", parents=[model_arguments(in_flight=128), engine_arguments()])
+        p = Parser(prog="python -m serve.x", parents=[model_arguments(in_flight=256), engine_arguments()])
     def main(argv=None):
         return run(work, parser().parse_args(argv))     # work(args) -> exit code; errors become one sentence
 

@@ -132,6 +132,7 @@ class Engine(ABC):
 
     name: str
     takes: frozenset[str] = frozenset()  # of Options
+    encoder_threads: int | None = None  # left to PyTorch's encoder beside it; None: as PyTorch chooses
 
     def __init__(
         self, spec: LLMSpec, max_tokens: int, in_flight: int, debug: bool = False, options: Options | None = None

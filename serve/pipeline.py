@@ -48,10 +48,12 @@ class PipelineConfig:
 class TorchEncoder:
     """Crops to prompt embeddings with PyTorch, on the GPU where there is one."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        """Load the weights. Raises CheckpointError."""
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None):
+        """Load the weights; `threads` as Engine.encoder_threads. Raises CheckpointError."""
         import torch
 
+        if threads:
+            torch.set_num_threads(threads)  # of the thread that calls, which encodes too
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         self._encoder = checkpoint.load_encoder(dtype).to(device)
 
@@ -81,10 +83,10 @@ class ArtifactEncoder:
         return torch.cat([self._engine.encode(part).cpu() for part in parts])
 
 
-def open_encoder(checkpoint: Checkpoint, config: PipelineConfig):
-    """The encoder that a run is configured for."""
+def open_encoder(checkpoint: Checkpoint, config: PipelineConfig, threads: int | None = None):
+    """The encoder that a run is configured for, made in the thread that calls it; `threads` for PyTorch's."""
     if config.encoder == "torch":
-        return TorchEncoder(checkpoint)
+        return TorchEncoder(checkpoint, threads)
     return ArtifactEncoder(checkpoint, config.encoder, config.artifacts)
 
 
@@ -176,7 +178,8 @@ class Pipeline:
     async def _encode(self) -> None:
         """Encode what is decoded, at most a batch at once and less where no more is there."""
         loop = asyncio.get_running_loop()
-        encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, self.config)
+        threads = self.engine.encoder_threads
+        encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, self.config, threads)
         more = True
         while more:
             for _ in range(self.config.prompt_batch):

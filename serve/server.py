@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         description="Serve captions of a VLV checkpoint over HTTP, as OpenAI's API.",
         epilog=EXIT_CODES,
         parents=[
-            model_arguments(in_flight=128),
+            model_arguments(in_flight=256),
             engine_arguments(),
             listening_arguments(),
             debug_argument("tracebacks, and the engine's log on stderr"),

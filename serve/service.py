@@ -131,7 +131,8 @@ class Service:
 
     async def _encode(self) -> None:
         loop = asyncio.get_running_loop()
-        encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, self.config)
+        threads = self.engine.encoder_threads
+        encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, self.config, threads)
         while True:
             batch = [await self._crops.get()]
             while len(batch) < self.config.batch and not self._crops.empty():

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, they leave shared memory to clean up
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+FEW_CORES = 4  # where serve.vllm_executor is the faster
 CPU_BLOCK = 128  # tokens a block of vLLM's CPU cache
 
 
@@ -88,6 +89,10 @@ class VllmEngine(Engine):
         else:
             # eager: without a C++ compiler at hand, and several seconds sooner than compiled
             device = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": self._cache_bytes()}
+            if self.encoder_threads:
+                from serve.vllm_executor import SharedCoresExecutor
+
+                device["distributed_executor_backend"] = SharedCoresExecutor
         arguments = AsyncEngineArgs(
             model=str(self.spec.folder),
             enable_prompt_embeds=True,
@@ -105,6 +110,13 @@ class VllmEngine(Engine):
         if self._closed:
             raise EngineError("closed before it had started")
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+    @property
+    def encoder_threads(self) -> int | None:
+        """Half of few cores: more threads than cores spin while they wait for each other."""
+        cores = len(os.sched_getaffinity(0))
+        few = cores <= FEW_CORES and self.options.tensor_parallel == 1
+        return max(1, cores // 2) if few else None
 
     def _lora_arguments(self) -> dict:
         if not self.options.lora:
