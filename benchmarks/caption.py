@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -148,9 +149,12 @@ def published(args, images: list[Path], folder: Path) -> tuple[dict, dict[str, s
 
 
 def _captioner(args):
+    import torch
+
     from vlv.captioner import Captioner
     from vlv.checkpoint import Checkpoint
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # the road has left its encoder half of them
     return Captioner.load(Checkpoint.open(args.ckpt))
 
 
