@@ -30,7 +30,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from serve.vllm_config import CaptionerConfig
 from vlv.config import VLVConfig
 from vlv.encoder import VLVEncoder
-from vlv.image import MAX_PIXELS, _centre
+from vlv.image import MAX_PIXELS, centre
 
 LLM = "llm."  # prefix of the language model's tensors on their way in
 PLACEHOLDER = 0  # any token: its embedding is never looked at
@@ -93,7 +93,7 @@ def _crop(image: Image.Image | np.ndarray | Tensor, size: int) -> np.ndarray:
                 f"an image is a PIL image or uint8 [height, width, 3], not {image.dtype} {list(image.shape)}"
             )
         image = Image.fromarray(image)
-    return np.asarray(_centre(image, size, MAX_PIXELS))
+    return np.asarray(centre(image, size, MAX_PIXELS))
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=DummyInputs)

@@ -68,7 +68,7 @@ def load_crop(source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXEL
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error …
             raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
-    return np.ascontiguousarray(np.asarray(_centre(image, size, max_pixels)).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(centre(image, size, max_pixels)).transpose(2, 0, 1))
 
 
 def _read(path: str | Path) -> bytes:
@@ -127,7 +127,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
 
 
-def _centre(image: Image.Image, size: int, max_pixels: int) -> Image.Image:
+def centre(image: Image.Image, size: int, max_pixels: int) -> Image.Image:
     """torchvision's Resize(size) and CenterCrop(size), with its rounding."""
     short, long = sorted(image.size)
     scaled = int(size * long / short)
