@@ -41,6 +41,15 @@ def until_saved(folder, process):
         time.sleep(0.005)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that are started have: sums over other numbers of threads differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def alone(captioned, tmp_path_factory):
     """The log and the weights of an undisturbed run in one process."""
