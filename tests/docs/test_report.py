@@ -44,7 +44,7 @@ def test_it_is_whole_and_needs_nothing_else(page):
     parser.feed(page)
     assert not [tag for tag in parser.open if tag != "p"]
     assert not re.search(r'(?:src|href)="(?!data:)|@import|url\(|<script', page)
-    assert "NaN" not in page and "nan" not in re.sub(r"base64,[^\"]*", "", page)
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()  # a picture may spell it
 
 
 def test_a_section_without_figures_says_how_they_are_made(page):
