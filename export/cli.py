@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from vlv.command import Misuse, Parser, positive, say
+
 EXIT_CODES = "exit codes: 0 done; 1 it failed, or an artifact drifts; 2 wrong arguments; 130 stopped by Ctrl-C."
-
-
-class Misuse(ValueError):
-    """Arguments that cannot be meant."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (--help shows the usage)\n")
 
 
 def parser(module: str, doc: str) -> Parser:
@@ -28,7 +18,6 @@ def parser(module: str, doc: str) -> Parser:
         prog=f"python -m export.{module}",
         description=doc,
         epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     debug_argument(p)
     return p
@@ -37,13 +26,6 @@ def parser(module: str, doc: str) -> Parser:
 def debug_argument(p: argparse.ArgumentParser) -> None:
     """The flag --debug."""
     p.add_argument("--debug", action="store_true", help="show tracebacks")
-
-
-def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
 
 
 def probe_arguments(p: argparse.ArgumentParser) -> None:
@@ -102,8 +84,3 @@ def _hush() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def say(text: str) -> None:
-    """Progress, for stderr."""
-    print(text, file=sys.stderr, flush=True)

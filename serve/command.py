@@ -11,7 +11,6 @@ Light: neither torch nor a model is imported for --help.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +18,11 @@ from typing import TYPE_CHECKING
 
 from export.components import RUNTIMES
 from serve import ENGINES
+from vlv.command import Misuse, Parser, positive, say
 
 if TYPE_CHECKING:
     from serve.llm import Engine, LLMSpec
     from vlv.checkpoint import Checkpoint
-
-
-class Misuse(ValueError):
-    """Arguments that cannot be meant."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence, and whose epilog keeps its lines."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (--help shows the usage)\n")
 
 
 def model_arguments(in_flight: int) -> Parser:
@@ -69,13 +55,6 @@ def debug_argument(shows: str = "tracebacks") -> Parser:
     p = Parser(add_help=False)
     p.add_argument("--debug", action="store_true", help=shows)
     return p
-
-
-def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
 
 
 @dataclass(frozen=True)
@@ -151,8 +130,3 @@ def verdict(error: Exception) -> tuple[int, str]:
     if isinstance(error, ModuleNotFoundError):
         return 1, f"{error.name} is not installed (python -m serve.vllm_caption --doctor says how)"
     return 1, f"{one_line(error)} (unexpected: --debug shows where)"
-
-
-def say(text: str) -> None:
-    """One line to stderr."""
-    print(text, file=sys.stderr, flush=True)

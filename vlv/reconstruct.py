@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vlv.checkpoint import CheckpointError
+from vlv.command import hush
 from vlv.image import EXTENSIONS, ImageError, load_crop
 from vlv.samplers import SAMPLERS, scheduler
 
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, open_drawer: Open = TorchDrawer) -> int:
     """Run the command on parsed flags, with another drawer than PyTorch's if need be; returns its exit code."""
     try:
-        _hush()
+        hush()
         args.output.mkdir(parents=True, exist_ok=True)
         pictures, originals = _from_captions(args) if args.captions else _from_images(args, open_drawer)
         for name, picture in {**pictures, "grid": grid(list(pictures.values()), originals)}.items():
@@ -243,14 +244,6 @@ def _unique(names: list[str]) -> list[str]:
         seen[name] = seen.get(name, 0) + 1
         made.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     return made
-
-
-def _hush() -> None:
-    """Keep transformers' notes on torchvision and its bars of loading off the screen."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _save(file: Path, picture: np.ndarray) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from vlv import command
 from vlv.evaluate import cli
 
 T = TypeVar("T")
@@ -63,9 +64,11 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", metavar="NAME", help="the model's name there")
     p.add_argument("--key-env", default="OPENAI_API_KEY", metavar="VAR", help="environment variable with the API key")
     p.add_argument("--journal", type=Path, metavar="JSONL", help="where answers are kept (default: beside -o)")
-    p.add_argument("--concurrency", type=cli.positive, default=8, help="questions at a time (8)")
+    p.add_argument("--concurrency", type=command.positive, default=8, help="questions at a time (8)")
     p.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars a million tokens, for the cost")
-    p.add_argument("--image-tokens", type=cli.positive, default=800, help="tokens an image counts, for the cost (800)")
+    p.add_argument(
+        "--image-tokens", type=command.positive, default=800, help="tokens an image counts, for the cost (800)"
+    )
     p.add_argument("--max-cost", type=float, metavar="USD", help="stop before it where the estimate is above this")
     p.add_argument(
         "--reasoning", action="store_true", help="a model that thinks first: max_completion_tokens, no temperature"

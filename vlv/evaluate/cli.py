@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from vlv import command
+from vlv.command import Misuse, say
+
 INSTALL = {
     "torchmetrics": "pip install --no-deps torchmetrics lightning-utilities",
     "pycocoevalcap": "pip install --no-deps pycocoevalcap",
@@ -16,31 +19,13 @@ INSTALL = {
 }  # --no-deps where the dependencies would bring another build of torch
 
 
-class Misuse(ValueError):
-    """Arguments that cannot be meant."""
+class Parser(command.Parser):
+    """The parser of `python -m vlv.evaluate COMMAND`."""
 
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser of `python -m vlv.evaluate COMMAND`, whose errors are one sentence."""
-
-    def __init__(self, command: str, doc: str):
-        super().__init__(
-            prog=f"python -m vlv.evaluate {command}",
-            description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    def __init__(self, name: str, doc: str):
+        super().__init__(prog=f"python -m vlv.evaluate {name}", description=doc)
         self.add_argument("-o", "--out", type=Path, metavar="JSON", help="file of the results (also printed)")
         self.add_argument("--debug", action="store_true", help="show tracebacks")
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (--help shows the usage)\n")
-
-
-def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -93,16 +78,3 @@ def write_text(text: str, out: Path) -> None:
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, out)
-
-
-def say(text: str) -> None:
-    """One line to stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def hush() -> None:
-    """Keep transformers' notes on torchvision and its bars of loading off the screen."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

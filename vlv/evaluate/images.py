@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlv import command
 from vlv.evaluate import caption_files, cli
 from vlv.samplers import SAMPLERS
 
@@ -41,10 +42,10 @@ def parser() -> cli.Parser:
     p.add_argument("--guidance", type=float, nargs="+", default=[2.0], metavar="G", help="the sweep (2.0)")
     p.add_argument("--shuffled", action="store_true", help="controls, at the first guidance: see below")
     p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
-    p.add_argument("--steps", type=cli.positive, default=50)
+    p.add_argument("--steps", type=command.positive, default=50)
     p.add_argument("--seed", type=int, default=0, help="of the initial noise")
-    p.add_argument("--batch", type=cli.positive, default=32, help="pictures drawn together")
-    p.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N originals")
+    p.add_argument("--batch", type=command.positive, default=32, help="pictures drawn together")
+    p.add_argument("--limit", type=command.positive, metavar="N", help="only the first N originals")
     p.add_argument("--work", type=Path, default=Path("drawn"), metavar="DIR", help="folder of drawn pictures")
     p.add_argument("--device", default="cpu", help="torch device (cpu)")
     return p
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
     _check(args)
-    cli.hush()
+    command.hush()
     originals = _originals(args)
     results = cli.results("images", argv) | {"pictures": len(originals)}
     measure = Measure(args, originals)

@@ -16,6 +16,7 @@ import re
 from itertools import product
 from pathlib import Path
 
+from vlv import command
 from vlv.evaluate import caption_files, chat, cli
 from vlv.evaluate.chat import Chat, Question
 from vlv.evaluate.statistics import bootstrap, wilson
@@ -41,7 +42,7 @@ def parser() -> cli.Parser:
         "--captions", type=cli.named, nargs="+", required=True, metavar="NAME=FILE", help="systems; yours first"
     )
     p.add_argument("--mode", choices=["all", "rubric", "pairs"], default="all")
-    p.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N images")
+    p.add_argument("--limit", type=command.positive, metavar="N", help="only the first N images")
     chat.add_flags(p)
     return p
 

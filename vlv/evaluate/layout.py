@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlv import command
 from vlv.evaluate import chat, cli
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ PROBE = 2**30  # first scene of the probe's training set: beyond any training po
 def parser() -> cli.Parser:
     p = cli.Parser("layout", __doc__)
     p.add_argument("--ckpt", metavar="DIR", help="checkpoint whose embeddings of synthetic scenes are probed")
-    p.add_argument("--train", type=cli.positive, default=4000, help="scenes that the probe learns from (4000)")
-    p.add_argument("--count", type=cli.positive, default=1000, help="held-out scenes (1000)")
-    p.add_argument("--steps", type=cli.positive, default=600, help="of the probe's training (600)")
-    p.add_argument("--batch", type=cli.positive, default=100, help="scenes encoded together")
+    p.add_argument("--train", type=command.positive, default=4000, help="scenes that the probe learns from (4000)")
+    p.add_argument("--count", type=command.positive, default=1000, help="held-out scenes (1000)")
+    p.add_argument("--steps", type=command.positive, default=600, help="of the probe's training (600)")
+    p.add_argument("--batch", type=command.positive, default=100, help="scenes encoded together")
     p.add_argument("--boxes", type=Path, metavar="JSON", help="known boxes of photographs")
     p.add_argument("--captions", type=cli.named, nargs="+", metavar="NAME=FILE", help="captions of these photographs")
     chat.add_flags(p)

@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 
+from vlv import command
 from vlv.evaluate import cli
 
 
@@ -89,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     p = cli.Parser("scenes", __doc__)
     p.add_argument("--ckpt", required=True, help="checkpoint folder")
-    p.add_argument("--count", type=cli.positive, default=1000, help="held-out scenes (default: 1000)")
-    p.add_argument("--batch", type=cli.positive, default=100)
+    p.add_argument("--count", type=command.positive, default=1000, help="held-out scenes (default: 1000)")
+    p.add_argument("--batch", type=command.positive, default=100)
     p.add_argument("--captions-only", action="store_true", help="skip the reconstructions")
     p.add_argument("--reconstructions-only", action="store_true", help="skip the captions (stage-1 folders)")
     return cli.run(p, lambda args: _score(args, argv), argv)

@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlv import command
 from vlv.evaluate import caption_files, chat, cli
 from vlv.evaluate.chat import Chat, Question
 from vlv.evaluate.statistics import bootstrap
@@ -53,7 +54,7 @@ def parser() -> cli.Parser:
     p.add_argument("--train-annotations", type=Path, metavar="JSON", help="and their answers")
     p.add_argument("--train-captions", default=[], help="each system's captions of the examples' images", **captions)
     p.add_argument("--shots", type=int, nargs="+", default=[0, 4, 32], metavar="N", help="examples shown (0 4 32)")
-    p.add_argument("--limit", type=cli.positive, metavar="N", help="only N questions, drawn by --seed")
+    p.add_argument("--limit", type=command.positive, metavar="N", help="only N questions, drawn by --seed")
     p.add_argument("--seed", type=int, default=0, help="of the draws")
     chat.add_flags(p)
     return p
