@@ -30,7 +30,7 @@ class FeatureNet:
         elif (path / "config.json").is_file():
             from transformers import AutoImageProcessor, AutoModel
 
-            from vlv.evaluate.cli import hush
+            from vlv.command import hush
 
             hush()
             try:
