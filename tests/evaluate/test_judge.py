@@ -37,7 +37,7 @@ def fair(body):
     if "Description 1" in text:
         return json.dumps({"better": 1 if "Description 1:\ngood" in text else 2})
     level = 5 if "good" in text else 2
-    return f"Here it is: {json.dumps({'coverage': level, 'hallucination': 6, 'layout': level - 1})}"
+    return f"Here it is: {json.dumps({'coverage': level, 'hallucination': 6, 'layout': level - 1, 'score': level})}"
 
 
 def test_rubric_and_pairs(files, server, tmp_path, capsys, monkeypatch):
@@ -47,7 +47,7 @@ def test_rubric_and_pairs(files, server, tmp_path, capsys, monkeypatch):
     assert code == 0
     ours, theirs = found["rubric"]["ours"], found["rubric"]["theirs"]
     assert (ours["coverage"]["mean"], ours["layout"]["mean"], theirs["coverage"]["mean"]) == (5, 4, 2)
-    assert ours["overall"] == {"mean": 5.0, "low": 5.0, "high": 5.0, "n": 4}
+    assert ours["score"] == {"mean": 5.0, "low": 5.0, "high": 5.0, "n": 4} and theirs["score"]["mean"] == 2
     pair = found["pairs"]["ours against theirs"]
     assert (pair["wins"], pair["losses"], pair["ties"], pair["flipped_with_order"]) == (4, 0, 0, 0)
     assert pair["first_preferred"] == 0.5 and pair["win_rate"]["mean"] == 1
@@ -94,7 +94,7 @@ def test_estimate_and_limit_ask_nothing(files, server, tmp_path, capsys):
 
 
 def test_an_unusable_answer_is_asked_once_more_and_then_told(files, server, tmp_path):
-    server.answer = lambda body: '{"coverage": 7, "hallucination": 1, "layout": 1}'
+    server.answer = lambda body: '{"coverage": 7, "hallucination": 1, "layout": 1, "score": 1}'
     code, found = run(files, server, tmp_path, "--mode", "rubric", "--limit", "1")
     assert code == 1 and set(found["failures"]) == {"ours/00", "theirs/00"}
     assert len(server.asked) == 4
@@ -178,6 +178,12 @@ def test_captions_that_do_not_match(scene_images, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["judge", str(scene_images), "--captions", "c.json"])
     assert stopped.value.code == 2 and "is not NAME=PATH" in capsys.readouterr().err
+
+
+def test_grades_without_the_papers_score_are_no_answer():
+    assert judge.parse_rubric('{"coverage": 4, "hallucination": 6, "layout": 3, "score": 0}')["score"] == 0
+    with pytest.raises(ValueError, match='"score": 2'):
+        judge.parse_rubric('{"coverage": 4, "hallucination": 6, "layout": 3}')
 
 
 @pytest.mark.parametrize("answer", ["", "none", '{"better": 3}', '{"better": true}', '{"better": "1"}', "{bad}"])

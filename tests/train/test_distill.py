@@ -261,7 +261,9 @@ def test_what_a_caption_must_be():
 
 def test_what_an_image_must_be():
     limits = Limits()
-    assert image_problem(600, 800, {"pwatermark": 0.4}, limits) is None
+    assert image_problem(513, 1026, {"pwatermark": 0.49}, limits) is None
+    assert image_problem(512, 800, {}, limits) == "small: 512 x 800"  # the paper keeps what is greater
+    assert image_problem(600, 800, {"pwatermark": 0.5}, limits) == "watermark: 0.50"
     assert image_problem(500, 800, {}, limits) == "small: 500 x 800"
     assert image_problem(1300, 600, {}, limits) == "aspect: 1300 x 600"
     assert image_problem(600, 800, {"pwatermark": 0.8}, limits) == "watermark: 0.80"

@@ -146,9 +146,13 @@ def test_more_images_and_kept_activations_need_more_memory(run):
 
 
 def test_the_published_figures():
+    """The paper's section 4.1 and the authors' scripts, as vlv.train.paper names them."""
     one, two = paper.PRESETS["paper-stage1"], paper.PRESETS["paper-stage2"]
-    assert (one.steps, one.batch, one.lr, one.beta2, one.weight_decay, one.clip) == (200_000, 512, 5e-5, 0.99, 0.01, 1)
-    assert (two.steps, two.batch, two.lr, two.schedule, two.max_tokens) == (100_000, 64, 1e-5, "linear", 300)
+    assert (one.steps, one.batch, one.lr, one.schedule, one.warmup) == (200_000, 512, 5e-5, "cosine", 0)
+    assert (one.beta2, one.weight_decay, one.clip, one.encoder_part) == (0.99, 0.01, 1, "language-model")
+    assert (two.steps, two.batch, two.lr, two.schedule, two.warmup) == (100_000, 64, 1e-5, "linear", 0)
+    assert (two.beta2, two.weight_decay, two.max_tokens, two.unfreeze) == (0.999, 0.01, 300, "encoder")
+    assert one.rate(200_000) == pytest.approx(1e-4) and two.rate(100_000) == 0
 
 
 def test_cost_before_and_after():

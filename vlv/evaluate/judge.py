@@ -4,7 +4,8 @@
         --url https://HOST/v1 --model NAME --price 2.5 10 -o judged.json --estimate     # what it would cost
     python -m vlv.evaluate judge ... --mode pairs                                       # blind pairs only
 
-rubric: each caption by itself, 0 to 6 for coverage, freedom from hallucination, and spatial layout.
+rubric: each caption by itself, 0 to 6 for coverage, freedom from hallucination and spatial layout; and one score on the
+paper's scale of seven levels (appendix D), which is what its table 2 gives for 200 pictures of MS-COCO 2014.
 pairs: the first file against each other one, blind, every pair in both orders; what flips with the order is a tie.
 """
 
@@ -21,14 +22,24 @@ from vlv.evaluate import caption_files, chat, cli
 from vlv.evaluate.chat import Chat, Question
 from vlv.evaluate.statistics import bootstrap, wilson
 
-ASPECTS = ("coverage", "hallucination", "layout")
+# the three criteria and the seven levels of `score` are the paper's (appendix D), in words of our own
+GRADES = ("coverage", "hallucination", "layout", "score")
 RUBRIC = """\
 You grade descriptions of a picture. Look at the picture first, then grade the description from 0 (worst) to 6 (best):
-- coverage: are the picture's important objects, attributes and background described?
+- coverage: are the picture's important objects, attributes, actions and background described?
 - hallucination: is everything that is said really in the picture? 6 means that nothing is invented or wrong.
 - layout: are the places of things and their relations to each other described, and correctly?
-Length earns nothing by itself. Answer with one JSON object and no other text:
-{"coverage": N, "hallucination": N, "layout": N}"""
+A wrong or invented relation, or a definite one where the picture leaves it open, counts as a hallucination; a plain
+relation left out counts as missing coverage. Length earns nothing by itself. Then give the whole description a score:
+6: covers everything, layout right, no hallucination
+5: nearly everything, layout right, no hallucination, small things missing
+4: covers a fair part, layout right, no hallucination, several things missing
+3: covers little, hardly any layout, no hallucination
+2: covers much, but has a hallucination
+1: covers little, and has a hallucination
+0: tells nothing of use, or has several hallucinations
+Answer with one JSON object and no other text:
+{"coverage": N, "hallucination": N, "layout": N, "score": N}"""
 PAIR = """\
 You compare two descriptions of a picture. Look at the picture first. The better one covers more of what matters,
 invents less, and places things more correctly; neither length nor order counts.
@@ -89,7 +100,7 @@ def _judge(args: argparse.Namespace, argv: list[str] | None) -> int:
 
 def rubric_questions(systems: dict[str, dict[str, str]], files: dict[str, Path], keys: list[str]) -> list[Question]:
     return [
-        Question(f"{name}/{k}", f"The description:\n{systems[name][k]}", RUBRIC, 60, files[k])
+        Question(f"{name}/{k}", f"The description:\n{systems[name][k]}", RUBRIC, 80, files[k])
         for name, k in product(systems, keys)
     ]
 
@@ -113,11 +124,12 @@ def _object(answer: str) -> dict:
 
 
 def parse_rubric(answer: str) -> dict[str, float]:
-    """The three grades. Raises ValueError."""
-    grades = {aspect: _object(answer).get(aspect) for aspect in ASPECTS}
+    """The grades. Raises ValueError."""
+    said = _object(answer)
+    grades = {name: said.get(name) for name in GRADES}
     if not all(isinstance(g, int | float) and not isinstance(g, bool) and 0 <= g <= 6 for g in grades.values()):
         raise ValueError(
-            'Answer with one JSON object like {"coverage": 4, "hallucination": 5, "layout": 3}, from 0 to 6'
+            'Answer with one JSON object like {"coverage": 4, "hallucination": 5, "layout": 3, "score": 2}, from 0 to 6'
         )
     return grades
 
@@ -131,12 +143,11 @@ def parse_pair(answer: str) -> int:
 
 
 def grade(system: str, grades: dict[str, dict[str, float]]) -> dict:
-    """Means of a system's grades with their intervals over images; `overall` is the mean of the three."""
+    """Means of a system's grades, with their intervals over images."""
     mine = [g for name, g in grades.items() if name.rpartition("/")[0] == system]
     if not mine:
         return {"n": 0}
-    found = {aspect: bootstrap([g[aspect] for g in mine]) for aspect in ASPECTS}
-    return found | {"overall": bootstrap([sum(g.values()) / len(ASPECTS) for g in mine])}
+    return {name: bootstrap([g[name] for g in mine]) for name in GRADES}
 
 
 def compare(verdicts: dict[str, int], other: str, keys: list[str]) -> dict:

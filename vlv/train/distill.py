@@ -24,10 +24,12 @@ from vlv.train.cli import run
 from vlv.train.distiller import Distiller, Tally
 from vlv.train.quality import Limits
 
+# asks for what the paper's asks for (appendix A, figure 7), in words of our own
 PROMPT = (
-    "Describe this image in one paragraph of plain text for someone who has to paint it without having seen it: "
-    "the objects, their number, colours, materials and positions relative to each other, the background, the light "
-    "and the style. State only what can be seen. Do not start with a phrase like 'The image shows'."
+    "Describe this image in one paragraph of plain text, in full detail, for someone who has to paint it without "
+    "having seen it: the scene and its background; the objects, their number, colours, textures and positions relative "
+    "to each other; people and animals with their looks, clothes, expressions, poses and what they do; light and "
+    "shadows; style and mood. State only what can be seen. Do not start with a phrase like 'The image shows'."
 )
 
 

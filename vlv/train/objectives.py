@@ -12,7 +12,7 @@ from vlv.train.latents import LatentCache
 
 
 class Stage1(nn.Module):
-    """The frozen model's noise error from the encoder's context (paper section 3.1)."""
+    """The frozen model's noise error from the encoder's context (paper section 3.2)."""
 
     def __init__(self, encoder: VLVEncoder, t2i: T2I, cache: LatentCache | None = None):
         super().__init__()
@@ -41,7 +41,7 @@ class Stage1(nn.Module):
 
 
 class Stage2(nn.Module):
-    """The captions' cross-entropy from the prompt embeddings (paper section 3.2)."""
+    """The captions' cross-entropy from the prompt embeddings (paper section 3.3)."""
 
     def __init__(self, captioner: Captioner, max_tokens: int, end_token: bool):
         super().__init__()

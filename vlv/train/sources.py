@@ -20,10 +20,7 @@ from typing import Protocol
 
 from vlv.image import EXTENSIONS
 
-IMAGE, CAPTION = (
-    ("image", "jpg", "png", "webp"),
-    ("caption", "text", "txt"),
-)  # names of columns and fields; the first that is there counts
+# names of columns and fields; the first that is there counts
 IMAGE, CAPTION = ("image", "jpg", "png", "webp"), ("caption", "text", "txt")
 # what else a row may tell of its image, for vlv.train.distill
 ABOUT = ("license", "url", "source", "author", "copyright", "pwatermark")

@@ -1,6 +1,6 @@
 """Stage 1: the encoder learns, from images alone, embeddings that a frozen text-to-image model can draw from.
 
-Paper section 3.1: VAE, UNet and CLIP text layers stay frozen; the vision encoder, its language model,
+Paper section 3.2: VAE, UNet and CLIP text layers stay frozen; the vision encoder, its language model,
 the queries and the projection learn from the error of the predicted noise.
 
 The paper starts from Florence-2's pretrained weights; there is no such model of the synthetic world. In

@@ -1,6 +1,6 @@
 """Stage 2: a language model learns to write the caption that the embeddings hold.
 
-Paper section 3.2: the LLM, the projection to its width and the encoder learn from the captions'
+Paper section 3.3: the LLM, the projection to its width and the encoder learn from the captions'
 cross-entropy; the queries, the projection after them and the CLIP layers stay as stage 1 left them.
 The paper's language model comes pretrained. Ours starts from nothing, and what it would teach the
 encoder meanwhile is noise that wipes out what stage 1 has learned: so the encoder joins late (the
