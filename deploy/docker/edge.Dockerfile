@@ -6,7 +6,7 @@
 #     --llm-url http://gateway:8002 -o /models/captions.jsonl
 #
 # The engine is built once on the node itself: vlv:edge export.trt --ckpt /models/vlv --out /models/vlv/artifacts
-ARG PYTHON=python:3.12.11-slim-bookworm
+ARG PYTHON=python:3.12.11-slim-bookworm@sha256:519591d6871b7bc437060736b9f7456b8731f1499a57e22e6c285135ae657bf7
 
 FROM ${PYTHON} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/vlv/bin:$PATH

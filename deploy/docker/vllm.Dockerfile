@@ -5,7 +5,7 @@
 #     -v "$PWD/keys.json:/etc/vlv/keys.json:ro" -p 8000:8000 \
 #     vlv:vllm serve.server --ckpt /models/vlv --host 0.0.0.0 --keys /etc/vlv/keys.json
 ARG VLLM=vllm/vllm-openai:v0.32.0
-ARG PYTHON=python:3.12.11-slim-bookworm
+ARG PYTHON=python:3.12.11-slim-bookworm@sha256:519591d6871b7bc437060736b9f7456b8731f1499a57e22e6c285135ae657bf7
 
 FROM ${PYTHON} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1

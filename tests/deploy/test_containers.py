@@ -37,6 +37,11 @@ def instructions(path: Path) -> list[tuple[str, str]]:
 def test_stages_are_pinned_and_the_last_is_unprivileged(path):
     stages = [rest for word, rest in instructions(path) if word == "FROM"]
     assert len(stages) == 2 and all(PINNED.fullmatch(stage.split(" AS ")[0]) for stage in stages), stages
+    loose = [stage for stage in stages if "@sha256:" not in stage]
+    assert all(stage.startswith("vllm/") for stage in loose), loose  # its digest: docs/deploy.md
+    settings = dict(pair.split("=", 1) for word, rest in instructions(path) if word == "ENV" for pair in rest.split())
+    assert settings["HOME"] == "/tmp" and settings["USER"] == "vlv"  # number 10001 has no name of its own
+    assert settings.get("HF_HOME", "/tmp/hf") in ("/tmp/hf", "/cache/hf")
     last = instructions(path)[[word for word, _ in instructions(path)].index("FROM", 2) :]
     last = last[max(i for i, (word, _) in enumerate(last) if word == "FROM") :]
     fields = dict(last)
@@ -94,7 +99,7 @@ def test_compose():
 
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     for name, service in services.items():
-        assert "image" not in service or PINNED.fullmatch(service["image"])
+        assert "image" not in service or ("@sha256:" in service["image"] and PINNED.fullmatch(service["image"]))
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])  # nothing is open to the network
         assert service["cap_drop"] == ["ALL"], name
         for volume in service["volumes"]:
