@@ -76,6 +76,7 @@ class Component:
     name: str
     needs: str  # "encoder": encoder.safetensors; "t2i": the diffusers folder
     rows: int = 1  # guidance runs the conditional and the unconditional context in one batch
+    ops: bool = False  # its module calls our operations, whose references are what a plain trace holds
 
     def profile(self, encoder: Batch, pictures: Batch) -> Batch:
         """The batch sizes of its graph, from those of encoded images and of drawn pictures."""
@@ -85,10 +86,10 @@ class Component:
 COMPONENTS = {
     c.name: c
     for c in (
-        Component("encoder", "encoder"),
+        Component("encoder", "encoder", ops=True),
         Component("text_encoder", "t2i"),
         Component("context_kv", "t2i", rows=2),
-        Component("unet", "t2i", rows=2),
+        Component("unet", "t2i", rows=2, ops=True),
         Component("vae_decoder", "t2i"),
         Component("vae_encoder", "t2i"),
     )

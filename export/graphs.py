@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from export.components import COMPONENTS, Port
+from kernels.attention import attention
 from kernels.cross_attention import cross_attention
 from vlv.checkpoint import Checkpoint
 
@@ -36,6 +37,10 @@ class Graph(nn.Module):
             block.to(torch.float32)
             block.register_forward_pre_hook(_caster(torch.float32), with_kwargs=True)
             block.register_forward_hook(lambda _, __, output: _cast(output, dtype))
+        return self
+
+    def fuse(self) -> Graph:
+        """Put our operations where others' code has plain ones, for an export that keeps them as nodes."""
         return self
 
     def example(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
@@ -107,14 +112,14 @@ class ContextKV(Graph):
     def __init__(self, unet, tokens: int):
         super().__init__()
         self.layers = nn.ModuleList()
-        for _, attention in _cross_attentions(unet):
-            _require_plain(attention)
-            kv = nn.Linear(attention.to_k.in_features, 2 * attention.to_k.out_features, attention.to_k.bias is not None)
-            kv.weight = nn.Parameter(torch.cat([attention.to_k.weight, attention.to_v.weight]))
+        for _, attn in _cross_attentions(unet):
+            _require_plain(attn)
+            kv = nn.Linear(attn.to_k.in_features, 2 * attn.to_k.out_features, attn.to_k.bias is not None)
+            kv.weight = nn.Parameter(torch.cat([attn.to_k.weight, attn.to_v.weight]))
             if kv.bias is not None:
-                kv.bias = nn.Parameter(torch.cat([attention.to_k.bias, attention.to_v.bias]))
+                kv.bias = nn.Parameter(torch.cat([attn.to_k.bias, attn.to_v.bias]))
             self.layers.append(kv)
-        self.heads = [attention.heads for _, attention in _cross_attentions(unet)]
+        self.heads = [attn.heads for _, attn in _cross_attentions(unet)]
         self.inputs = (Port("context", "float32", (tokens, unet.config.cross_attention_dim)),)
         self.outputs = tuple(f"kv_{i}" for i in range(len(self.layers)))
         self.blocks = tuple(f"layers.{i}" for i in range(len(self.layers)))
@@ -129,9 +134,13 @@ class ContextKV(Graph):
         )
 
 
-def _require_plain(attention: nn.Module) -> None:
-    """What ContextKV and CachedContext leave out must not be there."""
-    if attention.norm_cross or attention.norm_q is not None or attention.norm_k is not None:
+def _is_plain(attn: nn.Module) -> bool:
+    """Whether nothing is there that our processors and ContextKV leave out."""
+    return not (attn.norm_cross or attn.norm_q is not None or attn.norm_k is not None)
+
+
+def _require_plain(attn: nn.Module) -> None:
+    if not _is_plain(attn):
         raise ValueError(
             "this UNet normalises inside its cross-attention: only plain ones, as SD 1 and 2, are exported"
         )
@@ -151,6 +160,16 @@ class CachedContext:
         return out / attn.rescale_output_factor
 
 
+class SelfAttention:
+    """An attention processor that computes with our operation."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:
+        """hidden_states: [B, M, C], a picture's tokens. [B, M, C]."""
+        projected = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
+        heads = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
+        return attn.to_out[0](attention(*heads).transpose(1, 2).flatten(2)) / attn.rescale_output_factor
+
+
 class UNetStep(Graph):
     """One prediction of the UNet, its cross-attention's keys and values taken from ContextKV."""
 
@@ -160,9 +179,9 @@ class UNetStep(Graph):
         size, layers = unet.config.sample_size, _cross_attentions(unet)
         processors = dict(unet.attn_processors)
         kv = []
-        for i, (path, attention) in enumerate(layers):
+        for i, (path, attn) in enumerate(layers):
             processors[f"{path}.processor"] = CachedContext(i)
-            kv.append(Port(f"kv_{i}", "float32", (2, attention.heads, tokens, attention.inner_dim // attention.heads)))
+            kv.append(Port(f"kv_{i}", "float32", (2, attn.heads, tokens, attn.inner_dim // attn.heads)))
         unet.set_attn_processor(processors)
         self.inputs = (
             Port("latents", "float32", (unet.config.in_channels, size, size)),
@@ -174,16 +193,26 @@ class UNetStep(Graph):
         parts += [*_children(unet, "up_blocks"), "conv_norm_out", "conv_out"]
         self.blocks = tuple(f"unet.{p}" for p in parts)
 
-    def fuse(self) -> None:
-        """Put the fused operations where diffusers has plain ones, for an export that keeps them as nodes."""
-        from vlv.unet import fused_parts
-
-        for parent, name, part in fused_parts(self.unet):
-            setattr(parent, name, part)
+    def fuse(self) -> Graph:
+        processors = dict(self.unet.attn_processors)
+        for path, attn in self.unet.named_modules():
+            if path.endswith("attn1") and _is_plain(attn) and not attn.is_cross_attention:
+                processors[f"{path}.processor"] = SelfAttention()
+        self.unet.set_attn_processor(processors)
+        _fuse_parts(self.unet)
+        return self
 
     def forward(self, latents: Tensor, timestep: Tensor, *kv: Tensor) -> Tensor:
         latents = latents.to(self.dtype)
         return self.unet(latents, timestep, encoder_hidden_states=kv, return_dict=False)[0].float()
+
+
+def _fuse_parts(module: nn.Module) -> None:
+    """Replace the norms and activations of a UNet, or of a half of an autoencoder, by ours."""
+    from vlv.unet import fused_parts
+
+    for parent, name, part in fused_parts(module):
+        setattr(parent, name, part)
 
 
 class VaeDecoder(Graph):
@@ -196,6 +225,10 @@ class VaeDecoder(Graph):
         self.outputs = ("picture",)
         parts = ["conv_in", "mid_block", *_children(vae.decoder, "up_blocks"), "conv_norm_out", "conv_out"]
         self.blocks = tuple(f"vae.decoder.{p}" for p in parts)
+
+    def fuse(self) -> Graph:
+        _fuse_parts(self.vae.decoder)
+        return self
 
     def forward(self, latents: Tensor) -> Tensor:
         latents = (latents / self.vae.config.scaling_factor).to(self.dtype)
@@ -212,6 +245,10 @@ class VaeEncoder(Graph):
         self.outputs = ("latents",)
         parts = ["conv_in", *_children(vae.encoder, "down_blocks"), "mid_block", "conv_norm_out", "conv_out"]
         self.blocks = tuple(f"vae.encoder.{p}" for p in parts)
+
+    def fuse(self) -> Graph:
+        _fuse_parts(self.vae.encoder)
+        return self
 
     def forward(self, pixels: Tensor) -> Tensor:
         pixels = (pixels.float() / 127.5 - 1).to(self.dtype)

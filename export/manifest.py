@@ -238,8 +238,11 @@ def source_hash(checkpoint: Checkpoint, component: str) -> str:
 
 
 def kernels_hash(component: str) -> str:
-    """The hash of the ops' source code, which a trace turns into graph nodes; "" where none of ours are in it."""
-    if COMPONENTS[component].needs != "encoder":
+    """The hash of the ops' source code, which a trace turns into graph nodes; "" where none of ours are in it.
+
+    An engine whose graph has plugin nodes keeps the hash of the kernels instead (`plugins.source_hash`).
+    """
+    if not COMPONENTS[component].ops:
         return ""
     import kernels
 

@@ -26,7 +26,7 @@ from torch import nn
 from export import trace
 from export.components import PEAK, tolerance
 from export.engine_ort import OrtSession
-from export.graphs import UNetStep, load
+from export.graphs import load
 from export.manifest import Artifact, ArtifactError
 from export.probes import NOISE, Probes
 from export.verifier import compare
@@ -100,9 +100,7 @@ def make(checkpoint: Checkpoint, graph: Artifact, made: Path, plain: Path, targe
     """
     import onnx_ir
 
-    module = load(checkpoint, graph.component)
-    if isinstance(module, UNetStep):
-        module.fuse()
+    module = load(checkpoint, graph.component).fuse()
     dtype = {"fp32": None, "bf16": torch.bfloat16}.get(graph.precision, torch.float16)
     if dtype:
         module.cast(dtype, graph.exact)

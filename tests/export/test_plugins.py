@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from export import plugins, trace
-from export.components import PEAK, Batch, Port, tolerance
+import kernels
+from export import graphs, plugins, trace
+from export.components import COMPONENTS, PEAK, Batch, Port, tolerance
 from export.engine import RuntimeMissing
 from export.engine_trt import _padded
-from export.graphs import Graph
-from export.manifest import ArtifactError, Manifest
+from export.manifest import ArtifactError, Manifest, kernels_hash
 from export.trt import _wants_plugins
 from kernels.attention import attention
 from kernels.cross_attention import cross_attention
@@ -32,7 +32,7 @@ pytest.importorskip("triton", reason="plugins are built by Triton: pip install t
 BATCH, PROFILE = 8, Batch(1, 4, 8)
 
 
-class Toy(Graph):
+class Toy(graphs.Graph):
     """All operations in a row, on a tower of one stage."""
 
     inputs = (Port("picture", "float32", (9, 8, 3)),)
@@ -100,14 +100,14 @@ def test_onnx_runtime_runs_the_nodes_as_their_plain_twin(toy, twins):
 
 def test_a_node_a_kernel_is_left(twins, built):
     """Channel attention and GroupNorm become two, all others one; nothing is left without its source."""
-    model, kernels = built
+    model, made = built
     nodes = [node for node in model.graph if node.domain == "vlv"]
     before = operations(twins["nodes"])
     assert len(nodes) == len(before) + sum(name.startswith(("channel_attention", "groupnorm")) for name in before)
-    assert not model.functions and {node.op_type for node in nodes} == set(kernels)
+    assert not model.functions and {node.op_type for node in nodes} == set(made)
     assert [tuple(value.shape) for value in model.graph.inputs] == [(BATCH, 9, 8, 3)]
     for node in nodes:
-        kernel = kernels[node.op_type]
+        kernel = made[node.op_type]
         assert {name: a.value for name, a in node.attributes.items()} == {
             "plugin_namespace": "vlv", "plugin_version": "1", "aot": 1
         }  # fmt: skip
@@ -121,16 +121,50 @@ def test_a_node_a_kernel_is_left(twins, built):
     assert {value.name for value in model.graph.outputs} == {"found"} <= known
 
 
-def test_a_component_of_a_checkpoint(artifacts, checkpoint, tmp_path, monkeypatch):
-    manifest = Manifest.open(artifacts)
-    kv, graph = manifest.checked("context_kv"), manifest.checked("encoder")
-    assert plugins.make(checkpoint, kv, tmp_path, artifacts / kv.main_file, "sm90") is None  # nothing to fuse in it
-    file, kernels = plugins.make(checkpoint, graph, tmp_path, artifacts / graph.main_file, "sm90")
-    assert set(operations(file)) == set(kernels) and all("sm_90a" in kernel.ptx for kernel in kernels.values())
-    monkeypatch.setattr(plugins, "tolerance", lambda *_: 0.0)
-    twins = tmp_path / "encoder.nodes.onnx", artifacts / graph.main_file
+ENCODER = {"window_attention", "channel_attention", "dwconv_norm", "attention"}
+UNET = {"groupnorm_silu", "geglu", "attention", "cross_attention"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("encoder", ENCODER), ("unet", UNET), ("vae_decoder", {"groupnorm_silu"})]
+)
+def test_a_component_of_a_checkpoint(artifacts, checkpoint, tmp_path, name, expected):
+    """Everything that we have a kernel for is one of ours: no plain norm and no plain attention is left."""
+    import onnx
+
+    graph = Manifest.open(artifacts).checked(name)
+    file, made = plugins.make(checkpoint, graph, tmp_path, artifacts / graph.main_file, "sm90")
+    assert set(operations(file)) == set(made) and all("sm_90a" in kernel.ptx for kernel in made.values())
+    assert {kernel.kernel.split(".")[0] for kernel in made.values()} == expected
+    plain = {node.op_type for node in onnx.load(file).graph.node if node.domain != "vlv"}
+    assert not plain & {"GroupNormalization", "InstanceNormalization", "Softmax"}
+
+
+def test_a_component_with_nothing_to_fuse(artifacts, checkpoint, tmp_path):
+    graph = Manifest.open(artifacts).checked("context_kv")
+    assert plugins.make(checkpoint, graph, tmp_path, artifacts / graph.main_file, "sm90") is None
+
+
+def test_nodes_off_their_plain_twin_are_refused(artifacts, checkpoint, monkeypatch):
+    graph = Manifest.open(artifacts).checked("text_encoder")
+    monkeypatch.setattr(plugins, "tolerance", lambda *_: -1.0)
     with pytest.raises(ArtifactError, match="is off its plain twin in context"):
-        plugins._require_twins(checkpoint, graph, 1, *twins)
+        plugins._require_twins(checkpoint, graph, 1, *[artifacts / graph.main_file] * 2)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_the_components_that_call_our_operations(checkpoint, name):
+    """Their graphs hang on the code of kernels/, so the manifest keeps its hash."""
+    graph = graphs.load(checkpoint, name)
+    called = set()
+    sys.setprofile(lambda frame, *_: called.add(frame.f_code.co_filename))
+    try:
+        with torch.no_grad():
+            graph(*graph.example(1))
+    finally:
+        sys.setprofile(None)
+    ours = any(Path(file).parent == Path(kernels.__file__).parent for file in called)
+    assert ours == COMPONENTS[name].ops == bool(kernels_hash(name))
 
 
 def test_shapes_that_are_not_known_are_refused():
@@ -223,15 +257,15 @@ def trt(monkeypatch):
 
 def test_tensorrt_takes_the_plugins(trt, built):
     """Each is registered, created as an AOT plugin, and asked what the builder asks: types, shapes, launch, code."""
-    model, kernels = built
-    plugins.register(trt, kernels)
-    plugins.register(trt, kernels)  # a second component may have the same kernel
+    model, made = built
+    plugins.register(trt, made)
+    plugins.register(trt, made)  # a second component may have the same kernel
     from tensorrt.plugin import _lib
 
     kinds = {torch.float32: trt.DataType.FLOAT}
     maker = SimpleNamespace(constant=_Expression)
     for node in (node for node in model.graph if node.domain == "vlv"):
-        kernel, name = kernels[node.op_type], f"vlv::{node.op_type}"
+        kernel, name = made[node.op_type], f"vlv::{node.op_type}"
         creator = _lib._TemplatePluginCreator(node.op_type, "vlv", {})
         plugin = creator.create_plugin(node.op_type, "vlv", [], None, trt.QuickPluginCreationRequest.STRICT_AOT)
         shapes = [[_Expression(n if isinstance(n, int) else BATCH) for n in value.shape] for value in node.inputs]
