@@ -31,13 +31,12 @@ from export.manifest import Artifact, ArtifactError
 from export.probes import NOISE, Probes
 from export.verifier import compare
 from kernels.plugin import PluginKernel, plugin_kernels
-from kernels.symbolic import DOMAIN, OPERATIONS
+from kernels.symbolic import DOMAIN, FLOATS, OPERATIONS
 from vlv.checkpoint import Checkpoint
 
 PROBES = NOISE + 1
 
 _SIGNATURE = "vlv.signature"  # key of a function's metadata
-_KINDS = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
 _TRACED = 5  # batch while tracing a body
 PTX_VERSION = 88  # of CUDA 12.9: new enough for all our targets, old enough for every TensorRT 11
 HALF = ("fp16", "bf16", "mixed")  # precisions in which the kernels are faster than TensorRT's own layers could be
@@ -48,7 +47,7 @@ class Signature:
     """One operation at one size: what a node's kernels and its body depend on."""
 
     operation: str
-    inputs: tuple[tuple[str, tuple[int | None, ...]], ...]  # dtype and shape; None: the batch
+    inputs: tuple[tuple[int, tuple[int | None, ...]], ...]  # ONNX's number of the dtype, and the shape; None: the batch
     attributes: dict[str, int | float]
 
     @classmethod
@@ -59,7 +58,7 @@ class Signature:
             shape = tuple(size if isinstance(size, int) else None for size in value.shape)
             if None in shape[1:]:
                 raise ValueError(f"{node.name} ({node.op_type}): the shape of {value.name} is not known, {value.shape}")
-            inputs.append((value.dtype.name, shape))
+            inputs.append((int(value.dtype), shape))
         return cls(node.op_type, tuple(inputs), {name: a.value for name, a in node.attributes.items()})
 
     @classmethod
@@ -77,7 +76,7 @@ class Signature:
 
     def empty(self, batch: int, device: str) -> list[torch.Tensor]:
         """Inputs of that batch."""
-        sizes = [(_KINDS[dtype], [batch if n is None else n for n in shape]) for dtype, shape in self.inputs]
+        sizes = [(FLOATS[dtype], [batch if n is None else n for n in shape]) for dtype, shape in self.inputs]
         return [torch.zeros(shape, dtype=dtype, device=device) for dtype, shape in sizes]
 
 
@@ -203,7 +202,7 @@ def kernel_graph(model, batch: int, sm: int) -> dict[str, PluginKernel]:
             values |= zip(kernel.outputs, made.outputs, strict=True)
             for number, value, like in zip(kernel.outputs, made.outputs, kernel.written, strict=True):
                 value.name, value.shape = f"{made.name}_{number}", onnx_ir.Shape(like.shape)
-                value.dtype = onnx_ir.DataType[next(name for name, dtype in _KINDS.items() if dtype == like.dtype)]
+                value.dtype = onnx_ir.DataType(next(kind for kind, dtype in FLOATS.items() if dtype == like.dtype))
             model.graph.insert_before(node, made)
         for old, number in zip(node.outputs, results, strict=False):
             new = values[number]

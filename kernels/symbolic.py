@@ -4,7 +4,8 @@
         torch.onnx.export(module, …, dynamo=True, custom_translation_table=translations())
 
 A node has the operation's tensors as inputs and its numbers as attributes. Where an operation's tensors are transposed
-views (attention's heads), the node's are what lies in memory, and the graph's own transpositions cancel.
+views (attention's heads), the node's are what lies in memory, and the graph's own transpositions cancel. TensorRT's
+plugins take no 8-bit pictures; in float16, which holds every grey level exactly, they take them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from kernels import attention as attn
 from kernels import channel_attention as channel
 from kernels import cross_attention as cross
 from kernels import dwconv_norm as dwconv
-from kernels import geglu, groupnorm_silu
+from kernels import geglu, groupnorm_silu, upsample_normalize
 from kernels import window_attention as window
 
 DOMAIN = "vlv"
-_TYPES = {"int": int, "float": float, "bool": bool}
+FLOATS = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}  # ONNX's numbers of what the kernels compute in
+_TYPES = {"int": int, "float": float, "bool": bool, "ScalarType": FLOATS.__getitem__}
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Operation:
     order: tuple[int, ...] = (0, 1, 2, 3)
 
     @cached_property
-    def arguments(self) -> dict[str, type | None]:
-        """The names of all arguments in order; None stands for a tensor, else the number's type."""
-        return {a.name: _TYPES.get(str(a.type)) for a in self.op._opoverload._schema.arguments}
+    def arguments(self) -> dict[str, Callable | None]:
+        """The names of all arguments in order; None stands for a tensor, else what makes one of the node's number."""
+        return {a.name: _TYPES.get(str(a.real_type)) for a in self.op._opoverload._schema.arguments}
 
     @property
     def tensors(self) -> list[str]:
@@ -63,6 +65,9 @@ OPERATIONS = {
     "cross_attention": Operation(cross.cross_attention_op, cross.cross_attention_reference),
     "groupnorm_silu": Operation(groupnorm_silu.groupnorm_silu_op, groupnorm_silu.groupnorm_silu_reference),
     "geglu": Operation(geglu.geglu_op, geglu.geglu_reference),
+    "upsample_normalize": Operation(
+        upsample_normalize.upsample_normalize_op, upsample_normalize.upsample_normalize_reference
+    ),
 }
 
 
@@ -73,28 +78,33 @@ def translations() -> dict[Callable, Callable]:
 
 def _translation(name: str, operation: Operation) -> Callable:
     from onnx.defs import OpSchema
-    from onnxscript import opset20
+    from onnxscript import ir, opset20
     from onnxscript.values import Op, Opset
 
     numbers = {n: kind for n, kind in operation.arguments.items() if kind is not None}
-    kinds = {int: OpSchema.AttrType.INT, bool: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
     results = len(operation.op._opoverload._schema.returns)
+    floats = [f"tensor({kind})" for kind in ("float", "float16", "bfloat16")]
+    letters = [f"T{i}" for i in range(len(operation.tensors) + results)]  # each may have a type of its own
     schema = OpSchema(
         name, DOMAIN, 1,
-        inputs=[OpSchema.FormalParameter(n, "T") for n in operation.tensors],
-        outputs=[OpSchema.FormalParameter(f"out_{i}", "T") for i in range(results)],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "what the kernels take")],
-        attributes=[OpSchema.Attribute(n, kinds[kind], required=True) for n, kind in numbers.items()],
+        inputs=[OpSchema.FormalParameter(n, t) for n, t in zip(operation.tensors, letters, strict=False)],
+        outputs=[OpSchema.FormalParameter(f"out_{i}", t) for i, t in enumerate(letters[len(operation.tensors) :])],
+        type_constraints=[(letter, floats, "what the kernels take") for letter in letters],
+        attributes=[
+            OpSchema.Attribute(n, OpSchema.AttrType.FLOAT if kind is float else OpSchema.AttrType.INT, required=True)
+            for n, kind in numbers.items()
+        ],
     )  # fmt: skip
     node = Op(Opset(DOMAIN, 1), name, schema)
 
     def translate(*args):
         given = dict(zip(operation.arguments, args, strict=True))
-        attributes = {n: int(given[n]) if kind is bool else given[n] for n, kind in numbers.items()}
+        attributes = {n: given[n] if kind is float else int(given[n]) for n, kind in numbers.items()}
+        tensors = [given[n] for n in operation.tensors]
+        tensors = [opset20.Cast(x, to=ir.DataType.FLOAT16) if x.dtype == ir.DataType.UINT8 else x for x in tensors]
         if operation.order == (0, 1, 2, 3):
-            return node(*(given[n] for n in operation.tensors), **attributes)
-        laid = [opset20.Transpose(given[n], perm=operation.order) for n in operation.tensors]
-        first, *others = node(*laid, **attributes)
+            return node(*tensors, **attributes)
+        first, *others = node(*(opset20.Transpose(x, perm=operation.order) for x in tensors), **attributes)
         return opset20.Transpose(first, perm=operation.order), *others
 
     return translate

@@ -41,7 +41,7 @@ def _resample(x: Tensor, taps: Tensor) -> Tensor:
 def upsample_normalize_reference(
     pixels: Tensor, resize: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """uint8 [B, 3, S, S] RGB -> [B, T, T, 3] in `dtype`, channels last.
+    """uint8 [B, 3, S, S] RGB, or whole numbers in any float that holds them -> [B, T, T, 3] in `dtype`, channels last.
 
     resize: float32 [T, S] from `bicubic_matrix`; mean, std: float32 [3]. Both passes round to 8 bits, as
     Pillow does, so the result is the published processor's.
@@ -78,4 +78,5 @@ def upsample_normalize_op(pixels: Tensor, resize: Tensor, mean: Tensor, std: Ten
 
 @upsample_normalize_op.register_fake
 def _channels_last(pixels: Tensor, resize: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    return pixels.new_empty(len(pixels), resize.shape[0], resize.shape[0], 3, dtype=dtype)
+    target = resize.shape[0]
+    return pixels.new_empty(pixels.shape[0], target, target, 3, dtype=dtype)  # len() would fix an export's batch

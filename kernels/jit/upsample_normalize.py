@@ -41,7 +41,10 @@ def forward(
     pixels, resize, mean, std, out, stride_b, stride_c, stride_y, stride_x,
     SIZE: tl.constexpr, TARGET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """pixels uint8 [B, 3, SIZE, SIZE] strided -> out [B, TARGET, TARGET, 3] contiguous. Grid: pixel tiles, batch."""
+    """pixels [B, 3, SIZE, SIZE] strided -> out [B, TARGET, TARGET, 3] contiguous. Grid: pixel tiles, batch.
+
+    The pixels are grey levels: uint8, or float16 from TensorRT.
+    """
     batch = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = pixel < TARGET * TARGET

@@ -25,6 +25,7 @@ from kernels.cross_attention import cross_attention
 from kernels.geglu import geglu
 from kernels.groupnorm_silu import groupnorm_silu
 from kernels.symbolic import OPERATIONS
+from kernels.upsample_normalize import bicubic_matrix, upsample_normalize
 from vlv.config import DaViTConfig
 from vlv.davit import DaViT
 
@@ -35,18 +36,22 @@ BATCH, PROFILE = 8, Batch(1, 4, 8)
 class Toy(graphs.Graph):
     """All operations in a row, on a tower of one stage."""
 
-    inputs = (Port("picture", "float32", (9, 8, 3)),)
+    inputs = (Port("picture", "float32", (9, 8, 3)), Port("pixels", "uint8", (3, 4, 4)))
     outputs = ("found",)
     blocks = ("tower.stages.0", "norm")
+    constants = ("resize", "mean", "std")
 
     def __init__(self):
         super().__init__()
         self.tower = DaViT(DaViTConfig((32,), (1,), (2,), (1,), (3,), (2,), (1,), (False,), 4))
         self.norm = torch.nn.GroupNorm(4, 32)
         self.wide = torch.nn.Linear(32, 64)
+        for name, value in zip(self.constants, (bicubic_matrix(4, 8), torch.rand(3), torch.rand(3) + 1), strict=True):
+            self.register_buffer(name, value)
 
-    def forward(self, picture: Tensor) -> Tensor:
-        x = self.tower(picture)
+    def forward(self, picture: Tensor, pixels: Tensor) -> Tensor:
+        large = upsample_normalize(pixels, self.resize, self.mean, self.std, self.dtype)
+        x = self.tower(torch.cat([picture.to(self.dtype), large], 1))
         x = groupnorm_silu(x.permute(0, 3, 1, 2), 4, self.norm.weight, self.norm.bias).permute(0, 2, 3, 1)
         heads = geglu(self.wide(x.flatten(1, 2))).unflatten(-1, (2, 16))
         heads = cross_attention(heads, heads[:, :7], heads[:, :7]).transpose(1, 2)
@@ -90,10 +95,11 @@ def test_onnx_runtime_runs_the_nodes_as_their_plain_twin(toy, twins):
     assert not operations(twins["plain"])
     sessions = [onnxruntime.InferenceSession(file) for file in twins.values()]
     for batch in (1, 3):
-        picture = np.random.default_rng(batch).standard_normal((batch, 9, 8, 3), dtype=np.float32)
-        plain, nodes = (session.run(None, {"picture": picture})[0] for session in sessions)
+        inputs = dict(zip(("picture", "pixels"), toy.example(batch, torch.Generator().manual_seed(batch)), strict=True))
+        feed = {name: value.numpy() for name, value in inputs.items()}
+        plain, nodes = (session.run(None, feed)[0] for session in sessions)
         with torch.no_grad():
-            exact = toy(torch.from_numpy(picture)).numpy()
+            exact = toy(**inputs).numpy()
         allowed = PEAK * tolerance("fp32", len(toy.blocks), toy.longest) * np.abs(exact).max()
         assert np.abs(plain - exact).max() <= allowed and np.abs(nodes - exact).max() <= allowed
 
@@ -105,7 +111,7 @@ def test_a_node_a_kernel_is_left(twins, built):
     before = operations(twins["nodes"])
     assert len(nodes) == len(before) + sum(name.startswith(("channel_attention", "groupnorm")) for name in before)
     assert not model.functions and {node.op_type for node in nodes} == set(made)
-    assert [tuple(value.shape) for value in model.graph.inputs] == [(BATCH, 9, 8, 3)]
+    assert [tuple(value.shape) for value in model.graph.inputs] == [(BATCH, 9, 8, 3), (BATCH, 3, 4, 4)]
     for node in nodes:
         kernel = made[node.op_type]
         assert {name: a.value for name, a in node.attributes.items()} == {
@@ -121,7 +127,7 @@ def test_a_node_a_kernel_is_left(twins, built):
     assert {value.name for value in model.graph.outputs} == {"found"} <= known
 
 
-ENCODER = {"window_attention", "channel_attention", "dwconv_norm", "attention"}
+ENCODER = {"upsample_normalize", "window_attention", "channel_attention", "dwconv_norm", "attention"}
 UNET = {"groupnorm_silu", "geglu", "attention", "cross_attention"}
 
 

@@ -72,6 +72,8 @@ def test_upsample_normalize_is_the_reference_bit_by_bit(batch, size, target):
     assert torch.equal(prepared(upsample_normalize, pixels, size, target), exact)
     strided = pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert torch.equal(prepared(upsample_normalize, strided, size, target, torch.float16), exact.half())
+    # as TensorRT's plugin gets them, which takes no 8-bit tensors
+    assert torch.equal(prepared(upsample_normalize, pixels.half(), size, target), exact)
 
 
 def test_offsets_beyond_32_bits():
