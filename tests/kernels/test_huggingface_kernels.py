@@ -100,6 +100,22 @@ def test_no_module_has_two_owners() -> None:
     assert theirs and not ours & theirs
 
 
+def test_commands_are_found_behind_any_library_of_that_name(tmp_path: Path) -> None:
+    """As with the wheel: the library's folder comes first, and `python -m kernels.aot` fails."""
+    (tmp_path / "site/kernels").mkdir(parents=True)
+    (tmp_path / "site/kernels/__init__.py").write_text("")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path / "site", ROOT)))}
+    for words, code, said in (
+        (["kernels.aot", "--help"], 1, "No module named kernels.aot"),
+        (["vlv", "kernels.aot", "--help"], 0, "--write-baseline"),
+        (["vlv", "kernels.aot", "--target", "sm91"], 2, "--target sm91: choose from sm80"),
+        (["vlv", "kernels.occupancy", "--help"], 0, "usage: python -m kernels.occupancy"),
+        (["vlv", "kernels.launch"], 2, "error: argument module: invalid choice"),
+    ):
+        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == code and said in done.stdout + done.stderr, (words, done)
+
+
 def test_without_the_library(tmp_path: Path) -> None:
     try:
         distribution("kernels")
