@@ -1,17 +1,21 @@
 """Everything of the export that needs a GPU, in one call: python -m benchmarks.gpu.trt --ckpt assets/vlv-tiny
 
 Exports in half precision, builds engines for this GPU (TensorRT, and TensorRT-RTX where it knows the GPU), holds every
-component against float32 PyTorch, reconstructs with 50 steps, refits an engine, and times encoding beside eager
-PyTorch, torch.compile and ONNX Runtime. A runtime whose library is missing is named with its install command. Writes
-benchmarks/gpu/trt.json; exit code 1 if anything fails, or where there is no GPU.
+component against float32 PyTorch, reconstructs with 50 steps, refits an engine, times encoding beside eager PyTorch,
+torch.compile and ONNX Runtime, and TensorRT's engines with our plugins beside those without. A runtime whose library is
+missing is named with its install command. Writes benchmarks/gpu/trt.json; exit code 1 if anything fails, or where there
+is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,12 +23,15 @@ import torch
 
 from benchmarks import machine
 from export import bench, onnx, trt, verify
-from export.engine import TorchEngine, open_engine
+from export.components import PEAK, tolerance
+from export.engine import Session, TorchEngine, open_engine
 from export.manifest import ArtifactError
 from export.probes import Probes
 from export.tensorrt_library import LIBRARIES, device_target
+from export.verifier import compare
 from vlv.checkpoint import Checkpoint
 
+FUSED = ("encoder", "unet", "vae_decoder")  # components whose time the plugins are to shorten
 PSNR = 30.0  # dB that a half-precision reconstruction must reach; float32 reaches 40
 
 
@@ -39,13 +46,58 @@ def reconstruction(word: str, out: Path, checkpoint: Checkpoint) -> dict:
     return {"psnr": psnr, "passed": psnr > PSNR}
 
 
+def build_plain(build: list[str], out: Path, plain: Path) -> int:
+    """The engines without plugins, in a folder of their own beside the same graphs."""
+    shutil.copytree(out, plain)
+    place = build.index("--out") + 1
+    return trt.main([*build[:place], str(plain), *build[place + 1 :], "--components", *FUSED, "--plugins", "off"])
+
+
+def against_plain(word: str, with_plugins: Path, plain: Path, checkpoint: Checkpoint, repeats: int = 20) -> dict:
+    """Per component the median time with our plugins and without, in turns at the largest batch, and their ratio.
+
+    Outputs that differ by more than the precision explains for each of the two fail, and no time is told.
+    """
+    engines = [open_engine(word, folder, checkpoint) for folder in (with_plugins, plain)]
+    probes, result = Probes(checkpoint, 4), {"passed": True}
+    for component in FUSED:
+        ours, theirs = (engine.session(component) for engine in engines)
+        artifact, inputs = engines[0].manifest.find(component), probes.inputs(component)[0]
+        for port in (port for port in artifact.inputs if port.batched):
+            inputs[port.name] = inputs[port.name][[i % len(inputs[port.name]) for i in range(artifact.profile.most)]]
+        inputs = {name: value.to(ours.device) for name, value in inputs.items()}
+        longest = probes.reference.session(component).graph.longest
+        allowed = 2 * tolerance(artifact.precision, len(artifact.blocks), longest)
+        found, expected = ours(**inputs), theirs(**inputs)
+        errors = {name: compare(found[name], value) for name, value in expected.items()}
+        right = all(e["rms"] <= allowed and e["max"] <= PEAK * allowed for e in errors.values())
+        result["passed"] &= right
+        result[component] = {"batch": artifact.profile.most, "errors": errors, "allowed_rms": allowed}
+        if right:
+            seconds = [statistics.median(times) for times in _in_turns((ours, theirs), inputs, repeats)]
+            result[component] |= {"plugins_s": seconds[0], "plain_s": seconds[1], "speedup": seconds[1] / seconds[0]}
+    return result
+
+
+def _in_turns(sessions: tuple[Session, ...], inputs: dict[str, torch.Tensor], repeats: int) -> list[list[float]]:
+    times: list[list[float]] = [[] for _ in sessions]
+    for _ in range(repeats):
+        for kept, session in zip(times, sessions, strict=True):
+            start = time.perf_counter()
+            session(**inputs)
+            if session.device.type == "cuda":
+                torch.cuda.synchronize()
+            kept.append(time.perf_counter() - start)
+    return times
+
+
 def steps(args: argparse.Namespace, out: Path, target: str) -> dict[str, Callable[[], object]]:
     """What is done, by name and in order."""
     checkpoint = Checkpoint.open(args.ckpt)
     common = ["--ckpt", args.ckpt, "--out", str(out), "--max-batch", str(args.batch), "--max-pictures", "2"]
     precise = [*common, "--precision", args.precision]
     done: dict[str, Callable[[], object]] = {"export": lambda: onnx.main(precise)}
-    words = ["onnx-cuda", "onnx-trt"]
+    words, plain = ["onnx-cuda", "onnx-trt"], out.with_name("plain")
     for runtime, library in LIBRARIES.items():
         try:
             library.load()
@@ -53,8 +105,13 @@ def steps(args: argparse.Namespace, out: Path, target: str) -> dict[str, Callabl
             print(missing, file=sys.stderr)
             continue
         words.append(runtime)
-        build = [*precise, "--target", target, "--runtime", runtime]
-        done[f"{runtime} build"] = lambda build=build: trt.main([*build, "--refittable"])
+        build = [*precise, "--target", target, "--runtime", runtime, "--refittable"]
+        if runtime == "trt":
+            check = ["--artifacts", str(plain), "--ckpt", args.ckpt, "--runtime", runtime]
+            done["trt build without plugins"] = lambda build=build: build_plain(build, out, plain)
+            done["trt verify without plugins"] = lambda check=check: verify.main(check)
+            build = [*build, "--plugins", "on"]
+        done[f"{runtime} build"] = lambda build=build: trt.main(build)
         done[f"{runtime} refit"] = lambda build=build: trt.main(
             [*build, "--components", "encoder", "--refit", "--force"]
         )
@@ -62,6 +119,8 @@ def steps(args: argparse.Namespace, out: Path, target: str) -> dict[str, Callabl
         check = ["--artifacts", str(out), "--ckpt", args.ckpt, "--runtime", word]
         done[f"{word} verify"] = lambda check=check: verify.main(check)
         done[f"{word} reconstruct"] = lambda word=word: reconstruction(word, out, checkpoint)
+    if "trt" in words:
+        done["trt plugins"] = lambda: against_plain("trt", out, plain, checkpoint)
     timing = ["--artifacts", str(out), "--ckpt", args.ckpt, "--batches", "1", str(args.batch)]
     done["bench"] = lambda: bench.main([*timing, "--out", str(args.out.with_name("trt-bench.json"))])
     return done
