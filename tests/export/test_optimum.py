@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from export.manifest import Manifest
 from tests.export.conftest import BUNDLED, LIMITS
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +30,19 @@ def test_optimum_is_not_claimed(tmp_path):
     metadata = tmp_path / "vlv.egg-info"
     assert (metadata / "top_level.txt").read_text().split() == ["export", "kernels", "serve", "vlv"]
     assert "optimum/commands/register/vlv.py" in (metadata / "SOURCES.txt").read_text().splitlines()
+
+
+def test_optimums_input_generators_know_none_of_our_inputs(artifacts):
+    """The reason why they are not used; should it lapse, they can be."""
+    from optimum.utils import input_generators as theirs
+
+    kinds = [kind for kind in vars(theirs).values() if isinstance(kind, type)]
+    kinds = [kind for kind in kinds if issubclass(kind, theirs.DummyInputGenerator)]
+    ports = {port.name for artifact in Manifest.open(artifacts).artifacts.values() for port in artifact.inputs}
+    known = {name for name in ports for kind in kinds if kind.supports_input(kind, name)}
+    assert len(kinds) > 20 and {"pixels", "latents", "ids", "kv_0"} < ports and known == {"timestep"}
+    with pytest.raises(KeyError):
+        theirs.DTYPE_MAPPER.pt("uint8")
 
 
 def test_bad_arguments(tmp_path):
