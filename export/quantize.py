@@ -26,9 +26,9 @@ from torch import Tensor
 from export.blocks import reference_outputs
 from export.components import PEAK, tolerance
 from export.graphs import Graph
-from export.trace import EXTERNAL, Traced
+from export.trace import Traced, is_large
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "mixed": torch.float16, "bf16": torch.bfloat16}
 
 
 class NotPossible(ValueError):
@@ -170,7 +170,7 @@ def _renamed(target: Path, made: Path, traced: Traced) -> Traced:
 
     model = onnx.load(target)
     name = traced.files[0]
-    large = sum(len(constant.raw_data) for constant in model.graph.initializer) > EXTERNAL
+    large = is_large(len(constant.raw_data) for constant in model.graph.initializer)
     for file in made.glob("int8-*"):
         file.unlink()
     (made / f"{name}.data").unlink(missing_ok=True)  # of an attempt before: onnx would append to it

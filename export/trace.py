@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +68,16 @@ def to_onnx(graph: Graph, file: Path, profile: Batch, opset: int, nodes: bool = 
         node.metadata_props.clear()  # source paths of the machine that exported
     if nodes:
         plugins.add_bodies(model, opset)
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    external = f"{file.name}.data" if size > EXTERNAL else None
+    weights = (value.const_value.nbytes for value in model.graph.initializers.values())
+    external = f"{file.name}.data" if is_large(weights) else None
     onnx_ir.save(model, file, external_data=external)
     names = {node.name: path for node, path in owner.items()}
     return Traced([file.name, *([external] if external else [])], blocks, names)
+
+
+def is_large(sizes: Iterable[int]) -> bool:
+    """Whether weights of these sizes in bytes get a file of their own."""
+    return sum(sizes) > EXTERNAL
 
 
 def _fold(model) -> None:
