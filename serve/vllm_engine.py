@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -23,6 +22,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serve.guard import Guard
 from serve.llm import Engine, EngineError, Sampling, one_line
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, they leave shared memory to clean up
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 FEW_CORES = 4  # where serve.vllm_executor is the faster
-CPU_BLOCK = 128  # tokens a block of vLLM's CPU cache
+CPU_BLOCK = 32  # tokens a block of vLLM's CPU cache: the fewest that its kernels take
 
 
 class VllmEngine(Engine):
@@ -45,7 +45,7 @@ class VllmEngine(Engine):
         self._ids = itertools.count()
         self._lora = None
         self._engine, self._logs, self._failed, self._closed = None, None, False, False
-        self._guard, self._others = _Guard(), None
+        self._guard, self._others = Guard(), None
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -88,7 +88,8 @@ class VllmEngine(Engine):
             device = {"dtype": "bfloat16", "gpu_memory_utilization": 0.8}
         else:
             # eager: without a C++ compiler at hand, and several seconds sooner than compiled
-            device = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": self._cache_bytes()}
+            device = {"dtype": "float32", "enforce_eager": True, "block_size": CPU_BLOCK}
+            device["kv_cache_memory_bytes"] = self._cache_bytes()
             if self.encoder_threads:
                 from serve.vllm_executor import SharedCoresExecutor
 
@@ -140,7 +141,9 @@ class VllmEngine(Engine):
         """For vLLM's processes: flat memory, no usage reports, the log in a file (on stderr with debug)."""
         # glibc's heap per thread fragments under the embeddings that come and go: +130 MiB over 10,000 images
         os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(128 << 10))
+        # activations stay in that heap: mapped anew for each operator, the kernel's zeroing of pages costs a quarter
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(512 << 20))
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         if self.options.tensor_parallel > 1:  # on a CPU, vLLM would want a NUMA node for each process
@@ -234,39 +237,6 @@ def lora_rank(folder: Path) -> int:
 
 def _engine_processes() -> list:
     return [p for p in multiprocessing.active_children() if p.name.startswith("EngineCore")]
-
-
-class _Guard:
-    """Kills vLLM's processes when this one is killed: they would stay, with the model in memory, for good.
-
-    A shell that reads process ids until our end of its pipe closes, which the kernel does for us.
-    """
-
-    SCRIPT = 'ids=; while read -r id; do [ "$id" = done ] && exit; ids="$ids $id"; done; [ -z "$ids" ] || kill -9 $ids'
-
-    def __init__(self):
-        self._shell, self._watched = None, set()
-
-    def watch(self, processes: list) -> None:
-        """Add processes, those that are not known yet."""
-        for process in processes:
-            if process.pid not in self._watched:
-                if self._shell is None:
-                    # in a session of its own, so that what ends our process group does not end it
-                    self._shell = subprocess.Popen(
-                        ["sh", "-c", self.SCRIPT], stdin=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
-                    )
-                self._watched.add(process.pid)
-                self._shell.stdin.write(f"{process.pid}\n")
-
-    def dismiss(self) -> None:
-        """End the watch: the processes have ended in order."""
-        if self._shell is not None:
-            with contextlib.suppress(OSError):
-                self._shell.stdin.write("done\n")
-                self._shell.stdin.close()
-            self._shell.wait()
-            self._shell = None
 
 
 def _settle(future: asyncio.Future, error: BaseException | None) -> None:
