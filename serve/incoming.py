@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -81,7 +82,9 @@ async def read_bytes(request: Request, seconds: float) -> bytes:
     return await _arrive(request, request.body(), seconds)
 
 
-async def read_form(request: Request, seconds: float, most: int) -> tuple[list[tuple[str, Awaitable[bytes]]], dict]:
+async def read_form(
+    request: Request, seconds: float, most: int
+) -> tuple[list[tuple[str | None, Coroutine[Any, Any, bytes]]], dict]:
     """A multipart form's files, as name and content to await, and its other fields. Raises Refusal."""
     form = request.form(max_files=most, max_fields=32, max_part_size=1 << 16)
     try:

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from vlv.command import why
+
 
 class Refusal(Exception):
     """A request that is not answered: HTTP status, kind, one sentence, and perhaps when to come again."""
@@ -80,7 +82,7 @@ class Keys:
                 json.dump([*entries, kept], file, indent=2)
             os.replace(temporary, path)
         except OSError as error:
-            raise KeysError(f"cannot write {path}: {os.strerror(error.errno)}") from error
+            raise KeysError(f"cannot write {path}: {why(error)}") from error
         return key
 
     def find(self, authorization: str | None) -> Key:
@@ -111,7 +113,7 @@ def _entries(path: Path) -> list[dict]:
             if min(entry["per_minute"], entry["concurrent"]) < 1:
                 raise ValueError(f"per_minute and concurrent of {entry['name']} must be above 0")
     except OSError as error:
-        raise KeysError(f"cannot read {path}: {os.strerror(error.errno)}") from error
+        raise KeysError(f"cannot read {path}: {why(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise KeysError(f"{path} is no file of keys ({error}): make one with --new-key NAME") from error
     return entries

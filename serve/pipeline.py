@@ -68,7 +68,7 @@ class TorchEncoder:
 class ArtifactEncoder:
     """The same from an exported encoder, with one of export.engine's runtimes."""
 
-    def __init__(self, checkpoint: Checkpoint, word: str, artifacts: Path):
+    def __init__(self, checkpoint: Checkpoint, word: str, artifacts: Path | None):
         """Check the artifact and load it. Raises ArtifactError."""
         from export.engine import open_engine
 
@@ -83,11 +83,11 @@ class ArtifactEncoder:
         return torch.cat([self._engine.encode(part).cpu() for part in parts])
 
 
-def open_encoder(checkpoint: Checkpoint, config: PipelineConfig, threads: int | None = None):
-    """The encoder that a run is configured for, made in the thread that calls it; `threads` for PyTorch's."""
-    if config.encoder == "torch":
+def open_encoder(checkpoint: Checkpoint, word: str, artifacts: Path | None, threads: int | None = None):
+    """The encoder of a word of RUNTIMES, made in the thread that calls it; `threads` for PyTorch's."""
+    if word == "torch":
         return TorchEncoder(checkpoint, threads)
-    return ArtifactEncoder(checkpoint, config.encoder, config.artifacts)
+    return ArtifactEncoder(checkpoint, word, artifacts)
 
 
 class Pipeline:
@@ -178,8 +178,8 @@ class Pipeline:
     async def _encode(self) -> None:
         """Encode what is decoded, at most a batch at once and less where no more is there."""
         loop = asyncio.get_running_loop()
-        threads = self.engine.encoder_threads
-        encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, self.config, threads)
+        choice = (self.config.encoder, self.config.artifacts, self.engine.encoder_threads)
+        encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, *choice)
         more = True
         while more:
             for _ in range(self.config.prompt_batch):

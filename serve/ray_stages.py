@@ -62,12 +62,10 @@ class Encode:
     """Crops to embeddings."""
 
     def __init__(self, args: argparse.Namespace):
-        from serve.llm import Sampling
-        from serve.pipeline import PipelineConfig, open_encoder
+        from serve.pipeline import open_encoder
 
         self._most = args.prompt_batch
-        config = PipelineConfig(Sampling(), encoder=args.encoder, artifacts=args.artifacts)
-        self._encoder = open_encoder(Model.of(args).checkpoint, config)
+        self._encoder = open_encoder(Model.of(args).checkpoint, args.encoder, args.artifacts)
 
     def __call__(self, batch: Batch) -> Batch:
         crops = np.array(batch.pop("crop"))  # a copy: Ray's are read-only

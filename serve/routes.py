@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ class Routes(Worker):
         tokens = sum(len(c.token_ids) for c in completions)
         return api.chat(self.model, api.finished(completions, wanted), wanted, self.queries, tokens)
 
-    async def _stream(self, embeds, wanted: api.Wish, with_usage: bool) -> AsyncIterator[bytes]:
+    async def _stream(self, embeds, wanted: api.Wish, with_usage: bool) -> AsyncGenerator[bytes]:
         chunks, cleaner, tokens = api.Chunks(self.model), api.Cleaner(), 0
         start, first = asyncio.get_running_loop().time(), True
         yield chunks.event({"role": "assistant", "content": ""})

@@ -131,8 +131,8 @@ class Service:
 
     async def _encode(self) -> None:
         loop = asyncio.get_running_loop()
-        threads = self.engine.encoder_threads
-        encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, self.config, threads)
+        choice = (self.config.encoder, self.config.artifacts, self.engine.encoder_threads)
+        encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, *choice)
         while True:
             batch = [await self._crops.get()]
             while len(batch) < self.config.batch and not self._crops.empty():

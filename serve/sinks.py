@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from serve.sources import Item
+from vlv.command import why
 
 
 class SinkError(OSError):
@@ -257,5 +258,5 @@ def explained(path: str | Path):
             errno.EACCES: "permission denied: choose another -o, or change the folder's permissions",
             errno.EROFS: "the file system is read-only: choose another -o",
             errno.EPIPE: "nobody reads it any more",
-        }.get(error.errno, f"{os.strerror(error.errno)}: choose another -o" if error.errno else str(error))
+        }.get(error.errno or 0, f"{why(error)}: choose another -o" if error.errno else str(error))
         raise SinkError(f"cannot write {path}: {remedy}") from error

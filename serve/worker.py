@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 
@@ -34,13 +34,13 @@ class Bounds:
 class Events(StreamingResponse):
     """Server-sent events that give back what the request holds, also where they are never begun."""
 
-    def __init__(self, events: AsyncIterator[bytes], held: ExitStack):
+    def __init__(self, events: AsyncGenerator[bytes], held: ExitStack):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._held = held
+        self._events, self._held = events, held
 
     async def __call__(self, scope, receive, send) -> None:
         with self._held:
-            async with aclosing(self.body_iterator):
+            async with aclosing(self._events):
                 await super().__call__(scope, receive, send)
 
 
@@ -91,7 +91,7 @@ class Worker:
                 return JSONResponse(content)
             return Events(self._events(content, deadline), held.pop_all())
 
-    async def _events(self, content: AsyncIterator[bytes], deadline: float) -> AsyncIterator[bytes]:
+    async def _events(self, content: AsyncGenerator[bytes], deadline: float) -> AsyncGenerator[bytes]:
         """The status has been sent: from here on, the stream itself says what happened."""
         try:
             async with aclosing(content), asyncio.timeout_at(deadline):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 
@@ -30,6 +31,11 @@ def positive(text: str) -> int:
 def say(text: str) -> None:
     """One line to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def why(error: OSError) -> str:
+    """What the system says of an error, without its number and the path."""
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def hush() -> None:

@@ -7,6 +7,7 @@ The folder has the layout of a Stable Diffusion pipeline (`vae`, `unet`, `text_e
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,19 +47,19 @@ class T2I(nn.Module):
         """Write a diffusers folder that StableDiffusionPipeline.from_pretrained loads as it is."""
         self.pipeline().save_pretrained(folder)
 
-    def pipeline(self):
+    def pipeline(self) -> Any:
         """The components as a StableDiffusionPipeline (no safety checker, quiet)."""
         from diffusers import StableDiffusionPipeline
 
+        absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}  # diffusers' types forbid it
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
             scheduler=self.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
             requires_safety_checker=False,
+            **absent,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

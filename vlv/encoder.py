@@ -19,6 +19,8 @@ class ImageFeatures(nn.Module):
     Source: Florence-2, modeling_florence2.py: _encode_image (one frame, so one temporal embedding).
     """
 
+    temporal: Tensor
+
     def __init__(self, config: VLVConfig):
         super().__init__()
         channels, count = config.vision.dims[-1], config.image_positions
@@ -91,6 +93,10 @@ class VLVEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> prompt embeddings [B, queries, llm_width]."""
+        return self.prompts(self.context(pixels))
+
+    def prompts(self, context: Tensor) -> Tensor:
+        """Context [..., queries, context_width] -> prompt embeddings [..., queries, llm_width]."""
         if self.to_llm is None:
             raise ValueError("this encoder has no projection to a language model: it is a stage-1 checkpoint")
-        return self.to_llm(self.context(pixels))
+        return self.to_llm(context)

@@ -32,4 +32,4 @@ def test_the_encoder_is_the_one_that_is_asked_for(captioning_checkpoint, scene_i
             await service.close()
 
     assert asyncio.run(embed()).tolist() == [[7.0] * 3] * 2
-    assert opened == [(checkpoint, config, None)]  # the scripted engine leaves PyTorch its threads
+    assert opened == [(checkpoint, "onnx", tmp_path, None)]  # the scripted engine leaves PyTorch its threads
