@@ -4,48 +4,41 @@ from __future__ import annotations
 
 import html
 
+from vlv import pages
+
 WIDTH, HEIGHT, EDGE = 420, 220, 44
+INKS = ("#2f5d9b", "#2f7d4f", "#b8860b", "#b03a2e", "#7a4f9b")
 COLOURS = {"p50": "#2f7d4f", "p90": "#b8860b", "p99": "#b03a2e", "answered": "#2f5d9b", "within the SLO": "#2f7d4f"}
 NAMES = {
     "ttft": "Seconds to the first token", "tpot": "Seconds per further token", "itl": "Seconds between pieces",
     "e2e": "Seconds to the end",
 }  # fmt: skip
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Captioning under load</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 2rem auto; max-width: 60rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; }}
-table {{ border-collapse: collapse; }}
-td, th {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #8884; }}
-figure {{ display: inline-block; margin: 1rem 1rem 0 0; }}
-svg {{ max-width: 100%; }}
-text {{ fill: currentColor; font-size: 11px; }}
-</style>
-<h1>Captioning under load</h1>
-<p>{about}</p>
-<table>{table}</table>
-{plots}
-</html>
-"""
-
 
 def page(report: dict) -> str:
     """The report of serve.bench as HTML."""
-    sweep, slo = report["sweep"], report["slo"]
+    about, plots = html.escape(conditions(report)), "\n".join(curves(report["sweep"]))
+    body = f"<p>{about}</p>\n<table>{_table(report['sweep'])}</table>\n{plots}"
+    return pages.page("Captioning under load", body)
+
+
+def conditions(report: dict) -> str:
+    """Under what the sweep was measured."""
+    slo = report["slo"]
+    return (
+        f"Model {report['model']}, {report['seconds']} s of Poisson arrivals at each rate, streamed, at most "
+        f"{report['max_tokens']} tokens. SLO: first token within {slo['ttft']:g} s, end within {slo['e2e']:g} s."
+    )
+
+
+def curves(sweep: list[dict]) -> list[str]:
+    """Throughput and each measure over the offered rate."""
     rates = [point["offered_per_second"] for point in sweep]
     answered = {"answered": "answered_per_second", "within the SLO": "goodput_per_second"}
     plots = [plot("Captions a second", rates, {k: [p[name] for p in sweep] for k, name in answered.items()})]
     for measure, title in NAMES.items():
         plots.append(plot(title, rates, {q: [p[measure][q] for p in sweep] for q in ("p50", "p90", "p99")}))
-    about = (
-        f"Model {report['model']}, {report['seconds']} s of Poisson arrivals at each rate, streamed, at most "
-        f"{report['max_tokens']} tokens. SLO: first token within {slo['ttft']:g} s, end within {slo['e2e']:g} s."
-    )
-    return PAGE.format(about=html.escape(about), table=_table(sweep), plots="\n".join(plots))
+    return plots
 
 
 def _table(sweep: list[dict]) -> str:
@@ -60,8 +53,8 @@ def _table(sweep: list[dict]) -> str:
     return "".join(f"<tr>{row}" for row in rows)
 
 
-def plot(title: str, x: list[float], lines: dict[str, list[float | None]]) -> str:
-    """Lines over the offered rate, as SVG."""
+def plot(title: str, x: list[float], lines: dict[str, list[float | None]], below: str = "offered a second") -> str:
+    """Lines over x, whose name stands below, as SVG; both axes from 0."""
     top = max((v for values in lines.values() for v in values if v is not None), default=0) or 1
     right = max(x)
 
@@ -75,14 +68,14 @@ def plot(title: str, x: list[float], lines: dict[str, list[float | None]]) -> st
         parts.append(f'<text x="{EDGE - 5}" y="{at_y}" text-anchor="end">{part * top:.3g}</text>')
         parts.append(f'<path d="M{EDGE},{at_y} H{WIDTH - 10}" stroke="#8885"/>')
     for number, (name, values) in enumerate(lines.items()):
+        colour = COLOURS.get(name, INKS[number % len(INKS)])
         points = [place(a, b) for a, b in zip(x, values, strict=True) if b is not None]
-        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
-        parts += [
-            f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{COLOURS[name]}"/>' for p in points
-        ]
+        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        if len(points) < 40:
+            parts += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{colour}"/>' for p in points]
         left = EDGE + 110 * number
-        parts.append(f'<text x="{left}" y="{HEIGHT - 8}" style="fill:{COLOURS[name]}">{html.escape(name)}</text>')
-    parts.append(f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">offered a second</text>')
+        parts.append(f'<text x="{left}" y="{HEIGHT - 8}" style="fill:{colour}">{html.escape(name)}</text>')
+    parts.append(f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">{html.escape(below)}</text>')
     return (
         f'<figure><svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(parts)}</svg></figure>'
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from serve.sinks import FileSink, SinkError, explained, json_bytes
 from serve.sources import Item
+from vlv.folders import whole
 
 ROWS = 10_000  # captions in one Parquet part
 
@@ -71,10 +72,8 @@ class SidecarSink(FileSink):
 
     def _write(self, record: dict) -> None:
         text = sidecar(record["path"])
-        temporary = text.with_name(f".{text.name}.tmp")
-        with explained(text):
-            temporary.write_text(_text(record))
-            os.replace(temporary, text)
+        with explained(text), whole(text) as file:
+            file.write_text(_text(record))
 
 
 def sidecar(image: str) -> Path:
@@ -116,17 +115,14 @@ class CocoSink(FileSink):
             raise SinkError(f"{self.path} is there already, and not from this run: choose another -o")
 
     def close(self) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
         try:
-            with explained(self.path):
-                with open(temporary, "wb") as file:
-                    file.write(b'{"info": {"description": "VLV captions, model %s"}, ' % self.model.encode())
-                    file.write(b'"images": [')
-                    file.writelines(_joined(self._images()))
-                    file.write(b'\n], "annotations": [')
-                    file.writelines(_joined(self._annotations()))
-                    file.write(b"\n]}\n")
-                os.replace(temporary, self.path)
+            with explained(self.path), whole(self.path) as path, open(path, "wb") as file:
+                file.write(b'{"info": {"description": "VLV captions, model %s"}, ' % self.model.encode())
+                file.write(b'"images": [')
+                file.writelines(_joined(self._images()))
+                file.write(b'\n], "annotations": [')
+                file.writelines(_joined(self._annotations()))
+                file.write(b"\n]}\n")
         finally:
             super().close()
 
@@ -182,10 +178,8 @@ class ParquetSink(FileSink):
     def _seal(self) -> None:
         """Pending lines to a part."""
         part = self.path / f"part-{self._next:05}{self.suffix}"
-        temporary = self.path / f"_{part.name}.tmp"
-        with explained(part):
-            self.write_part(temporary, list(self._journal.records()))
-            os.replace(temporary, part)
+        with explained(part), whole(part) as file:
+            self.write_part(file, list(self._journal.records()))
         self._journal.clear()
         self._next, self._pending = self._next + 1, 0
 

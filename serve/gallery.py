@@ -7,7 +7,6 @@ import html
 import io
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,40 +16,24 @@ from PIL import Image
 
 from serve.sinks import explained
 from serve.sources import Item
+from vlv import pages
 from vlv.checkpoint import Checkpoint, CheckpointError
+from vlv.folders import whole
 from vlv.image import ImageError, load_crop
 
 BATCH = 16  # reconstructions at once
 SIDE = 192  # pixels a side of a picture on the page; smaller ones are enlarged by the browser
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>VLV captions</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1c1c1e; --soft: #6b6b70; --ground: #f5f5f7; --card: #fff; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #f2f2f4; --soft: #9a9aa0; --ground: #131315; --card: #1f1f22; }}
-}}
-body {{ margin: 2rem auto; max-width: 84rem; padding: 0 1rem; color: var(--ink); background: var(--ground);
-  font: 16px/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.4rem; margin: 0; }}
-p.about {{ color: var(--soft); margin: .2rem 0 1.5rem; }}
-main {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(24.5rem, 1fr)); }}
-article {{ background: var(--card); border-radius: .7rem; padding: .8rem; }}
-.pair {{ display: flex; gap: .6rem; }}
-figure {{ margin: 0; flex: 1; }}
-img {{ width: 100%; aspect-ratio: 1; display: block; border-radius: .4rem; image-rendering: {rendering}; }}
-figcaption, small {{ color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }}
-article p {{ margin: .5rem 0 .2rem; }}
-</style>
-<h1>VLV captions</h1>
-<p class="about">{about}</p>
-<main>
-{cards}
-</main>
-</html>
+STYLE = """\
+body { max-width: 84rem; }
+h1 { margin: 0; }
+p.about { margin: .2rem 0 1.5rem; }
+main { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(24.5rem, 1fr)); }
+article { background: var(--card); border-radius: .7rem; padding: .8rem; }
+.pair { display: flex; gap: .6rem; }
+figure { margin: 0; flex: 1; }
+img { width: 100%; aspect-ratio: 1; display: block; border-radius: .4rem; }
+article p { margin: .5rem 0 .2rem; }
 """
 
 
@@ -76,14 +59,12 @@ def write(
         _card(item.id, texts[item.id], crop, picture)
         for item, crop, picture in itertools.zip_longest(shown, crops, pictures)
     ]
-    content = PAGE.format(
-        rendering="pixelated" if checkpoint.config.image_size < SIDE else "auto", about=about, cards="\n".join(cards)
-    )
+    style = STYLE + ("img { image-rendering: pixelated; }\n" if checkpoint.config.image_size < SIDE else "")
+    body = "\n".join([f'<p class="about">{about}</p>', "<main>", *cards, "</main>"])
     with explained(page):
         page.parent.mkdir(parents=True, exist_ok=True)
-        temporary = page.with_name(page.name + ".tmp")
-        temporary.write_text(content, encoding="utf-8", errors="replace")
-        os.replace(temporary, page)
+        with whole(page) as file:
+            file.write_text(pages.page("VLV captions", body, style), encoding="utf-8", errors="replace")
 
 
 def _captions(file: Path, items: list[Item]) -> dict[str, str]:
@@ -101,29 +82,20 @@ def _captions(file: Path, items: list[Item]) -> dict[str, str]:
 def _reconstruct(checkpoint: Checkpoint, crops: np.ndarray, steps: int) -> tuple[list[np.ndarray], str]:
     """Reconstructions of crops [B, 3, S, S], none where that is not possible, and a sentence for the page."""
     try:
-        folder = checkpoint.t2i
+        import torch
+
+        from vlv.drawers import TorchDrawer
+
+        drawer = TorchDrawer.of(checkpoint)
     except CheckpointError:
         return [], f"{len(crops)} images. This checkpoint has no text-to-image model (t2i/): no reconstructions."
-    try:
-        import torch
-        from transformers.utils import logging
-
-        from vlv.diffusion import T2I
-
-        # its notes on torchvision and its bars of loading say nothing to a user of this command
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        t2i = T2I.load(folder, dtype).to(device)
     except ModuleNotFoundError as error:
         return [], f"{len(crops)} images. {error.name} is not installed: no reconstructions."
-    encoder = checkpoint.load_encoder(dtype).to(device)
     pictures = []
     for start in range(0, len(crops), BATCH):
         print(f"gallery: reconstructing {start} of {len(crops)} images", file=sys.stderr, flush=True)
-        batch = torch.from_numpy(crops[start : start + BATCH]).to(device)
-        with torch.inference_mode():
-            pictures.extend(t2i.reconstruct(encoder.context(batch), steps=steps).cpu().numpy())
+        context = drawer.context(torch.from_numpy(crops[start : start + BATCH]))
+        pictures.extend(drawer.reconstruct(context, steps, 2.0, 0).cpu().numpy())
     queries, width = checkpoint.config.queries, checkpoint.config.context_width
     return pictures, (
         f"{len(crops)} images, each beside what the frozen text-to-image model draws from the {queries} embeddings of "

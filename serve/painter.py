@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serve.limits import Refusal
 from vlv.checkpoint import Checkpoint, CheckpointError
+from vlv.image import png
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from vlv.drawers import TorchDrawer
 
 MIXES = ("blend", "splice")
 WAITING = 16  # drawings that may wait for the one that is being drawn
@@ -71,7 +73,8 @@ class Painter:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self._thread, self._models, self._waiting = ThreadPoolExecutor(1, "painter"), None, 0
+        self._thread, self._waiting = ThreadPoolExecutor(1, "painter"), 0
+        self._drawer: TorchDrawer | None = None
 
     @property
     def hindrance(self) -> str:
@@ -98,37 +101,24 @@ class Painter:
     def _paint(self, crops: list[np.ndarray], drawing: Drawing) -> Drawn:
         import numpy as np
         import torch
-        from PIL import Image
 
+        from vlv.drawers import TorchDrawer
         from vlv.reconstruct import mix
 
         try:
-            encoder, t2i = self._models = self._models or self._load()
+            drawer = self._drawer = self._drawer or TorchDrawer.of(self.checkpoint)
             with torch.inference_mode():
-                contexts = encoder.context(torch.from_numpy(np.stack(crops)).to(encoder.device))
+                contexts = drawer.context(torch.from_numpy(np.stack(crops)))
                 context = contexts[0]
                 if len(contexts) == 2 and drawing.mix == "blend":
                     context = torch.lerp(contexts[0], contexts[1], drawing.share)
                 elif len(contexts) == 2:
                     context = mix(contexts[0], contexts[1], 1 - drawing.share)
-                picture = t2i.reconstruct(context[None], drawing.steps, drawing.guidance, drawing.seed)[0]
-                prompts = encoder.to_llm(context).cpu()
+                picture = drawer.reconstruct(context[None], drawing.steps, drawing.guidance, drawing.seed)[0]
+                prompts = drawer.encoder.prompts(context).cpu()
         except torch.OutOfMemoryError as error:
             raise Refusal(503, "no_memory", "the device has no memory left for the text-to-image model") from error
-        file = io.BytesIO()
-        Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(file, "png")
-        return Drawn(file.getvalue(), prompts)
-
-    def _load(self):
-        import torch
-        from transformers.utils import logging
-
-        from vlv.diffusion import T2I
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        return self.checkpoint.load_encoder(dtype).to(device), T2I.load(self.checkpoint.t2i, dtype).to(device)
+        return Drawn(png(picture.cpu().numpy()), prompts)
 
 
 def _no(message: str) -> Refusal:

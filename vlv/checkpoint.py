@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -12,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlv.command import Parser
 from vlv.config import FORMAT, VLVConfig
 
 
@@ -179,7 +179,7 @@ def _describe_file(folder: Path, file: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vlv.checkpoint",
         description="Describe a checkpoint folder: what it can do; sizes, dtypes and hashes of its parts.",
     )

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -52,6 +52,20 @@ def fresh_folder(out: Path, needed: int, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         os.close(lock)
+
+
+@contextmanager
+def whole(file: Path, among_many: bool = False) -> Iterator[Path]:
+    """The path to write `file` at: it takes its name when the block ends well, else disappears.
+
+    `among_many`: other processes may be writing the same file.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp" if among_many else f".{file.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(file: Path, content: dict) -> None:

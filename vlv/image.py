@@ -7,12 +7,13 @@ pixel by pixel. Imports only Pillow and numpy, so that a decode process starts f
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from vlv.command import why
 
 MAX_PIXELS = 178_956_970  # Pillow's own refusal: 2/3 of a GiB as RGBA
 
@@ -71,6 +72,13 @@ def load_crop(source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXEL
     return np.ascontiguousarray(np.asarray(centre(image, size, max_pixels)).transpose(2, 0, 1))
 
 
+def png(picture: np.ndarray) -> bytes:
+    """A picture, uint8 [3, H, W], as the content of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(picture.transpose(1, 2, 0)).save(file, "png")
+    return file.getvalue()
+
+
 def _read(path: str | Path) -> bytes:
     try:
         with open(path, "rb") as file:
@@ -78,7 +86,7 @@ def _read(path: str | Path) -> bytes:
     except FileNotFoundError as error:
         raise ImageError("missing", "there is no such file") from error
     except OSError as error:
-        raise ImageError("unreadable", f"cannot read the file: {os.strerror(error.errno)}") from error
+        raise ImageError("unreadable", f"cannot read the file: {why(error)}") from error
 
 
 def _open(content: bytes, max_pixels: int) -> Image.Image:
@@ -101,7 +109,7 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION))
+        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # damaged EXIF says nothing about the pixels
         return image
     return image if turn is None else image.transpose(turn)

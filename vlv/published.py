@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from vlv.checkpoint import Checkpoint, CheckpointError
+from vlv.command import Parser
 from vlv.config import PRESETS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -69,9 +70,7 @@ def random_checkpoint(preset: str, folder: str | Path, dtype: str = "bfloat16", 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vlv.published", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m vlv.published", description=__doc__)
     parser.add_argument("source", metavar="SRC", nargs="?", help="published weights: file, folder or hub id")
     parser.add_argument("--out", type=Path, required=True, help="what to write; appears whole or not at all")
     parser.add_argument("--to-published", action="store_true", help="SRC is a folder converted before: write it back")

@@ -16,12 +16,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from vlv.checkpoint import CheckpointError
-from vlv.command import hush
-from vlv.image import EXTENSIONS, ImageError, load_crop
-from vlv.samplers import SAMPLERS, scheduler
+from vlv.command import Parser, hush
+from vlv.drawers import CaptionDrawer, Drawer, TorchDrawer
+from vlv.image import EXTENSIONS, ImageError, load_crop, png
+from vlv.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,32 +33,9 @@ if TYPE_CHECKING:
 COLUMNS = 8  # pictures a row of a grid without originals
 
 
-class Drawer(Protocol):
-    """What draws: PyTorch here, and every engine of the room that exports."""
-
-    def context(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> context [B, N, C]."""
-
-    def reconstruct(self, context: Tensor, steps: int, guidance: float, seed: int, sampler: str) -> Tensor:
-        """Context -> pictures, uint8 [B, 3, S, S]."""
-
-
-class TorchDrawer:
-    """A checkpoint's encoder and a diffusers folder, as PyTorch runs them."""
-
-    def __init__(self, args: argparse.Namespace, checkpoint: Checkpoint):
-        """args: --t2i (default: the checkpoint's own) and --device."""
-        from vlv.diffusion import T2I
-
-        self._device = args.device
-        t2i = T2I.load(args.t2i or checkpoint.t2i).to(args.device)
-        self._encoder, self.reconstruct = checkpoint.load_encoder().to(args.device), t2i.reconstruct
-
-    def context(self, images: Tensor) -> Tensor:
-        import torch
-
-        with torch.inference_mode():
-            return self._encoder.context(images.to(self._device))
+def open_torch(args: argparse.Namespace, checkpoint: Checkpoint) -> Drawer:
+    """PyTorch's drawer for --t2i (default: the checkpoint's own) and --device."""
+    return TorchDrawer(checkpoint.load_encoder(), args.t2i or checkpoint.t2i, args.device)
 
 
 Open = Callable[[argparse.Namespace, "Checkpoint"], Drawer]
@@ -68,14 +46,14 @@ def main(argv: list[str] | None = None) -> int:
     return run(arguments(parser(), argv))
 
 
-def run(args: argparse.Namespace, open_drawer: Open = TorchDrawer) -> int:
+def run(args: argparse.Namespace, open_drawer: Open = open_torch) -> int:
     """Run the command on parsed flags, with another drawer than PyTorch's if need be; returns its exit code."""
     try:
         hush()
         args.output.mkdir(parents=True, exist_ok=True)
         pictures, originals = _from_captions(args) if args.captions else _from_images(args, open_drawer)
         for name, picture in {**pictures, "grid": grid(list(pictures.values()), originals)}.items():
-            _save(args.output / f"{name}.png", picture)
+            (args.output / f"{name}.png").write_bytes(png(picture))
     except (CheckpointError, ImageError, OSError, ValueError) as error:
         if args.debug:
             raise
@@ -87,7 +65,7 @@ def run(args: argparse.Namespace, open_drawer: Open = TorchDrawer) -> int:
 
 def parser(prog: str = "python -m vlv.reconstruct", doc: str = __doc__) -> argparse.ArgumentParser:
     """The command line; imports nothing heavy."""
-    p = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog=prog, description=doc)
     p.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files, or folders of them")
     p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument("--captions", type=Path, metavar="JSONL", help="draw from these captions instead of images")
@@ -202,10 +180,6 @@ def _from_images(args: argparse.Namespace, open_drawer: Open) -> tuple[dict[str,
 
 
 def _from_captions(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], list]:
-    import diffusers
-    import numpy as np
-    import torch
-
     from vlv.published import resolve
 
     with args.captions.open(encoding="utf-8") as lines:
@@ -214,24 +188,12 @@ def _from_captions(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], lis
         raise ValueError(
             f"{args.captions} holds no records with an id and a caption, as serve.vllm_caption writes them"
         )
-    folder = args.t2i or resolve(args.ckpt).t2i
-    options = {"safety_checker": None} if (Path(folder) / "text_encoder").is_dir() else {}
-    pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(folder, torch_dtype=torch.float32, **options)
-    pipeline.to(args.device).set_progress_bar_config(disable=True)
-    if hasattr(pipeline.scheduler, "alphas_cumprod"):  # flow-matching models (SD 3.5) have a sampler of their own
-        pipeline.scheduler = scheduler(args.sampler, pipeline.scheduler.config)
+    drawer = CaptionDrawer(Path(args.t2i or resolve(args.ckpt).t2i), args.device)
     pictures = []
     for i in range(0, len(records), args.batch):
         print(f"drawing {i} of {len(records)}", file=sys.stderr, flush=True)
-        batch = records[i : i + args.batch]
-        drawn = pipeline(
-            [r["caption"] for r in batch],
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            generator=[torch.Generator().manual_seed(args.seed) for _ in batch],
-            output_type="np",
-        ).images
-        pictures += [np.round(p.transpose(2, 0, 1) * 255).astype(np.uint8) for p in drawn]
+        captions = [r["caption"] for r in records[i : i + args.batch]]
+        pictures.extend(drawer.draw(captions, args.steps, args.guidance, args.seed, args.sampler).numpy())
     names = _unique([Path(r["id"]).stem for r in records])
     return dict(zip(names, pictures, strict=True)), []
 
@@ -244,12 +206,6 @@ def _unique(names: list[str]) -> list[str]:
         seen[name] = seen.get(name, 0) + 1
         made.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     return made
-
-
-def _save(file: Path, picture: np.ndarray) -> None:
-    from PIL import Image
-
-    Image.fromarray(picture.transpose(1, 2, 0)).save(file)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ The glyphs come from Noto Color Emoji (SIL Open Font License 1.1, see assets/OFL
 
 from __future__ import annotations
 
-import argparse
 import functools
 import re
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from vlv.command import Parser
 
 SPRITE = 64  # pixels a side of one glyph in the sheet
 CANVAS = 64  # pixels a side of a scene
@@ -207,7 +208,7 @@ def _holds(a: Thing | None, relation: str, b: Thing | None) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlv.scenes", description="Write held-out scenes as PNG files.")
+    parser = Parser(prog="python -m vlv.scenes", description="Write held-out scenes as PNG files.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=512, help="how many (default: 512)")
     parser.add_argument("--first", type=int, default=0, help="the first one's number (default: 0)")

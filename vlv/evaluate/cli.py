@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from vlv import command
 from vlv.command import Misuse, say
+from vlv.folders import whole
 
 INSTALL = {
     "torchmetrics": "pip install --no-deps torchmetrics lightning-utilities",
@@ -75,6 +75,5 @@ def write(found: dict, out: Path | None, show: bool = True) -> None:
 def write_text(text: str, out: Path) -> None:
     """Write a file whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, out)
+    with whole(out) as file:
+        file.write_text(text, encoding="utf-8")

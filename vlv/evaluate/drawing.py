@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlv.evaluate.cli import say
+from vlv.command import say
+from vlv.drawers import CaptionDrawer, TorchDrawer
+from vlv.folders import whole
+from vlv.image import png
 
 # a part of the set -> its pictures, uint8 [B, 3, S, S]
 Draw = Callable[[slice], Tensor]
@@ -36,7 +38,8 @@ def draw_all(folder: Path, names: list[str], batch: int, settings: dict, draw: D
             continue
         say(f"drawing {i} of {len(names)} into {folder}")
         for file, picture in zip(files, draw(part).cpu().numpy(), strict=True):
-            _save(file, picture)
+            with whole(file) as path:
+                path.write_bytes(png(picture))
 
 
 def read(files: list[Path], size: int | None = None) -> Tensor:
@@ -57,49 +60,21 @@ def from_images(folder: Path, encoder, crops: Draw, device: str):
 
     `mixed`: each token is another image's, by turns within the batch; what is left then is what chance gives.
     """
-    from vlv.diffusion import T2I
-
-    t2i, encoder = T2I.load(folder).to(device), encoder.to(device)
+    drawer = TorchDrawer(encoder, folder, device)
 
     @torch.inference_mode()
     def draw(part: slice, mixed: bool, **options) -> Tensor:
-        context = encoder.context(crops(part).to(device))
+        context = drawer.context(crops(part))
         if mixed:
             if len(context) < 2:
                 raise ValueError("--shuffled mixes the images of a batch, and the last has only one: change --batch")
             context = torch.stack([context[:, i].roll(i, 0) for i in range(context.shape[1])], dim=1)
-        return t2i.reconstruct(context, **options)
+        return drawer.reconstruct(context, **options)
 
     return draw
 
 
 def from_captions(folder: Path, captions: list[str], device: str):
-    """Draw from captions with any diffusers text-to-image folder, the way the paper judges captions."""
-    import diffusers
-
-    from vlv.samplers import scheduler
-
-    options = {"safety_checker": None} if (folder / "text_encoder").is_dir() else {}
-    pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(folder, torch_dtype=torch.float32, **options)
-    pipeline.to(device).set_progress_bar_config(disable=True)
-    own = pipeline.scheduler.config
-
-    def draw(part: slice, mixed: bool, steps: int, guidance: float, seed: int, sampler: str) -> Tensor:
-        if hasattr(pipeline.scheduler, "alphas_cumprod"):  # flow-matching models (SD 3.5) keep their own sampler
-            pipeline.scheduler = scheduler(sampler, own)
-        drawn = pipeline(
-            captions[part],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(seed) for _ in captions[part]],
-            output_type="np",
-        ).images
-        return torch.from_numpy(np.round(np.stack(drawn).transpose(0, 3, 1, 2) * 255).astype(np.uint8))
-
-    return draw
-
-
-def _save(file: Path, picture: np.ndarray) -> None:
-    temporary = file.with_suffix(".tmp")
-    Image.fromarray(picture.transpose(1, 2, 0)).save(temporary, "png")
-    os.replace(temporary, file)
+    """Draw from captions with any diffusers text-to-image folder: draw(part, mixed, steps, guidance, seed, sampler)."""
+    drawer = CaptionDrawer(folder, device)
+    return lambda part, mixed, **options: drawer.draw(captions[part], **options)

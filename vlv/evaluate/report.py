@@ -13,32 +13,15 @@ import json
 from pathlib import Path
 
 from vlv.evaluate import charts, cli
+from vlv.pages import page
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>VLV evaluation</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1c1c1e; --soft: #6b6b70; --ground: #f5f5f7; --card: #fff; --line: #d8d8dc; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #f2f2f4; --soft: #9a9aa0; --ground: #131315; --card: #1f1f22; --line: #3a3a3f; }}
-}}
-body {{ margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: var(--ink); background: var(--ground);
-  font: 16px/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin: 0; }} h3 {{ font-size: .95rem; margin: 1rem 0 .3rem; }}
-section {{ background: var(--card); border-radius: .7rem; padding: 1rem; margin: 1rem 0; overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .25rem .8rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); }}
-th:first-child, td:first-child {{ text-align: left; }}
-p, code, small {{ color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }}
-.strip {{ display: flex; gap: .3rem; }} .strip img {{ width: 6rem; image-rendering: pixelated; border-radius: .3rem; }}
-svg text {{ fill: var(--soft); font-size: 11px; }} svg .axis {{ stroke: var(--line); }}
-.charts {{ display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem; }}
-</style>
-<h1>VLV evaluation</h1>
-{sections}
-</html>
+STYLE = """\
+section { background: var(--card); border-radius: .7rem; padding: 1rem; margin: 1rem 0; overflow-x: auto; }
+section h2 { margin: 0; }
+p, code { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
+.strip { display: flex; gap: .3rem; } .strip img { width: 6rem; image-rendering: pixelated; border-radius: .3rem; }
+svg .axis { stroke: var(--line); }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem; }
 """
 
 
@@ -59,7 +42,7 @@ def _report(args: argparse.Namespace) -> int:
             sections.append(_section(file.name, found, RENDERERS[found["kind"]](found)))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is no result of these commands ({type(error).__name__}: {error})") from error
-    cli.write_text(PAGE.format(sections="\n".join(sections)), args.out)
+    cli.write_text(page("VLV evaluation", "\n".join(sections), STYLE), args.out)
     print(args.out)
     return 0
 

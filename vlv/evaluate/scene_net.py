@@ -8,11 +8,12 @@ No Inception, CLIP or DINO knows these emoji as photographs; this net does, and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from vlv.command import Parser
 
 PREPARATION = {
     "image_processor_type": "ViTImageProcessor",
@@ -85,7 +86,7 @@ def save(net, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlv.evaluate.scene_net", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m vlv.evaluate.scene_net", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--steps", type=int, default=600)
     args = parser.parse_args()

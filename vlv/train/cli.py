@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from vlv.command import Parser
+
 
 def parser(stage: str, presets: Iterable[str], doc: str) -> argparse.ArgumentParser:
     """Flags --preset, --run, --out, --device and --debug of `python -m vlv.train.<stage>`."""
-    p = argparse.ArgumentParser(
-        prog=f"python -m vlv.train.{stage}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(prog=f"python -m vlv.train.{stage}", description=doc)
     p.add_argument("--preset", choices=sorted(presets), default="tiny", help="sizes and schedule")
     # the longer spelling is for torchrun, which takes --run for its own --run-path
     p.add_argument(

@@ -20,6 +20,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from vlv.command import Parser
 from vlv.train.cli import run
 from vlv.train.distiller import Distiller, Tally
 from vlv.train.quality import Limits
@@ -45,9 +46,7 @@ def estimate(rows: int, args: argparse.Namespace) -> tuple[str, float]:
 
 
 def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Limits]:
-    p = argparse.ArgumentParser(
-        prog="python -m vlv.train.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(prog="python -m vlv.train.distill", description=__doc__)
     p.add_argument("images", nargs="+", metavar="SRC", help="folders, .tar, .parquet, .jsonl, hf:NAME")
     p.add_argument("--url", required=True, help="base of the API, as in https://HOST/v1")
     p.add_argument("--model", required=True, help="the model's name there")

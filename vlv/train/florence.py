@@ -9,11 +9,11 @@ normal distribution and the projection is PyTorch's untrained one, as in the aut
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
+from vlv.command import Parser
 from vlv.train.cli import run
 
 
@@ -60,9 +60,7 @@ def start(florence: Path, t2i: Path, out: Path, queries: int = 77, seed: int = 0
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        prog="python -m vlv.train.florence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(prog="python -m vlv.train.florence", description=__doc__)
     p.add_argument("--florence", type=Path, required=True, metavar="DIR", help="folder of Florence-2")
     p.add_argument("--t2i", type=Path, required=True, metavar="DIR", help="folder of Stable Diffusion")
     p.add_argument("--out", type=Path, required=True, help="what to write; appears whole or not at all")

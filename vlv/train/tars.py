@@ -9,6 +9,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from vlv.folders import whole
 from vlv.image import EXTENSIONS
 from vlv.train.sources import Sample, is_url, need, open_file, text_of
 
@@ -50,9 +51,8 @@ def _index(file: str) -> Index:
         return json.loads(kept.read_text())
     found = _scan(file)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(f".{os.getpid()}.tmp")  # other processes make the same one
-    temporary.write_text(json.dumps(found))
-    os.replace(temporary, kept)
+    with whole(kept, among_many=True) as file:
+        file.write_text(json.dumps(found))
     return found
 
 
