@@ -11,32 +11,42 @@ nothing is lost or doubled, whatever is killed, on a local disk as on S3 or GCS 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 from serve.command import Misuse
-from serve.sources import Item, SourceError, expand
-from vlv.image import EXTENSIONS, ImageError
+from serve.sources import SHARDS, Item, SourceError, expand, image_members, is_image
+from vlv.folders import whole
+from vlv.image import ImageError
+
+HEADERS = 1 << 16  # bytes that are fetched at a time while a shard is listed
 
 
 class Remote(Item):
-    """An image behind a URL that fsspec opens."""
+    """An image behind a URL that fsspec opens: the object, or a member of the shard that it is."""
 
     __slots__ = ()
 
     def read(self) -> bytes:
-        """The file's content. Raises ImageError."""
-        import fsspec
-
+        """The image file's content. Raises ImageError."""
+        if self.problem:
+            raise ImageError("unreadable", self.problem)
+        end = None if self.length is None else self.offset + self.length
         try:
-            with fsspec.open(self.path, "rb") as file:
-                return file.read()
+            fs, path = file_system(self.path)
+            content = fs.cat_file(path, start=self.offset or None, end=end)
         except FileNotFoundError as error:
             raise ImageError("missing", "there is no such file") from error
         except Exception as error:  # every file system has its own
             raise ImageError("unreadable", f"cannot read the URL: {type(error).__name__}: {error}") from error
+        if self.length is not None and len(content) < self.length:
+            raise ImageError("damaged", f"the shard ends after {len(content)} of {self.length} bytes of this member")
+        return content
 
 
 class Store:
@@ -51,10 +61,8 @@ class Store:
         path = f"{self._root}/{name}"
         if "file" in self._fs.protocol:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            temporary = f"{path}.{os.getpid()}.tmp"
-            with open(temporary, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
+            with whole(Path(path), among_many=True) as file:
+                file.write_bytes(content)
         else:  # an object store shows an object once it is whole
             self._fs.pipe_file(path, content)
 
@@ -88,7 +96,7 @@ def part(unit: int, ending: str = "") -> str:
 
 
 def items_of(paths: list[str], column: str) -> Iterator[Item]:
-    """The images of paths (as serve.sources), folders behind URLs, and Parquet files with a column of URLs.
+    """The images of paths (as serve.sources), of folders, globs and shards behind URLs, and of Parquet files of URLs.
 
     Raises SourceError or Misuse.
     """
@@ -96,7 +104,7 @@ def items_of(paths: list[str], column: str) -> Iterator[Item]:
         if path.endswith(".parquet"):
             yield from _listed(path, column)
         elif "://" in path:
-            yield from _remote_folder(path)
+            yield from _remote(path)
         else:
             yield from expand([path])
 
@@ -119,15 +127,27 @@ def _listed(path: str, column: str) -> Iterator[Item]:
                     yield Item(url or "", os.path.abspath(url or ""))
 
 
-def _remote_folder(url: str) -> Iterator[Item]:
+def _remote(url: str) -> Iterator[Item]:
     fs, inside = file_system(url)
-    found = sorted(fs.find(inside))
-    for name in found:
-        if os.path.splitext(name)[1].lower() in EXTENSIONS:
-            whole = fs.unstrip_protocol(name)
-            yield Remote(whole, whole)
-    if not found:
+    names = sorted(fs.glob(inside) if glob.has_magic(inside) else fs.find(inside))
+    if not any(is_image(name) or name.lower().endswith(SHARDS) for name in names):
         raise SourceError(f"no images at {url}")
+    for name in names:
+        whole_url = fs.unstrip_protocol(name)
+        if name.lower().endswith(SHARDS):
+            yield from _remote_shard(fs, name, whole_url)
+        elif is_image(name):
+            yield Remote(whole_url, whole_url)
+
+
+def _remote_shard(fs, name: str, url: str) -> Iterator[Item]:
+    try:
+        # a header is half a kilobyte and images lie between: read little ahead
+        with fs.open(name, "rb", block_size=HEADERS) as file, tarfile.open(fileobj=file, mode="r:") as shard:
+            for member in image_members(shard):
+                yield Remote(f"{url}/{member.name}", url, member.offset_data, member.size)
+    except Exception as error:  # tarfile's, and every file system has its own
+        yield Remote(url, url, problem=f"the shard cannot be read to its end: {type(error).__name__}: {error}")
 
 
 def plan(store: Store, items: Iterable[Item], terms: dict, size: int) -> int:

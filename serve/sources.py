@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from vlv.command import why
 from vlv.image import EXTENSIONS, ImageError
 
 LISTS, SHARDS, COMPRESSED = (".txt",), (".tar",), (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
@@ -49,7 +50,7 @@ class Item:
         except FileNotFoundError as error:
             raise ImageError("missing", "there is no such file") from error
         except OSError as error:
-            raise ImageError("unreadable", f"cannot read the file: {os.strerror(error.errno)}") from error
+            raise ImageError("unreadable", f"cannot read the file: {why(error)}") from error
         if self.length is not None and len(content) < self.length:
             raise ImageError("damaged", f"the shard ends after {len(content)} of {self.length} bytes of this member")
         return content
@@ -93,11 +94,12 @@ def _entry(path: str, named: bool) -> Iterator[Item]:
         yield from _folder(path)
     elif path.lower().endswith(SHARDS):
         yield from _shard(path)
-    elif named or _is_image(path):
+    elif named or is_image(path):
         yield Item(path, os.path.abspath(path))
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file's name ends as an image's."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
@@ -108,7 +110,7 @@ def _folder(path: str, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[It
         with os.scandir(path) as entries:
             names = sorted(filter(None, map(_name, entries)))
     except OSError as error:
-        yield Item(path, os.path.abspath(path), problem=f"cannot list the folder: {os.strerror(error.errno)}")
+        yield Item(path, os.path.abspath(path), problem=f"cannot list the folder: {why(error)}")
         return
     here = (status.st_dev, status.st_ino)
     if here in parents:
@@ -131,7 +133,7 @@ def _name(entry: os.DirEntry) -> str | None:
             return None
         if entry.is_dir():
             return name + os.sep
-        return name if entry.is_file() and (_is_image(name) or name.lower().endswith(SHARDS)) else None
+        return name if entry.is_file() and (is_image(name) or name.lower().endswith(SHARDS)) else None
     except OSError:
         return None
 
@@ -177,7 +179,7 @@ def _list(path: str) -> Iterator[Item]:
                     name = os.path.normpath(name)
                     yield from _shard(name) if name.lower().endswith(SHARDS) else [Item(name, os.path.abspath(name))]
     except OSError as error:
-        raise SourceError(f"cannot read the list {path}: {os.strerror(error.errno)}") from error
+        raise SourceError(f"cannot read the list {path}: {why(error)}") from error
 
 
 def _shard(path: str) -> Iterator[Item]:
@@ -185,10 +187,16 @@ def _shard(path: str) -> Iterator[Item]:
     where = os.path.abspath(path)
     try:
         with tarfile.open(path, "r:") as shard:
-            while (member := shard.next()) is not None:
-                shard.members = []  # tarfile would remember every header
-                hidden = os.path.basename(member.name).startswith(".")
-                if member.isreg() and not member.issparse() and not hidden and _is_image(member.name):
-                    yield Item(f"{path}/{member.name}", where, member.offset_data, member.size)
+            for member in image_members(shard):
+                yield Item(f"{path}/{member.name}", where, member.offset_data, member.size)
     except (OSError, tarfile.TarError) as error:
         yield Item(path, where, problem=f"the shard cannot be read to its end: {error}")
+
+
+def image_members(shard: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members that are images, by their names; only headers are read. Raises OSError, tarfile.TarError."""
+    while (member := shard.next()) is not None:
+        shard.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would remember every header
+        hidden = os.path.basename(member.name).startswith(".")
+        if member.isreg() and not member.issparse() and not hidden and is_image(member.name):
+            yield member

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -58,6 +59,29 @@ def test_urls_and_lists_of_urls(pictures, tmp_path):
         list(items_of(["nonsense://x/y"], "url"))
 
 
+def test_shards_and_globs_behind_urls(pictures):
+    """A shard is listed by its headers; each member is then fetched by its range."""
+    import fsspec
+
+    memory, content = fsspec.filesystem("memory"), io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as shard:
+        for name in ("00.png", "01.png"):
+            shard.add(pictures / name, name)
+    memory.pipe({"/data/a.tar": content.getvalue(), "/data/b.png": b"b", "/data/c.tar": content.getvalue()[:-7000]})
+    items = list(items_of(["memory://data"], "url"))
+    assert [item.id.removeprefix("memory://").lstrip("/") for item in items[:3]] == [
+        "data/a.tar/00.png", "data/a.tar/01.png", "data/b.png",
+    ]  # fmt: skip
+    for item, name in zip(items, ("00.png", "01.png"), strict=False):
+        assert isinstance(item, Remote) and item.read() == (pictures / name).read_bytes()
+    with pytest.raises(ImageError, match=r"the shard (ends after \d+ of \d+ bytes|cannot be read to its end)"):
+        [item.read() for item in items[3:]]
+    assert [item.read() for item in items_of(["memory://data/*.png"], "url")] == [b"b"]
+    assert len(list(items_of(["memory://data/a.tar"], "url"))) == 2
+    with pytest.raises(SourceError, match="no images at memory://nothing"):
+        list(items_of(["memory://nothing"], "url"))
+
+
 def test_a_store_in_memory_as_object_stores_are():
     store = Store("memory://captions")
     assert store.names(".parquet") == set()
@@ -102,8 +126,6 @@ def captions_of(pictures: Path, checkpoint: Path) -> set[str]:
 
 
 def test_a_tar_part_holds_images_and_records(scene_images):
-    import io
-
     from serve.ray_stages import tar
 
     file = scene_images / "00.png"
