@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from benchmarks.scale import Plan, simulate
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_without_losses_it_is_a_division():
@@ -23,3 +28,16 @@ def test_losses_cost_what_theory_says():
     # about 400 losses: their number's standard deviation is 5 % of itself
     assert found["over_ideal"] == pytest.approx(expected, rel=0.2)
     assert found["images_done_again"] == pytest.approx(found["gpus_lost"] * plan.unit / 2, rel=0.2)
+
+
+def test_the_page_quotes_the_committed_figures():
+    page = (ROOT / "docs" / "scale.md").read_text()
+    rate = json.loads((ROOT / "benchmarks" / "caption.json").read_text())["parts"]["road"]["images_per_second"]
+    assert f"{rate:.0f} captions a second (`benchmarks/caption.json`)" in page
+    simulated = json.loads((ROOT / "benchmarks" / "scale.json").read_text())
+    assert f"takes {1000 * simulated['decode']['seconds']:.0f} ms" in page
+    for run in simulated["runs"]:
+        found = run["found"]
+        cells = (f"{found['days']:.1f}", f"{found['gpu_hours']:,.0f}", f"{found['cost']:,.0f}", found["gpus_lost"])
+        assert f"| {run['assumed']['rate']:g} | {' | '.join(map(str, cells))} |" in page
+        assert f"| {run['decode_cores_per_gpu']:.1f} | {found['read_gbit_per_second']:.1f} Gbit/s |" in page
