@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from vlv.command import Misuse, Parser, positive, say
+from vlv.command import Misuse, Parser, hush, positive, say
 
 EXIT_CODES = "exit codes: 0 done; 1 it failed, or an artifact drifts; 2 wrong arguments; 130 stopped by Ctrl-C."
 
@@ -51,10 +51,21 @@ def checkpoint(name: str):
         raise Misuse(f"--ckpt: {error}") from error
 
 
+def components(asked: list[str] | None, checkpoint) -> list[str]:
+    """The names of --components; by default all that the checkpoint has. Raises Misuse."""
+    from export.components import COMPONENTS
+
+    there = [c.name for c in COMPONENTS.values() if c.needs == "encoder" or "reconstruct" in checkpoint.can]
+    if wrong := [name for name in asked or () if name not in there]:
+        raise Misuse(f"--components {wrong[0]}: {checkpoint.folder} has no t2i/, only its encoder can be exported")
+    return asked or there
+
+
 def run(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
     """Run a command, and turn whatever happens into one sentence and an exit code."""
     try:
-        _hush()
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        hush()
         return command(args)
     except KeyboardInterrupt:
         say("stopped; what is finished is kept, and the same command goes on from there")
@@ -75,12 +86,3 @@ def _sentence(error: Exception) -> str:
         return str(error)
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return f"{text[:300]} (unexpected: --debug shows where)"
-
-
-def _hush() -> None:
-    """Keep the libraries' notes and bars of loading off the screen."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

@@ -112,6 +112,7 @@ class OrtEngine(ArtifactEngine):
     word = "onnx"
     device = torch.device("cpu")
     provider = "CPUExecutionProvider"
+    graphs = False  # whether its sessions replay CUDA graphs
 
     def __init__(self, artifacts, checkpoint=None):
         try:
@@ -132,7 +133,7 @@ class OrtEngine(ArtifactEngine):
 
     def _open(self, component: str) -> Session:
         artifact = self.checked(component)
-        return OrtSession(artifact, self.manifest.folder, self.providers(artifact), self.device)
+        return OrtSession(artifact, self.manifest.folder, self.providers(artifact), self.device, self.graphs)
 
 
 class OrtCudaEngine(OrtEngine):
@@ -141,13 +142,10 @@ class OrtCudaEngine(OrtEngine):
     word = "onnx-cuda"
     device = torch.device("cuda", 0)
     provider = "CUDAExecutionProvider"
+    graphs = True
 
     def providers(self, artifact: Artifact) -> list:
         return [(self.provider, {"device_id": 0, "enable_cuda_graph": "1"})]
-
-    def _open(self, component: str) -> Session:
-        artifact = self.checked(component)
-        return OrtSession(artifact, self.manifest.folder, self.providers(artifact), self.device, graphs=True)
 
 
 class OrtTensorRTEngine(OrtEngine):

@@ -46,9 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     checkpoint = cli.checkpoint(args.ckpt)
-    names = args.components or [c.name for c in COMPONENTS.values() if c.needs == "encoder" or _draws(checkpoint)]
-    if not _draws(checkpoint) and (wrong := [n for n in names if COMPONENTS[n].needs == "t2i"]):
-        raise cli.Misuse(f"--components {wrong[0]}: {checkpoint.folder} has no t2i/, only its encoder can be exported")
+    names = cli.components(args.components, checkpoint)
     if args.probes < 4:
         raise cli.Misuse(f"--probes {args.probes}: at least 4, since two of them are noise")
 
@@ -72,10 +70,6 @@ def _export(args: argparse.Namespace) -> int:
     for problem in failed:
         cli.say(f"error: {problem}")
     return 1 if failed else 0
-
-
-def _draws(checkpoint) -> bool:
-    return "reconstruct" in checkpoint.can
 
 
 def _command(args: argparse.Namespace, name: str) -> str:

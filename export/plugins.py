@@ -29,6 +29,7 @@ from export.engine_ort import OrtSession
 from export.graphs import load
 from export.manifest import Artifact, ArtifactError
 from export.probes import NOISE, Probes
+from export.quantize import DTYPES
 from export.verifier import compare
 from kernels.plugin import PluginKernel, plugin_kernels
 from kernels.symbolic import DOMAIN, FLOATS, OPERATIONS
@@ -100,9 +101,8 @@ def make(checkpoint: Checkpoint, graph: Artifact, made: Path, plain: Path, targe
     import onnx_ir
 
     module = load(checkpoint, graph.component).fuse()
-    dtype = {"fp32": None, "bf16": torch.bfloat16}.get(graph.precision, torch.float16)
-    if dtype:
-        module.cast(dtype, graph.exact)
+    if graph.precision in DTYPES:
+        module.cast(DTYPES[graph.precision], graph.exact)
     file = made / f"{graph.component}.nodes.onnx"
     trace.to_onnx(module, file, graph.profile, graph.opset, nodes=True)
     model = onnx_ir.load(file)

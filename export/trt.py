@@ -64,7 +64,7 @@ def _build_all(args: argparse.Namespace) -> int:
             f"{here or 'none'}; --runtime rtx builds for GPUs elsewhere"
         )
     checkpoint = cli.checkpoint(args.ckpt)
-    names = args.components or [c.name for c in COMPONENTS.values() if c.needs == "encoder" or _draws(checkpoint)]
+    names = cli.components(args.components, checkpoint)
     if code := onnx.main(_onnx_arguments(args, names)):
         return code
     with workspace(args.out) as made:
@@ -141,10 +141,6 @@ def _build(args: argparse.Namespace, manifest, name: str, library, made: Path, c
     files = describe_files(made, [file])
     manifest.publish(replace(wanted, files=files), made)
     cli.say(f"{label}: {verb} in {time.monotonic() - start:.0f} s, {files[file]['bytes'] / 1e6:.1f} MB")
-
-
-def _draws(checkpoint) -> bool:
-    return "reconstruct" in checkpoint.can
 
 
 def _onnx_arguments(args: argparse.Namespace, names: list[str]) -> list[str]:
