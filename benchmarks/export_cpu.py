@@ -218,6 +218,8 @@ def main() -> int:
             result["speed"] = {"machine": machine.describe(), **found}
         if "captions" in args.only:
             result["captions"] = {"machine": machine.describe(), **captions(Path(work))}
+    for part in set(args.only) & result.keys():
+        result[part]["command"] = " ".join(["python -m benchmarks.export_cpu", *sys.argv[1:]])
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     return 0

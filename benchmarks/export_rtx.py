@@ -145,7 +145,9 @@ def main() -> int:
         return 0
     version = LIBRARIES["rtx"].load().__version__
     result = json.loads(args.out.read_text()) if args.out.exists() else {"engines": {}}
-    result |= {"machine": machine.describe(), "builder": f"TensorRT-RTX {version}", "preset": args.preset}
+    command = " ".join(["python -m benchmarks.export_rtx", *sys.argv[1:]])
+    result |= {"command": command, "machine": machine.describe(), "builder": f"TensorRT-RTX {version}"}
+    result["preset"] = args.preset
     failed = False
     for name in args.components:
         entry = measure(name, args)
