@@ -4,7 +4,8 @@
     python -m benchmarks.serve --images 128 --engine transformers -o /tmp/try.json
 
 Pipeline, server and the direct calls share one language model in this process; the clients are processes of their
-own. Captions are compared before speed is. On a GPU at full size: benchmarks/gpu/serve.py.
+own, on the same cores. Clients send one picture a request, and then several, as those with many pictures would.
+Captions are compared before speed is. On a GPU at full size: benchmarks/gpu/serve.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from benchmarks.serve_fuzz import scene
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 3  # of each measurement, in turns: the machine's other load hits all alike
-CLIENTS = 192  # requests at a time that saturate the server
+IN_FLIGHT = 256  # captions written together: the default of pipeline and server
+WAITING = 320  # pictures sent at a time, which saturate the server
+FILES = 16  # pictures a request of the second kind
 SINGLE = 40  # requests one after the other, for what HTTP adds
 SHORT = 8  # tokens of these: what HTTP adds does not grow with the caption, whose own noise would hide it
 
@@ -39,6 +42,7 @@ def main() -> None:
     p.add_argument("--max-tokens", type=int, default=300)
     p.add_argument("--client", nargs=2, metavar=("URL", "FOLDER"), help=argparse.SUPPRESS)
     p.add_argument("--at-once", type=int, default=1, help=argparse.SUPPRESS)
+    p.add_argument("--files", type=int, default=1, help=argparse.SUPPRESS)
     p.add_argument("-o", "--output", default=str(ROOT / "benchmarks" / "serve.json"), metavar="JSON")
     args = p.parse_args()
     if args.client:
@@ -54,28 +58,30 @@ def main() -> None:
 
 
 async def client(url: str, folder: str, args) -> dict:
-    """Ask for every picture, `at_once` at a time: seconds in all, each request's, and the captions."""
+    """Ask for every picture, `at_once` requests of `files` at a time: seconds in all, each request's, the captions."""
     import aiohttp
 
     gate, captions, each = asyncio.Semaphore(args.at_once), {}, []
 
-    async def one(session, file: Path) -> None:
+    async def ask(session, files: list[Path]) -> None:
         async with gate:
             form = aiohttp.FormData({"max_tokens": str(args.max_tokens)})
-            form.add_field("file", file.read_bytes(), filename=file.name)
+            for file in files:
+                form.add_field("file", file.read_bytes(), filename=file.name)
             start = time.perf_counter()
             async with session.post("/v1/captions", data=form) as answer:
-                (result,) = (await answer.json())["captions"]
+                results = (await answer.json())["captions"]
             each.append(time.perf_counter() - start)
-            captions[file.name] = result["caption"]
+            captions.update((file.name, result["caption"]) for file, result in zip(files, results, strict=True))
 
     files = sorted(Path(folder).iterdir())[: args.images]
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
-        await one(session, files[0])
+        await ask(session, files[:1])
         each.clear()
-        start = time.perf_counter()
-        await asyncio.gather(*(one(session, file) for file in files))
-        return {"seconds": time.perf_counter() - start, "each": each, "captions": captions}
+        start, cpu = time.perf_counter(), time.process_time()
+        await asyncio.gather(*(ask(session, files[i : i + args.files]) for i in range(0, len(files), args.files)))
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        return {"seconds": seconds, "cpu": cpu, "each": each, "captions": captions}
 
 
 async def measure(args) -> dict:
@@ -110,7 +116,7 @@ async def measure(args) -> dict:
         async def close(self):
             pass
 
-    engine = Kept(spec, args.max_tokens, 128)
+    engine = Kept(spec, args.max_tokens, IN_FLIGHT)
     service = Service(checkpoint, lambda: engine, ServiceConfig())
     routes = Routes(service, "model", Keys(), Admission(10_000), Fetcher(), Bounds(deadline=600))
     with socket.socket() as free:
@@ -137,20 +143,11 @@ async def measure(args) -> dict:
             records = map(json.loads, output.read_text().splitlines())
             return seconds, {Path(r["id"]).name: r["caption"] for r in records}
 
-        async def ask(count: int, at_once: int, tokens: int) -> dict:
-            command = [
-                "-m",
-                "benchmarks.serve",
-                "--client",
-                f"http://127.0.0.1:{port}",
-                str(pictures),
-                "--images",
-                str(count),
-            ]
-            command += ["--at-once", str(at_once), "--max-tokens", str(tokens)]
-            run = await asyncio.create_subprocess_exec(
-                sys.executable, *command, stdout=asyncio.subprocess.PIPE, cwd=ROOT
-            )
+        async def ask(count: int, at_once: int, tokens: int = args.max_tokens, files: int = 1) -> dict:
+            command = [sys.executable, "-m", "benchmarks.serve", "--client", f"http://127.0.0.1:{port}", str(pictures)]
+            for flag, value in {"images": count, "at-once": at_once, "max-tokens": tokens, "files": files}.items():
+                command += [f"--{flag}", str(value)]
+            run = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
             stdout, _ = await run.communicate()
             return json.loads(stdout)
 
@@ -163,34 +160,45 @@ async def measure(args) -> dict:
             return seconds
 
         await pipeline(0)  # warm-up
-        batch, served, alone, by_http = [], [], [], []
+        rounds, alone, by_http = {"pipeline": [], "server": [], "server_batches": []}, [], []
         for number in range(1, ROUNDS + 1):
             seconds, expected = await pipeline(number)
-            batch.append(args.images / seconds)
-            answer = await ask(args.images, CLIENTS, args.max_tokens)
-            served.append(args.images / answer["seconds"])
+            answers = {
+                "server": await ask(args.images, WAITING),
+                "server_batches": await ask(args.images, WAITING // FILES, files=FILES),
+            }
+            took = {"pipeline": seconds, **{name: answer["seconds"] for name, answer in answers.items()}}
+            for name, value in took.items():
+                rounds[name].append(round(args.images / value, 2))
             alone += await direct(SINGLE)
             by_http += (await ask(SINGLE, 1, SHORT))["each"]
         server.should_exit = True
         await serving
         await service.close()
         await cls.close(engine)
-    equal = sum(answer["captions"][name] == text for name, text in expected.items())
+    pace = {name: statistics.median(values) for name, values in rounds.items()}
     added = statistics.median(by_http) - statistics.median(alone)
     return {
         "engine": args.engine,
         "checkpoint": {"folder": Path(args.ckpt).name, "hash": checkpoint.hash},
         "images": args.images,
-        "captions_equal": f"{equal}/{len(expected)}",
-        "pipeline_images_per_second": round(statistics.median(batch), 2),
-        "server_images_per_second": round(statistics.median(served), 2),
-        "server_to_pipeline": round(statistics.median(served) / statistics.median(batch), 3),
-        "rounds": {"pipeline": [round(v, 2) for v in batch], "server": [round(v, 2) for v in served]},
+        "captions_equal": {name: f"{_equal(a['captions'], expected)}/{len(expected)}" for name, a in answers.items()},
+        "pictures_waiting": WAITING,
+        "files_a_request": {"server": 1, "server_batches": FILES},
+        "images_per_second": pace,
+        "server_to_pipeline": round(pace["server"] / pace["pipeline"], 3),
+        "server_batches_to_pipeline": round(pace["server_batches"] / pace["pipeline"], 3),
+        "client_cpu_ms_per_image": {n: round(1000 * a["cpu"] / args.images, 2) for n, a in answers.items()},
+        "rounds": rounds,
         "tokens_of_single_requests": SHORT,
         "direct_p50_ms": round(1000 * statistics.median(alone), 2),
         "http_p50_ms": round(1000 * statistics.median(by_http), 2),
         "http_adds_ms": round(1000 * added, 2),
     }
+
+
+def _equal(found: dict[str, str], expected: dict[str, str]) -> int:
+    return sum(found.get(name) == text for name, text in expected.items())
 
 
 if __name__ == "__main__":
