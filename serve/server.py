@@ -12,7 +12,9 @@ import contextlib
 import ipaddress
 import signal
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from serve.command import (
     Misuse,
@@ -25,6 +27,9 @@ from serve.command import (
     run,
     say,
 )
+
+if TYPE_CHECKING:
+    from serve.routes import Routes
 
 EXIT_CODES = """\
 exit codes: 0 stopped by SIGTERM or Ctrl-C, with every request answered; 1 the server cannot run; 2 wrong arguments.
@@ -41,26 +46,15 @@ def parser() -> argparse.ArgumentParser:
             model_arguments(in_flight=256),
             engine_arguments(),
             listening_arguments(),
+            request_arguments(),
             debug_argument("tracebacks, and the engine's log on stderr"),
         ],
     )
-    p.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
-    p.add_argument("--queue", type=positive, default=128, metavar="N", help="images that may wait for their turn (128)")
     p.add_argument("--new-key", metavar="NAME", help="make a key, add its hash to --keys, print it, and stop")
     p.add_argument(
         "--per-minute", type=positive, default=6000, metavar="N", help="of --new-key: images a minute (6000)"
     )
     p.add_argument("--concurrent", type=positive, default=256, metavar="N", help="of --new-key: images at a time (256)")
-    p.add_argument(
-        "--image-host", action="append", default=[], metavar="HOST",
-        help="fetch http(s) images from this host (repeatable; *.example.org, host:port); none by default",
-    )  # fmt: skip
-    p.add_argument("--body-seconds", type=positive, default=20, metavar="S", help="for a request to arrive (20)")
-    p.add_argument("--max-body", type=positive, default=64, metavar="MIB", help="largest request (64)")
-    p.add_argument("--max-bodies", type=positive, default=512, metavar="MIB", help="of all requests together (512)")
-    p.add_argument("--max-image", type=positive, default=20, metavar="MIB", help="largest image file fetched (20)")
-    p.add_argument("--max-images", type=positive, default=64, metavar="N", help="images in one request (64)")
-    p.add_argument("--max-pixels", type=positive, default=50_000_000, metavar="N", help="of an image (50 million)")
     return p
 
 
@@ -73,6 +67,24 @@ def listening_arguments() -> Parser:
     p.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
     p.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
     p.add_argument("--drain", type=positive, default=60, metavar="S", help="seconds to finish at SIGTERM (60)")
+    return p
+
+
+def request_arguments() -> Parser:
+    """For whatever answers requests with captions: what one may cost, and what the model is called."""
+    p = Parser(add_help=False)
+    p.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
+    p.add_argument("--queue", type=positive, default=128, metavar="N", help="images that may wait for their turn (128)")
+    p.add_argument(
+        "--image-host", action="append", default=[], metavar="HOST",
+        help="fetch http(s) images from this host (repeatable; *.example.org, host:port); none by default",
+    )  # fmt: skip
+    p.add_argument("--body-seconds", type=positive, default=20, metavar="S", help="for a request to arrive (20)")
+    p.add_argument("--max-body", type=positive, default=64, metavar="MIB", help="largest request (64)")
+    p.add_argument("--max-bodies", type=positive, default=512, metavar="MIB", help="of all requests together (512)")
+    p.add_argument("--max-image", type=positive, default=20, metavar="MIB", help="largest image file fetched (20)")
+    p.add_argument("--max-images", type=positive, default=64, metavar="N", help="images in one request (64)")
+    p.add_argument("--max-pixels", type=positive, default=50_000_000, metavar="N", help="of an image (50 million)")
     return p
 
 
@@ -97,6 +109,13 @@ def _new_key(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace) -> int:
+    async with opened(args) as routes:
+        return await listen(routes.app(), args, routes, routes.service.failure, args.body_seconds)
+
+
+@contextlib.asynccontextmanager
+async def opened(args: argparse.Namespace) -> AsyncIterator[Routes]:
+    """The routes around a service that loads, as the arguments say; closed at the end. Raises Misuse."""
     from serve.fetch import Fetcher
     from serve.limits import Admission
     from serve.routes import Routes
@@ -113,10 +132,9 @@ async def _serve(args: argparse.Namespace) -> int:
     bounds = Bounds(args.deadline, args.body_seconds, args.max_body << 20, args.max_images)
     name = args.model_name or model.checkpoint.folder.resolve().name
     admission = Admission(args.in_flight + args.queue, args.max_bodies << 20)
-    routes = Routes(service, name, keys, admission, fetcher, bounds)
     try:
         await service.start()
-        return await listen(routes.app(), args, routes, service.failure, args.body_seconds)
+        yield Routes(service, name, keys, admission, fetcher, bounds)
     finally:
         await service.close()
         await fetcher.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,20 @@ def writers(process: subprocess.Popen) -> list[psutil.Process]:
     """The language-model actors under a driver."""
     children = psutil.Process(process.pid).children(recursive=True)
     return [child for child in children if "MapBatches(Write)" in " ".join(child.cmdline())]
+
+
+def test_a_queue_gets_more_actors(start, scene_images, pictures):
+    """Units that wait for the language model get it a second actor."""
+    for file in scene_images.glob("*.png"):
+        shutil.copy(file, pictures)
+    driver, most = start("--unit", "1", "--llms", "1-3", "--cpus", "8"), 0
+    deadline = time.monotonic() + 240
+    while driver.poll() is None and most < 2:
+        assert time.monotonic() < deadline
+        with contextlib.suppress(psutil.NoSuchProcess):
+            most = max(most, len(writers(driver)))
+        time.sleep(0.1)
+    assert most >= 2, driver.stderr.read()[-3000:]
 
 
 def assert_complete(output: Path, pictures: Path) -> None:

@@ -1,0 +1,121 @@
+"""The captioning server on a Ray cluster: python -m serve.ray_serve --ckpt DIR --replicas 1-8
+
+The routes of serve.server behind Ray Serve's HTTP proxies, in as many replicas as their requests ask for. Needs
+ray[serve]; every node needs this package, DIR and --keys. On a cluster that outlives the command, `serve deploy` takes
+`import_path: serve.ray_serve:build`; its `args` are these options without their dashes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+from serve.command import Misuse, Model, Parser, debug_argument, engine_arguments, model_arguments, positive, run, say
+from serve.ray_cluster import cluster_arguments, joined, on_gpu, share, span
+from serve.server import EXIT_CODES, listening_arguments, read_keys, request_arguments
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+NAME = "vlv"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Light: neither torch nor ray is imported for --help."""
+    p = Parser(
+        prog="python -m serve.ray_serve",
+        description="Serve captions of a VLV checkpoint over HTTP from a Ray cluster.",
+        epilog=EXIT_CODES,
+        parents=[
+            model_arguments(in_flight=256),
+            engine_arguments(),
+            listening_arguments(),
+            request_arguments(),
+            cluster_arguments(),
+            debug_argument("tracebacks, and the replicas' logs on stderr"),
+        ],
+    )
+    p.add_argument("--replicas", type=span, default=(1, 4), metavar="A-B", help="fewest and most replicas (1-4)")
+    p.add_argument("--target", type=positive, default=64, metavar="N", help="requests a replica should have (64)")
+    p.add_argument("--gpu", type=share, default=1.0, metavar="X", help="GPU that a replica takes (1)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run(_serve, parser().parse_args(argv))
+
+
+def build(options: dict[str, Any]) -> Application:
+    """The application for `serve deploy`, from options such as {"ckpt": "/models/vlv", "replicas": "1-8"}."""
+    words = []
+    for name, value in options.items():
+        flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
+        words += [flag if part is True else f"{flag}={part}" for part in values if part is not False]
+    return application(parser().parse_args(words))
+
+
+def application(args: argparse.Namespace) -> Application:
+    """The deployment: how many replicas there are, and how one is looked after."""
+    from ray import serve as ray_serve
+
+    from serve.ray_replica import Replica, front
+
+    deployment = ray_serve.deployment(ray_serve.ingress(front())(Replica))
+    return deployment.options(**scaling(args, on_gpu())).bind(args)
+
+
+def scaling(args: argparse.Namespace, gpus: bool) -> dict[str, Any]:
+    """A deployment's options for Ray Serve."""
+    low, high = args.replicas
+    size = args.tensor_parallel
+    return {
+        "name": "server",
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": (args.gpu if size == 1 else size) if gpus else 0},
+        # by what waits or is worked on: a GPU is busy whenever there is any work
+        "autoscaling_config": {
+            "min_replicas": low,
+            "max_replicas": high,
+            "target_ongoing_requests": args.target,
+            "upscale_delay_s": 10,  # loading takes long enough
+        },
+        "max_ongoing_requests": args.in_flight + args.queue,
+        "max_queued_requests": args.queue,  # at a proxy; beyond it, 503
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+        "graceful_shutdown_timeout_s": args.drain,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+
+
+def _serve(args: argparse.Namespace) -> int:
+    if not args.ckpt:
+        raise Misuse("--ckpt is needed (--help shows the usage)")
+    read_keys(args)
+    Model.of(args).engine()  # refused here, in one sentence, and not by every replica
+
+    def stop(number: int, _) -> None:
+        say(f"{signal.Signals(number).name}: no new requests; those that run are finished (at most {args.drain} s)")
+        raise KeyboardInterrupt
+
+    with joined(args, "serve") as ray_serve:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            ray_serve.start(http_options={"host": args.host, "port": args.port})
+            say(f"http://{args.host}:{args.port}: loading the models")
+            ray_serve.run(application(args), name=NAME, route_prefix="/")
+            say("ready")
+            signal.pause()
+        with contextlib.suppress(KeyboardInterrupt):  # a second one waits for nothing
+            ray_serve.delete(NAME)  # returns when the replicas are drained
+            if not args.address:
+                ray_serve.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
