@@ -28,11 +28,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
+        # a graph being traced keeps the plain, portable ops; asked first, since what follows would break it in two
+        and not torch.compiler.is_compiling()
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()
-        # a graph being traced keeps the plain, portable ops
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch import nn
 
 from tests.train import toy_run
+from vlv.davit import Block, ChannelAttention
 from vlv.train.guard import PATIENCE, Guard
 from vlv.train.trainer import Trainer
 
@@ -58,8 +61,8 @@ def alone(captioned, tmp_path_factory):
     return log(folder), weights, folder
 
 
-def same_losses(found, expected):
-    assert [r["step"] for r in found] == [r["step"] for r in expected] == list(range(1, toy_run.CONFIG.steps + 1))
+def same_losses(found, expected, steps=toy_run.CONFIG.steps):
+    assert [r["step"] for r in found] == [r["step"] for r in expected] == list(range(1, steps + 1))
     for a, b in zip(found, expected, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["norm"] == pytest.approx(b["norm"], rel=1e-3)
 
@@ -93,6 +96,42 @@ def test_kill_9_and_again_gives_the_same_bits(alone, captioned, tmp_path):
     assert all(torch.equal(weights[name], w) for name, w in alone[1].items())
     keys = ("step", "loss", "norm")
     assert [[r[k] for k in keys] for r in log(tmp_path)] == [[r[k] for k in keys] for r in alone[0]]
+
+
+class Blocks(nn.Module):
+    """Two blocks of one kind, which are to share their graphs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.scale = nn.Parameter(torch.ones(12))
+        self.blocks = nn.Sequential(*(Block(12, ChannelAttention(12, 2)) for _ in range(2)))
+
+    def forward(self, batch):
+        x = nn.functional.pixel_unshuffle(batch["pixels"] / 255, 2).permute(0, 2, 3, 1).contiguous()
+        return (self.blocks(self.scale * x) - torch.randn_like(x)).square().mean()
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_give_the_same_losses(captioned, tmp_path):
+    """One graph for both blocks and all steps, recomputed in the backward pass, and none that breaks in two."""
+    config = replace(toy_run.CONFIG, steps=3)
+    toy_run.train(captioned, tmp_path / "eager", config, Blocks)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    toy_run.train(captioned, tmp_path / "compiled", replace(config, compile=True), Blocks)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    eager, compiled = log(tmp_path / "eager"), log(tmp_path / "compiled")
+    # one forward pass: sums of at most some hundred float32 numbers, in another order
+    assert compiled[0]["loss"] == pytest.approx(eager[0]["loss"], rel=1e-6)
+    same_losses(compiled, eager, steps=3)
+
+
+def test_without_a_compiler_it_says_so(captioned, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="--compile needs a compiler, and there is no no-such-compiler here"):
+        toy_run.train(captioned, tmp_path, replace(toy_run.CONFIG, compile=True))
 
 
 def test_only_the_last_saves_are_kept(alone):

@@ -46,10 +46,10 @@ class Noisy(nn.Module):
         return (context - torch.randn_like(context)).square().mean()
 
 
-def train(data, folder, config=CONFIG, workers=0):
+def train(data, folder, config=CONFIG, objective=Noisy):
     """Train to the end in the processes at hand; returns the trainer's whole weights."""
     with World.start("cpu") as world:
-        trainer = Trainer("toy", Path(folder), config, Noisy(), world)
+        trainer = Trainer("toy", Path(folder), config, objective(), world)
         pictures = Pictures(open_sources([str(data)]), config, MODEL.image_size, captions=False)
         trainer.fit(batches(pictures, config, world, trainer.images))
         return trainer.weights()

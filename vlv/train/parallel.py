@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,11 +63,14 @@ class World:
         dist.barrier(self.background)
 
 
+_OURS = Block | BartLayer | ClipLayer  # blocks whose shapes never change within a run
+
+
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The repeated blocks of encoder and language model: units of sharding, recomputation and compilation."""
     return [
         m for m in module.modules()
-        if isinstance(m, Block | BartLayer | ClipLayer) or type(m).__name__.endswith("DecoderLayer")
+        if isinstance(m, _OURS) or type(m).__name__.endswith("DecoderLayer")
     ]  # fmt: skip
 
 
@@ -77,12 +81,19 @@ def prepare(objective: nn.Module, config: TrainConfig, world: World) -> nn.Modul
     bfloat16 and reduces gradients in float32.
     """
     objective.train()
+    if config.compile:
+        _need_compiler(world.device)
+        # a forward has as many graphs as there are kinds of blocks that run it, in the tower alone 8, which is torch's
+        # limit; beyond it blocks would silently stay as they are
+        torch._dynamo.config.recompile_limit = 64
     for block in blocks(objective):
-        if config.checkpoint_activations:
-            # inside of FSDP's unit, so that its weights are there when the block is computed again
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        # FSDP's unit is around both, so that its weights are there when the block is computed again; recomputation is
+        # around the compiled block, since torch compiles nothing within it
         if config.compile:
-            block.compile()
+            # captions differ in length: the language model's second one gives a graph for every other
+            block.forward = torch.compile(block.forward, dynamic=False if isinstance(block, _OURS) else None)
+        if config.checkpoint_activations:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if config.parallel == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -98,6 +109,17 @@ def prepare(objective: nn.Module, config: TrainConfig, world: World) -> nn.Modul
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     ids = [world.device] if world.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(objective, ids, gradient_as_bucket_view=True)
+
+
+def _need_compiler(device: torch.device) -> None:
+    """Raises ValueError where torch.compile would find no compiler: C++ for a CPU, C for Triton's launchers."""
+    variable, usual = ("CXX", ("g++",)) if device.type == "cpu" else ("CC", ("gcc", "clang"))
+    names = [os.environ[variable]] if os.environ.get(variable) else usual
+    if not any(map(shutil.which, names)):
+        raise ValueError(
+            f"--compile needs a compiler, and there is no {' or '.join(names)} here: install it, or name one in "
+            f"{variable}, or leave --compile out"
+        )
 
 
 @contextmanager
