@@ -6,6 +6,7 @@ The folder has the layout of a Stable Diffusion pipeline (`vae`, `unet`, `text_e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from vlv.samplers import scheduler
+from vlv.samplers import each, scheduler
 from vlv.unet import fixed_context
 
 
@@ -99,12 +100,17 @@ class T2I(nn.Module):
 
     @torch.inference_mode()
     def reconstruct(
-        self, context: Tensor, steps: int = 50, guidance: float = 2.0, seed: int = 0, sampler: str = "ddim"
+        self,
+        context: Tensor,
+        steps: int = 50,
+        guidance: float = 2.0,
+        seed: int | Sequence[int] = 0,
+        sampler: str = "ddim",
     ) -> Tensor:
         """Context [B, N, C] -> pictures, uint8 [B, 3, S, S]; `sampler` is one of vlv.samplers'.
 
         The unconditional context is the empty prompt's, as published (50 steps, guidance 2.0). Each
-        picture's noise follows from `seed` alone, so it does not depend on the batch.
+        picture's noise follows from `seed` alone, so it does not depend on the batch; several give each its own.
         """
         pipeline = self.pipeline()
         pipeline.scheduler = scheduler(sampler, self.scheduler.config)
@@ -114,7 +120,7 @@ class T2I(nn.Module):
                 f"the context has {context.shape[1]} tokens, the text encoder's empty prompt {empty.shape[1]}: "
                 "guidance needs equal lengths"
             )
-        draws = [torch.Generator().manual_seed(seed) for _ in context]
+        draws = [torch.Generator().manual_seed(s) for s in each(seed, len(context))]
         shape = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
         noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
         context, empty = context.to(self.unet.dtype), empty.to(self.unet.dtype)

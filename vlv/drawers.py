@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vlv.samplers import scheduler
+from vlv.samplers import each, scheduler
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +72,8 @@ class CaptionDrawer:
         self._pipeline.set_progress_bar_config(disable=True)
         self._settings = self._pipeline.scheduler.config
 
-    def draw(self, captions: list[str], steps: int, guidance: float, seed: int, sampler: str) -> Tensor:
-        """Pictures, uint8 [B, 3, S, S]; each one's noise follows from `seed` alone."""
+    def draw(self, captions: list[str], steps: int, guidance: float, seed: int | Sequence[int], sampler: str) -> Tensor:
+        """Pictures, uint8 [B, 3, S, S]; each one's noise follows from `seed` alone, one for all or each its own."""
         import numpy as np
         import torch
 
@@ -82,7 +83,7 @@ class CaptionDrawer:
             captions,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(seed) for _ in captions],
+            generator=[torch.Generator().manual_seed(s) for s in each(seed, len(captions))],
             output_type="np",
         ).images
         return torch.from_numpy(np.round(np.stack(drawn).transpose(0, 3, 1, 2) * 255).astype(np.uint8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # scheduler class and its settings
 SAMPLERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -19,3 +21,11 @@ def scheduler(name: str, config):
         raise ValueError(f"no sampler {name!r}; there are {', '.join(SAMPLERS)}")
     kind, options = SAMPLERS[name]
     return getattr(diffusers, kind).from_config(config, **options)
+
+
+def each(seed: int | Sequence[int], count: int) -> Sequence[int]:
+    """The seed of each of `count` pictures: the same, or as many as are given. Raises ValueError."""
+    seeds = [seed] * count if isinstance(seed, int) else seed
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} pictures")
+    return seeds

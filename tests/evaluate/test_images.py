@@ -73,6 +73,19 @@ def test_from_captions(tmp_path, originals, bundled, scene_net):
     assert {f.name for f in (tmp_path / "drawn" / "drawn-2").glob("*.png")} == {"00.png", "01.png", "02.png"}
 
 
+def test_every_picture_has_its_own_noise_whatever_the_batch(tmp_path, originals, bundled, scene_net):
+    """One caption for all: what the pictures differ in is their noise."""
+    (tmp_path / "captions.json").write_text(json.dumps({f"{i:02}.png": "a large cat" for i in range(3)}))
+    drawn = {}
+    for batch in ("3", "2"):
+        options = ["--captions", tmp_path / "captions.json", "--t2i", bundled / "t2i", "--net", f"scenes={scene_net}"]
+        assert run(tmp_path / batch, originals, *options, "--steps", "2", "--batch", batch)[0] == 0
+        files = [tmp_path / batch / "drawn" / "drawn-2" / f"{i:02}.png" for i in range(3)]
+        drawn[batch] = np.stack([np.asarray(Image.open(f)) for f in files]).astype(int)
+    assert abs(drawn["3"] - drawn["2"]).max() <= 1  # sums in another order, rounded
+    assert all(abs(drawn["3"][i] - drawn["3"][j]).mean() > 2 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
 def test_drawings_that_are_the_originals(tmp_path, originals, scene_net, capsys):
     code, found = run(tmp_path, originals, "--drawn", originals, "--net", f"scenes={scene_net}")
     row = found["rows"][0]["scenes"]

@@ -63,13 +63,13 @@ def from_images(folder: Path, encoder, crops: Draw, device: str):
     drawer = TorchDrawer(encoder, folder, device)
 
     @torch.inference_mode()
-    def draw(part: slice, mixed: bool, **options) -> Tensor:
+    def draw(part: slice, mixed: bool, seed: int, **options) -> Tensor:
         context = drawer.context(crops(part))
         if mixed:
             if len(context) < 2:
                 raise ValueError("--shuffled mixes the images of a batch, and the last has only one: change --batch")
             context = torch.stack([context[:, i].roll(i, 0) for i in range(context.shape[1])], dim=1)
-        return drawer.reconstruct(context, **options)
+        return drawer.reconstruct(context, seed=seeds(seed, part, len(context)), **options)
 
     return draw
 
@@ -77,4 +77,14 @@ def from_images(folder: Path, encoder, crops: Draw, device: str):
 def from_captions(folder: Path, captions: list[str], device: str):
     """Draw from captions with any diffusers text-to-image folder: draw(part, mixed, steps, guidance, seed, sampler)."""
     drawer = CaptionDrawer(folder, device)
-    return lambda part, mixed, **options: drawer.draw(captions[part], **options)
+
+    def draw(part: slice, mixed: bool, seed: int, **options) -> Tensor:
+        texts = captions[part]
+        return drawer.draw(texts, seed=seeds(seed, part, len(texts)), **options)
+
+    return draw
+
+
+def seeds(first: int, part: slice, count: int) -> list[int]:
+    """Each picture of the set has its own: from one noise for all, the set would vary less than what it stands for."""
+    return [first + part.start + i for i in range(count)]

@@ -43,7 +43,7 @@ def parser() -> cli.Parser:
     p.add_argument("--shuffled", action="store_true", help="controls, at the first guidance: see below")
     p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
     p.add_argument("--steps", type=command.positive, default=50)
-    p.add_argument("--seed", type=int, default=0, help="of the initial noise")
+    p.add_argument("--seed", type=int, default=0, help="of the first picture's noise; the next one's is 1 higher")
     p.add_argument("--batch", type=command.positive, default=32, help="pictures drawn together")
     p.add_argument("--limit", type=command.positive, metavar="N", help="only the first N originals")
     p.add_argument("--work", type=Path, default=Path("drawn"), metavar="DIR", help="folder of drawn pictures")
@@ -126,7 +126,13 @@ def _sets(args: argparse.Namespace, originals: dict[str, Path]):
     checkpoint = resolve(args.ckpt) if args.ckpt else None
     t2i = args.t2i or checkpoint.t2i
     settings = {"model": checkpoint.hash if checkpoint else None, "t2i": str(t2i), "captions": str(args.captions)}
-    settings |= {"sampler": args.sampler, "steps": args.steps, "seed": args.seed, "batch": args.batch, "names": names}
+    settings |= {
+        "sampler": args.sampler,
+        "steps": args.steps,
+        "seeds from": args.seed,
+        "batch": args.batch,
+        "names": names,
+    }
     if args.captions:
         texts = caption_files.read(args.captions)
         draw = drawing.from_captions(t2i, [texts[name] for name in names], args.device)
