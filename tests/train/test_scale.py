@@ -1,5 +1,7 @@
 """Both stages by the paper's presets on real files: what learns, the ablations, what is written and refused."""
 
+import contextlib
+import io
 import sys
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from vlv.captioner import Captioner
 from vlv.checkpoint import Checkpoint
-from vlv.train import paper, stage1, stage2
+from vlv.train import cli, paper, stage1, stage2, trainer
 from vlv.train.cost import account, estimate
 
 SMALL = "--batch 4 --micro-batch 2 --workers 0 --no-bf16 --device cpu --lr 1e-3 --log-every 1".split()
@@ -22,11 +24,20 @@ def command(monkeypatch):
     return call
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_probe():
+    """One timed pass before a run instead of four: what it gives is not looked at here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "PROBE", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(run, captioned, tmp_path_factory):
-    """Stage 1 with 8 queries and without CLIP's layers, then stage 2 from it: (folder, what stderr said)."""
+    """The folder of stage 1 with 8 queries and without CLIP's layers, then of stage 2 from it; stderr in said.txt."""
     folder = tmp_path_factory.mktemp("scale")
-    with pytest.MonkeyPatch.context() as patch:
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
         for main, name, more in (
             (stage1.main, "stage1", ["--ckpt", run / "stage1", "--queries", "8", "--no-clip-layers", "--steps", "2",
                                      "--cache-latents", folder / "latents"]),
@@ -36,6 +47,7 @@ def trained(run, captioned, tmp_path_factory):
             args = ["--preset", f"paper-{name}", "--data", captioned, "--run", folder, *more, *SMALL]
             patch.setattr(sys, "argv", ["command", *map(str, args)])
             main()
+    (folder / "said.txt").write_text(said.getvalue())
     return folder
 
 
@@ -59,6 +71,16 @@ def test_stage_2_trains_the_language_model_and_the_encoder_but_not_the_queries(t
     assert {n.split(".")[1] for n in moved} == {"prompt", "encoder", "decoder"}
     captioner = Captioner.load(end)
     assert len(captioner.generate(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), max_new_tokens=4)) == 1
+
+
+def test_the_cost_is_told_before_and_after(trained):
+    said = (trained / "said.txt").read_text()
+    assert "stage1: 8 images to go at " in said and "(--gpu-hour USD gives the cost)" in said
+    before, after = (line for line in said.splitlines() if line.startswith("stage2: ") and "at $2 a GPU-hour" in line)
+    assert "4 images to go" in before and "measured just now on 1 process" in before
+    assert after.startswith("stage2: 4 images in 0.0") and said.index(before) < said.index("1/1 loss") < said.index(
+        after
+    )
 
 
 def test_latents_are_the_same_from_the_cache_and_after_damage(trained, run, captioned):
@@ -175,6 +197,15 @@ def test_what_is_refused(command, run, captioned, tmp_path, capsys):
     }.items():
         with pytest.raises((ValueError, OSError), match=words):
             command(stage1.main, *args)
+    capsys.readouterr()
+    for args, code in {
+        (*at_scale,): 2,
+        (*ready, "--steps", "0"): 2,
+        (*ready, "--data", tmp_path / "no.tar"): 1,
+    }.items():
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lambda args=args: command(stage1.main, *args))
+        assert ended.value.code == code and capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ValueError, match="belong to stage 1"):
         command(stage2.main, *[str(a).replace("stage1", "stage2") for a in ready[:2]], *ready[2:], "--queries", "4")
     with pytest.raises(SystemExit) as ended:
@@ -188,6 +219,20 @@ def test_a_log_whose_package_is_not_there_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ValueError, match="--log trackio needs a package that is not installed: pip install trackio"):
         logs.check("trackio")
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from vlv.train.logs import open_log
+
+    for first in (0, 2):  # the second run goes on from step 2
+        log = open_log("tensorboard", tmp_path, "stage1", {"lr": 1}, first)
+        for step in range(first + 1, first + 4):
+            log(step, {"loss": step})
+    found = EventAccumulator(str(tmp_path / "tensorboard" / "stage1")).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in found] == [(i, i) for i in range(1, 6)]
 
 
 def test_figures_go_to_the_tool_and_lines_after_the_save_are_written_again(tmp_path, monkeypatch):

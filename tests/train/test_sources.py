@@ -119,6 +119,17 @@ def test_what_leads_to_nothing_is_refused(tmp_path):
         open_sources([str(tmp_path / "a.jsonl")])
 
 
+def test_a_folder_of_the_datasets_library(captioned, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the datasets library is not installed")
+    files = sorted(captioned.glob("*.png"))[:3]
+    table = datasets.Dataset.from_dict({"image": [str(f) for f in files], "text": ["a", "b", "c"]})
+    table.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    for name in (str(tmp_path / "saved"), f"hf:{tmp_path / 'saved'}"):
+        source = open_sources([name])
+        assert source.rows == [3] and source.read(0, 1).caption == "b"
+        assert source.read(0, 1).image == files[1].read_bytes()  # the file itself: nothing is decoded here
+
+
 def test_a_package_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ValueError, match="hf:someone/pictures needs a package that is not installed: pip install data"):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vlv.command import Parser
+from vlv.command import Misuse, Parser, say
 
 
 def parser(stage: str, presets: Iterable[str], doc: str) -> argparse.ArgumentParser:
@@ -31,15 +31,15 @@ def folders(args: argparse.Namespace, stage: str) -> tuple[Path, Path]:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command and exit with what it returns; 130 after Ctrl-C (its saves are kept), 1 after a failure."""
+    """Run a command and exit with what it returns; 2 for misuse, 1 for a failure, 130 after Ctrl-C (its saves stay)."""
     try:
         if code := main():
             sys.exit(code)
     except KeyboardInterrupt:
-        print("stopped; the same command continues from the last save", file=sys.stderr)
+        say("stopped; the same command continues from the last save")
         sys.exit(130)
-    except (OSError, ValueError, ArithmeticError) as error:
+    except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+        sys.exit(2 if isinstance(error, Misuse) else 1)

@@ -7,14 +7,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from vlv.command import Misuse
+
 Sink = Callable[[int, dict], None]
 KINDS = ("none", "wandb", "tensorboard", "trackio")
 
 
 def check(kind: str) -> None:
-    """Raises ValueError where `kind` is unknown or its package is not installed."""
+    """Raises Misuse where `kind` is unknown, ValueError where its package is not installed."""
     if kind not in KINDS:
-        raise ValueError(f"--log {kind}: one of {', '.join(KINDS)}")
+        raise Misuse(f"--log {kind}: one of {', '.join(KINDS)}")
     if kind != "none":
         try:
             importlib.import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)

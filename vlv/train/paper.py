@@ -27,6 +27,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field, fields, replace
 
+from vlv.command import Misuse
+
 
 def _option(default, text: str, choices: tuple[str, ...] | None = None):
     return field(default=default, metadata={"help": text, "choices": choices})
@@ -73,10 +75,10 @@ class TrainConfig:
     log_every: int = _option(20, "steps between lines of the log")
 
     def accumulation(self, processes: int) -> int:
-        """Forward passes of one process in one step. Raises ValueError where the batch cannot be divided."""
+        """Forward passes of one process in one step. Raises Misuse where the batch cannot be divided."""
         unit = self.micro_batch * processes
         if self.batch < 1 or self.micro_batch < 1 or self.batch % unit:
-            raise ValueError(
+            raise Misuse(
                 f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch} x {processes} processes "
                 f"= {unit}: choose one that is, or another number of processes"
             )
@@ -130,15 +132,15 @@ def add_flags(parser: argparse.ArgumentParser, preset: str) -> None:
 
 
 def config(args: argparse.Namespace) -> TrainConfig:
-    """The preset with what the flags change. Raises ValueError on values that make no sense."""
+    """The preset with what the flags change. Raises Misuse on values that make no sense."""
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if getattr(args, f.name) is not None}
     made = replace(PRESETS[args.preset], **given)
     for name in ("steps", "batch", "micro_batch", "save_every", "log_every", "keep"):
         if getattr(made, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(made, name)}: at least 1")
+            raise Misuse(f"--{name.replace('_', '-')} {getattr(made, name)}: at least 1")
     for name in ("workers", "warmup", "spike", "queries", "image_size", "min_side", "max_aspect"):
         if getattr(made, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(made, name)}: not below 0")
+            raise Misuse(f"--{name.replace('_', '-')} {getattr(made, name)}: not below 0")
     if not 0 <= made.ema < 1:
-        raise ValueError(f"--ema {made.ema}: from 0 to below 1")
+        raise Misuse(f"--ema {made.ema}: from 0 to below 1")
     return made

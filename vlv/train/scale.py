@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlv.command import Misuse
 from vlv.train import cost, logs, paper
 from vlv.train.paper import TrainConfig
 
@@ -26,12 +27,13 @@ def run(stage: str, args: argparse.Namespace, folder: Path, out: Path) -> None:
         print(plan(stage, config, args))
         return
     if not args.data or not args.ckpt:
-        raise ValueError(f"--preset {args.preset} needs --data and --ckpt (or --plan alone)")
+        raise Misuse(f"--preset {args.preset} needs --data and --ckpt (or --plan alone)")
     logs.check(args.log)
     from vlv.train.parallel import World
     from vlv.train.sources import open_sources
 
     with World.start(args.device) as world:
+        config.accumulation(world.size)  # refused here rather than after minutes of loading
         source = open_sources(args.data)
         build = {"stage1": _stage1, "stage2": _stage2}[stage]
         objective, finish, data = build(config, args, world, source)
@@ -114,7 +116,7 @@ def _stage2(config: TrainConfig, args: argparse.Namespace, world: World, source)
     from vlv.train.objectives import Stage2
 
     if config.queries or config.image_size or not config.clip_layers:
-        raise ValueError("--queries, --image-size and --no-clip-layers belong to stage 1: stage 2 keeps its start's")
+        raise Misuse("--queries, --image-size and --no-clip-layers belong to stage 1: stage 2 keeps its start's")
     begin = _open(args.ckpt, world)
     torch.manual_seed(config.seed)
     llm_folder = args.llm or begin.llm
