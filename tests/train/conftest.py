@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,11 +12,12 @@ from vlv import scenes
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A run folder in which all three stages of the toy recipe went a few steps."""
+    """A run folder in which all three stages of the toy recipe went a few steps, through a narrow UNet and VAE."""
     from vlv.train import presets, stage1, stage2, t2i
 
     folder = tmp_path_factory.mktemp("run")
-    t2i.train(presets.T2I["smoke"], folder, folder / "t2i", "cpu")
+    narrow = replace(presets.T2I["smoke"], vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))
+    t2i.train(narrow, folder, folder / "t2i", "cpu")
     stage1.train(presets.STAGE1["smoke"], folder / "t2i", folder, folder / "stage1", "cpu")
     stage2.train(presets.STAGE2["smoke"], folder / "stage1", folder, folder / "stage2", "cpu")
     return folder

@@ -1,11 +1,9 @@
 """Captions for stage 2 from a real OpenAI-compatible server: ours, with the reference engine."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,23 +26,14 @@ SMALL = ["--min-side", "32", "--min-words", "1", "--repetition", "1", "--size", 
 
 @pytest.fixture(scope="module")
 def server(captioning_checkpoint):
-    """The address of a serve.server process, ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ["--engine", "transformers", "--workers", "1", "--port", str(port)]
-    command = [sys.executable, "-m", "serve.server", "--ckpt", str(captioning_checkpoint), *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 200
-    while True:
-        assert process.poll() is None and time.monotonic() < deadline
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url + "/ready").status_code == 200:
-                break
-        time.sleep(0.1)
-    yield url + "/v1"
-    process.terminate()
-    process.wait(30)
+    """The address of our server, in a thread."""
+    from serve.transformers_engine import TransformersEngine
+    from tests.serve.serving import Running
+    from vlv.checkpoint import Checkpoint
+
+    running = Running(Checkpoint.open(captioning_checkpoint), TransformersEngine)
+    yield running.url + "/v1"
+    running.stop()
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """benchmarks/gpu/train.py, as far as it goes without a GPU."""
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -8,21 +10,34 @@ import torch
 from benchmarks.gpu import train
 
 
-def test_dry_run_checks_gradients_and_takes_steps_of_both_loops(tmp_path, capsys):
-    assert train.main(["--dry-run", "--out", str(tmp_path / "train.json")]) == 0
-    report = json.loads((tmp_path / "train.json").read_text())
-    assert report["gradients"]["correct"] and report["gradients"]["rms_of_plain"] > 1e-4  # bfloat16 was really used
-    assert report["published"]["images_per_second"] > 0 and report["ours"]["images_per_second"] > 0
-    assert "images/s" not in capsys.readouterr().out  # a dry run shows no figure
-
-
-def test_wrong_gradients_are_not_timed(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """A whole dry run: its exit code, report and output, and the gradients of the check in their order."""
+    out, found, said = tmp_path_factory.mktemp("dry") / "train.json", [], io.StringIO()
     real = train.gradients
 
-    def bent(objective, *rest, **more):
-        return real(objective, *rest, **more) * (1 if "Published" in repr(objective) else 1.2)
+    def kept(*args, **more):
+        found.append(real(*args, **more))
+        return found[-1]
 
-    monkeypatch.setattr(train, "gradients", bent)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(train, "gradients", kept)
+        code = train.main(["--dry-run", "--out", str(out)])
+    return code, json.loads(out.read_text()), said.getvalue(), found
+
+
+def test_dry_run_checks_gradients_and_takes_steps_of_both_loops(dry):
+    code, report, said, _ = dry
+    assert code == 0 and report["gradients"]["correct"]
+    assert report["gradients"]["rms_of_plain"] > 1e-4  # bfloat16 was really used
+    assert report["published"]["images_per_second"] > 0 and report["ours"]["images_per_second"] > 0
+    assert "images/s" not in said  # a dry run shows no figure
+
+
+def test_wrong_gradients_are_not_timed(dry, monkeypatch, capsys):
+    exact, plain, ours = dry[3]
+    bent = iter([exact, plain, 1.2 * ours])
+    monkeypatch.setattr(train, "gradients", lambda *args, **more: next(bent))
     monkeypatch.setattr(train, "published_rate", lambda *_: pytest.fail("it must not be timed"))
     assert train.main(["--dry-run"]) == 1 and "WRONG" in capsys.readouterr().out
 

@@ -109,7 +109,8 @@ def train_vae(t2i: T2I, config: T2IConfig, run: Path) -> None:
 
     loop.run(loss)
     with torch.inference_mode():
-        sample = t2i.vae.encode(data.images(range(512)).to(t2i.vae.device) / 127.5 - 1).latent_dist.sample()
+        scenes = data.images(range(min(512, config.pool)))
+        sample = t2i.vae.encode(scenes.to(t2i.vae.device) / 127.5 - 1).latent_dist.sample()
     t2i.vae.register_to_config(scaling_factor=round(1 / sample.std().item(), 5))
 
 
