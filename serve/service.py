@@ -52,7 +52,8 @@ class Service:
         self._encoding = ThreadPoolExecutor(1, "encoder")
         self._crops: asyncio.Queue[tuple[int, asyncio.Future]] = asyncio.Queue()
         self._tasks: list[asyncio.Task] = []
-        self._writing, self._restarts, self._trouble = 0, 0, asyncio.Event()
+        self._writing, self._restarts, self._trouble, self._room = 0, 0, asyncio.Event(), asyncio.Event()
+        self._room.set()
         self.metrics.watch("ready", lambda: self.ready)
         self.metrics.watch("encoder_queue", self._crops.qsize)
         self.metrics.watch("llm_requests", lambda: self._writing)
@@ -130,11 +131,13 @@ class Service:
             self._pool.release(decoding.result())
 
     async def _encode(self) -> None:
+        """Encode what waits. While the language model has more than it takes at once, let a whole batch gather."""
         loop = asyncio.get_running_loop()
         choice = (self.config.encoder, self.config.artifacts, self.engine.encoder_threads)
         encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, *choice)
         while True:
             batch = [await self._crops.get()]
+            await self._room.wait()
             while len(batch) < self.config.batch and not self._crops.empty():
                 batch.append(self._crops.get_nowait())
             crops = self._pool.crops[[slot for slot, _ in batch]]  # a copy
@@ -162,7 +165,7 @@ class Service:
     @asynccontextmanager
     async def _writes(self):
         self.check_ready()
-        self._writing += 1
+        self._write(1)
         try:
             with self.metrics.stage("llm"):
                 yield
@@ -176,7 +179,11 @@ class Service:
             self._trouble.set()
             raise Refusal(503, "engine", "the language model has died and is being started again", 30) from error
         finally:
-            self._writing -= 1
+            self._write(-1)
+
+    def _write(self, more: int) -> None:
+        self._writing += more
+        (self._room.set if self._writing <= self.engine.in_flight else self._room.clear)()
 
     def check_ready(self) -> None:
         """Raise Refusal 503 while no captions can be written."""

@@ -187,9 +187,9 @@ class VllmEngine(Engine):
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if every else RequestOutputKind.FINAL_ONLY,
         )
-        request = self._engine.generate(
-            {"prompt_embeds": embeds}, params, str(next(self._ids)), lora_request=self._lora
-        )
+        # with its type, vLLM takes it as it is; without, it would be looked at in another thread first
+        prompt = {"type": "embeds", "prompt_embeds": embeds}
+        request = self._engine.generate(prompt, params, str(next(self._ids)), lora_request=self._lora)
         try:
             async with aclosing(request) as outputs:
                 async for output in outputs:

@@ -6,7 +6,7 @@ import asyncio
 
 import torch
 
-from serve.llm import LLMSpec
+from serve.llm import LLMSpec, Sampling
 from serve.service import Service, ServiceConfig
 from tests.serve.serving import Scripted
 from vlv.checkpoint import Checkpoint
@@ -33,3 +33,54 @@ def test_the_encoder_is_the_one_that_is_asked_for(captioning_checkpoint, scene_i
 
     assert asyncio.run(embed()).tolist() == [[7.0] * 3] * 2
     assert opened == [(checkpoint, "onnx", tmp_path, None)]  # the scripted engine leaves PyTorch its threads
+
+
+def test_pictures_gather_while_the_language_model_is_full(
+    captioning_checkpoint, scene_images, monkeypatch
+):
+    """They would wait for it anyway, and one batch costs less than several."""
+    checkpoint, content, sizes = Checkpoint.open(captioning_checkpoint), (scene_images / "00.png").read_bytes(), []
+    spec = LLMSpec.of(checkpoint)
+
+    def encode(crops):
+        sizes.append(len(crops))
+        return torch.zeros(len(crops), spec.queries, spec.width)
+
+    monkeypatch.setattr("serve.service.open_encoder", lambda *_: encode)
+
+    class Gated(Scripted):
+        async def tokens(self, embeds, sampling, every):
+            await gate.wait()
+            async for token in super().tokens(embeds, sampling, every):
+                yield token
+
+    async def captioned(service):
+        await service.caption(await service.embed(content), Sampling(4))
+
+    async def until(condition):
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def run():
+        nonlocal gate
+        gate = asyncio.Event()
+        service = Service(checkpoint, lambda: Gated(spec, 10, in_flight=2), ServiceConfig(batch=4, workers=1))
+        await service.start()
+        try:
+            await until(lambda: service.ready)
+            async with asyncio.TaskGroup() as tasks:
+                for more in range(1, 4):
+                    tasks.create_task(captioned(service))
+                    await until(lambda more=more: service._writing == more)
+                for _ in range(3):
+                    tasks.create_task(captioned(service))
+                    await asyncio.sleep(0.2)
+                assert sizes == [1, 1, 1]  # so far the language model had room
+                gate.set()
+        finally:
+            await service.close()
+
+    gate = None
+    asyncio.run(run())
+    assert sizes == [1, 1, 1, 3]
