@@ -61,8 +61,11 @@ class TorchEncoder:
         """uint8 array [B, 3, S, S] -> tensor [B, queries, llm_width] on the CPU."""
         import torch
 
+        pixels, device = torch.from_numpy(crops), self._encoder.device
+        if device.type == "cuda":  # from pinned memory, the copy does not hold up this thread
+            pixels = pixels.pin_memory()
         with torch.inference_mode():
-            return self._encoder(torch.from_numpy(crops).to(self._encoder.device)).cpu()
+            return self._encoder(pixels.to(device, non_blocking=True)).cpu()
 
 
 class ArtifactEncoder:
