@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.dispatch import fused
 from kernels.launch import ALIGNMENT, launch
-from kernels.tiles import LOG2_E, power_of_two, strides
+from kernels.tiles import LOG2_E, power_of_two, strides, sum_dtype
 from kernels.tuning import reference_is_faster
 
 
@@ -57,10 +57,6 @@ def _launch(kernel: str, block: str, args: dict, q: Tensor, causal: bool | None,
     )  # fmt: skip
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("vlv::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """The result, and the base-2 log-sums of its scores [B, heads, M]."""
@@ -77,7 +73,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor,
 @attention_op.register_fake
 def _empty_result(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     b, heads, m, d = q.shape
-    return q.new_empty(b, m, heads, d).transpose(1, 2), q.new_empty(b, heads, m, dtype=_wide(q))
+    return q.new_empty(b, m, heads, d).transpose(1, 2), q.new_empty(b, heads, m, dtype=sum_dtype(q))
 
 
 @torch.library.custom_op("vlv::attention_backward", mutates_args=())

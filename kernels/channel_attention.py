@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.dispatch import fused
 from kernels.launch import launch
-from kernels.tiles import power_of_two, strides
+from kernels.tiles import power_of_two, strides, sum_dtype
 
 PROGRAMS = 1024  # about eight for each multiprocessor of the largest GPUs; the tokens are split to get as many
 
@@ -48,15 +48,14 @@ def _gram(a: Tensor, b: Tensor, b_first: int, channels: int, groups: int) -> Ten
     batch, n, _ = a.shape
     d = channels // groups
     splits, chunk = splits_and_chunk(batch, n, groups)
-    double = a.dtype == torch.float64
-    part = a.new_empty(batch, groups, splits, d, d, dtype=torch.float64 if double else torch.float32)
+    part = a.new_empty(batch, groups, splits, d, d, dtype=sum_dtype(a))
     launch(
         "channel_attention.gram", f"d{d}", ("splits", "groups", "batch"),
         {
             "a": a, "b": b, "part": part, "tokens": n, "chunk": chunk, "b_first": b_first,
             **strides("a", a, "bnc"), **strides("b", b, "bnc"),
         },
-        {"D": d, "BLOCK_D": power_of_two(d), "DOUBLE": double},
+        {"D": d, "BLOCK_D": power_of_two(d), "DOUBLE": a.dtype == torch.float64},
         splits=splits, groups=groups, batch=batch,
     )  # fmt: skip
     return part

@@ -8,7 +8,7 @@ from torch.nn.functional import conv2d, layer_norm
 
 from kernels.dispatch import fused
 from kernels.launch import launch
-from kernels.tiles import power_of_two, strides
+from kernels.tiles import power_of_two, strides, sum_dtype
 
 CHUNK = 256  # pixels whose share of a weight's gradient one program sums
 CHANNELS = 128  # of the filter's gradient, in one program
@@ -75,7 +75,7 @@ def dwconv_norm_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, bias, norm_weight and norm_bias."""
     b, h, w, c = x.shape
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = sum_dtype(x)
     grad_sum = x.new_empty(x.shape)
     sums = x.new_empty(-(-b * h * w // CHUNK), 3, c, dtype=wide)
     constants = {"C": c, "BLOCK_C": power_of_two(c), "DOUBLE": wide == torch.float64}

@@ -8,7 +8,7 @@ from torch.nn.functional import group_norm, silu
 
 from kernels.dispatch import fused
 from kernels.launch import launch
-from kernels.tiles import power_of_two
+from kernels.tiles import power_of_two, sum_dtype
 
 CHUNK = 8192  # elements of a group that one program takes, and the most chunks that a group is split into
 MAX_SPLITS = 64
@@ -45,14 +45,13 @@ def groupnorm_silu_op(
     splits = min(MAX_SPLITS, -(-per_group * pixels // CHUNK))
     chunk = -(-per_group * pixels // splits)
     splits = -(-per_group * pixels // chunk)
-    double = x.dtype == torch.float64
-    part = x.new_empty(b, groups, splits, 2, dtype=torch.float64 if double else torch.float32)
+    part = x.new_empty(b, groups, splits, 2, dtype=sum_dtype(x))
     inner = _channels_last(x)
     shared = {
         "x": x, "part": part, "pixels": pixels, "chunk": chunk, "stride_b": c * pixels,
         "stride_c": 1 if inner else pixels, "stride_p": c if inner else 1,
     }  # fmt: skip
-    constants = {"PER_GROUP": per_group, "INNER": inner, "DOUBLE": double}
+    constants = {"PER_GROUP": per_group, "INNER": inner, "DOUBLE": x.dtype == torch.float64}
     sizes = {"groups": groups, "batch": b}
     grid = ("splits", "groups", "batch")
     launch("groupnorm_silu.statistics", f"c{c}", grid, shared, constants, splits=splits, **sizes)

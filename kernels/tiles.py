@@ -1,7 +1,8 @@
-"""How a length that is no power of two is laid into tiles, whose sides are powers of two."""
+"""What launchers share: lengths laid into tiles, whose sides are powers of two, strides, and the dtype of sums."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634  # kernels take powers of two
@@ -25,3 +26,8 @@ def two_tiles(n: int) -> dict[str, int | bool]:
 def strides(prefix: str, x: Tensor, axes: str) -> dict[str, int]:
     """Kernel arguments `prefix`_`axis` for each axis of x."""
     return {f"{prefix}_{axis}": stride for axis, stride in zip(axes, x.stride(), strict=True)}
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What sums over x are kept in between kernels: float32; float64 for gradcheck, which asks for it."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.dispatch import fused
 from kernels.launch import launch
-from kernels.tiles import LOG2_E, power_of_two, strides, two_tiles
+from kernels.tiles import LOG2_E, power_of_two, strides, sum_dtype, two_tiles
 
 
 def window_attention_reference(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
@@ -83,8 +83,7 @@ def window_attention_backward_op(
     padded = bool(h % window or w % window)
     grad_qkv = qkv.new_empty(qkv.shape)
     # each window's share, summed below in a fixed order
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    padding = qkv.new_zeros(b * -(-h // window) * -(-w // window) if padded else 1, c3 // 3 * 2, dtype=wide)
+    padding = qkv.new_zeros(b * -(-h // window) * -(-w // window) if padded else 1, c3 // 3 * 2, dtype=sum_dtype(qkv))
     _start(
         "backward", qkv, bias, heads, window, grad=grad, grad_qkv=grad_qkv, padding=padding,
         scale=(c3 // 3 // heads) ** -0.5, **strides("grad", grad, "bhwc"),
