@@ -7,7 +7,6 @@ last save to the very same weights.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,14 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vlv.folders import whole
 from vlv.train.presets import LoopConfig
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write through a temporary file, so that a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 class Loop:
@@ -115,13 +108,15 @@ class Loop:
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
         }
-        _write(self.state_file, lambda p: torch.save(state, p))
+        with whole(self.state_file) as file:
+            torch.save(state, file)
         self.write_log(self.run_dir)
 
     def write_log(self, folder: Path) -> None:
         """`<name>.json` (settings and loss history) and `<name>.png` (the loss curve) into `folder`."""
         log = {"stage": self.name, "config": asdict(self.config), "torch": torch.__version__, "history": self.history}
-        _write(folder / f"{self.name}.json", lambda p: p.write_text(json.dumps(log, indent=1)))
+        with whole(folder / f"{self.name}.json") as file:
+            file.write_text(json.dumps(log, indent=1))
         plot(self.history, self.name, folder / f"{self.name}.png")
 
     def _load(self) -> None:
@@ -153,5 +148,6 @@ def plot(history: list[dict], name: str, path: Path) -> None:
     axis.set(xlabel="step", yscale="log", title=name)
     axis.legend()
     figure.tight_layout()
-    _write(path, lambda p: figure.savefig(p, format="png", dpi=100))
+    with whole(path) as file:
+        figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)
