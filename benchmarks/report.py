@@ -1,7 +1,8 @@
 """All committed figures on one page that needs nothing but a browser: python -m benchmarks.report -o out/report.html
 
-Reads benchmarks/*.json and benchmarks/training/*.json; --load, --trace and --artifacts add what serve.bench,
-serve.vllm_caption --trace and the exports have written. A section without figures says which command makes them.
+Reads benchmarks/*.json and benchmarks/training/*.json; --load, --trace, --bench and --artifacts put what serve.bench,
+serve.vllm_caption --trace, export.bench and the exports have written in their place: benchmarks.measure runs those and
+makes the page in one go. A section without figures says which command makes them.
 """
 
 from __future__ import annotations
@@ -10,83 +11,16 @@ import argparse
 import base64
 import html
 import json
-import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.charts import bars, lanes, roofline, table
+from serve.bench_page import conditions, curves, plot
+from vlv import pages
+from vlv.folders import whole
+
 FOLDER = Path(__file__).parent
-INK = ("#2f5d9b", "#2f7d4f", "#b8860b", "#b03a2e")
-WIDTH, HEIGHT, EDGE = 420, 200, 46
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>VLV captioning toolkit: what was measured</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 2rem auto; max-width: 62rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; }}
-table {{ border-collapse: collapse; }}
-td, th {{ padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8884; }}
-td + td {{ text-align: right; font-variant-numeric: tabular-nums; }}
-figure {{ display: inline-block; vertical-align: top; margin: .5rem 1rem .5rem 0; }}
-img, svg {{ max-width: 100%; }}
-text {{ fill: currentColor; font-size: 11px; }}
-small, .none {{ opacity: .75; }}
-</style>
-<h1>What was measured</h1>
-{sections}
-</html>
-"""
-
-
-def table(rows: Iterable[Iterable]) -> str:
-    """Rows of cells, the first row as heads."""
-    parts = []
-    for number, row in enumerate(rows):
-        cell = "td" if number else "th"
-        parts.append("<tr>" + "".join(f"<{cell}>{html.escape(str(value))}" for value in row))
-    return f"<table>{''.join(parts)}</table>"
-
-
-def bars(title: str, values: dict[str, float], unit: str, ceiling: float | None = None) -> str:
-    """Horizontal bars; a ceiling is a dashed line."""
-    top, step = max([*values.values(), ceiling or 0]) or 1, 26
-    height, span = 30 + step * len(values), WIDTH - 230
-    parts = [f'<text x="0" y="12">{html.escape(title)}</text>']
-    for row, (name, value) in enumerate(values.items()):
-        y = 24 + row * step
-        parts.append(f'<text x="140" y="{y + 12}" text-anchor="end">{html.escape(name)}</text>')
-        parts.append(f'<rect x="146" y="{y}" width="{value / top * span:.1f}" height="16" fill="{INK[row % 4]}"/>')
-        parts.append(f'<text x="{150 + value / top * span:.1f}" y="{y + 12}">{value:.4g} {html.escape(unit)}</text>')
-    if ceiling:
-        x = 146 + ceiling / top * span
-        parts.append(f'<path d="M{x:.1f},18 V{height}" stroke="currentColor" stroke-dasharray="4 3"/>')
-    return _figure(parts, height)
-
-
-def curve(title: str, x: list[float], y: list[float], ink: str = INK[0]) -> str:
-    """A line over x; y from 0."""
-    top, right = max(y) or 1, max(x) or 1
-    points = [
-        f"{EDGE + a / right * (WIDTH - EDGE - 10):.1f},{HEIGHT - 26 - b / top * (HEIGHT - 50):.1f}"
-        for a, b in zip(x, y, strict=True)
-    ]
-    parts = [
-        f'<text x="{EDGE}" y="12">{html.escape(title)}</text>',
-        f'<text x="{EDGE - 5}" y="28" text-anchor="end">{top:,.4g}</text>',
-        f'<text x="{EDGE - 5}" y="{HEIGHT - 24}" text-anchor="end">0</text>',
-        f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">{right:,.0f}</text>',
-        f'<path d="M{EDGE},24 V{HEIGHT - 26} H{WIDTH - 10}" fill="none" stroke="#8888"/>',
-        f'<polyline points="{" ".join(points)}" fill="none" stroke="{ink}" stroke-width="1.5"/>',
-    ]
-    return _figure(parts, HEIGHT)
-
-
-def _figure(parts: list[str], height: float) -> str:
-    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
-    return f'<figure><svg role="img" {size}>{"".join(parts)}</svg></figure>'
 
 
 def encoder(report: dict) -> str:
@@ -120,7 +54,7 @@ def captions(report: dict) -> str:
     images, memory = parts["memory"]["images"], parts["memory"]["curve_mib"]
     return (
         bars("Captions a second, bundled checkpoint", rates, "/s")
-        + curve(f"MiB of all processes, sampled over {images:,} images", [*range(len(memory))], memory)
+        + plot(f"MiB of all processes over {images:,} images", [*range(len(memory))], {"": memory}, "sample")
         + f"<p>First caption after {parts['startup']['first_caption_seconds']:.0f} s; equal to the reference's: "
         f"{html.escape(report['road_captions_equal_to_greedy'])}.</p>"
     )
@@ -142,9 +76,10 @@ def scenes(report: dict) -> str:
 def training(reports: dict[str, dict]) -> str:
     """The loss of each stage over its steps."""
     found = []
-    for (name, report), ink in zip(reports.items(), INK, strict=False):
+    for name, report in reports.items():
         points = report["history"]
-        found.append(curve(f"{name}: loss over steps", [p["step"] for p in points], [p["loss"] for p in points], ink))
+        losses = {"loss": [p["loss"] for p in points]}
+        found.append(plot(f"{name}: loss over steps", [p["step"] for p in points], losses, "steps"))
     return "".join(found)
 
 
@@ -168,39 +103,77 @@ def scale(report: dict) -> str:
     return f"<p>{about}</p>{table(rows)}"
 
 
+def roof(report: dict) -> str:
+    """Each operation of the encoder below the roof of this machine, as shares of its fastest matrix product."""
+    ridge = report["flops_per_s"] / report["bytes_per_s"]
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    rows = [("operation", "operations a byte", "of the product's speed", "of its roof", "rel. error")]
+    for found in report["operations"]:
+        intensity, share = found["flops"] / found["bytes"], found["flops"] / found["seconds"] / report["flops_per_s"]
+        kinds.setdefault(found["operation"], []).append((intensity, share))
+        of_roof = share / min(1, intensity / ridge)
+        rows.append((found["name"], f"{intensity:.1f}", f"{share:.1%}", f"{of_roof:.0%}", f"{found['error']:.1e}"))
+    about = (
+        f"The roof: a copy's bandwidth up to {ridge:.0f} operations a byte, beyond it a large matrix product's speed."
+    )
+    return roofline(kinds, ridge) + f"<p>{about}</p>" + table(rows)
+
+
+def runtimes(report: dict) -> str:
+    """export.bench's latency and throughput over the batch, with each runtime's error."""
+    runs = [run for run in report["runs"] if "p50_ms" in run]
+    batches = sorted({run["batch"] for run in runs})
+    at = {(run["runtime"], run["batch"]): run for run in runs}
+    names = list(dict.fromkeys(run["runtime"] for run in runs))
+
+    def lines(key: str) -> dict[str, list]:
+        return {name: [at.get((name, batch), {}).get(key) for batch in batches] for name in names}
+
+    rows = [("runtime", "precision", "images a batch", "ms, p50", "ms, p99", "RMS error", "peak GB")]
+    for run in runs:
+        times = (f"{run['p50_ms']:.1f}", f"{run['p99_ms']:.1f}", f"{run['error']['rms']:.1e}")
+        rows.append((run["runtime"], run["precision"], run["batch"], *times, f"{run['peak_bytes'] / 1e9:.2f}"))
+    return (
+        plot("Milliseconds a batch, median", batches, lines("p50_ms"), "images a batch")
+        + plot("Images a second", batches, lines("images_per_s"), "images a batch")
+        + table(rows)
+    )
+
+
 def load(report: dict) -> str:
     """serve.bench's answers at each offered rate."""
-    x = [point["offered_per_second"] for point in report["sweep"]]
-    lines = {"Seconds to the end, p50": [p["e2e"]["p50"] or 0 for p in report["sweep"]]}
-    lines["Answered a second"] = [p["answered_per_second"] for p in report["sweep"]]
-    return "".join(curve(f"{name}, over requests offered a second", x, y) for name, y in lines.items())
+    return "".join(curves(report["sweep"])) + f"<p>{html.escape(conditions(report))}</p>"
 
 
 def timeline(events: list[dict]) -> str:
     """When each stage worked, from a --trace."""
-    events = [event for event in events if event["ph"] == "X"]
-    lanes = list(dict.fromkeys(event["cat"] for event in events))
-    end = max((e["ts"] + e["dur"] for e in events), default=1)
-    parts = []
-    for row, lane in enumerate(lanes):
-        parts.append(f'<text x="0" y="{row * 22 + 14}">{html.escape(lane)}</text>')
-        for event in (e for e in events if e["cat"] == lane):
-            x, width = 120 + event["ts"] / end * (WIDTH - 120), max(0.3, event["dur"] / end * (WIDTH - 120))
-            parts.append(
-                f'<rect x="{x:.1f}" y="{row * 22 + 3}" width="{width:.1f}" height="14" fill="{INK[row % 4]}"/>'
-            )
-    return _figure(parts, 22 * len(lanes) + 8) + f"<p>{end / 1e6:.1f} s in all.</p>"
+    spans = [(e["cat"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in events if e["ph"] == "X"]
+    return lanes(spans) + f"<p>{max((end for *_, end in spans), default=0):.1f} s in all.</p>"
 
 
-def drift(manifest: dict) -> str:
-    """Each artifact's distance from float32, at its worst output, from a manifest."""
+def precisions(report: dict) -> str:
+    """What a lower precision gains and loses, full-size encoder, and how many greedy tokens it keeps."""
+    speed, kept = report["speed"], report["captions"]
+    rows = [("", "seconds an image", "times torch's speed", "max rel. error", "RMS", "greedy tokens kept")]
+    for name, error in speed["errors"].items():
+        tokens = kept.get(name.removeprefix("onnx "), {}).get("scenes", {}).get("agreement")
+        rows.append((
+            name, f"{speed['seconds'][name]['median']:.1f}", f"{speed['speedup'][name]:.2f}", f"{error['max']:.1e}",
+            f"{error['rms']:.1e}", "–" if tokens is None else f"{tokens:.1%}",
+        ))  # fmt: skip
+    return table(rows) + "<p>Tokens: of the bundled checkpoint's captions of scenes, with the encoder in INT8.</p>"
+
+
+def drift(folders: list[Path]) -> str:
+    """Each artifact's distance from float32, at its worst output, from the manifests of exports."""
     rows = [("artifact", "precision", "max rel. error", "RMS", "greedy tokens kept")]
-    for name, entry in manifest["artifacts"].items():
-        checks = entry.get("verification") or {}
-        outputs = list(checks.get("outputs", {}).values())
-        worst = [f"{max(o[key] for o in outputs):.1e}" if outputs else "–" for key in ("max", "rms")]
-        kept = (checks.get("captions") or {}).get("agreement")
-        rows.append((name, entry["precision"], *worst, "–" if kept is None else f"{kept:.1%}"))
+    for folder in folders:
+        for name, entry in json.loads((folder / "manifest.json").read_text())["artifacts"].items():
+            checks = entry.get("verification") or {}
+            outputs = list(checks.get("outputs", {}).values())
+            worst = [f"{max(o[key] for o in outputs):.1e}" if outputs else "–" for key in ("max", "rms")]
+            kept = (checks.get("captions") or {}).get("agreement")
+            rows.append((name, entry["precision"], *worst, "–" if kept is None else f"{kept:.1%}"))
     return table(rows)
 
 
@@ -212,28 +185,36 @@ def section(title: str, draw, source: Path | None, command: str) -> str:
     report = json.loads(source.read_text())
     about = report if isinstance(report, dict) else {}
     machine = about.get("machine", about)
-    on = ", ".join(str(machine[k]) for k in ("cpu", "cores", "commit") if k in machine)
-    made = html.escape(f"{about.get('command', command)} ({on})" if on else command)
+    on = [str(machine[k]) for k in ("cpu", "cores", "commit") if k in machine]
+    on += [f"load {machine[k]:g} before" for k in ("load_before", "load") if k in machine]
+    made = html.escape(f"{about.get('command', command)} ({', '.join(on)})" if on else command)
     return f"{head}{draw(report)}<p><small>{made}</small></p>"
 
 
-def page(load_json: Path | None = None, trace: Path | None = None, artifacts: Path | None = None) -> str:
-    """The whole page."""
+def page(
+    load_json: Path | None = None,
+    trace: Path | None = None,
+    bench: Path | None = None,
+    artifacts: Sequence[Path] = (),
+) -> str:
+    """The whole page; what is not given is the committed one."""
     stages = {f.stem: json.loads(f.read_text()) for f in sorted((FOLDER / "training").glob("*.json"))}
-    manifest = artifacts / "manifest.json" if artifacts else None
     gallery = FOLDER.parent / "docs" / "gallery.png"
+    measure = "python -m benchmarks.measure PICTURES --ckpt DIR"
+    exported = f"<h3>Exported here</h3>{drift(list(artifacts))}" if artifacts else ""
     sections = [
         section("The encoder", encoder, FOLDER / "encoder_cpu.json", "python -m benchmarks.encoder_cpu"),
+        section("Its operations below their roof", roof, FOLDER / "roofline.json", "python -m benchmarks.roofline"),
+        section("Runtimes", runtimes, bench or FOLDER / "runtimes.json", measure),
+        section("Precision and drift", precisions, FOLDER / "export_cpu.json", "python -m benchmarks.export_cpu"),
+        exported,
         section("Captioning", captions, FOLDER / "caption.json", "python benchmarks/caption.py"),
+        section("Where the time goes", timeline, trace or FOLDER / "trace.json", measure),
+        section("Under load", load, load_json or FOLDER / "load.json", measure),
         section(
             "What the bundled checkpoint has learned", scenes, FOLDER / "scenes.json", "python -m vlv.evaluate.scenes"
         ),
         f"<h2>Its training</h2>{training(stages)}",
-        section("Under load", load, load_json, "python -m serve.bench PICTURES --url URL -o bench.json, then --load"),
-        section(
-            "Where the time goes", timeline, trace, "python -m serve.vllm_caption ... --trace trace.json, then --trace"
-        ),
-        section("Precision and drift", drift, manifest, "python -m export.onnx --precision fp16 ..., then --artifacts"),
         section(
             "A billion pictures", scale, FOLDER / "scale.json", "python -m benchmarks.scale -o benchmarks/scale.json"
         ),
@@ -242,7 +223,7 @@ def page(load_json: Path | None = None, trace: Path | None = None, artifacts: Pa
         data = base64.b64encode(gallery.read_bytes()).decode()
         about = "A picture, what is drawn from its embeddings alone, and its caption."
         sections.append(f'<h2>Gallery</h2><img alt="{about}" src="data:image/png;base64,{data}"><p>{about}</p>')
-    return PAGE.format(sections="\n".join(sections))
+    return pages.page("VLV captioning toolkit: what was measured", "\n".join(sections))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,16 +231,16 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("-o", "--output", type=Path, default=Path("out/report.html"), metavar="HTML")
     p.add_argument("--load", type=Path, metavar="JSON", help="what serve.bench wrote")
     p.add_argument("--trace", type=Path, metavar="JSON", help="what serve.vllm_caption --trace wrote")
-    p.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of exports")
+    p.add_argument("--bench", type=Path, metavar="JSON", help="what export.bench wrote")
+    p.add_argument("--artifacts", type=Path, nargs="+", default=[], metavar="DIR", help="folders of exports")
     args = p.parse_args(argv)
-    for given in (args.load, args.trace, args.artifacts):
+    for given in (args.load, args.trace, args.bench, *(folder / "manifest.json" for folder in args.artifacts)):
         if given is not None and not given.exists():
             print(f"error: there is no {given}", file=sys.stderr)
             return 2
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_name(args.output.name + ".tmp")
-    temporary.write_text(page(args.load, args.trace, args.artifacts), encoding="utf-8")
-    os.replace(temporary, args.output)
+    with whole(args.output) as file:
+        file.write_text(page(args.load, args.trace, args.bench, args.artifacts), encoding="utf-8")
     print(args.output)
     return 0
 

@@ -7,7 +7,7 @@ import html
 from vlv import pages
 
 WIDTH, HEIGHT, EDGE = 420, 220, 44
-INKS = ("#2f5d9b", "#2f7d4f", "#b8860b", "#b03a2e", "#7a4f9b")
+INKS = ("#2f5d9b", "#2f7d4f", "#b8860b", "#b03a2e", "#7a4f9b", "#4a8f96")
 COLOURS = {"p50": "#2f7d4f", "p90": "#b8860b", "p99": "#b03a2e", "answered": "#2f5d9b", "within the SLO": "#2f7d4f"}
 NAMES = {
     "ttft": "Seconds to the first token", "tpot": "Seconds per further token", "itl": "Seconds between pieces",
@@ -64,8 +64,9 @@ def plot(title: str, x: list[float], lines: dict[str, list[float | None]], below
     parts = [f'<text x="{EDGE}" y="12">{html.escape(title)}</text>']
     for part in (0, 0.5, 1):
         at_x, at_y = place(part * right, 0).split(",")[0], place(0, part * top).split(",")[1]
-        parts.append(f'<text x="{at_x}" y="{HEIGHT - EDGE + 14}" text-anchor="middle">{part * right:.3g}</text>')
-        parts.append(f'<text x="{EDGE - 5}" y="{at_y}" text-anchor="end">{part * top:.3g}</text>')
+        anchor = "end" if part == 1 else "middle"
+        parts.append(f'<text x="{at_x}" y="{HEIGHT - EDGE + 14}" text-anchor="{anchor}">{part * right:,.4g}</text>')
+        parts.append(f'<text x="{EDGE - 5}" y="{at_y}" text-anchor="end">{part * top:,.4g}</text>')
         parts.append(f'<path d="M{EDGE},{at_y} H{WIDTH - 10}" stroke="#8885"/>')
     for number, (name, values) in enumerate(lines.items()):
         colour = COLOURS.get(name, INKS[number % len(INKS)])

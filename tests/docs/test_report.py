@@ -47,29 +47,59 @@ def test_it_is_whole_and_needs_nothing_else(page):
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()  # a picture may spell it
 
 
-def test_a_section_without_figures_says_how_they_are_made(page):
-    assert "Not measured yet: <code>python -m serve.bench" in page
-    assert "Not measured yet: <code>python -m export.onnx" in page
+def test_a_section_without_figures_says_how_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    page = report.page()
+    assert page.count("Not measured yet") == 9
+    for module in ("roofline", "measure", "encoder_cpu", "export_cpu", "scale"):
+        assert f"Not measured yet: <code>python -m benchmarks.{module}" in page
 
 
-def test_load_trace_and_drift_are_added(tmp_path):
-    point = {"offered_per_second": 2, "answered_per_second": 1.9, "e2e": {"p50": 0.5}}
-    (tmp_path / "load.json").write_text(json.dumps({"sweep": [point, {**point, "offered_per_second": 4}]}))
+def test_what_was_measured_here_takes_the_place_of_the_committed(tmp_path):
+    quantiles = {"p50": 0.5, "p90": 0.6, "p99": None}
+    measures = dict.fromkeys(("ttft", "tpot", "itl", "e2e"), quantiles)
+    point = {"offered_per_second": 2, "answered_per_second": 1.9, "goodput_per_second": 1.5, **measures}
+    about = {"model": "a <model>", "seconds": 3, "max_tokens": 20, "slo": {"ttft": 1, "e2e": 2}}
+    (tmp_path / "load.json").write_text(json.dumps({**about, "sweep": [point, {**point, "offered_per_second": 4}]}))
     events = [
         {"ph": "X", "name": "a", "cat": "the <encoder>", "ts": 0, "dur": 10**6},
         {"ph": "M", "name": "thread_name"},
     ]
     (tmp_path / "trace.json").write_text(json.dumps(events))
+    times = {"p50_ms": 10.0, "p90_ms": 11.0, "p99_ms": 12.5, "images_per_s": 100.0, "peak_bytes": 2 * 10**9}
+    run = {"runtime": "onnx", "batch": 1, "precision": "fp32", "error": {"rms": 1e-6}, "wrong": False, **times}
+    wrong = {**{k: run[k] for k in ("runtime", "precision", "error", "peak_bytes")}, "batch": 8, "wrong": True}
+    (tmp_path / "bench.json").write_text(json.dumps({"runs": [run, wrong]}))
     checks = {
         "outputs": {"a": {"max": 0.002, "rms": 0.001}, "b": {"max": 0.5, "rms": 0.1}},
         "captions": {"agreement": 0.995},
     }
     entries = {"encoder": {"precision": "fp16", "verification": checks}, "engine": {"precision": "fp16"}}
     (tmp_path / "manifest.json").write_text(json.dumps({"artifacts": entries}))
-    page = report.page(tmp_path / "load.json", tmp_path / "trace.json", tmp_path)
-    assert "Not measured yet" not in page and "the &lt;encoder&gt;" in page and "1.0 s in all" in page
+    page = report.page(*(tmp_path / f"{name}.json" for name in ("load", "trace", "bench")), [tmp_path])
+    assert "the &lt;encoder&gt;" in page and "1.0 s in all" in page
     assert "<td>encoder<td>fp16<td>5.0e-01<td>1.0e-01<td>99.5%" in page
-    assert "Answered a second, over requests offered" in page
+    assert "Model a &lt;model&gt;, 3 s of Poisson arrivals" in page and "Seconds to the first token" in page
+    assert "<td>onnx<td>fp32<td>1<td>10.0<td>12.5<td>1.0e-06<td>2.00" in page and "<td>8<td>" not in page
+
+
+def test_the_roof(tmp_path, monkeypatch):
+    """100 GFLOP/s and 10 GB/s: an operation of 2 a byte may do 20, and one of 50 a byte 100 GFLOP/s."""
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    found = {"operation": "a", "seconds": 0.1, "error": 1e-7}
+    operations = [
+        {**found, "name": "below the slope", "flops": 10**9, "bytes": 5 * 10**8},
+        {**found, "name": "below the flat", "flops": 5 * 10**9, "bytes": 10**8},
+    ]
+    limits = {"flops_per_s": 1e11, "bytes_per_s": 1e10}
+    (tmp_path / "roofline.json").write_text(json.dumps({**limits, "operations": operations}))
+    page = report.page()
+    assert "<td>below the slope<td>2.0<td>10.0%<td>50%" in page and "<td>below the flat<td>50.0<td>50.0%<td>50%" in page
+    figure = page[page.index("<figure>") : page.index("</figure>")]
+    corners = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]*)"', figure)[1].split()]
+    assert corners[0][1] > corners[1][1] == corners[2][1] and corners[0][0] < corners[1][0] < corners[2][0]
+    heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', figure)]
+    assert heights[0] > heights[1] > corners[1][1]  # the flat is above both
 
 
 def test_the_command(tmp_path, capsys):
