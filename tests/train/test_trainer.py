@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+from kernels.linear import Linear
 from tests.train import toy_run
-from vlv.davit import Block, ChannelAttention
 from vlv.train.guard import PATIENCE, Guard
 from vlv.train.trainer import Trainer
 
@@ -98,33 +98,43 @@ def test_kill_9_and_again_gives_the_same_bits(alone, captioned, tmp_path):
     assert [[r[k] for k in keys] for r in log(tmp_path)] == [[r[k] for k in keys] for r in alone[0]]
 
 
-class Blocks(nn.Module):
-    """Two blocks of one kind, which are to share their graphs."""
+class ToyDecoderLayer(nn.Module):
+    """By its name a block of a language model, as small as one can be."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(12, 24, gelu=True), Linear(24, 12)
+
+    def forward(self, x):
+        return x + self.fc2(self.fc1(x))
+
+
+class Layers(nn.Module):
+    """Two blocks of one kind over rows whose length changes from pass to pass, as captions' does."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(1)
-        self.scale = nn.Parameter(torch.ones(12))
-        self.blocks = nn.Sequential(*(Block(12, ChannelAttention(12, 2)) for _ in range(2)))
+        self.first, self.layers = nn.Linear(3, 12), nn.Sequential(ToyDecoderLayer(), ToyDecoderLayer())
 
     def forward(self, batch):
-        x = nn.functional.pixel_unshuffle(batch["pixels"] / 255, 2).permute(0, 2, 3, 1).contiguous()
-        return (self.blocks(self.scale * x) - torch.randn_like(x)).square().mean()
+        x = (batch["pixels"] / 255).flatten(2).transpose(1, 2)[:, : 100 + batch["position"] % 7]
+        return (self.layers(self.first(x)) - torch.randn(12)).square().mean()
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_give_the_same_losses(captioned, tmp_path):
-    """One graph for both blocks and all steps, recomputed in the backward pass, and none that breaks in two."""
+    """Recomputed activations and all: a graph for the first length and one for every other, none broken in two."""
     config = replace(toy_run.CONFIG, steps=3)
-    toy_run.train(captioned, tmp_path / "eager", config, Blocks)
+    toy_run.train(captioned, tmp_path / "eager", config, Layers)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    toy_run.train(captioned, tmp_path / "compiled", replace(config, compile=True), Blocks)
+    toy_run.train(captioned, tmp_path / "compiled", replace(config, compile=True), Layers)
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     eager, compiled = log(tmp_path / "eager"), log(tmp_path / "compiled")
-    # one forward pass: sums of at most some hundred float32 numbers, in another order
-    assert compiled[0]["loss"] == pytest.approx(eager[0]["loss"], rel=1e-6)
+    # one forward pass: sums of at most 24 float32 numbers in another order, and their mean
+    assert compiled[0]["loss"] == pytest.approx(eager[0]["loss"], rel=24 * 2**-24)
     same_losses(compiled, eager, steps=3)
 
 
