@@ -35,9 +35,7 @@ def test_the_encoder_is_the_one_that_is_asked_for(captioning_checkpoint, scene_i
     assert opened == [(checkpoint, "onnx", tmp_path, None)]  # the scripted engine leaves PyTorch its threads
 
 
-def test_pictures_gather_while_the_language_model_is_full(
-    captioning_checkpoint, scene_images, monkeypatch
-):
+def test_pictures_gather_while_the_language_model_is_full(captioning_checkpoint, scene_images, monkeypatch):
     """They would wait for it anyway, and one batch costs less than several."""
     checkpoint, content, sizes = Checkpoint.open(captioning_checkpoint), (scene_images / "00.png").read_bytes(), []
     spec = LLMSpec.of(checkpoint)
