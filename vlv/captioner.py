@@ -39,7 +39,7 @@ class Captioner(nn.Module):
         return cls(checkpoint.load_encoder(dtype), llm, AutoTokenizer.from_pretrained(checkpoint.llm)).eval()
 
     def loss(self, pixels: Tensor, captions: list[str], max_length: int = 300, end: bool = True) -> Tensor:
-        """Mean cross-entropy of the captions' tokens (paper section 3.2).
+        """Mean cross-entropy of the captions' tokens (paper section 3.3).
 
         pixels: uint8 [B, 3, S, S]. The embeddings come first, then each caption, cut to `max_length`
         tokens; padding is ignored. `end` learns the end token too. The published loop does not: its

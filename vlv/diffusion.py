@@ -82,7 +82,7 @@ class T2I(nn.Module):
         return (posterior.sample() if sample else posterior.mode()) * self.vae.config.scaling_factor
 
     def noise_loss(self, latents: Tensor, context: Tensor, draws: int = 1) -> Tensor:
-        """Mean squared error of the UNet's prediction at uniformly drawn time steps (paper section 3.1).
+        """Mean squared error of the UNet's prediction at uniformly drawn time steps (paper section 3.2).
 
         latents: [B, c, s, s]; context: [B, N, C]. The target is what the model predicts: the noise (SD
         2.1-base), or the velocity (SD 2.1-768 and the toy model), whose error is the noise's over the
