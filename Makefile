@@ -5,7 +5,7 @@ ARGS :=
 HF_KERNELS := .venv/hf-kernels
 export PYTHON
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test coverage lint setup clean
 
 demo: setup
 	@mkdir -p out
@@ -16,6 +16,13 @@ demo: setup
 # make test ARGS="-k davit -x"
 test: setup $(HF_KERNELS)/done
 	@$(BIN)/python -m pytest $(ARGS)
+
+# make coverage ARGS=tests/serve: what the tests run, commands that they start included
+coverage: setup $(HF_KERNELS)/done
+	@$(BIN)/python -m coverage erase
+	@$(BIN)/python -m coverage run -m pytest $(ARGS)
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report --skip-covered
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -191,6 +191,7 @@ class ArtifactEngine(Engine):
 
     runtime = "onnx"
     target = ""
+    manifest: Manifest
 
     def __init__(self, artifacts: str | Path, checkpoint: Checkpoint | None = None):
         """Read the manifest; artifacts are checked and loaded when first needed. Raises ArtifactError."""
@@ -205,7 +206,9 @@ class ArtifactEngine(Engine):
     @property
     def max_batch(self) -> int:
         """Images that `encode` takes at once; loads the encoder. Raises ArtifactError."""
-        return self.session("encoder").profile.most
+        profile = self.session("encoder").profile
+        assert profile, "a session of an artifact has the artifact's"
+        return profile.most
 
     def checked(self, component: str):
         """The manifest's entry, its files intact."""
