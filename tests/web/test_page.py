@@ -289,11 +289,11 @@ def test_a_painter_that_is_busy_or_has_no_memory(drawing_checkpoint, monkeypatch
 
     painter, go = Painter(Checkpoint.open(drawing_checkpoint)), threading.Event()
 
-    def full():
+    def full(checkpoint):
         go.wait(20)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(painter, "_load", full)
+    monkeypatch.setattr("vlv.drawers.TorchDrawer.of", full)
 
     async def ask():
         first = [asyncio.create_task(painter.paint([], Drawing())) for _ in range(WAITING + 1)]
