@@ -183,7 +183,7 @@ def captions(work: Path) -> dict:
     for precision in ("int8", "int8-static"):
         folder = work / f"bundled-{precision}"
         command = ["--ckpt", str(BUNDLED), "--out", str(folder), "--components", "encoder", "--max-batch", "16"]
-        if onnx.main([*command, "--precision", precision, "--probes", "32"]):
+        if onnx.main([*command, "--precision", precision, "--probes", "96"]):
             result[precision] = {"refused": True}
             continue
         entry = {"exact_blocks": Manifest.open(folder).artifacts["encoder"].exact}
