@@ -13,9 +13,9 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from serve.command import Misuse, Model, Parser, debug_argument, engine_arguments, model_arguments, positive, run, say
+from serve.command import Misuse, Model, Parser, debug_argument, positive, run, say
 from serve.ray_cluster import cluster_arguments, joined, on_gpu, share, span
-from serve.server import EXIT_CODES, listening_arguments, read_keys, request_arguments
+from serve.server import EXIT_CODES, read_keys, serving_arguments
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -30,10 +30,7 @@ def parser() -> argparse.ArgumentParser:
         description="Serve captions of a VLV checkpoint over HTTP from a Ray cluster.",
         epilog=EXIT_CODES,
         parents=[
-            model_arguments(in_flight=256),
-            engine_arguments(),
-            listening_arguments(),
-            request_arguments(),
+            serving_arguments(),
             cluster_arguments(),
             debug_argument("tracebacks, and the replicas' logs on stderr"),
         ],

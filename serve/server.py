@@ -42,13 +42,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m serve.server",
         description="Serve captions of a VLV checkpoint over HTTP, as OpenAI's API.",
         epilog=EXIT_CODES,
-        parents=[
-            model_arguments(in_flight=256),
-            engine_arguments(),
-            listening_arguments(),
-            request_arguments(),
-            debug_argument("tracebacks, and the engine's log on stderr"),
-        ],
+        parents=[serving_arguments(), debug_argument("tracebacks, and the engine's log on stderr")],
     )
     p.add_argument("--new-key", metavar="NAME", help="make a key, add its hash to --keys, print it, and stop")
     p.add_argument(
@@ -70,9 +64,9 @@ def listening_arguments() -> Parser:
     return p
 
 
-def request_arguments() -> Parser:
-    """For whatever answers requests with captions: what one may cost, and what the model is called."""
-    p = Parser(add_help=False)
+def serving_arguments() -> Parser:
+    """For whatever answers requests with captions: the models, where it listens, and what a request may cost."""
+    p = Parser(add_help=False, parents=[model_arguments(in_flight=256), engine_arguments(), listening_arguments()])
     p.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
     p.add_argument("--queue", type=positive, default=128, metavar="N", help="images that may wait for their turn (128)")
     p.add_argument(
