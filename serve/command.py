@@ -1,7 +1,7 @@
 """What the commands of this room share: their arguments, what these say, and how a command ends.
 
     def parser():
-        p = Parser(prog="python -m serve.x", parents=[model_arguments(in_flight=256), engine_arguments()])
+        p = Parser(prog="python -m serve.x", parents=[model_arguments(), engine_arguments()])
     def main(argv=None):
         return run(work, parser().parse_args(argv))     # work(args) -> exit code; errors become one sentence
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vlv.checkpoint import Checkpoint
 
 
-def model_arguments(in_flight: int) -> Parser:
+def model_arguments(in_flight: int = 256) -> Parser:
     """For whatever reads a checkpoint and sends captions to a language model."""
     p = Parser(add_help=False)
     p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")

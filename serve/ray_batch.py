@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m serve.ray_batch",
         description="Caption images on a Ray cluster, with progress that survives any kill.",
         epilog="exit codes: 0 every image has a caption; 1 the run failed, or some images did (errors/); 2 misuse.",
-        parents=[model_arguments(in_flight=256), engine_arguments(), cluster_arguments(), debug_argument()],
+        parents=[model_arguments(), engine_arguments(), cluster_arguments(), debug_argument()],
     )
     p.add_argument("paths", nargs="+", metavar="SRC", help="images, folders, .tar shards, URLs, or .parquet lists")
     p.add_argument("output", metavar="DST", help="folder or URL of the parts")

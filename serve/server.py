@@ -66,7 +66,7 @@ def listening_arguments() -> Parser:
 
 def serving_arguments() -> Parser:
     """For whatever answers requests with captions: the models, where it listens, and what a request may cost."""
-    p = Parser(add_help=False, parents=[model_arguments(in_flight=256), engine_arguments(), listening_arguments()])
+    p = Parser(add_help=False, parents=[model_arguments(), engine_arguments(), listening_arguments()])
     p.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
     p.add_argument("--queue", type=positive, default=128, metavar="N", help="images that may wait for their turn (128)")
     p.add_argument(

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         description="Caption images with a VLV checkpoint, through vLLM.",
         epilog=EXIT_CODES,
         parents=[
-            model_arguments(in_flight=256),
+            model_arguments(),
             engine_arguments(),
             debug_argument("tracebacks, and the engine's log on stderr"),
         ],

@@ -32,7 +32,6 @@ SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, the
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 FEW_CORES = 4  # where serve.vllm_executor is the faster
 CPU_BLOCK = 32  # tokens a block of vLLM's CPU cache: the fewest that its kernels take
-STEP = 512  # tokens that vLLM computes at once on a CPU
 
 
 class VllmEngine(Engine):
@@ -91,8 +90,6 @@ class VllmEngine(Engine):
             # eager: without a C++ compiler at hand, and several seconds sooner than compiled
             device = {"dtype": "float32", "enforce_eager": True, "block_size": CPU_BLOCK}
             device["kv_cache_memory_bytes"] = self._cache_bytes()
-            # small steps: as fast here, and their activations leave fewer holes in the heap
-            device["max_num_batched_tokens"] = max(STEP, self.in_flight)
             if self.encoder_threads:
                 from serve.vllm_executor import SharedCoresExecutor
 
@@ -142,11 +139,11 @@ class VllmEngine(Engine):
 
     def _set_environment(self) -> None:
         """For vLLM's processes: flat memory, no usage reports, the log in a file (on stderr with debug)."""
-        # glibc's heap per thread fragments under the embeddings that come and go: +130 MiB over 10,000 images
-        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-        # activations stay in that heap: mapped anew for each operator, the kernel's zeroing of pages costs a quarter
+        # activations stay in the heap: mapped anew for each operator, the kernel's zeroing of pages costs a quarter
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
         os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(512 << 20))
+        # each step has another number of tokens, and oneDNN would keep code for 1,024 of them: +150 MiB
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         if self.options.tensor_parallel > 1:  # on a CPU, vLLM would want a NUMA node for each process
