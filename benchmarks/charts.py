@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Iterable
 
-from serve.bench_page import INKS
+from serve.bench_page import INKS, short
 
 WIDTH = 420
 
@@ -31,29 +31,34 @@ def bars(title: str, values: dict[str, float], unit: str, ceiling: float | None 
         parts.append(
             f'<rect x="146" y="{y}" width="{value / top * span:.1f}" height="16" fill="{INKS[row % len(INKS)]}"/>'
         )
-        parts.append(f'<text x="{150 + value / top * span:.1f}" y="{y + 12}">{value:.4g} {html.escape(unit)}</text>')
+        x = 150 + max(value, ceiling or 0) / top * span  # right of the dashed line
+        parts.append(f'<text x="{x:.1f}" y="{y + 12}">{value:.4g} {html.escape(unit)}</text>')
     if ceiling:
         x = 146 + ceiling / top * span
         parts.append(f'<path d="M{x:.1f},18 V{height}" stroke="currentColor" stroke-dasharray="4 3"/>')
     return _figure(parts, height)
 
 
-def _figure(parts: list[str], height: float) -> str:
-    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+def _figure(parts: list[str], height: float, width: float = WIDTH) -> str:
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return f'<figure><svg role="img" {size}>{"".join(parts)}</svg></figure>'
 
 
 def lanes(spans: list[tuple[str, float, float]]) -> str:
-    """Rows of spans (row's name, start, end) over one time axis from 0."""
+    """Rows of spans (row's name, start, end), in seconds, over one time axis from 0."""
     names, end = list(dict.fromkeys(name for name, _, _ in spans)), max((stop for *_, stop in spans), default=1)
-    parts = []
+    left, width, foot = 120, 2 * WIDTH, 22 * len(names) + 16
+    scale, parts = (width - left) / end, []
     for row, lane in enumerate(names):
         parts.append(f'<text x="0" y="{row * 22 + 14}">{html.escape(lane)}</text>')
+        ink = INKS[row % len(INKS)]
         for start, stop in ((a, b) for name, a, b in spans if name == lane):
-            x, width = 120 + start / end * (WIDTH - 120), max(0.3, (stop - start) / end * (WIDTH - 120))
-            ink = INKS[row % len(INKS)]
-            parts.append(f'<rect x="{x:.1f}" y="{row * 22 + 3}" width="{width:.1f}" height="14" fill="{ink}"/>')
-    return _figure(parts, 22 * len(names) + 8)
+            at = f'x="{left + start * scale:.1f}" y="{row * 22 + 3}"'
+            parts.append(f'<rect {at} width="{max(0.3, (stop - start) * scale):.1f}" height="14" fill="{ink}"/>')
+    for part, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
+        at = f'x="{left + part * end * scale:.1f}" y="{foot}" text-anchor="{anchor}"'
+        parts.append(f"<text {at}>{short(part * end)} s</text>")
+    return _figure(parts, foot + 6, width)
 
 
 def roofline(points: dict[str, list[tuple[float, float]]], ridge: float) -> str:
@@ -76,7 +81,8 @@ def roofline(points: dict[str, list[tuple[float, float]]], ridge: float) -> str:
     parts = [f'<polyline points="{flat}" fill="none" stroke="currentColor" stroke-dasharray="4 3"/>']
     for exponent in range(round(math.log10(left)), round(math.log10(right)) + 1):
         x = place(10**exponent, 1).split(",")[0]
-        parts.append(f'<text x="{x}" y="{height - foot + 14}" text-anchor="middle">{10.0**exponent:g}</text>')
+        anchor = "end" if 10.0**exponent >= right else "middle"
+        parts.append(f'<text x="{x}" y="{height - foot + 14}" text-anchor="{anchor}">{10.0**exponent:g}</text>')
     for exponent in range(round(math.log10(low)), 1):
         y = place(left, 10**exponent).split(",")[1]
         parts.append(f'<text x="{edge - 5}" y="{y}" text-anchor="end">{100 * 10.0**exponent:g} %</text>')

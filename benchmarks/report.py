@@ -148,7 +148,7 @@ def load(report: dict) -> str:
 def timeline(events: list[dict]) -> str:
     """When each stage worked, from a --trace."""
     spans = [(e["cat"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in events if e["ph"] == "X"]
-    return lanes(spans) + f"<p>{max((end for *_, end in spans), default=0):.1f} s in all.</p>"
+    return lanes(spans)
 
 
 def precisions(report: dict) -> str:

@@ -16,7 +16,7 @@ only, where NVIDIA's ModelOpt makes it: see docs/export.md.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from export.blocks import reference_outputs
+from export.calibrate import ranges
 from export.components import PEAK, tolerance
 from export.graphs import Graph
 from export.trace import Traced, is_large
@@ -122,13 +123,8 @@ def to_int8(
 
     sets: calibration inputs, for `static`; exact: blocks that stay in float32.
     """
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_dynamic,
-        quantize_static,
-    )
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.calibrate import save_tensors_data
 
     graph, target = source / traced.files[0], made / f"int8-{traced.files[0]}"
     large = len(traced.files) > 1
@@ -144,24 +140,14 @@ def to_int8(
             graph, target, op_types_to_quantize=["MatMul", "Gemm"], extra_options={"MatMulConstBOnly": True}, **options
         )
     else:
-
-        class Reader(CalibrationDataReader):
-            def __init__(self):
-                self._rows = _rows(sets)
-
-            def get_next(self):
-                return next(self._rows, None)
-
+        kinds, found = ["MatMul", "Gemm", "Conv"], made / "int8-ranges.json"
+        rows = ({name: value.numpy() for name, value in inputs.items()} for inputs in sets)
+        save_tensors_data(ranges(graph, kinds, rows), found)
         quantize_static(
-            graph, target, Reader(), QuantFormat.QDQ, op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-            activation_type=QuantType.QUInt8, extra_options={"MatMulConstBOnly": True}, **options,
+            graph, target, None, QuantFormat.QDQ, op_types_to_quantize=kinds, activation_type=QuantType.QUInt8,
+            extra_options={"MatMulConstBOnly": True}, calibration_cache_path=found, **options,
         )  # fmt: skip
     return _renamed(target, made, traced)
-
-
-def _rows(sets: list[dict[str, Tensor]]) -> Iterator[dict[str, np.ndarray]]:
-    for inputs in sets:
-        yield {name: value.numpy() for name, value in inputs.items()}
 
 
 def _renamed(target: Path, made: Path, traced: Traced) -> Traced:

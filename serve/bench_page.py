@@ -65,8 +65,8 @@ def plot(title: str, x: list[float], lines: dict[str, list[float | None]], below
     for part in (0, 0.5, 1):
         at_x, at_y = place(part * right, 0).split(",")[0], place(0, part * top).split(",")[1]
         anchor = "end" if part == 1 else "middle"
-        parts.append(f'<text x="{at_x}" y="{HEIGHT - EDGE + 14}" text-anchor="{anchor}">{part * right:,.4g}</text>')
-        parts.append(f'<text x="{EDGE - 5}" y="{at_y}" text-anchor="end">{part * top:,.4g}</text>')
+        parts.append(f'<text x="{at_x}" y="{HEIGHT - EDGE + 14}" text-anchor="{anchor}">{short(part * right)}</text>')
+        parts.append(f'<text x="{EDGE - 5}" y="{at_y}" text-anchor="end">{short(part * top)}</text>')
         parts.append(f'<path d="M{EDGE},{at_y} H{WIDTH - 10}" stroke="#8885"/>')
     for number, (name, values) in enumerate(lines.items()):
         colour = COLOURS.get(name, INKS[number % len(INKS)])
@@ -80,3 +80,8 @@ def plot(title: str, x: list[float], lines: dict[str, list[float | None]], below
     return (
         f'<figure><svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(parts)}</svg></figure>'
     )
+
+
+def short(value: float) -> str:
+    """At least three digits, and few enough for a place beside an axis."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -5,8 +5,10 @@ the quick ones run. The README's are run by tests/test_readme.py."""
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.util
+import io
 import itertools
 import re
 import shlex
@@ -21,6 +23,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 by_page = pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+ROOMS = ("kernels", "vlv", "export", "serve", "benchmarks")
 OUTSIDE = {
     "pip",
     "docker",
@@ -76,6 +79,18 @@ def options_of_vllm() -> set[str]:
     return set(re.findall(r'"(--[\w-]+)"', text)) | {"--" + field.replace("_", "-") for field in fields}
 
 
+def parse(module: str, words: list[str]) -> None:
+    """Raise AssertionError where a command's parser refuses the words, say because one is missing."""
+    if importlib.util.find_spec(module) is None or module.split(".")[0] not in ROOMS:
+        return
+    if parser := getattr(importlib.import_module(module), "parser", None):
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            try:
+                parser().parse_args(list(itertools.takewhile(lambda word: word not in ("&", "|", ">", "&&"), words)))
+            except SystemExit as end:
+                assert not end.code, told.getvalue().splitlines()[-1]
+
+
 def check(words: list[str]) -> None:
     """Raise AssertionError where a command has an option, a module or a file that does not exist."""
     if words[0] == "torchrun":
@@ -88,6 +103,7 @@ def check(words: list[str]) -> None:
             if missing and words[3].isalpha():
                 missing -= options_of(*words[2:4])
             assert not missing, f"{words[2]} takes no {missing}"
+            parse(words[2], words[3:])
     elif words[:2] == ["vllm", "serve"]:
         assert used <= options_of_vllm(), used - options_of_vllm()
     elif words[:3] == ["optimum-cli", "export", "vlv"]:
@@ -113,7 +129,8 @@ def test_every_command_is_taken(page):
 
 
 def test_wrong_commands_are_noticed():
-    for command in ("python -m serve.server --nonsense", "make tea", "vllm serve x --nonsense", "rm -rf /"):
+    lacking = "python -m export.trt --ckpt x --out y"
+    for command in (lacking, "python -m serve.server --nonsense", "make tea", "vllm serve x --nonsense", "rm -rf /"):
         with pytest.raises(AssertionError):
             check(words_of(command))
 
@@ -130,7 +147,7 @@ def test_quick_commands_run(command, tmp_path):
 def messages() -> list[str]:
     """Every text in the code, with … for what is filled in."""
     found = set()
-    for room in ("kernels", "vlv", "export", "serve"):
+    for room in ROOMS[:-1]:
         for path in (ROOT / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
