@@ -30,14 +30,18 @@ def debug_argument(p: argparse.ArgumentParser) -> None:
 
 def probe_arguments(p: argparse.ArgumentParser) -> None:
     """The flags that say what artifacts are checked on."""
-    p.add_argument(
-        "--probes", type=positive, default=8, metavar="N", help="pictures to check on, two of them noise (8)"
-    )
+    p.add_argument("--probes", type=_probes, default=8, metavar="N", help="pictures to check on, two of them noise (8)")
     p.add_argument("--images", type=Path, nargs="+", default=[], metavar="FILE", help="photos to check on first")
     p.add_argument(
         "--captions", action=argparse.BooleanOptionalAction, default=True,
         help="compare greedy captions too (default); --no-captions spares loading the language model",
     )  # fmt: skip
+
+
+def _probes(text: str) -> int:
+    if (count := positive(text)) < 4:
+        raise argparse.ArgumentTypeError(f"{count} are too few: at least 4, since two of them are noise")
+    return count
 
 
 def checkpoint(name: str):

@@ -61,7 +61,7 @@ class RtxEngine(ArtifactEngine):
 
     def __init__(self, artifacts, checkpoint=None):
         self.library = LIBRARIES[self.runtime]
-        self.version = f"{self.library.title} {self.library.load().__version__}"
+        self.library.load()
         self.target = device_target()
         if not self.target:
             raise RuntimeMissing(f"the runtime {self.word} needs a CUDA device, and there is none: use onnx or torch")
@@ -70,11 +70,7 @@ class RtxEngine(ArtifactEngine):
 
     def _open(self, component: str) -> Session:
         artifact = self.checked(component)
-        if artifact.builder != self.version:
-            raise ArtifactError(
-                f"{artifact.name} was built by {artifact.builder}, and this is {self.version}; "
-                f"make it again: {artifact.command}"
-            )
+        _require_builder(self.library, artifact)
         return TrtSession(self.library, artifact, self.manifest.folder / artifact.main_file, self.device)
 
 
@@ -84,11 +80,22 @@ class TrtEngine(RtxEngine):
     word = runtime = "trt"
 
 
-def refit(library: Library, engine_file: Path, graph: Path) -> bytes:
+def _require_builder(library: Library, artifact: Artifact) -> None:
+    version = f"{library.title} {library.load().__version__}"
+    if artifact.builder != version:
+        raise ArtifactError(
+            f"{artifact.name} was built by {artifact.builder}, and this is {version}; make it again: {artifact.command}"
+        )
+
+
+def refit(library: Library, artifact: Artifact, engine_file: Path, graph: Path) -> bytes:
     """An engine of the same graph with the weights of `graph`, serialized. Raises ArtifactError; needs the GPU."""
     trt = library.load()
-    if not device_target():
-        raise RuntimeMissing("--refit loads the engine, which takes the GPU that it is for: build without it instead")
+    if device_target() != artifact.target:
+        raise RuntimeMissing(
+            f"--refit loads the engine, which takes its GPU ({artifact.target}): build without it instead"
+        )
+    _require_builder(library, artifact)
     log = Log(trt)
     engine = trt.Runtime(log.logger).deserialize_cuda_engine(engine_file.read_bytes())
     if engine is None or not engine.refittable:

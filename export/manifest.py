@@ -51,6 +51,7 @@ class Artifact:
     blocks: dict[str, str] = field(default_factory=dict)  # module path -> value of the graph that it ends with
     exact: tuple[str, ...] = ()  # blocks that stayed in float32 (precisions "mixed" and INT8)
     verification: dict = field(default_factory=dict)
+    refittable: bool = False  # an engine that takes other weights
 
     @property
     def name(self) -> str:
@@ -167,16 +168,16 @@ class Manifest:
             if sha256(file) != expected["sha256"]:
                 raise ArtifactError(f"{file} is not the file that was exported (its hash differs); {rebuild}")
 
-    def current(self, wanted: Artifact) -> bool:
-        """Whether the folder already holds an intact artifact made from the same and by the same, as `wanted`."""
-        same = ("source", "precision", "opset", "profile", "builder", "kernels")
+    def current(self, wanted: Artifact) -> Artifact | None:
+        """The intact artifact, if there is one, that is made from the same, by the same and as `wanted`."""
+        same = ("source", "precision", "opset", "profile", "builder", "kernels", "refittable")
         if wanted.runtime != "onnx":
             same += ("graph",)
         try:
             there = self.checked(wanted.component, wanted.runtime, wanted.target)
         except ArtifactError:
-            return False
-        return all(getattr(there, key) == getattr(wanted, key) for key in same)
+            return None
+        return there if all(getattr(there, key) == getattr(wanted, key) for key in same) else None
 
     def publish(self, artifact: Artifact, made: Path) -> None:
         """Move an artifact's files from the folder `made` into place, and enter it."""

@@ -47,8 +47,6 @@ def run(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     checkpoint = cli.checkpoint(args.ckpt)
     names = cli.components(args.components, checkpoint)
-    if args.probes < 4:
-        raise cli.Misuse(f"--probes {args.probes}: at least 4, since two of them are noise")
 
     from export.exporter import Exporter
     from export.manifest import Manifest, workspace
@@ -60,7 +58,8 @@ def _export(args: argparse.Namespace) -> int:
         for name in names:
             profile = COMPONENTS[name].profile(Batch.up_to(args.max_batch), Batch.up_to(args.max_pictures, 2))
             wanted = exporter.plan(name, args.precision, opset(args.precision), profile, _command(args, name))
-            if not args.force and exporter.manifest.current(wanted):
+            kept = None if args.force else exporter.manifest.current(wanted)
+            if kept and (args.allow_drift or not kept.verification.get("problems")):
                 cli.say(f"{name}: up to date")
                 continue
             problems = exporter.export(wanted, args.allow_drift)
@@ -76,7 +75,10 @@ def _command(args: argparse.Namespace, name: str) -> str:
     """What makes this one artifact again."""
     words = ["python", "-m", "export.onnx", "--ckpt", args.ckpt, "--out", str(args.out), "--components", name]
     words += ["--precision", args.precision, "--max-batch", str(args.max_batch)]
-    return shlex.join([*words, "--max-pictures", str(args.max_pictures)])
+    words += ["--max-pictures", str(args.max_pictures), "--probes", str(args.probes)]
+    words += ["--images", *map(str, args.images)] if args.images else []
+    words += ["--allow-drift"] if args.allow_drift else []
+    return shlex.join([*words, *([] if args.captions else ["--no-captions"])])
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ def _build(args: argparse.Namespace, manifest, name: str, library, made: Path, c
     wanted = replace(
         graph, runtime=args.runtime, target=args.target, files={}, verification={},
         builder=f"{library.title} {library.load().__version__}", command=_command(args, name),
+        refittable=args.refittable or args.refit,
     )  # fmt: skip
     fused = _wants_plugins(args.plugins, args.runtime, graph.precision)
     if fused:
@@ -126,7 +127,7 @@ def _build(args: argparse.Namespace, manifest, name: str, library, made: Path, c
 
         old = manifest.find(name, args.runtime, args.target)
         manifest.require_intact(old)  # not `checked`: it is older than its graph, which is what refitting is for
-        (made / file).write_bytes(refit(library, manifest.folder / old.main_file, source))
+        (made / file).write_bytes(refit(library, old, manifest.folder / old.main_file, source))
         verb = "refitted"
     else:
         timing = cache.read_bytes() if cache.is_file() else b""
@@ -153,6 +154,7 @@ def _onnx_arguments(args: argparse.Namespace, names: list[str]) -> list[str]:
 def _command(args: argparse.Namespace, name: str) -> str:
     words = ["python", "-m", "export.trt", "--ckpt", args.ckpt, "--out", str(args.out), "--target", args.target]
     words += ["--runtime", args.runtime, "--components", name, "--precision", args.precision, "--plugins", args.plugins]
+    words += ["--refittable"] if args.refittable or args.refit else []
     return shlex.join([*words, "--max-batch", str(args.max_batch), "--max-pictures", str(args.max_pictures)])
 
 

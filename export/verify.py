@@ -55,7 +55,7 @@ def _verify(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from export.engine import open_engine
-    from export.manifest import Manifest
+    from export.manifest import ArtifactError, Manifest
     from export.probes import Probes
     from export.verifier import Verifier
 
@@ -69,6 +69,10 @@ def _verify(args: argparse.Namespace) -> int:
             session = engine.session(name)  # its files are checked before they are loaded
             artifact = manifest.find(name, engine.runtime, engine.target)
             checked.append(replace(artifact, verification=verifier.check(artifact, session, args.artifacts)))
+    if not checked:
+        raise ArtifactError(
+            f"{args.artifacts} has nothing for {args.runtime} {engine.target}: it has {', '.join(manifest.artifacts)}"
+        )
     print(table(checked))
     failed = [f"{a.name}: {problem}" for a in checked for problem in a.verification["problems"]]
     for problem in failed:

@@ -152,6 +152,14 @@ def test_an_interrupted_export_leaves_the_old_state_and_goes_on(copied, capsys):
     assert "up to date" in capsys.readouterr().err and not (copied / ".partial").exists()
 
 
+def test_verify_finds_something_to_check(copied, capsys):
+    manifest = Manifest.open(copied)
+    manifest.artifacts = {"encoder@rtx-sm86": manifest.artifacts["encoder"]}
+    manifest.save()
+    assert verify.main(["--artifacts", str(copied), "--ckpt", str(BUNDLED)]) == 1
+    assert "has nothing for onnx" in capsys.readouterr().err
+
+
 def test_verify_again(artifacts, capsys):
     args = ["--artifacts", str(artifacts), "--ckpt", str(BUNDLED), "--probes", "4", "--no-captions"]
     assert verify.main(args) == 0
@@ -166,7 +174,7 @@ def test_verify_again(artifacts, capsys):
         (["--ckpt", "nowhere"], 2, "--ckpt: "),
         (["--ckpt", BUNDLED, "--components", "decoder"], 2, "invalid choice: 'decoder'"),
         (["--ckpt", BUNDLED, "--max-batch", "0"], 2, "'0' is no whole number above 0"),
-        (["--ckpt", BUNDLED, "--probes", "3"], 2, "--probes 3: at least 4"),
+        (["--ckpt", BUNDLED, "--probes", "3"], 2, "argument --probes: 3 are too few: at least 4"),
         (["--ckpt", BUNDLED, "--images", "absent.jpg", "--components", "text_encoder"], 1, "absent.jpg"),
     ],
 )

@@ -139,8 +139,12 @@ def test_drift_is_refused_unless_allowed(tmp_path, capsys, monkeypatch):
     assert "fp16 explains 1.0e-09" in error and "keep it with --allow-drift" in error
     assert Manifest.open(tmp_path).checked("context_kv").precision == "fp32"
     assert export(tmp_path, "fp16", "--components", "context_kv", "--allow-drift") == 0
-    assert Manifest.open(tmp_path).checked("context_kv").verification["problems"]
+    artifact = Manifest.open(tmp_path).checked("context_kv")
+    assert artifact.verification["problems"] and "--allow-drift" in artifact.command
     assert "drifts" in capsys.readouterr().out
+    assert export(tmp_path, "fp16", "--components", "context_kv", "--allow-drift") == 0
+    assert "up to date" in capsys.readouterr().err
+    assert export(tmp_path, "fp16", "--components", "context_kv") == 1, "what was allowed once is not taken for good"
 
 
 def test_garbage_is_never_kept(artifacts, checkpoint, probes):

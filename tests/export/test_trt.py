@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from export import trt
@@ -54,6 +56,9 @@ def test_an_engine_is_kept_as_long_as_it_fits(engines, capsys):
     assert "vae_decoder@rtx-sm89: up to date" in capsys.readouterr().err
     assert build(engines, "--target", "sm89", "--components", "vae_decoder", "--force") == 0
     assert "vae_decoder@rtx-sm89: built in" in capsys.readouterr().err
+    manifest = Manifest.open(engines)
+    there = manifest.find("vae_decoder", "rtx", "sm89")
+    assert manifest.current(there) and not manifest.current(replace(there, refittable=True))
 
 
 def test_a_target_that_it_does_not_know(engines, rtx, capsys):
