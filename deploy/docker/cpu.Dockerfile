@@ -20,10 +20,13 @@ RUN pip install --no-deps --no-build-isolation . \
 FROM ${PYTHON}
 # vLLM's CPU kernels are linked against libnuma
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/* \
+    && mkdir /cache && chown 10001:10001 /cache
 COPY --from=build /opt/vlv /opt/vlv
-ENV PATH=/opt/vlv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp USER=vlv HF_HOME=/tmp/hf
+ENV PATH=/opt/vlv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp USER=vlv \
+    XDG_CACHE_HOME=/cache HF_HOME=/cache/hf
 WORKDIR /tmp
+VOLUME /cache
 USER 10001:10001
 EXPOSE 8000
 ENTRYPOINT ["python", "-m"]

@@ -1,11 +1,13 @@
 # The encoder on TensorRT at the edge; captions come from a gateway beside a vLLM in the data centre:
 #
 #   docker build -f deploy/docker/edge.Dockerfile -t vlv:edge .
-#   docker run --gpus all -v /models/vlv:/models/vlv -v /photos:/photos:ro -e VLV_API_KEY \
-#     vlv:edge serve.vllm_caption /photos --ckpt /models/vlv --encoder trt --artifacts /models/vlv/artifacts \
-#     --llm-url http://gateway:8002 -o /models/captions.jsonl
+#   docker run --gpus all -v /models/vlv:/models/vlv:ro -v /models/vlv-sm89:/artifacts vlv:edge \
+#     export.trt --ckpt /models/vlv --out /artifacts --components encoder --precision fp16 --runtime trt --target sm89
+#   docker run --gpus all -v /models/vlv:/models/vlv:ro -v /models/vlv-sm89:/artifacts:ro -v /photos:/photos:ro \
+#     -v "$PWD/out:/out" -e VLV_API_KEY vlv:edge serve.vllm_caption /photos --ckpt /models/vlv --encoder trt \
+#     --artifacts /artifacts --llm-url http://gateway:8002 -o /out/captions.jsonl
 #
-# The engine is built once on the node itself: vlv:edge export.trt --ckpt /models/vlv --out /models/vlv/artifacts
+# The engine is built once, on the node itself. User 10001 writes to /artifacts and /out: chown them to it.
 ARG PYTHON=python:3.12.11-slim-bookworm@sha256:519591d6871b7bc437060736b9f7456b8731f1499a57e22e6c285135ae657bf7
 
 FROM ${PYTHON} AS build

@@ -22,8 +22,8 @@ RUN python3 -m pip install --no-cache-dir --no-deps -c /build/cpu.lock diffusers
     && python3 -m serve.server --help >/dev/null \
     && python3 /build/sbom.py >/usr/share/vlv.cdx.json \
     && mkdir /cache && chown 10001:10001 /cache
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp USER=vlv HF_HOME=/cache/hf VLLM_CACHE_ROOT=/cache/vllm \
-    TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp USER=vlv XDG_CACHE_HOME=/cache HF_HOME=/cache/hf \
+    VLLM_CACHE_ROOT=/cache/vllm TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor
 WORKDIR /tmp
 VOLUME /cache
 USER 10001:10001
