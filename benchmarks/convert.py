@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -145,7 +146,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.workspace:
         args.workspace.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine.describe(), "runs": []}
+    command = shlex.join(["python", "-m", "benchmarks.convert", *sys.argv[1:]])
+    result = {"command": command, "machine": machine.describe(), "runs": []}
     for kind in args.kinds:
         with tempfile.TemporaryDirectory(dir=args.workspace) as workspace:
             result["runs"].append(run(args.preset, getattr(torch, args.dtype), kind, Path(workspace)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -150,7 +151,8 @@ def main() -> None:
         if args.memory_of:
             print_peak_memory(args.memory_of, PRESETS[args.preset], DTYPES[args.dtypes[0]], args.batch)
             return
-        result = {"machine": machine.describe(), "runs": []}
+        command = shlex.join(["python", "-m", "benchmarks.encoder_cpu", *sys.argv[1:]])
+        result = {"command": command, "machine": machine.describe(), "runs": []}
         for dtype in args.dtypes:
             result["runs"].append(compare(args.preset, dtype, args.batch, args.repeats))
             print(json.dumps(result["runs"][-1]), file=sys.stderr)

@@ -29,17 +29,9 @@ from export.quantize import DTYPES
 from export.tensorrt_library import LIBRARIES, build
 from vlv import random_weights
 from vlv.config import PRESETS
+from vlv.train.plan import SD21_UNET, SD21_VAE
 
 SIZE, TOKENS = 64, 77  # latents of 512 pixels; the context's length
-# Stable Diffusion 2.1-base's unet/config.json and vae/config.json
-UNET = {
-    "sample_size": SIZE, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280),
-    "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True,
-}  # fmt: skip
-VAE = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512, "scaling_factor": 0.18215,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-}  # fmt: skip
 
 
 def filled(make: Callable[[], nn.Module]) -> nn.Module:
@@ -55,13 +47,13 @@ def filled(make: Callable[[], nn.Module]) -> nn.Module:
 def unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    return filled(lambda: UNet2DConditionModel(**UNET))
+    return filled(lambda: UNet2DConditionModel(**SD21_UNET))
 
 
 def vae() -> nn.Module:
     from diffusers import AutoencoderKL
 
-    return filled(lambda: AutoencoderKL(**VAE))
+    return filled(lambda: AutoencoderKL(**SD21_VAE))
 
 
 COMPONENTS: dict[str, Callable[[str], graphs.Graph]] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,8 @@ def _bench(args: argparse.Namespace) -> int:
     memory = {name: _memory(args, name) for name in engines}
     for row in rows:
         row["peak_bytes"] = memory[row["runtime"]]
-    result = {"machine": _machine(), "artifacts": str(args.artifacts), "missing": missing, "runs": rows}
+    command = shlex.join(["python", "-m", "export.bench", *sys.argv[1:]])
+    result = {"command": command, "machine": _machine(), "artifacts": str(args.artifacts), "missing": missing, "runs": rows}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     _plot(rows, args.out.with_suffix(".png"))
     print(table(rows))

@@ -16,6 +16,7 @@ from kernels.dispatch import references
 from vlv import random_weights
 from vlv.config import PRESETS, DaViTConfig
 from vlv.encoder import VLVEncoder
+from vlv.train.plan import SD21_UNET
 from vlv.unet import fixed_context
 
 TOY = replace(
@@ -69,7 +70,7 @@ def unet(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: int,
 
     sizes = {"block_out_channels": (32, 32), "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 16}
     if not toy:
-        sizes = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
+        sizes = SD21_UNET
     else:
         sizes |= {
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1,
@@ -77,10 +78,10 @@ def unet(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: int,
         }  # fmt: skip
     torch.manual_seed(0)
     side, tokens = (4, 5) if toy else (64, 77)
-    exact = UNet2DConditionModel(sample_size=side, **sizes).eval().to(clock.device)
+    exact = UNet2DConditionModel(**{**sizes, "sample_size": side}).eval().to(clock.device)
     latents = torch.randn(2 * batch, 4, side, side, device=clock.device)
     context = torch.randn(2 * batch, tokens, sizes["cross_attention_dim"], device=clock.device)
-    rounded = UNet2DConditionModel(sample_size=side, **sizes).eval().to(clock.device, dtype)
+    rounded = UNet2DConditionModel(**{**sizes, "sample_size": side}).eval().to(clock.device, dtype)
     rounded.load_state_dict(exact.state_dict())
     exact.load_state_dict(rounded.state_dict())
     with FlopCounterMode(display=False) as counter:

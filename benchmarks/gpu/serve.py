@@ -20,20 +20,16 @@ import torch
 
 from benchmarks import machine, serve
 from benchmarks.serve_fuzz import scene
+from vlv import random_weights
 
 TOKENS = 220
 TARGETS = {"pipeline_images_per_second": 60, "server_to_pipeline": 0.9, "over_published": 100}  # on one H200
-LLMS = {  # hidden, layers, heads, key-value heads, intermediate: Qwen2.5's
-    "qwen2.5-0.5b": (896, 24, 14, 2, 4864),
-    "qwen2.5-1.5b": (1536, 28, 12, 2, 8960),
-    "qwen2.5-3b": (2048, 36, 16, 2, 11008),
-}
 
 
 def main() -> int:
     """Make, measure, compare, write."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--preset", choices=sorted(LLMS), default="qwen2.5-3b")
+    p.add_argument("--preset", choices=sorted(random_weights.LLMS), default="qwen2.5-3b")
     p.add_argument("--images", type=int, default=1024, help="for pipeline and server (1024)")
     p.add_argument("--published", type=int, default=8, metavar="N", help="images for the published procedure (8)")
     p.add_argument("-o", "--output", default="benchmarks/gpu/serve.json", metavar="JSON")
@@ -42,7 +38,7 @@ def main() -> int:
         print("error: no CUDA device here: this runs serving at full size on a GPU", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(Path(folder), args.preset)
+        random_weights.write(args.preset, Path(folder), force=True)
         before = published(Path(folder), args.published)
         options = argparse.Namespace(ckpt=folder, engine="vllm", images=args.images, max_tokens=TOKENS)
         figures = asyncio.run(serve.measure(options))
@@ -55,37 +51,6 @@ def main() -> int:
     Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
     return bool(missed)
-
-
-def make_checkpoint(folder: Path, preset: str) -> None:
-    """Encoder and language model of a preset, random, in bfloat16; the tokenizer is that of the scenes."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from vlv import checkpoint
-    from vlv.config import PRESETS
-    from vlv.encoder import VLVEncoder
-    from vlv.train.presets import STAGE2
-    from vlv.train.stage2 import build_llm
-
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        encoder = VLVEncoder(PRESETS[preset])
-    checkpoint.save(folder, encoder, torch.bfloat16)
-    del encoder
-    _, tokenizer = build_llm(STAGE2["tiny"])
-    hidden, layers, heads, shared, intermediate = LLMS[preset]
-    end = tokenizer.eos_token_id
-    config = Qwen2Config(
-        vocab_size=151_936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=shared, intermediate_size=intermediate, max_position_embeddings=32_768,
-        tie_word_embeddings=True, bos_token_id=end, eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        llm = Qwen2ForCausalLM(config).bfloat16()
-    llm.save_pretrained(folder / "llm")
-    tokenizer.save_pretrained(folder / "llm")
-    del llm
-    torch.cuda.empty_cache()
 
 
 def published(folder: Path, images: int) -> float:
