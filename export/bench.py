@@ -54,7 +54,8 @@ def _bench(args: argparse.Namespace) -> int:
     for row in rows:
         row["peak_bytes"] = memory[row["runtime"]]
     command = shlex.join(["python", "-m", "export.bench", *sys.argv[1:]])
-    result = {"command": command, "machine": _machine(), "artifacts": str(args.artifacts), "missing": missing, "runs": rows}
+    about = {"command": command, "machine": _machine(), "artifacts": str(args.artifacts)}
+    result = {**about, "missing": missing, "runs": rows}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     _plot(rows, args.out.with_suffix(".png"))
     print(table(rows))
