@@ -20,6 +20,8 @@ import numpy as np
 from serve.sources import Item
 from vlv.command import why
 
+HEAD = b'{"id": "'  # of every record; what begins otherwise is somebody else's file
+
 
 class SinkError(OSError):
     """The output cannot be written or read; the message says which and what to do."""
@@ -61,7 +63,10 @@ class JsonLines:
     """A file of JSON lines that one run at a time appends to, one write a line."""
 
     def __init__(self, path: Path):
-        """Open or create, lock, and cut off a last line that a kill left unfinished. Raises SinkError."""
+        """Open or create, lock, and cut off a last line that a kill left unfinished.
+
+        Raises SinkError; what is no file of records is left as it is.
+        """
         self.path = path
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +74,7 @@ class JsonLines:
             self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
             if self._regular:  # and not a device, which any number of runs may write
                 self._lock()
+                self._refuse_foreign()
                 self._cut_torn_line()
 
     def _lock(self) -> None:
@@ -79,6 +85,11 @@ class JsonLines:
             raise SinkError(f"another run is writing {self.path}: wait for it, or choose another -o") from error
         except OSError:  # a file system without locks
             pass
+
+    def _refuse_foreign(self) -> None:
+        if not HEAD.startswith(os.pread(self._fd, len(HEAD), 0)):
+            self.close()
+            raise SinkError(f"{self.path} is there already, and no file of captions: choose another -o")
 
     def _cut_torn_line(self) -> None:
         end = os.fstat(self._fd).st_size
