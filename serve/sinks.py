@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
-import shutil
 import stat
 from pathlib import Path
 
@@ -141,13 +141,14 @@ class FileSink:
     """
 
     def __init__(self, path: str | Path, model: str, resume: bool = True):
-        """Open both files and read what is finished. Without `resume`, old files are renamed to `NAME.old`.
+        """Open both files and read what is finished. Without `resume`, old files become `NAME.old`, `NAME.old2` ...
 
         `model` is the checkpoint's hash: captions of two models are not mixed in one output. Raises SinkError.
         """
         self.path, self.model = Path(path), model
         self.errors_path = self.path.with_name(self.path.stem + ".errors.jsonl")
         self.finished, self._errors = IdSet(), None
+        self._refuse_foreign()
         self._journal = JsonLines(self.journal_path)
         try:
             if not resume:
@@ -162,15 +163,15 @@ class FileSink:
         """The JSON lines that captions are appended to."""
         return self.path
 
+    def _refuse_foreign(self) -> None:
+        """Raise SinkError where `path` holds something that no run of ours has put there; nothing is changed yet."""
+
     def _start_over(self) -> None:
         self._journal.close()
-        for old in (self.path, self.errors_path):
-            with explained(old), contextlib.suppress(FileNotFoundError):
+        for old in (self.path, self.journal_path, self.errors_path):
+            with explained(old):
                 if (old.is_file() and old.stat().st_size) or old.is_dir():
-                    kept = old.with_name(old.name + ".old")
-                    if kept.is_dir():
-                        shutil.rmtree(kept)
-                    os.replace(old, kept)
+                    put_aside(old)
         self._journal = JsonLines(self.journal_path)
 
     def _read(self) -> None:
@@ -208,6 +209,21 @@ class FileSink:
                 file.close()
 
 
+class FolderSink(FileSink):
+    """A sink whose `path` is a folder, with the journal in it."""
+
+    journal_name: str
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path / self.journal_name
+
+    def _refuse_foreign(self) -> None:
+        with explained(self.path):
+            if self.path.exists() and not self.journal_path.exists() and any(self.path.iterdir()):
+                raise SinkError(f"{self.path} is there already, and no output of a run: choose another -o")
+
+
 class StreamSink:
     """Captions to a stream of bytes (stdout), errors to another; nothing is resumed."""
 
@@ -231,6 +247,12 @@ class StreamSink:
         with explained("stdout"):
             while line:
                 line = line[os.write(fd, line) :]
+
+
+def put_aside(old: Path) -> None:
+    """Rename to `NAME.old`, or to `NAME.old2` and so on: what is kept already stays."""
+    names = (old.with_name(f"{old.name}.old{number}") for number in itertools.chain([""], itertools.count(2)))
+    os.rename(old, next(name for name in names if not os.path.lexists(name)))
 
 
 def json_bytes(record: dict) -> bytes:

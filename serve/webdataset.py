@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from serve.formats import captions_of
-from serve.sinks import FileSink, SinkError, append, explained, json_bytes
+from serve.sinks import FolderSink, SinkError, append, explained, json_bytes
 from serve.sources import Item
 from vlv.image import ImageError
 
@@ -24,15 +24,12 @@ SHARD_BYTES = 1 << 30  # a shard that has grown beyond is followed by the next
 END = bytes(2 * BLOCK)  # closes a tar file
 
 
-class WebDatasetSink(FileSink):
+class WebDatasetSink(FolderSink):
     """A folder of shards; `_lock.jsonl` in it stays empty and keeps a second run out."""
 
+    journal_name = "_lock.jsonl"
     shard_bytes = SHARD_BYTES
     _fd = -1  # of the shard that is being filled
-
-    @property
-    def journal_path(self) -> Path:
-        return self.path / "_lock.jsonl"
 
     def _read(self) -> None:
         super()._read()
@@ -49,7 +46,7 @@ class WebDatasetSink(FileSink):
     def _take_up(self, shard: Path) -> int:
         """Note a shard's samples; returns where its last whole one ends."""
         end = 0
-        for after, record in samples(shard):
+        for after, record in samples(shard, self._samples):
             if record is None:
                 raise SinkError(f"{shard} holds something that is no sample of a run: choose another -o")
             self._done(record, shard)
@@ -98,18 +95,19 @@ class WebDatasetSink(FileSink):
             super().close()
 
 
-def samples(shard: Path) -> Iterator[tuple[int, dict | None]]:
-    """Per whole sample of a shard: where it ends, and its record (None for a foreign one)."""
+def samples(shard: Path, number: int) -> Iterator[tuple[int, dict | None]]:
+    """Per whole sample of a shard, whose first has this number: where it ends, and its record (None: a foreign one)."""
     size = shard.stat().st_size
     with open(shard, "rb") as file:
         while len(header := file.read(BLOCK)) == BLOCK and header.count(0) < BLOCK:
             try:
                 member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
             except (tarfile.TarError, UnicodeDecodeError):
+                member = None
+            if member is None or not member.name.startswith(f"{number:09}."):
                 yield 0, None
                 return
-            start = file.tell()
-            end = start + _padded(member.size)
+            end = file.tell() + _padded(member.size)
             if end > size:
                 return
             if member.name.endswith(".json"):
@@ -119,6 +117,7 @@ def samples(shard: Path) -> Iterator[tuple[int, dict | None]]:
                 except (ValueError, KeyError, TypeError):
                     record = None
                 yield end, record
+                number += 1
             file.seek(end)
 
 

@@ -82,9 +82,14 @@ def test_coco(images, tmp_path):
     assert len(json.loads((tmp_path / "c.json").read_text())["images"]) == 1
     with pytest.raises(SinkError, match=r"writes one JSON file: -o .*c\.json"):
         sink_class("coco")(tmp_path / "c.jsonl", "m")
+    (tmp_path / "c.jsonl").unlink()
+    with pytest.raises(SinkError, match=r"is there already, without its c\.jsonl"):
+        sink()
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(SinkError, match="is there already"):
-        sink_class("coco")(tmp_path / "other.json", "m")
+    for resume in (True, False):
+        with pytest.raises(SinkError, match="is there already, and not from a run"):
+            sink_class("coco")(tmp_path / "other.json", "m", resume)
+    assert (tmp_path / "other.json").read_text() == "{}"
 
 
 def test_webdataset(images, tmp_path):
@@ -102,11 +107,34 @@ def test_webdataset(images, tmp_path):
     assert json.loads((tmp_path / "shards.errors.jsonl").read_text())["kind"] == "missing"
     with pytest.raises(SinkError, match="holds captions of model m"):
         sink("other")
+    (tmp_path / "shards.old").mkdir()
     fill(sink("other", resume=False), [])
-    assert (tmp_path / "shards.old" / "000000.tar").exists()
+    assert (tmp_path / "shards.old2" / "000000.tar").exists() and (tmp_path / "shards.old").exists()
     (tmp_path / "shards" / "000000.tar").write_bytes(b"something else" * 100)
     with pytest.raises(SinkError, match="no sample of a run"):
         sink()
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_that_is_no_output_stays_as_it_is(kind, resume, images, tmp_path):
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    before = {file: file.read_bytes() for file in images}
+    with pytest.raises(SinkError, match="images is there already, and no output of a run: choose another -o"):
+        sink_class(kind)(images[0].parent, "m", resume)
+    assert {file: file.read_bytes() for file in images[0].parent.iterdir()} == before
+
+
+def test_a_foreign_shard_among_ours_stays_as_it_is(images, tmp_path):
+    fill(sink_class("webdataset")(tmp_path / "shards", "m"), images)
+    foreign = tmp_path / "shards" / "000001.tar"
+    with tarfile.open(foreign, "w") as shard:
+        shard.add(images[0], "000000000.png")  # pictures alone: no record says where a sample ends
+    before = foreign.read_bytes()
+    with pytest.raises(SinkError, match="no sample of a run"):
+        sink_class("webdataset")(tmp_path / "shards", "m")
+    assert foreign.read_bytes() == before
 
 
 def test_parquet(images, tmp_path):
