@@ -16,6 +16,7 @@ from pathlib import Path
 from serve.sinks import FileSink, FolderSink, SinkError, explained, json_bytes
 from serve.sources import Item
 from vlv.folders import whole
+from vlv.image import ImageError
 
 ROWS = 10_000  # captions in one Parquet part
 COCO_HEAD = b'{"info": {"description": "VLV captions'
@@ -61,14 +62,11 @@ class SidecarSink(FileSink):
     def caption(self, record: dict, item: Item) -> None:
         text = sidecar(item.path)
         if item.length is not None:
-            kind, problem = "format", "an image inside a tar shard has no place for a .txt: use --format webdataset"
-        elif text.exists():
-            kind, problem = "exists", f"{text} is there already, and not from this run: move it away"
-        else:
-            super().caption(record, item)
-            self._write(record)
-            return
-        self.error({"id": record["id"], "path": record["path"], "kind": kind, "error": problem})
+            raise ImageError("format", "an image inside a tar shard has no place for a .txt: use --format webdataset")
+        if text.exists():
+            raise ImageError("exists", f"{text} is there already, and not from this run: move it away")
+        super().caption(record, item)
+        self._write(record)
 
     def _write(self, record: dict) -> None:
         text = sidecar(record["path"])
@@ -166,6 +164,10 @@ class ParquetSink(FolderSink):
         self._pending = len(pending)
 
     def caption(self, record: dict, item: Item) -> None:
+        try:
+            f"{record['id']}{record['path']}".encode()
+        except UnicodeEncodeError as error:
+            raise ImageError("name", "the name is not UTF-8, as Parquet wants it: rename the file") from error
         super().caption(record, item)
         self._pending += 1
         if self._pending >= self.rows:

@@ -193,7 +193,7 @@ class FileSink:
         self.finished.add(record["id"])
 
     def caption(self, record: dict, item: Item) -> None:
-        """Append the record of an item's caption. Raises SinkError."""
+        """Append the record of an item's caption. Raises SinkError; ImageError where the format cannot hold it."""
         self._journal.write(record)
 
     def error(self, record: dict) -> None:

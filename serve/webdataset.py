@@ -17,7 +17,6 @@ from pathlib import Path
 from serve.formats import captions_of
 from serve.sinks import FolderSink, SinkError, append, explained, json_bytes
 from serve.sources import Item
-from vlv.image import ImageError
 
 BLOCK = tarfile.BLOCKSIZE
 SHARD_BYTES = 1 << 30  # a shard that has grown beyond is followed by the next
@@ -61,12 +60,7 @@ class WebDatasetSink(FolderSink):
         name = f"{self._samples:09}"
         extension = os.path.splitext(record["id"])[1].lower() or ".img"
         text = "\n".join(captions_of(record)).encode()
-        try:
-            image = item.read()
-        except ImageError as error:  # it was there when it was decoded
-            self.error({"id": record["id"], "path": record["path"], "kind": error.kind, "error": str(error)})
-            return
-        parts = {extension: image, ".txt": text, ".json": json_bytes(record)}
+        parts = {extension: item.read(), ".txt": text, ".json": json_bytes(record)}
         with explained(self._shard):
             append(self._fd, b"".join(_member(name + extension, data) for extension, data in parts.items()))
             full = os.fstat(self._fd).st_size >= self.shard_bytes
