@@ -7,7 +7,6 @@ The tars are the record of the run: a sample is appended in one write, and a las
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from serve.formats import captions_of
 from serve.sinks import FolderSink, SinkError, append, explained, json_bytes
-from serve.sources import Item
+from serve.sources import Item, is_image
 
 BLOCK = tarfile.BLOCKSIZE
 SHARD_BYTES = 1 << 30  # a shard that has grown beyond is followed by the next
@@ -54,15 +53,12 @@ class WebDatasetSink(FolderSink):
         return end
 
     def caption(self, record: dict, item: Item) -> None:
+        data = sample(f"{self._samples:09}", item.read(), record)
         if self._fd < 0:
             self._open(self.path / f"{self._shards:06}.tar")
             self._shards += 1
-        name = f"{self._samples:09}"
-        extension = os.path.splitext(record["id"])[1].lower() or ".img"
-        text = "\n".join(captions_of(record)).encode()
-        parts = {extension: item.read(), ".txt": text, ".json": json_bytes(record)}
         with explained(self._shard):
-            append(self._fd, b"".join(_member(name + extension, data) for extension, data in parts.items()))
+            append(self._fd, data)
             full = os.fstat(self._fd).st_size >= self.shard_bytes
         self._samples += 1
         if full:
@@ -115,15 +111,19 @@ def samples(shard: Path, number: int) -> Iterator[tuple[int, dict | None]]:
             file.seek(end)
 
 
+def sample(name: str, image: bytes, record: dict) -> bytes:
+    """An image, its captions and its record, as three members of a tar file."""
+    extension = os.path.splitext(record["id"])[1].lower() if is_image(record["id"]) else ".img"
+    text = "\n".join(captions_of(record)).encode()
+    parts = {extension: image, ".txt": text, ".json": json_bytes(record)}
+    return b"".join(_member(name + ending, content) for ending, content in parts.items())
+
+
 def _member(name: str, data: bytes) -> bytes:
     """A file inside a tar: header, content, padding."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
-    stream = io.BytesIO()
-    stream.write(info.tobuf(tarfile.USTAR_FORMAT))
-    stream.write(data)
-    stream.write(bytes(_padded(len(data)) - len(data)))
-    return stream.getvalue()
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(_padded(len(data)) - len(data))
 
 
 def _padded(size: int) -> int:

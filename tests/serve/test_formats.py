@@ -18,6 +18,7 @@ from serve import FORMATS
 from serve.formats import sidecar, sink_class
 from serve.sinks import SinkError
 from serve.sources import Item, part_of
+from serve.webdataset import sample
 from vlv.image import ImageError
 
 WRITER = Path(__file__).with_name("killed_writer.py")
@@ -119,6 +120,13 @@ def test_webdataset(images, tmp_path):
     (tmp_path / "shards" / "000000.tar").write_bytes(b"something else" * 100)
     with pytest.raises(SinkError, match="no sample of a run"):
         sink()
+
+
+def test_a_sample_is_named_by_what_it_holds():
+    """Whatever an id ends in: a tar member's name is short, and no other member has it."""
+    for name, ending in {"a.JPG": ".jpg", "a.json": ".img", "http://b/a.png?" + "x" * 200: ".img"}.items():
+        with tarfile.open(fileobj=io.BytesIO(sample("0", b"pixels", {"id": name, "caption": "A."}))) as shard:
+            assert shard.getnames() == [f"0{ending}", "0.txt", "0.json"]
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
