@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m serve.ray_batch",
         description="Caption images on a Ray cluster, with progress that survives any kill.",
-        epilog="exit codes: 0 every image has a caption; 1 the run failed, or some images did (errors/); 2 misuse.",
+        epilog="exit codes: 0 every image of this run has a caption, or nothing was left to do; "
+        "1 the run failed, or some of its images did (errors/); 2 misuse.",
         parents=[model_arguments(), engine_arguments(), cluster_arguments(), debug_argument()],
     )
     p.add_argument("paths", nargs="+", metavar="SRC", help="images, folders, .tar shards, URLs, or .parquet lists")
