@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from vlv.command import Misuse, Parser, hush, positive, say
+from vlv.command import Misuse, Parser, hush, one_line, positive, say
 
 EXIT_CODES = "exit codes: 0 done; 1 it failed, or an artifact drifts; 2 wrong arguments; 130 stopped by Ctrl-C."
 
@@ -88,5 +88,4 @@ def _sentence(error: Exception) -> str:
 
     if isinstance(error, Misuse | ArtifactError | CheckpointError | ImageError | OSError):
         return str(error)
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{text[:300]} (unexpected: --debug shows where)"
+    return f"{one_line(error)} (unexpected: --debug shows where)"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from export.components import RUNTIMES
 from serve import ENGINES
-from vlv.command import Misuse, Parser, positive, say
+from vlv.command import Misuse, Parser, one_line, positive, say
 
 if TYPE_CHECKING:
     from serve.llm import Engine, LLMSpec
@@ -118,7 +118,7 @@ def verdict(error: Exception) -> tuple[int, str]:
     """Exit code and sentence for an exception."""
     from export.manifest import ArtifactError
     from serve.decode import DecodeError
-    from serve.llm import EngineError, OptionError, one_line
+    from serve.llm import EngineError, OptionError
     from serve.sinks import SinkError
     from serve.sources import SourceError
     from vlv.checkpoint import CheckpointError

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from serve.sinks import FileSink, SinkError, explained, json_bytes
+from serve.sinks import FileSink, FolderSink, SinkError, explained, json_bytes
 from serve.sources import Item
 from vlv.folders import whole
+from vlv.image import ImageError
 
 ROWS = 10_000  # captions in one Parquet part
+COCO_HEAD = b'{"info": {"description": "VLV captions'
 
 
 def sink_class(name: str) -> type[FileSink]:
@@ -61,14 +62,11 @@ class SidecarSink(FileSink):
     def caption(self, record: dict, item: Item) -> None:
         text = sidecar(item.path)
         if item.length is not None:
-            kind, problem = "format", "an image inside a tar shard has no place for a .txt: use --format webdataset"
-        elif text.exists():
-            kind, problem = "exists", f"{text} is there already, and not from this run: move it away"
-        else:
-            super().caption(record, item)
-            self._write(record)
-            return
-        self.error({"id": record["id"], "path": record["path"], "kind": kind, "error": problem})
+            raise ImageError("format", "an image inside a tar shard has no place for a .txt: use --format webdataset")
+        if text.exists():
+            raise ImageError("exists", f"{text} is there already, and not from this run: move it away")
+        super().caption(record, item)
+        self._write(record)
 
     def _write(self, record: dict) -> None:
         text = sidecar(record["path"])
@@ -99,25 +97,24 @@ class CocoSink(FileSink):
 
     @property
     def journal_path(self) -> Path:
-        if self.path.suffix == ".jsonl":
-            raise SinkError(f"--format coco writes one JSON file: -o {self.path.with_suffix('.json')}")
         return self.path.with_suffix(".jsonl")
 
-    def _start_over(self) -> None:
-        old = self.journal_path
-        with explained(old), contextlib.suppress(FileNotFoundError):
-            os.replace(old, old.with_name(old.name + ".old"))
-        super()._start_over()
+    def _refuse_foreign(self) -> None:
+        if self.path.suffix == ".jsonl":
+            raise SinkError(f"--format coco writes one JSON file: -o {self.path.with_suffix('.json')}")
+        with explained(self.path), contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            if file.read(len(COCO_HEAD)) != COCO_HEAD:
+                raise SinkError(f"{self.path} is there already, and not from a run: choose another -o")
 
     def _read(self) -> None:
         super()._read()
         if not len(self.finished) and self.path.exists():
-            raise SinkError(f"{self.path} is there already, and not from this run: choose another -o")
+            raise SinkError(f"{self.path} is there already, without its {self.journal_path.name}: choose another -o")
 
     def close(self) -> None:
         try:
             with explained(self.path), whole(self.path) as path, open(path, "wb") as file:
-                file.write(b'{"info": {"description": "VLV captions, model %s"}, ' % self.model.encode())
+                file.write(COCO_HEAD + b', model %s"}, ' % self.model.encode())
                 file.write(b'"images": [')
                 file.writelines(_joined(self._images()))
                 file.write(b'\n], "annotations": [')
@@ -142,19 +139,16 @@ def _joined(records: Iterator[dict]) -> Iterator[bytes]:
         yield (b",\n" if number else b"\n") + json_bytes(record)
 
 
-class ParquetSink(FileSink):
+class ParquetSink(FolderSink):
     """A folder of Parquet parts, each whole; what is not in a part yet waits in `_pending.jsonl`, which readers skip.
 
     The pending line is the commit point. A part appears by one rename; only then its lines are dropped, and a run
     that was killed in between finds their ids in the part.
     """
 
+    journal_name = "_pending.jsonl"
     suffix = ".parquet"
     rows = ROWS
-
-    @property
-    def journal_path(self) -> Path:
-        return self.path / "_pending.jsonl"
 
     def _read(self) -> None:
         parts = sorted(self.path.glob("part-*" + self.suffix))
@@ -170,6 +164,10 @@ class ParquetSink(FileSink):
         self._pending = len(pending)
 
     def caption(self, record: dict, item: Item) -> None:
+        try:
+            f"{record['id']}{record['path']}".encode()
+        except UnicodeEncodeError as error:
+            raise ImageError("name", "the name is not UTF-8, as Parquet wants it: rename the file") from error
         super().caption(record, item)
         self._pending += 1
         if self._pending >= self.rows:

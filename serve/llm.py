@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from serve.detokenize import Detokenizer
 from vlv.checkpoint import Checkpoint, CheckpointError
+from vlv.command import one_line as one_line  # for serve.remote_engine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,12 +203,6 @@ class Engine(ABC):
 
         self._tokenizer = AutoTokenizer.from_pretrained(self.spec.folder)
         self.end = self._tokenizer.eos_token_id
-
-
-def one_line(error: BaseException, length: int = 300) -> str:
-    """An exception's type and message as one line of at most about `length` characters."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= length else text[:length] + "…"
 
 
 def engine_class(name: str) -> type[Engine]:

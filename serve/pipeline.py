@@ -232,8 +232,11 @@ class Pipeline:
                 "model": self.model,
             }
             self.timeline.span("the language model", start, tokens=record["tokens"])
-            self.sink.caption(record, item)
-            self.progress.caption()
+            try:
+                self.sink.caption(record, item)
+                self.progress.caption()
+            except ImageError as error:
+                self._fail(item, error.kind, error)
         self._permits.release()
 
     def _sampling(self, item: Item, draw: int) -> Sampling:

@@ -14,13 +14,18 @@ import sys
 import time
 from collections.abc import Iterator
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from serve.command import Misuse, Model, Parser, debug_argument, engine_arguments, model_arguments, positive, run, say
 from serve.ray_cluster import cluster_arguments, joined, on_gpu, share, span
 
+if TYPE_CHECKING:
+    from vlv.config import VLVConfig
+
 UNIT = 512  # images
 WAVE = 20_000  # units that Ray is told of at a time: it keeps a reference to each
-BLOCK = 2 << 30  # bytes of a unit's crops that Ray must not split
+BLOCK = 2 << 30  # bytes of a unit that Ray does not split
+ROW = 1 << 10  # of them, for an image's index, kind and error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m serve.ray_batch",
         description="Caption images on a Ray cluster, with progress that survives any kill.",
-        epilog="exit codes: 0 every image has a caption; 1 the run failed, or some images did (errors/); 2 misuse.",
+        epilog="exit codes: 0 every image of this run has a caption, or nothing was left to do; "
+        "1 the run failed, or some of its images did (errors/); 2 misuse.",
         parents=[model_arguments(), engine_arguments(), cluster_arguments(), debug_argument()],
     )
     p.add_argument("paths", nargs="+", metavar="SRC", help="images, folders, .tar shards, URLs, or .parquet lists")
@@ -57,6 +63,9 @@ def _batch(args: argparse.Namespace) -> int:
     if not args.ckpt:
         raise Misuse("--ckpt is needed (--help shows the usage)")
     model = Model.of(args)
+    most = _most_images(model.checkpoint.config)
+    if args.unit > most:
+        raise Misuse(f"--unit {args.unit}: with this checkpoint at most {most} images fit into one block of Ray's")
     store, mark = Store(args.output), model.engine().options.mark(model.checkpoint.hash)
     terms = {"sources": sorted(args.paths), "unit": args.unit, "format": args.format, "model": mark}
     units = plan(store, items_of(args.paths, args.url_column), terms, args.unit)
@@ -75,6 +84,11 @@ def _batch(args: argparse.Namespace) -> int:
     if errors:
         say(f"{errors} images failed: see {args.output}/errors")
     return 1 if errors else 0
+
+
+def _most_images(config: VLVConfig) -> int:
+    """How many crops, and how many embeddings in float32, Ray leaves together."""
+    return BLOCK // (max(3 * config.image_size**2, 4 * config.queries * config.llm_width) + ROW)
 
 
 def _results(data: ModuleType, args: argparse.Namespace, todo: list[int]) -> Iterator[dict]:

@@ -2,7 +2,8 @@
 
     {unit} --Decode--> {index, crop, kind, error} --Encode--> {embeds instead of crop} --Write--> captions, in a part
 
-A unit stays one block from its plan to its part. What fails with an image travels on as its kind and error.
+A unit stays one block from its plan to its part, and Write refuses what is less. What fails with an image travels on
+as its kind and error.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from serve.command import Model
 from serve.ray_store import Store, part, unit_items
+from serve.webdataset import END, sample
 from vlv.image import ImageError
 
 Batch = dict[str, Any]
@@ -87,36 +89,47 @@ class Write:
     def __call__(self, batch: Batch) -> Batch:
         unit = int(batch["unit"][0])
         items = unit_items(self._store, unit)
-        records, errors = [], []
-        for row, outcome in enumerate(self._loop.run_until_complete(self._captions(batch))):
-            item = items[int(batch["index"][row])]
+        if not np.array_equal(batch["index"], np.arange(len(items))):  # a part of it would pass for the whole
+            came = f"{len(batch['index'])} of {len(items)} rows came together"
+            raise RuntimeError(f"Ray has split unit {unit}, {came}: choose another DST and a smaller --unit")
+        outcomes = self._loop.run_until_complete(self._captions(batch))
+        records, samples, errors = [], [], []
+        for item, outcome in zip(items, outcomes, strict=True):
             place = {"id": item.id, "path": item.path}
-            if isinstance(outcome, dict):
-                records.append((item, {**place, **outcome, "model": self._mark}))
-            else:
-                errors.append({**place, "kind": outcome[0], "error": outcome[1]})
+            try:
+                if isinstance(outcome, ImageError):
+                    raise outcome
+                record = {**place, **outcome, "model": self._mark}
+                if self._format == "webdataset":
+                    samples.append(sample(f"{len(records):06}", item.read(), record))
+                records.append(record)
+            except ImageError as error:  # also of an image that is gone since it was decoded
+                errors.append({**place, "kind": error.kind, "error": str(error)})
+        failed = f"errors/{part(unit, '.parquet')}"
         if errors:
-            self._store.write(f"errors/{part(unit, '.parquet')}", parquet(errors))
-        content = tar(records) if self._format == "webdataset" else parquet([record for _, record in records])
+            self._store.write(failed, parquet(errors))
+        else:  # those of an earlier try
+            self._store.remove(failed)
+        content = b"".join([*samples, END]) if self._format == "webdataset" else parquet(records)
         self._store.write(part(unit, ENDINGS[self._format]), content)
         return {"captions": np.array([len(records)]), "errors": np.array([len(errors)])}
 
-    async def _captions(self, batch: Batch) -> list[dict | tuple[str, str]]:
+    async def _captions(self, batch: Batch) -> list[dict | ImageError]:
         return await asyncio.gather(*(self._caption(batch, row) for row in range(len(batch["index"]))))
 
-    async def _caption(self, batch: Batch, row: int) -> dict | tuple[str, str]:
+    async def _caption(self, batch: Batch, row: int) -> dict | ImageError:
         import torch
 
         from serve.llm import EmbedsError, Sampling
         from vlv.captioner import clean_caption
 
         if batch["kind"][row]:
-            return str(batch["kind"][row]), str(batch["error"][row])
+            return ImageError(str(batch["kind"][row]), str(batch["error"][row]))
         embeds = torch.from_numpy(np.array(batch["embeds"][row], dtype=np.float32))
         try:
             completion = await self._engine.generate(embeds, Sampling(self._engine.max_tokens))
         except EmbedsError as error:
-            return "encoder", str(error)
+            return ImageError("encoder", str(error))
         text = completion.text if self._raw else clean_caption(completion.text)
         return {"caption": text, "tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
 
@@ -136,23 +149,4 @@ def parquet(rows: list[dict]) -> bytes:
     whole = [{k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in r.items()} for r in rows]
     file = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist(whole, pa.schema(fields.items())), file, compression="zstd")
-    return file.getvalue()
-
-
-def tar(records: list[tuple[Any, dict]]) -> bytes:
-    """Images with their captions as a WebDataset shard."""
-    import os
-    import tarfile
-
-    from serve.sinks import json_bytes
-
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as shard:
-        for number, (item, record) in enumerate(records):
-            extension = os.path.splitext(item.id)[1].lower() or ".img"
-            parts = {extension: item.read(), ".txt": record["caption"].encode(), ".json": json_bytes(record)}
-            for ending, content in parts.items():
-                info = tarfile.TarInfo(f"{number:06}{ending}")
-                info.size = len(content)
-                shard.addfile(info, io.BytesIO(content))
     return file.getvalue()

@@ -66,6 +66,12 @@ class Store:
         else:  # an object store shows an object once it is whole
             self._fs.pipe_file(path, content)
 
+    def remove(self, name: str) -> None:
+        """Take a file away where there is one."""
+        path = f"{self._root}/{name}"
+        if self._fs.exists(path):
+            self._fs.rm_file(path)
+
     def read(self, name: str) -> bytes:
         """A file's content. Raises FileNotFoundError."""
         return self._fs.cat_file(f"{self._root}/{name}")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
-import shutil
 import stat
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import numpy as np
 
 from serve.sources import Item
 from vlv.command import why
+
+HEAD = b'{"id": "'  # of every record; what begins otherwise is somebody else's file
 
 
 class SinkError(OSError):
@@ -61,7 +63,10 @@ class JsonLines:
     """A file of JSON lines that one run at a time appends to, one write a line."""
 
     def __init__(self, path: Path):
-        """Open or create, lock, and cut off a last line that a kill left unfinished. Raises SinkError."""
+        """Open or create, lock, and cut off a last line that a kill left unfinished.
+
+        Raises SinkError; what is no file of records is left as it is.
+        """
         self.path = path
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +74,7 @@ class JsonLines:
             self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
             if self._regular:  # and not a device, which any number of runs may write
                 self._lock()
+                self._refuse_foreign()
                 self._cut_torn_line()
 
     def _lock(self) -> None:
@@ -79,6 +85,11 @@ class JsonLines:
             raise SinkError(f"another run is writing {self.path}: wait for it, or choose another -o") from error
         except OSError:  # a file system without locks
             pass
+
+    def _refuse_foreign(self) -> None:
+        if not HEAD.startswith(os.pread(self._fd, len(HEAD), 0)):
+            self.close()
+            raise SinkError(f"{self.path} is there already, and no file of captions: choose another -o")
 
     def _cut_torn_line(self) -> None:
         end = os.fstat(self._fd).st_size
@@ -130,13 +141,14 @@ class FileSink:
     """
 
     def __init__(self, path: str | Path, model: str, resume: bool = True):
-        """Open both files and read what is finished. Without `resume`, old files are renamed to `NAME.old`.
+        """Open both files and read what is finished. Without `resume`, old files become `NAME.old`, `NAME.old2` ...
 
         `model` is the checkpoint's hash: captions of two models are not mixed in one output. Raises SinkError.
         """
         self.path, self.model = Path(path), model
         self.errors_path = self.path.with_name(self.path.stem + ".errors.jsonl")
         self.finished, self._errors = IdSet(), None
+        self._refuse_foreign()
         self._journal = JsonLines(self.journal_path)
         try:
             if not resume:
@@ -151,15 +163,15 @@ class FileSink:
         """The JSON lines that captions are appended to."""
         return self.path
 
+    def _refuse_foreign(self) -> None:
+        """Raise SinkError where `path` holds something that no run of ours has put there; nothing is changed yet."""
+
     def _start_over(self) -> None:
         self._journal.close()
-        for old in (self.path, self.errors_path):
-            with explained(old), contextlib.suppress(FileNotFoundError):
+        for old in (self.path, self.journal_path, self.errors_path):
+            with explained(old):
                 if (old.is_file() and old.stat().st_size) or old.is_dir():
-                    kept = old.with_name(old.name + ".old")
-                    if kept.is_dir():
-                        shutil.rmtree(kept)
-                    os.replace(old, kept)
+                    put_aside(old)
         self._journal = JsonLines(self.journal_path)
 
     def _read(self) -> None:
@@ -181,7 +193,7 @@ class FileSink:
         self.finished.add(record["id"])
 
     def caption(self, record: dict, item: Item) -> None:
-        """Append the record of an item's caption. Raises SinkError."""
+        """Append the record of an item's caption. Raises SinkError; ImageError where the format cannot hold it."""
         self._journal.write(record)
 
     def error(self, record: dict) -> None:
@@ -195,6 +207,21 @@ class FileSink:
         for file in (self._journal, self._errors):
             if file is not None:
                 file.close()
+
+
+class FolderSink(FileSink):
+    """A sink whose `path` is a folder, with the journal in it."""
+
+    journal_name: str
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path / self.journal_name
+
+    def _refuse_foreign(self) -> None:
+        with explained(self.path):
+            if self.path.exists() and not self.journal_path.exists() and any(self.path.iterdir()):
+                raise SinkError(f"{self.path} is there already, and no output of a run: choose another -o")
 
 
 class StreamSink:
@@ -220,6 +247,12 @@ class StreamSink:
         with explained("stdout"):
             while line:
                 line = line[os.write(fd, line) :]
+
+
+def put_aside(old: Path) -> None:
+    """Rename to `NAME.old`, or to `NAME.old2` and so on: what is kept already stays."""
+    names = (old.with_name(f"{old.name}.old{number}") for number in itertools.chain([""], itertools.count(2)))
+    os.rename(old, next(name for name in names if not os.path.lexists(name)))
 
 
 def json_bytes(record: dict) -> bytes:

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from serve.llm import Engine, EngineError, Sampling, one_line
+from serve.llm import Engine, EngineError, Sampling
+from vlv.command import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,8 +20,8 @@ from serve import FORMATS
 from serve.command import Misuse, Model, Parser, debug_argument, engine_arguments, model_arguments, positive, run, say
 
 EXIT_CODES = """\
-exit codes: 0 every image has a caption; 1 the run failed, or some images did (see NAME.errors.jsonl);
-2 wrong arguments; 130 stopped by Ctrl-C.
+exit codes: 0 every image of this run has a caption (what earlier runs have finished is not looked at again);
+1 the run failed, or some of its images did (see NAME.errors.jsonl); 2 wrong arguments; 130 stopped by Ctrl-C.
 """
 
 

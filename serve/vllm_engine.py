@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.guard import Guard
-from serve.llm import Engine, EngineError, Sampling, one_line
+from serve.llm import Engine, EngineError, Sampling
+from vlv.command import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor

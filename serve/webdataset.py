@@ -7,7 +7,6 @@ The tars are the record of the run: a sample is appended in one write, and a las
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -15,24 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from serve.formats import captions_of
-from serve.sinks import FileSink, SinkError, append, explained, json_bytes
-from serve.sources import Item
-from vlv.image import ImageError
+from serve.sinks import FolderSink, SinkError, append, explained, json_bytes
+from serve.sources import Item, is_image
 
 BLOCK = tarfile.BLOCKSIZE
 SHARD_BYTES = 1 << 30  # a shard that has grown beyond is followed by the next
 END = bytes(2 * BLOCK)  # closes a tar file
 
 
-class WebDatasetSink(FileSink):
+class WebDatasetSink(FolderSink):
     """A folder of shards; `_lock.jsonl` in it stays empty and keeps a second run out."""
 
+    journal_name = "_lock.jsonl"
     shard_bytes = SHARD_BYTES
     _fd = -1  # of the shard that is being filled
-
-    @property
-    def journal_path(self) -> Path:
-        return self.path / "_lock.jsonl"
 
     def _read(self) -> None:
         super()._read()
@@ -49,7 +44,7 @@ class WebDatasetSink(FileSink):
     def _take_up(self, shard: Path) -> int:
         """Note a shard's samples; returns where its last whole one ends."""
         end = 0
-        for after, record in samples(shard):
+        for after, record in samples(shard, self._samples):
             if record is None:
                 raise SinkError(f"{shard} holds something that is no sample of a run: choose another -o")
             self._done(record, shard)
@@ -58,20 +53,12 @@ class WebDatasetSink(FileSink):
         return end
 
     def caption(self, record: dict, item: Item) -> None:
+        data = sample(f"{self._samples:09}", item.read(), record)
         if self._fd < 0:
             self._open(self.path / f"{self._shards:06}.tar")
             self._shards += 1
-        name = f"{self._samples:09}"
-        extension = os.path.splitext(record["id"])[1].lower() or ".img"
-        text = "\n".join(captions_of(record)).encode()
-        try:
-            image = item.read()
-        except ImageError as error:  # it was there when it was decoded
-            self.error({"id": record["id"], "path": record["path"], "kind": error.kind, "error": str(error)})
-            return
-        parts = {extension: image, ".txt": text, ".json": json_bytes(record)}
         with explained(self._shard):
-            append(self._fd, b"".join(_member(name + extension, data) for extension, data in parts.items()))
+            append(self._fd, data)
             full = os.fstat(self._fd).st_size >= self.shard_bytes
         self._samples += 1
         if full:
@@ -98,18 +85,19 @@ class WebDatasetSink(FileSink):
             super().close()
 
 
-def samples(shard: Path) -> Iterator[tuple[int, dict | None]]:
-    """Per whole sample of a shard: where it ends, and its record (None for a foreign one)."""
+def samples(shard: Path, number: int) -> Iterator[tuple[int, dict | None]]:
+    """Per whole sample of a shard, whose first has this number: where it ends, and its record (None: a foreign one)."""
     size = shard.stat().st_size
     with open(shard, "rb") as file:
         while len(header := file.read(BLOCK)) == BLOCK and header.count(0) < BLOCK:
             try:
                 member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
             except (tarfile.TarError, UnicodeDecodeError):
+                member = None
+            if member is None or not member.name.startswith(f"{number:09}."):
                 yield 0, None
                 return
-            start = file.tell()
-            end = start + _padded(member.size)
+            end = file.tell() + _padded(member.size)
             if end > size:
                 return
             if member.name.endswith(".json"):
@@ -119,18 +107,23 @@ def samples(shard: Path) -> Iterator[tuple[int, dict | None]]:
                 except (ValueError, KeyError, TypeError):
                     record = None
                 yield end, record
+                number += 1
             file.seek(end)
+
+
+def sample(name: str, image: bytes, record: dict) -> bytes:
+    """An image, its captions and its record, as three members of a tar file."""
+    extension = os.path.splitext(record["id"])[1].lower() if is_image(record["id"]) else ".img"
+    text = "\n".join(captions_of(record)).encode()
+    parts = {extension: image, ".txt": text, ".json": json_bytes(record)}
+    return b"".join(_member(name + ending, content) for ending, content in parts.items())
 
 
 def _member(name: str, data: bytes) -> bytes:
     """A file inside a tar: header, content, padding."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
-    stream = io.BytesIO()
-    stream.write(info.tobuf(tarfile.USTAR_FORMAT))
-    stream.write(data)
-    stream.write(bytes(_padded(len(data)) - len(data)))
-    return stream.getvalue()
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(_padded(len(data)) - len(data))
 
 
 def _padded(size: int) -> int:

@@ -38,6 +38,12 @@ def why(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
+def one_line(error: BaseException, length: int = 300) -> str:
+    """An exception's type and message as one line of at most about `length` characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= length else text[:length] + "…"
+
+
 def hush() -> None:
     """Keep transformers' notes on torchvision and its bars of loading off the screen."""
     from transformers.utils import logging

@@ -171,6 +171,13 @@ def test_misuse(files, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_journal_stays_as_it_is(files, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("a line without an end")
+    words = ["judge", *files, "--url", "http://127.0.0.1:1", "--model", "m", "--journal", str(tmp_path / "notes.txt")]
+    assert main(words) == 2 and "no journal of answers: choose another --journal" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "a line without an end"
+
+
 def test_captions_that_do_not_match(scene_images, tmp_path, capsys):
     (tmp_path / "c.json").write_text('{"elsewhere.png": "a cat"}')
     words = ["judge", str(scene_images), "--captions", f"c={tmp_path / 'c.json'}", "--model", "m", "--estimate"]

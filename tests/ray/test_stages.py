@@ -15,7 +15,8 @@ from serve import ray_batch
 from serve.command import Misuse
 from serve.ray_stages import Decode, Encode, Write
 from serve.ray_store import Remote, Store, items_of, part, plan, unit_items
-from serve.sources import Item, SourceError
+from serve.sources import SourceError
+from vlv.config import VLVConfig
 from vlv.image import ImageError
 
 
@@ -88,6 +89,10 @@ def test_a_store_in_memory_as_object_stores_are():
     store.write("part-000000.parquet", b"x")
     store.write("errors/part-000000.parquet", b"y")
     assert store.names(".parquet") == {"part-000000.parquet"} and store.read("errors/part-000000.parquet") == b"y"
+    for _ in range(2):
+        store.remove("errors/part-000000.parquet")
+    with pytest.raises(FileNotFoundError):
+        store.read("errors/part-000000.parquet")
     with pytest.raises(FileNotFoundError):
         store.read("part-000001.parquet")
 
@@ -125,15 +130,36 @@ def captions_of(pictures: Path, checkpoint: Path) -> set[str]:
     return set(captioner.captions(crops, max_new_tokens=60))
 
 
-def test_a_tar_part_holds_images_and_records(scene_images):
-    from serve.ray_stages import tar
+def test_a_shard_that_loses_an_image_and_is_written_again(args, pictures):
+    """An image that is gone since it was decoded is an error, and none any more once the unit is done again."""
+    args.format, output = "webdataset", Path(args.output)
+    plan(Store(args.output), items_of(args.paths, "url"), {}, args.unit)
+    decode, encode, write = Decode(args), Encode(args), Write(args)
+    gone, content = pictures / "01.png", (pictures / "01.png").read_bytes()
+    try:
+        batch = encode(decode({"unit": np.array([0])}))
+        gone.unlink()
+        assert write(batch)["errors"] == 1
+        (error,) = parquet.read_table(output / "errors" / "part-000000.parquet").to_pylist()
+        assert error["id"] == str(gone) and error["kind"] == "missing"
+        gone.write_bytes(content)
+        assert write(batch)["captions"] == 4 and not [*(output / "errors").iterdir()]
+        with pytest.raises(RuntimeError, match="Ray has split unit 0, 3 of 4 rows came together"):
+            write({name: column[:3] for name, column in batch.items()})
+    finally:
+        decode._loop.run_until_complete(decode._pool.__aexit__())
+        write._loop.run_until_complete(write._engine.close())
+    with tarfile.open(output / "part-000000.tar") as shard:
+        members = {member.name: shard.extractfile(member).read() for member in shard}
+    assert [*members] == [f"{i:06}{kind}" for i in range(4) for kind in (".png", ".txt", ".json")]
+    record = json.loads(members["000001.json"])
+    assert members["000001.png"] == content and members["000001.txt"].decode() == record["caption"]
+    assert record["id"] == str(gone)
 
-    file = scene_images / "00.png"
-    record = {"id": str(file), "caption": "A cat.", "tokens": 3}
-    with tarfile.open(fileobj=io.BytesIO(tar([(Item(str(file), str(file)), record)]))) as shard:
-        content = {member.name: shard.extractfile(member).read() for member in shard}
-    assert content["000000.png"] == file.read_bytes() and content["000000.txt"] == b"A cat."
-    assert json.loads(content["000000.json"]) == record
+
+def test_the_page_says_how_many_images_a_unit_may_have():
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    assert f"with the published 3B checkpoint {ray_batch._most_images(VLVConfig()):,} images" in page
 
 
 def test_refused_in_one_sentence(command, capsys, tmp_path):
@@ -141,6 +167,7 @@ def test_refused_in_one_sentence(command, capsys, tmp_path):
         ("--ckpt", "/absent"): "error: --ckpt: no checkpoint at /absent",
         ("--llms", "3-1"): "'3-1' is neither a number of actors",
         ("--llm-gpu", "2"): "'2' is no share of a GPU",
+        ("--unit", "1000000"): "error: --unit 1000000: with this checkpoint at most",
     }.items():
         try:
             code = ray_batch.main([*command, *change])

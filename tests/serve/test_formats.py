@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,8 @@ from serve import FORMATS
 from serve.formats import sidecar, sink_class
 from serve.sinks import SinkError
 from serve.sources import Item, part_of
+from serve.webdataset import sample
+from vlv.image import ImageError
 
 WRITER = Path(__file__).with_name("killed_writer.py")
 KILLS = 50
@@ -40,9 +43,13 @@ def record(image: Path, **more) -> dict:
 
 
 def fill(sink, images, **more) -> None:
+    """As the pipeline does."""
     for image in images:
         if sink.finished.add(str(image)):
-            sink.caption(record(image, **more), Item(str(image), str(image)))
+            try:
+                sink.caption(record(image, **more), Item(str(image), str(image)))
+            except ImageError as error:
+                sink.error({"id": str(image), "kind": error.kind})
     sink.close()
 
 
@@ -61,9 +68,9 @@ def test_sidecars(images, tmp_path):
     fill(sink(resume=False), images, captions=["One.", "Two."])
     assert [sidecar(i).read_text() for i in images] == ["edited", "One.\nTwo.\n", "mine"]
     inside = sink_class("txt")(tmp_path / "d.jsonl", "m")
-    inside.caption(record(images[0], path="x.tar"), Item("x.tar/a.png", "x.tar", 512, 90))
+    with pytest.raises(ImageError, match="use --format webdataset"):
+        inside.caption(record(images[0], path="x.tar"), Item("x.tar/a.png", "x.tar", 512, 90))
     inside.close()
-    assert "use --format webdataset" in (tmp_path / "d.errors.jsonl").read_text()
 
 
 def test_coco(images, tmp_path):
@@ -82,9 +89,14 @@ def test_coco(images, tmp_path):
     assert len(json.loads((tmp_path / "c.json").read_text())["images"]) == 1
     with pytest.raises(SinkError, match=r"writes one JSON file: -o .*c\.json"):
         sink_class("coco")(tmp_path / "c.jsonl", "m")
+    (tmp_path / "c.jsonl").unlink()
+    with pytest.raises(SinkError, match=r"is there already, without its c\.jsonl"):
+        sink()
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(SinkError, match="is there already"):
-        sink_class("coco")(tmp_path / "other.json", "m")
+    for resume in (True, False):
+        with pytest.raises(SinkError, match="is there already, and not from a run"):
+            sink_class("coco")(tmp_path / "other.json", "m", resume)
+    assert (tmp_path / "other.json").read_text() == "{}"
 
 
 def test_webdataset(images, tmp_path):
@@ -102,11 +114,41 @@ def test_webdataset(images, tmp_path):
     assert json.loads((tmp_path / "shards.errors.jsonl").read_text())["kind"] == "missing"
     with pytest.raises(SinkError, match="holds captions of model m"):
         sink("other")
+    (tmp_path / "shards.old").mkdir()
     fill(sink("other", resume=False), [])
-    assert (tmp_path / "shards.old" / "000000.tar").exists()
+    assert (tmp_path / "shards.old2" / "000000.tar").exists() and (tmp_path / "shards.old").exists()
     (tmp_path / "shards" / "000000.tar").write_bytes(b"something else" * 100)
     with pytest.raises(SinkError, match="no sample of a run"):
         sink()
+
+
+def test_a_sample_is_named_by_what_it_holds():
+    """Whatever an id ends in: a tar member's name is short, and no other member has it."""
+    for name, ending in {"a.JPG": ".jpg", "a.json": ".img", "http://b/a.png?" + "x" * 200: ".img"}.items():
+        with tarfile.open(fileobj=io.BytesIO(sample("0", b"pixels", {"id": name, "caption": "A."}))) as shard:
+            assert shard.getnames() == [f"0{ending}", "0.txt", "0.json"]
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_that_is_no_output_stays_as_it_is(kind, resume, images, tmp_path):
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    before = {file: file.read_bytes() for file in images}
+    with pytest.raises(SinkError, match="images is there already, and no output of a run: choose another -o"):
+        sink_class(kind)(images[0].parent, "m", resume)
+    assert {file: file.read_bytes() for file in images[0].parent.iterdir()} == before
+
+
+def test_a_foreign_shard_among_ours_stays_as_it_is(images, tmp_path):
+    fill(sink_class("webdataset")(tmp_path / "shards", "m"), images)
+    foreign = tmp_path / "shards" / "000001.tar"
+    with tarfile.open(foreign, "w") as shard:
+        shard.add(images[0], "000000000.png")  # pictures alone: no record says where a sample ends
+    before = foreign.read_bytes()
+    with pytest.raises(SinkError, match="no sample of a run"):
+        sink_class("webdataset")(tmp_path / "shards", "m")
+    assert foreign.read_bytes() == before
 
 
 def test_parquet(images, tmp_path):
@@ -119,6 +161,16 @@ def test_parquet(images, tmp_path):
     assert [r["id"] for r in rows] == [str(i) for i in images]
     assert [r["captions"] for r in rows] == [["Picture a."], ["Picture b."], ["One.", "Two."]]
     assert rows[0]["encode_seconds"] == 0.5 and rows[0]["llm_seconds"] == 1.5 and rows[0]["tokens"] == 3
+
+
+def test_parquet_refuses_a_name_that_is_no_utf8(images, tmp_path):
+    """In a part there is no way to say it, and a record that waits for a part would stop every later run."""
+    pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    for _ in range(2):
+        fill(sink_class("parquet")(tmp_path / "c.parquet", "m"), [Path(os.fsdecode(b"caf\xe9.png")), *images])
+    error = json.loads((tmp_path / "c.errors.jsonl").read_text())
+    assert os.fsencode(error["id"]) == b"caf\xe9.png" and error["kind"] == "name"
+    assert (tmp_path / "c.parquet" / "part-00000.parquet").exists()
 
 
 def test_parquet_without_pyarrow(monkeypatch):

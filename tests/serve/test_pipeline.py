@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 
+from serve.formats import SidecarSink
 from serve.llm import Completion, EmbedsError, Engine, EngineError, LLMSpec, Sampling
 from serve.pipeline import Pipeline, PipelineConfig
 from serve.progress import Progress
@@ -48,9 +49,11 @@ def checkpoint(random_checkpoint) -> Checkpoint:
     return Checkpoint.open(random_checkpoint)
 
 
-def caption(checkpoint, paths, output, engine=None, **config) -> tuple[Progress, list[dict], list[dict]]:
+def caption(
+    checkpoint, paths, output, engine=None, sink_class=FileSink, **config
+) -> tuple[Progress, list[dict], list[dict]]:
     engine = engine or Fake(LLMSpec.of(checkpoint), max_tokens=20, in_flight=4)
-    progress, sink = Progress(), FileSink(output, checkpoint.hash)
+    progress, sink = Progress(), sink_class(output, checkpoint.hash)
     settings = PipelineConfig(Sampling(20), **{"prompt_batch": 4, "workers": 1, **config})
     try:
         asyncio.run(Pipeline(checkpoint, engine, sink, settings, progress).run(expand([str(p) for p in paths])))
@@ -138,6 +141,13 @@ def test_bad_images_are_records_of_their_own(checkpoint, scene_images, tmp_path)
     assert all(e["error"] and e["path"] == e["id"] for e in errors)
     progress, *_ = caption(checkpoint, [folder], tmp_path / "c.jsonl")
     assert progress.skipped == 7 and progress.finished == 0
+
+
+def test_what_the_output_cannot_hold_has_failed(checkpoint, scene_images, tmp_path):
+    (tmp_path / "a.png").symlink_to(scene_images / "00.png")
+    (tmp_path / "a.txt").write_text("mine")
+    progress, _, errors = caption(checkpoint, [tmp_path], tmp_path / "c.jsonl", sink_class=SidecarSink)
+    assert (progress.captioned, progress.failed) == (0, 1) and errors[0]["kind"] == "exists"
 
 
 def test_embeddings_that_overflow_cost_one_image(checkpoint, scene_images, tmp_path):

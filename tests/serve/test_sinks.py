@@ -57,6 +57,23 @@ def test_only_a_torn_line(output):
     assert output.read_bytes() == b""
 
 
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 a photo\n of two lines", b"a note", b'{"info": {}}'])
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.errors.jsonl"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_file_that_is_no_output_stays_as_it_is(output, name, content, resume):
+    """As with `-o *.jpg`, where the shell makes the first photo the output."""
+    file = output.with_name(name)
+    file.parent.mkdir()
+    file.write_bytes(content)
+    if resume or file == output:
+        with pytest.raises(SinkError, match="is there already, and no file of captions: choose another -o"):
+            FileSink(output, "m", resume)
+    else:
+        FileSink(output, "m", resume).close()
+        file = file.with_name(name + ".old")
+    assert file.read_bytes() == content
+
+
 def test_file_names_that_are_no_utf8(output):
     name = os.fsdecode(b"caf\xe9.jpg")
     sink = FileSink(output, "m")

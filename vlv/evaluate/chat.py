@@ -25,6 +25,7 @@ T = TypeVar("T")
 CHARACTERS = 4  # of English text in a token, about: for the estimate only
 RETRIES = 5  # of a question that a busy server turns away
 THOUGHTS = 2000  # tokens that a reasoning model may think
+HEAD = b'{"digest": "'  # of every line of a journal
 
 
 class ChatError(RuntimeError):
@@ -94,7 +95,12 @@ class Chat:
         self.journal: Path = args.journal or (args.out or Path("estimate")).with_suffix(".journal.jsonl")
         self.answers: dict[str, dict] = {}
         if self.journal.exists():
-            for line in self.journal.read_bytes().splitlines(keepends=True):
+            content = self.journal.read_bytes()
+            if not HEAD.startswith(content[: len(HEAD)]):
+                raise cli.Misuse(
+                    f"{self.journal} is there already, and no journal of answers: choose another --journal"
+                )
+            for line in content.splitlines(keepends=True):
                 if line.endswith(b"\n"):  # a kill may leave half a line at the end; it is asked again
                     record = json.loads(line)
                     self.answers[record["digest"]] = record
