@@ -18,7 +18,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.decode import DecodePool, default_workers
+from serve.decode import DecodeError, DecodePool, default_workers
 from serve.limits import Refusal
 from serve.llm import Completion, EmbedsError, Engine, EngineError, Sampling
 from serve.metrics import Metrics
@@ -79,9 +79,12 @@ class Service:
         try:
             await part()
         except Exception as error:
-            self.ready = False
-            if not self.failure.done():
-                self.failure.set_exception(error)
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.ready = False
+        if not self.failure.done():
+            self.failure.set_exception(error)
 
     async def crop(self, content: bytes):
         """An image file's pixels as the encoder takes them: uint8 [3, S, S]. Raises Refusal."""
@@ -119,6 +122,10 @@ class Service:
             self._pool.release(slot)
             self.metrics.images.labels(error.kind).inc()
             raise Refusal(400, "image", f"the image cannot be used: {error}") from error
+        except DecodeError as error:
+            self._pool.release(slot)
+            self._give_up(error)
+            raise Refusal(503, "decode", "images cannot be decoded any more: the server ends", 30) from error
         except BaseException:
             self._pool.release(slot)
             raise

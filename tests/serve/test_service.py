@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 import torch
 
+from serve.decode import DecodeError
+from serve.limits import Refusal
 from serve.llm import LLMSpec, Sampling
 from serve.service import Service, ServiceConfig
 from tests.serve.serving import Scripted
@@ -82,3 +85,24 @@ def test_pictures_gather_while_the_language_model_is_full(captioning_checkpoint,
     gate = None
     asyncio.run(run())
     assert sizes == [1, 1, 1, 3]
+
+
+def test_a_service_that_cannot_decode_gives_up(captioning_checkpoint, monkeypatch):
+    """It refuses, and whoever runs it learns why it has to end."""
+    checkpoint = Checkpoint.open(captioning_checkpoint)
+    monkeypatch.setattr("serve.decode._work", print)  # ends at once
+
+    async def run():
+        service = Service(checkpoint, lambda: Scripted(LLMSpec.of(checkpoint), 10, 8), ServiceConfig(workers=1))
+        await service.start()
+        try:
+            for _ in range(2):
+                with pytest.raises(Refusal) as refused:
+                    await service.embed(b"")
+                assert refused.value.status == 503 and not service.ready
+            with pytest.raises(DecodeError, match="did not start"):
+                service.failure.result()
+        finally:
+            await service.close()
+
+    asyncio.run(run())
