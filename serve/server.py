@@ -143,11 +143,24 @@ async def listen(app, args: argparse.Namespace, routes, failure: asyncio.Future,
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class Protocol(HttpToolsProtocol):
-        """A connection that must send the head of a request in time."""
+        """A connection that must send the head of each request in time."""
+
+        slow: asyncio.TimerHandle | None = None  # while a head is awaited
 
         def connection_made(self, transport):
             super().connection_made(transport)
-            self.loop.call_later(header_seconds, lambda: None if self.cycle else transport.close())
+            self.slow = self.loop.call_later(header_seconds, transport.close)
+
+        def data_received(self, data):
+            if not self.slow and (not self.cycle or self.cycle.response_complete):  # the next request on it
+                self.slow = self.loop.call_later(header_seconds, self.transport.close)
+            super().data_received(data)
+
+        def on_headers_complete(self):
+            if self.slow:
+                self.slow.cancel()
+                self.slow = None
+            super().on_headers_complete()
 
     class Server(uvicorn.Server):
         """uvicorn without its signal handlers: ours decide."""
