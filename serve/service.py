@@ -103,16 +103,15 @@ class Service:
 
     async def _slot(self, content: bytes) -> int:
         """Decode into a slot of the pool. Raises Refusal."""
-        decoding = asyncio.create_task(self._decode(content))
-        try:
-            with self.metrics.stage("decode"):
+        with self.metrics.stage("decode"):
+            decoding = asyncio.create_task(self._decode(content, await self._pool.slot()))
+            try:
                 return await asyncio.shield(decoding)
-        except asyncio.CancelledError:  # the process writes into the slot until it answers
-            decoding.add_done_callback(self._release_late)
-            raise
+            except asyncio.CancelledError:  # the process writes into the slot until it answers
+                decoding.add_done_callback(self._release_late)
+                raise
 
-    async def _decode(self, content: bytes) -> int:
-        slot = await self._pool.slot()
+    async def _decode(self, content: bytes, slot: int) -> int:
         memory = os.memfd_create("image")  # the process reads it there: a pipe would make us wait for its reader
         try:
             with open(memory, "wb", closefd=False) as file:
@@ -147,11 +146,14 @@ class Service:
             await self._room.wait()
             while len(batch) < self.config.batch and not self._crops.empty():
                 batch.append(self._crops.get_nowait())
-            crops = self._pool.crops[[slot for slot, _ in batch]]  # a copy
+            wanted = [(slot, answer) for slot, answer in batch if not answer.done()]  # the others' clients have left
+            crops = self._pool.crops[[slot for slot, _ in wanted]]  # a copy
             for slot, _ in batch:
                 self._pool.release(slot)
+            if not wanted:
+                continue
             rows = await loop.run_in_executor(self._encoding, encoder, crops)
-            for (_, answer), row in zip(batch, rows, strict=True):
+            for (_, answer), row in zip(wanted, rows, strict=True):
                 if not answer.done():  # nobody waits for it any more
                     answer.set_result(row.clone())
 

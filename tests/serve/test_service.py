@@ -106,3 +106,35 @@ def test_a_service_that_cannot_decode_gives_up(captioning_checkpoint, monkeypatc
             await service.close()
 
     asyncio.run(run())
+
+
+def test_what_nobody_waits_for_costs_nothing_more(captioning_checkpoint, scene_images, monkeypatch):
+    """A request that is given up frees its turn: before it is decoded, and before it is encoded."""
+    checkpoint, content, sizes = Checkpoint.open(captioning_checkpoint), (scene_images / "00.png").read_bytes(), []
+    spec = LLMSpec.of(checkpoint)
+
+    def encode(crops):
+        sizes.append(len(crops))
+        return torch.zeros(len(crops), spec.queries, spec.width)
+
+    monkeypatch.setattr("serve.service.open_encoder", lambda *_: encode)
+
+    async def run():
+        service = Service(checkpoint, lambda: Scripted(spec, 10, in_flight=2), ServiceConfig(batch=1, workers=1))
+        await service.start()
+        service._room.clear()
+        try:
+            asking = [asyncio.create_task(service.embed(content)) for _ in range(20)]
+            async with asyncio.timeout(60):
+                while len(service._pool._free) or service._crops.qsize() < 2:
+                    await asyncio.sleep(0.05)
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+            service._room.set()
+            await service.embed(content)
+            assert sizes == [1] and len(service._pool._free) == 3
+        finally:
+            await service.close()
+
+    asyncio.run(run())
