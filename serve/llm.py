@@ -160,8 +160,12 @@ class Engine(ABC):
 
     @property
     def alive(self) -> bool:
-        """Whether it can still answer, once it has started."""
+        """Whether it can still answer, once it has started; where not, it has to be started again."""
         return True
+
+    async def healthy(self) -> bool:
+        """Whether it answers now."""
+        return self.alive
 
     @abstractmethod
     async def close(self) -> None:

@@ -52,7 +52,7 @@ class Service:
         self._encoding = ThreadPoolExecutor(1, "encoder")
         self._crops: asyncio.Queue[tuple[int, asyncio.Future]] = asyncio.Queue()
         self._tasks: list[asyncio.Task] = []
-        self._writing, self._restarts, self._trouble, self._room = 0, 0, asyncio.Event(), asyncio.Event()
+        self._writing, self._restarts, self._room = 0, 0, asyncio.Event()
         self._room.set()
         self.metrics.watch("ready", lambda: self.ready)
         self.metrics.watch("encoder_queue", self._crops.qsize)
@@ -174,6 +174,7 @@ class Service:
     @asynccontextmanager
     async def _writes(self):
         self.check_ready()
+        engine = self.engine
         self._write(1)
         try:
             with self.metrics.stage("llm"):
@@ -184,9 +185,9 @@ class Service:
             self.metrics.images.labels("encoder").inc()
             raise Refusal(400, "image", f"the image cannot be captioned: {error}") from error
         except EngineError as error:
-            self.ready = False
-            self._trouble.set()
-            raise Refusal(503, "engine", "the language model has died and is being started again", 30) from error
+            self.ready = self.ready and await self.engine.healthy()
+            told = "did not answer" if engine.alive else "has died and is being started again"
+            raise Refusal(503, "engine", f"the language model {told}", 30) from error
         finally:
             self._write(-1)
 
@@ -204,9 +205,9 @@ class Service:
         await self.engine.start()
         while True:
             self.ready = True
-            self._trouble.clear()
-            while self.engine.alive and not self._trouble.is_set():
+            while self.engine.alive:
                 await asyncio.sleep(WATCH)
+                self.ready = self.ready or await self.engine.healthy()
             self.ready = False
             self._restarts += 1
             if self._restarts > RESTARTS:

@@ -9,10 +9,17 @@ import torch
 
 from serve.decode import DecodeError
 from serve.limits import Refusal
-from serve.llm import LLMSpec, Sampling
+from serve.llm import EngineError, LLMSpec, Sampling
 from serve.service import Service, ServiceConfig
+from serve.transformers_engine import TransformersEngine
 from tests.serve.serving import Scripted
 from vlv.checkpoint import Checkpoint
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 def test_the_encoder_is_the_one_that_is_asked_for(captioning_checkpoint, scene_images, monkeypatch, tmp_path):
@@ -57,11 +64,6 @@ def test_pictures_gather_while_the_language_model_is_full(captioning_checkpoint,
 
     async def captioned(service):
         await service.caption(await service.embed(content), Sampling(4))
-
-    async def until(condition):
-        async with asyncio.timeout(20):
-            while not condition():
-                await asyncio.sleep(0.01)
 
     async def run():
         nonlocal gate
@@ -125,9 +127,7 @@ def test_what_nobody_waits_for_costs_nothing_more(captioning_checkpoint, scene_i
         service._room.clear()
         try:
             asking = [asyncio.create_task(service.embed(content)) for _ in range(20)]
-            async with asyncio.timeout(60):
-                while len(service._pool._free) or service._crops.qsize() < 2:
-                    await asyncio.sleep(0.05)
+            await until(lambda: not service._pool._free and service._crops.qsize() == 2)
             for task in asking:
                 task.cancel()
             await asyncio.gather(*asking, return_exceptions=True)
@@ -136,5 +136,67 @@ def test_what_nobody_waits_for_costs_nothing_more(captioning_checkpoint, scene_i
             assert sizes == [1] and len(service._pool._free) == 3
         finally:
             await service.close()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_fails_alone_costs_no_other(captioning_checkpoint):
+    """The engine lives, so it is not started again; new requests are refused only while it is ill."""
+    checkpoint = Checkpoint.open(captioning_checkpoint)
+    spec = LLMSpec.of(checkpoint)
+    embeds = torch.zeros(spec.queries, spec.width)
+
+    class Choosy(Scripted):
+        well, starts, pace = True, 0, 0.02
+
+        async def tokens(self, embeds, sampling, every):
+            if sampling.seed:
+                raise EngineError("not this one")
+            async for token in super().tokens(embeds, sampling, every):
+                yield token
+
+        async def healthy(self):
+            return self.well
+
+    async def run():
+        service = Service(checkpoint, lambda: Choosy(spec, 100, 8), ServiceConfig(workers=1))
+        await service.start()
+        try:
+            await until(lambda: service.ready)
+            other = asyncio.create_task(service.caption(embeds, Sampling(20)))
+            await until(lambda: service._writing)
+            for well in (True, False):
+                Choosy.well = well
+                with pytest.raises(Refusal, match="did not answer"):
+                    await service.caption(embeds, Sampling(20, seed=1))
+                assert service.ready == well
+            await asyncio.sleep(1)
+            assert not service.ready
+            Choosy.well = True
+            await until(lambda: service.ready)
+            assert len((await other).token_ids) == 20 and Choosy.starts == 1
+        finally:
+            await service.close()
+
+    asyncio.run(run())
+
+
+def test_transformers_is_dead_after_a_batch_that_failed(captioning_checkpoint):
+    """In CUDA all that follow would fail too; nobody waits for them in vain."""
+    spec = LLMSpec.of(Checkpoint.open(captioning_checkpoint))
+    embeds = torch.zeros(spec.queries, spec.width)
+
+    async def run():
+        engine = TransformersEngine(spec, 10, in_flight=1)
+        await engine.start()
+        assert engine.alive
+        engine._llm.generate = None
+        asked = [engine.generate(embeds, Sampling(2)) for _ in range(2)]
+        for failure in await asyncio.gather(*asked, return_exceptions=True):
+            assert isinstance(failure, EngineError)
+        assert not engine.alive
+        with pytest.raises(EngineError, match="has failed"):
+            await engine.generate(embeds, Sampling(2))
+        await engine.close()
 
     asyncio.run(run())
