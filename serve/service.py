@@ -198,7 +198,7 @@ class Service:
     def check_ready(self) -> None:
         """Raise Refusal 503 while no captions can be written."""
         if not self.ready:
-            raise Refusal(503, "not_ready", "the models are being loaded", 10)
+            raise Refusal(503, "not_ready", "the models are being loaded, or do not answer", 10)
 
     async def _keep_engine(self) -> None:
         """Start the engine, and again whenever it has died."""
