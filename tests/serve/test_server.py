@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import subprocess
@@ -190,6 +191,8 @@ def test_curl(server, keys, picture, scene_images, tmp_path):
         ({"n": 2}, 400, "n above 1 draws captions"),
         ({"n": 17, "temperature": 1}, 400, "n must be a whole number from 1 to 16"),
         ({"n": 2, "temperature": 1, "stream": True}, 400, "stream goes with n = 1"),
+        ({"n": 2, "temperature": 1, "stream": True, "url": "data:,no picture"}, 400, "stream goes with n = 1"),
+        ({"n": 7, "temperature": 1, "url": "data:,no picture"}, 400, "7 captions in one request: at most 6"),
         ({"seed": True}, 400, "seed must be a whole number"),
         ({"tools": []}, 400, "tools is not supported"),
         ({"top_p": 0.5}, 400, "top_p is not supported"),
@@ -253,6 +256,14 @@ def test_rates_and_concurrency_of_a_key(post, picture, pace):
     assert post("/v1/captions", "narrow", json={"images": [picture] * 2}).status_code == 200
 
 
+def test_several_captions_of_several_images_are_admitted_together(post, picture):
+    """Or not at all, and not one after another once the work has begun."""
+    answer = post("/v1/captions", json={"images": [picture] * 4, "n": 2, "temperature": 1})
+    assert answer.status_code == 400 and "8 captions in one request: at most 6" in answer.text
+    answer = post("/v1/captions", json={"images": [picture] * 3, "n": 2, "temperature": 1})
+    assert answer.status_code == 200 and len(answer.json()["captions"]) == 3
+
+
 def test_overload_is_refused_at_once(post, picture, pace, server):
     pace(0.02)
     answers = []
@@ -310,6 +321,36 @@ def test_an_engine_that_dies_is_started_again(server, post, picture, pace):
     pace(0.001)
     assert post("/v1/captions", json={"images": [picture]}).json()["captions"][0]["caption"] == CLEAN
     assert "vlv_engine_restarts_total 1.0" in httpx.get(server.url + "/metrics").text
+
+
+def metric(server, name: str) -> float:
+    lines = httpx.get(server.url + "/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def test_the_first_text_counts_from_the_request(server, post, picture, pace, monkeypatch):
+    """Through all stages, and to what a client can read: the first sentence, not the first token."""
+    embed = server.service.embed
+
+    async def slow(content):
+        await asyncio.sleep(0.3)
+        return await embed(content)
+
+    monkeypatch.setattr(server.service, "embed", slow)
+    pace(0.05)
+    before = metric(server, "vlv_first_token_seconds_sum")
+    assert post("/v1/chat/completions", json={"messages": message(picture), "stream": True}).status_code == 200
+    assert 0.3 + 5 * 0.05 < metric(server, "vlv_first_token_seconds_sum") - before < 4
+
+
+def test_an_unexpected_error_is_counted(server, post, picture, monkeypatch):
+    async def broken(content):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(server.service, "embed", broken)
+    answer = post("/v1/chat/completions", json={"messages": message(picture)})
+    assert answer.status_code == 500 and "see the server's log" in answer.text and idle(server)
+    assert metric(server, 'vlv_requests_total{route="/v1/chat/completions",status="500"}') == 1
 
 
 def test_draining_refuses_what_is_new(server, post, picture):
