@@ -202,10 +202,21 @@ class Engine(ABC):
         yield Completion(text.rest(), [], "length")
 
     def _load_tokenizer(self) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(self.spec.folder)
+        self._tokenizer = load_tokenizer(self.spec.folder)
         self.end = self._tokenizer.eos_token_id
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a language model's folder. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no tokenizer: {one_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes up an empty one for some models
+        raise CheckpointError(f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json there")
+    return tokenizer
 
 
 def one_line(error: BaseException, length: int = 300) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.command import (
+    ListenError,
     Misuse,
     Model,
     Parser,
@@ -56,12 +57,18 @@ def listening_arguments() -> Parser:
     """For whatever listens at a port: where, whom it lets in, and how long it waits."""
     p = Parser(add_help=False)
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    p.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
+    p.add_argument("--port", type=_port, default=8000, help="port to listen at (8000)")
     p.add_argument("--keys", type=Path, metavar="FILE", help="hashes of the API keys that are let in (see --new-key)")
     p.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
     p.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
     p.add_argument("--drain", type=positive, default=60, metavar="S", help="seconds to finish at SIGTERM (60)")
     return p
+
+
+def _port(text: str) -> int:
+    if text.isdecimal() and 0 < int(text) < 1 << 16:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no port: a whole number from 1 to 65535")
 
 
 def serving_arguments() -> Parser:
@@ -189,7 +196,7 @@ async def listen(app, args: argparse.Namespace, routes, failure: asyncio.Future,
         await server.serve()
     except SystemExit as error:  # uvicorn's way to say that it cannot listen; its log has said why
         place = f"{args.host}:{args.port}"
-        raise OSError(f"cannot listen at {place}: another server has the port, or it is not allowed") from error
+        raise ListenError(f"cannot listen at {place}: another server has the port, or it is not allowed") from error
     if failure.done():
         failure.result()
     return 0

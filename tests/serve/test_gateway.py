@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -63,3 +64,16 @@ def test_a_stream_that_is_left_is_cancelled_before_its_place_is_free(checkpoint)
         assert Scripted.running == 0
 
     asyncio.run(run())
+
+
+def test_a_port_that_cannot_be_had(checkpoint, capsys):
+    args = ["--ckpt", str(checkpoint.folder), "--llm-url", "http://127.0.0.1:9", "--port"]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert gateway.main([*args, str(port)]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"error: cannot listen at 127.0.0.1:{port}: another server has the port, or it is not allowed"
+    for port in ("70000", "0", "x"):
+        with pytest.raises(SystemExit):
+            gateway.main([*args, port])
+        assert f"argument --port: '{port}' is no port" in capsys.readouterr().err
