@@ -18,7 +18,7 @@ import urllib.parse
 from contextlib import aclosing
 
 from serve.command import Misuse, Parser, debug_argument, model_arguments, run
-from serve.server import EXIT_CODES, listen, listening_arguments, loopback, read_keys
+from serve.server import EXIT_CODES, in_loop, listen, listening_arguments, loopback, read_keys
 
 HEADER = "x-vlv-sampling"
 WISHES = {"max_tokens", "temperature", "seed", "stream"}  # what it may hold
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run(lambda args: asyncio.run(_serve(args)), parser().parse_args(argv))
+    return run(in_loop(_serve), parser().parse_args(argv))
 
 
 class Upstream:
