@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import uvloop
+
 from benchmarks.machine import describe
 from benchmarks.serve_fuzz import scene
 
@@ -46,12 +48,12 @@ def main() -> None:
     p.add_argument("-o", "--output", default=str(ROOT / "benchmarks" / "serve.json"), metavar="JSON")
     args = p.parse_args()
     if args.client:
-        print(json.dumps(asyncio.run(client(*args.client, args))))
+        print(json.dumps(uvloop.run(client(*args.client, args))))
         return
     report = {
         "command": shlex.join(["python", "-m", "benchmarks.serve", *sys.argv[1:]]),
         **describe(),
-        **asyncio.run(measure(args)),
+        **uvloop.run(measure(args)),
     }
     Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

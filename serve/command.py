@@ -57,6 +57,10 @@ def debug_argument(shows: str = "tracebacks") -> Parser:
     return p
 
 
+class ListenError(RuntimeError):
+    """The address cannot be listened at."""
+
+
 @dataclass(frozen=True)
 class Model:
     """What model_arguments and engine_arguments say, checked as far as that goes without loading anything."""
@@ -125,7 +129,7 @@ def verdict(error: Exception) -> tuple[int, str]:
 
     if isinstance(error, Misuse | SourceError | OptionError):
         return 2, str(error)
-    if isinstance(error, SinkError | CheckpointError | ArtifactError | EngineError | DecodeError):
+    if isinstance(error, SinkError | CheckpointError | ArtifactError | EngineError | DecodeError | ListenError):
         return 1, str(error)
     if isinstance(error, ModuleNotFoundError):
         return 1, f"{error.name} is not installed (python -m serve.vllm_caption --doctor says how)"

@@ -95,6 +95,7 @@ class DecodePool:
         self._available = asyncio.Semaphore(slots)
         self._count, self._workers, self._max_pixels = workers, [], max_pixels
         self._backlog: deque[_Job] = deque()
+        self._broken: DecodeError | None = None
 
     async def __aenter__(self) -> DecodePool:
         for _ in range(self._count):
@@ -122,6 +123,8 @@ class DecodePool:
 
     async def decode(self, item: Item, slot: int) -> tuple[float, float]:
         """Decode into `crops[slot]`; when that began and ended. Raises ImageError, or DecodeError."""
+        if self._broken:
+            raise self._broken
         answer = asyncio.get_running_loop().create_future()
         self._backlog.append((item, slot, answer))
         self._deal()
@@ -162,9 +165,9 @@ class DecodePool:
         self._workers.remove(worker)
         ending = _ending(worker.process)
         if not worker.ready:
-            failure = DecodeError(f"a decode process did not start ({ending}): its message is above")
+            self._broken = DecodeError(f"a decode process did not start ({ending}): its message is above")
             for job in [*worker.waiting, *self._backlog]:
-                _settle(job, failure)
+                _settle(job, self._broken)
             self._backlog.clear()
             return
         if worker.waiting:

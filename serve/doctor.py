@@ -40,6 +40,7 @@ NEEDS = (
     Need("tensorrt_rtx_bindings", ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"), "TensorRT-RTX engines", "rtx"),
     Need("starlette", ("starlette",), "the server", "serve"),
     Need("uvicorn", ("uvicorn",), "the server", "serve"),
+    Need("uvloop", ("uvloop",), "the server", "serve"),
     Need("httptools", ("httptools",), "the server", "serve"),
     Need("multipart", ("python-multipart",), "the server's uploads", "serve"),
     Need("aiohttp", ("aiohttp",), "images by URL, --llm-url", "serve"),

@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import urllib.parse
+from contextlib import aclosing
 
 from serve.command import Misuse, Parser, debug_argument, model_arguments, run
-from serve.server import EXIT_CODES, listen, listening_arguments, loopback, read_keys
+from serve.server import EXIT_CODES, in_loop, listen, listening_arguments, loopback, read_keys
 
 HEADER = "x-vlv-sampling"
+WISHES = {"max_tokens", "temperature", "seed", "stream"}  # what it may hold
 WATCH = 1  # seconds between looks at vLLM
 
 
@@ -36,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run(lambda args: asyncio.run(_serve(args)), parser().parse_args(argv))
+    return run(in_loop(_serve), parser().parse_args(argv))
 
 
 class Upstream:
@@ -88,35 +91,56 @@ def routes(upstream: Upstream, keys, admission, bounds):
             return self.application({"/v1/generate": self.generate}, {"/v1/models": self.models})
 
         async def generate(self, request, place):
-            try:
-                fields = json.loads(request.headers.get(HEADER, "{}"))
-                stream = fields.pop("stream", False)
-            except (ValueError, AttributeError, RecursionError) as error:
-                raise Refusal(400, "invalid_request", f"the header {HEADER} is no JSON object") from error
-            sampling = api.wish({k: v for k, v in fields.items() if v != []}, engine.max_tokens).sampling
+            fields = wishes_of(request.headers.get(HEADER, "{}"))
+            stream = fields.get("stream", False)
+            sampling = api.wish(fields, engine.max_tokens).sampling
             embeds = embeds_of(await read_bytes(request, self.bounds.body_seconds), spec)
-            events = self._events_of(engine.tokens(embeds, sampling, bool(stream)))
             if stream:
-                return (api.event(event) async for event in events)
-            ids = [i async for event in events for i in event["choices"][0]["token_ids"]]
-            self.metrics.tokens.inc(len(ids))
+                return self._stream(embeds, sampling)
+            async with aclosing(self._steps(embeds, sampling, False)) as steps:
+                ids = [i async for step in steps for i in step]
             reason = "stop" if engine.end in ids else "length"
             return {"choices": [{"token_ids": ids, "finish_reason": reason}]}
 
-        async def _events_of(self, steps):
-            try:
+        async def _stream(self, embeds, sampling):
+            async with aclosing(self._steps(embeds, sampling, True)) as steps:
                 async for ids in steps:
-                    yield {"choices": [{"token_ids": ids, "finish_reason": None}]}
+                    yield api.event({"choices": [{"token_ids": ids, "finish_reason": None}]})
+
+        async def _steps(self, embeds, sampling, every: bool):
+            """Closed with the request: vLLM's own is cancelled before the place is free."""
+            try:
+                async with aclosing(engine.tokens(embeds, sampling, every)) as steps:
+                    async for ids in steps:
+                        self.metrics.tokens.inc(len(ids))
+                        yield ids
             except EmbedsError as error:
                 raise Refusal(400, "invalid_request", str(error)) from error
             except EngineError as error:
                 raise Refusal(503, "engine", "the language model does not answer", 10) from error
 
         async def models(self, _):
-            entry = {"id": "vlv", "object": "model", "accepts": "safetensors"}
+            entry = {"id": "vlv", "object": "model", "accepts": "safetensors", "max_tokens": engine.max_tokens}
             return JSONResponse({"data": [{**entry, "queries": spec.queries, "width": spec.width}]})
 
     return Gateway(upstream, keys, admission, bounds)
+
+
+def wishes_of(header: str) -> dict:
+    """The fields of the header. Raises Refusal for what cannot be honoured here."""
+    from serve.limits import Refusal
+
+    try:
+        fields = json.loads(header)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise Refusal(400, "invalid_request", f"the header {HEADER} is no JSON object")
+    if others := sorted(fields.keys() - WISHES):
+        raise Refusal(400, "invalid_request", f"{HEADER} holds {', '.join(sorted(WISHES))}, not {others[0][:40]}")
+    if not isinstance(fields.get("stream", False), bool):
+        raise Refusal(400, "invalid_request", "stream must be true or false")
+    return fields
 
 
 def embeds_of(content: bytes, spec):
@@ -159,6 +183,7 @@ async def _serve(args: argparse.Namespace) -> int:
     except (CheckpointError, ValueError) as error:
         raise Misuse(str(error)) from error
     engine = RemoteEngine(spec, max_tokens, args.in_flight, args.debug, Options(url=args.llm_url))
+    engine.patience = math.inf  # vLLM may take long to load, and to come back
     upstream = Upstream(engine, Metrics())
     bounds = Bounds(args.deadline, 20, spec.queries * spec.width * 4 + 4096, 1)  # float32, and a header
     gateway = routes(upstream, keys, Admission(args.in_flight), bounds)

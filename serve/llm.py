@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from serve.detokenize import Detokenizer
 from vlv.checkpoint import Checkpoint, CheckpointError
-from vlv.command import one_line as one_line  # for serve.remote_engine
+from vlv.command import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,8 +161,12 @@ class Engine(ABC):
 
     @property
     def alive(self) -> bool:
-        """Whether it can still answer, once it has started."""
+        """Whether it can still answer, once it has started; where not, it has to be started again."""
         return True
+
+    async def healthy(self) -> bool:
+        """Whether it answers now."""
+        return self.alive
 
     @abstractmethod
     async def close(self) -> None:
@@ -199,10 +203,21 @@ class Engine(ABC):
         yield Completion(text.rest(), [], "length")
 
     def _load_tokenizer(self) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(self.spec.folder)
+        self._tokenizer = load_tokenizer(self.spec.folder)
         self.end = self._tokenizer.eos_token_id
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a language model's folder. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no tokenizer: {one_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes up an empty one for some models
+        raise CheckpointError(f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json there")
+    return tokenizer
 
 
 def engine_class(name: str) -> type[Engine]:

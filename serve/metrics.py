@@ -26,7 +26,9 @@ class Metrics:
         self.tokens = make(Counter, "caption_tokens", "Tokens written")
         self.restarts = make(Counter, "engine_restarts", "Times that the language model had to be started again")
         self.stages = make(Histogram, "stage_seconds", "Time of an image in a stage", ("stage",), buckets=SECONDS)
-        self.first_token = make(Histogram, "first_token_seconds", "From request to first text", buckets=SECONDS)
+        self.first_token = make(
+            Histogram, "first_token_seconds", "From a request, once it has arrived, to its first text", buckets=SECONDS
+        )
         self._gauges = {
             name: make(Gauge, name, about)
             for name, about in (

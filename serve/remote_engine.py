@@ -11,20 +11,20 @@ import asyncio
 import base64
 import io
 import json
+import math
 import os
 import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from serve.llm import EmbedsError, Engine, EngineError, Sampling, one_line
+from serve.llm import EmbedsError, Engine, EngineError, OptionError, Sampling
+from vlv.command import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RETRIES = 5  # of one request
-PATIENCE = 60  # seconds that a server which does not answer yet is waited for
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers that another attempt may better
 KEY = "VLV_API_KEY"  # environment variable with the key that the server asks for
 
@@ -34,29 +34,37 @@ class RemoteEngine(Engine):
 
     name = "remote"
     takes = frozenset({"url"})
+    patience = 60.0  # seconds that a server which does not answer yet is waited for
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if not self.options.url:
+            raise OptionError("--engine remote needs --llm-url, the server that runs the language model")
 
     async def start(self) -> None:
         import aiohttp
 
-        if not self.options.url:
-            raise EngineError("--engine remote needs --llm-url, the server that runs the language model")
         self._load_tokenizer()
         headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
-        connector = aiohttp.TCPConnector(limit=2 * self.in_flight, keepalive_timeout=60)
+        connector = aiohttp.TCPConnector(limit=self.in_flight, keepalive_timeout=60)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=300)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
         self._base = self.options.url.rstrip("/").removesuffix("/v1") + "/v1"
         model = await self._first_answer()
         self._model, self._gateway = model["id"], model.get("accepts") == "safetensors"
-        served = model.get("width", self.spec.width)
-        if served != self.spec.width:
-            raise EngineError(f"{self._base} runs a model of width {served}, and this encoder's is {self.spec.width}")
+        for name, ours in (("width", self.spec.width), ("queries", self.spec.queries)):
+            if (served := model.get(name, ours)) != ours:
+                raise EngineError(f"{self._base} takes embeddings of {name} {served}, and this encoder's have {ours}")
+        # a gateway says how long captions may be, vLLM how long prompt and caption
+        most = model.get("max_tokens") or (model.get("max_model_len") or math.inf) - self.spec.queries
+        if self.max_tokens > most:
+            raise EngineError(f"{self._base} writes up to {most} tokens a caption: give --max-tokens {most} or less")
 
     async def _first_answer(self) -> dict:
         """The server's model, as soon as it answers."""
         import aiohttp
 
-        deadline = asyncio.get_running_loop().time() + PATIENCE
+        deadline = asyncio.get_running_loop().time() + self.patience
         while True:
             try:
                 async with self._session.get(f"{self._base}/models") as answer:
@@ -70,7 +78,7 @@ class RemoteEngine(Engine):
             except (ValueError, LookupError, TypeError) as error:
                 raise EngineError(f"{self._base}/models is no list of models: {one_line(error)}") from error
             if asyncio.get_running_loop().time() > deadline:
-                raise EngineError(f"no language model at {self._base} after {PATIENCE} s: {problem}")
+                raise EngineError(f"no language model at {self._base} after {self.patience:g} s: {problem}")
             await asyncio.sleep(0.5)
 
     async def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
@@ -95,11 +103,14 @@ class RemoteEngine(Engine):
         if self._gateway:
             from safetensors.torch import save
 
-            wish = json.dumps({**asdict(sampling), "stop": [], "stream": every})
+            wish = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "seed": sampling.seed}
             return {
                 "url": f"{self._base}/generate",
                 "data": save({"embeds": embeds}),
-                "headers": {"Content-Type": "application/octet-stream", "X-VLV-Sampling": wish},
+                "headers": {
+                    "Content-Type": "application/octet-stream",
+                    "X-VLV-Sampling": json.dumps(wish | {"stream": every}),
+                },
             }
         stream = io.BytesIO()
         torch.save(embeds, stream)
@@ -124,7 +135,9 @@ class RemoteEngine(Engine):
     @asynccontextmanager
     async def _answer(self, request: dict):
         """The open answer to a request, which is repeated while the server is busy or away."""
-        for attempt in range(RETRIES + 1):
+        failed = 0
+        while failed <= RETRIES:
+            limited = False
             try:
                 answer = await self._session.post(**request)
             except (OSError, self._client_error()) as error:
@@ -142,9 +155,11 @@ class RemoteEngine(Engine):
                 if answer.status not in BUSY:
                     kind = EmbedsError if answer.status in (400, 413, 422) else EngineError
                     raise kind(f"{self._base} refuses the request ({answer.status}): {text}")
-                problem, wait = f"it answers {answer.status}: {text}", answer.headers.get("Retry-After", "")
-            if attempt < RETRIES:
-                pause = float(wait) if wait and wait.isdecimal() else 0.25 * 2**attempt
+                problem, wait = f"it answers {answer.status}: {text}", answer.headers.get("Retry-After")
+                limited = answer.status == 429 and wait is not None  # it works: the key's rate sets the pace
+            pause = float(wait) if wait and wait.isdecimal() else 0.25 * 2**failed
+            failed += not limited
+            if failed <= RETRIES:
                 await asyncio.sleep(pause * random.uniform(0.8, 1.2))
         raise EngineError(f"the language model at {self._base} cannot be reached: {problem}")
 
@@ -155,9 +170,12 @@ class RemoteEngine(Engine):
         return aiohttp.ClientError
 
     async def healthy(self) -> bool:
-        """Whether the server answers now."""
+        """Whether the server answers now, on a connection of its own: the others may all be taken."""
+        import aiohttp
+
         try:
-            async with asyncio.timeout(5), self._session.get(self._base.removesuffix("/v1") + "/health") as answer:
+            url = self._base.removesuffix("/v1") + "/health"
+            async with asyncio.timeout(5), aiohttp.request("GET", url) as answer:
                 return answer.status == 200
         except (OSError, TimeoutError, self._client_error()):
             return False

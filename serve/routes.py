@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
+import time
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from dataclasses import replace
@@ -42,40 +42,46 @@ class Routes(Worker):
         """POST /v1/chat/completions"""
         body = await read_json(request, self.bounds.body_seconds)
         self._check_model(body)
+        start = time.monotonic()
         url, wanted = api.image_of(body.get("messages")), api.wish(body, self.service.engine.max_tokens)
+        if body.get("stream") and (wanted.count > 1 or wanted.as_json):
+            raise Refusal(400, "invalid_request", "stream goes with n = 1 and response_format text")
+        place.take(wanted.count - 1)
         embeds = await self.service.embed(await self.fetcher.get(url))
         if body.get("stream"):
-            if wanted.count > 1 or wanted.as_json:
-                raise Refusal(400, "invalid_request", "stream goes with n = 1 and response_format text")
             options = body.get("stream_options")
-            return self._stream(embeds, wanted, isinstance(options, dict) and bool(options.get("include_usage")))
-        completions = await self._write(embeds, wanted, place)
+            with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+            return self._stream(embeds, wanted, with_usage, start)
+        completions = await self._write(embeds, wanted)
         tokens = sum(len(c.token_ids) for c in completions)
         return api.chat(self.model, api.finished(completions, wanted), wanted, self.queries, tokens)
 
-    async def _stream(self, embeds, wanted: api.Wish, with_usage: bool) -> AsyncGenerator[bytes]:
-        chunks, cleaner, tokens = api.Chunks(self.model), api.Cleaner(), 0
-        start, first = asyncio.get_running_loop().time(), True
+    async def _stream(self, embeds, wanted: api.Wish, with_usage: bool, start: float) -> AsyncGenerator[bytes]:
+        chunks, cleaner, tokens, silent = api.Chunks(self.model), api.Cleaner(), 0, True
+
+        def said(text: str) -> bytes:
+            nonlocal silent
+            if silent:
+                self.metrics.first_token.observe(time.monotonic() - start)
+                silent = False
+            return chunks.event({"content": text})
+
         yield chunks.event({"role": "assistant", "content": ""})
         async with aclosing(self.service.stream(embeds, wanted.sampling)) as pieces:
             async for piece in pieces:
                 tokens += len(piece.token_ids)
                 if text := piece.text if wanted.raw else cleaner.push(piece.text):
-                    yield chunks.event({"content": text})
-                if first:
-                    self.metrics.first_token.observe(asyncio.get_running_loop().time() - start)
-                    first = False
+                    yield said(text)
                 reason = piece.finish_reason
         if not wanted.raw and (text := cleaner.end()):
-            yield chunks.event({"content": text})
+            yield said(text)
         yield chunks.event({}, reason)
         if with_usage:
             yield chunks.usage(self.queries, tokens)
         yield api.DONE
 
-    async def _write(self, embeds, wanted: api.Wish, place: Place) -> list:
+    async def _write(self, embeds, wanted: api.Wish) -> list:
         """The captions of one image, each from a seed of its own."""
-        place.take(wanted.count - 1)
         first = wanted.sampling
         draws = [replace(first, seed=first.seed + i) for i in range(wanted.count)]
         return await all_of([self.service.caption(embeds, draw) for draw in draws])
@@ -90,20 +96,20 @@ class Routes(Worker):
         try:
             self._check_model(body)
             wanted = api.wish(body, self.service.engine.max_tokens)
-            place.take(len(sources) - 1)
+            place.take(len(sources) * wanted.count - 1)
         except BaseException:
             for _, content in sources:
                 content.close()  # never awaited
             raise
         return {
             "model": self.model,
-            "captions": await all_of([self._result(i, *s, wanted, place) for i, s in enumerate(sources)]),
+            "captions": await all_of([self._result(i, *s, wanted) for i, s in enumerate(sources)]),
         }
 
-    async def _result(self, index: int, name: str | None, content: Awaitable[bytes], wanted, place) -> dict:
+    async def _result(self, index: int, name: str | None, content: Awaitable[bytes], wanted) -> dict:
         result = {"index": index} | ({"filename": name} if name else {})
         try:
-            completions = await self._write(await self.service.embed(await content), wanted, place)
+            completions = await self._write(await self.service.embed(await content), wanted)
         except Refusal as refusal:
             if refusal.status != 400:
                 raise

@@ -12,11 +12,12 @@ import contextlib
 import ipaddress
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serve.command import (
+    ListenError,
     Misuse,
     Model,
     Parser,
@@ -56,12 +57,18 @@ def listening_arguments() -> Parser:
     """For whatever listens at a port: where, whom it lets in, and how long it waits."""
     p = Parser(add_help=False)
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    p.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
+    p.add_argument("--port", type=_port, default=8000, help="port to listen at (8000)")
     p.add_argument("--keys", type=Path, metavar="FILE", help="hashes of the API keys that are let in (see --new-key)")
     p.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
     p.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
     p.add_argument("--drain", type=positive, default=60, metavar="S", help="seconds to finish at SIGTERM (60)")
     return p
+
+
+def _port(text: str) -> int:
+    if text.isdecimal() and 0 < int(text) < 1 << 16:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no port: a whole number from 1 to 65535")
 
 
 def serving_arguments() -> Parser:
@@ -85,7 +92,18 @@ def serving_arguments() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = parser().parse_args(argv)
-    return run(_new_key if args.new_key else lambda args: asyncio.run(_serve(args)), args)
+    return run(_new_key if args.new_key else in_loop(_serve), args)
+
+
+def in_loop(work: Callable[[argparse.Namespace], Coroutine[Any, Any, int]]) -> Callable[[argparse.Namespace], int]:
+    """A coroutine function as `run` takes it, on uvloop: asyncio's own loop costs more for each connection."""
+
+    def running(args: argparse.Namespace) -> int:
+        import uvloop
+
+        return uvloop.run(work(args))
+
+    return running
 
 
 def _new_key(args: argparse.Namespace) -> int:
@@ -143,11 +161,24 @@ async def listen(app, args: argparse.Namespace, routes, failure: asyncio.Future,
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class Protocol(HttpToolsProtocol):
-        """A connection that must send the head of a request in time."""
+        """A connection that must send the head of each request in time."""
+
+        slow: asyncio.TimerHandle | None = None  # while a head is awaited
 
         def connection_made(self, transport):
             super().connection_made(transport)
-            self.loop.call_later(header_seconds, lambda: None if self.cycle else transport.close())
+            self.slow = self.loop.call_later(header_seconds, transport.close)
+
+        def data_received(self, data):
+            if not self.slow and (not self.cycle or self.cycle.response_complete):  # the next request on it
+                self.slow = self.loop.call_later(header_seconds, self.transport.close)
+            super().data_received(data)
+
+        def on_headers_complete(self):
+            if self.slow:
+                self.slow.cancel()
+                self.slow = None
+            super().on_headers_complete()
 
     class Server(uvicorn.Server):
         """uvicorn without its signal handlers: ours decide."""
@@ -176,7 +207,7 @@ async def listen(app, args: argparse.Namespace, routes, failure: asyncio.Future,
         await server.serve()
     except SystemExit as error:  # uvicorn's way to say that it cannot listen; its log has said why
         place = f"{args.host}:{args.port}"
-        raise OSError(f"cannot listen at {place}: another server has the port, or it is not allowed") from error
+        raise ListenError(f"cannot listen at {place}: another server has the port, or it is not allowed") from error
     if failure.done():
         failure.result()
     return 0

@@ -18,7 +18,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.decode import DecodePool, default_workers
+from serve.decode import DecodeError, DecodePool, default_workers
 from serve.limits import Refusal
 from serve.llm import Completion, EmbedsError, Engine, EngineError, Sampling
 from serve.metrics import Metrics
@@ -52,7 +52,7 @@ class Service:
         self._encoding = ThreadPoolExecutor(1, "encoder")
         self._crops: asyncio.Queue[tuple[int, asyncio.Future]] = asyncio.Queue()
         self._tasks: list[asyncio.Task] = []
-        self._writing, self._restarts, self._trouble, self._room = 0, 0, asyncio.Event(), asyncio.Event()
+        self._writing, self._restarts, self._room = 0, 0, asyncio.Event()
         self._room.set()
         self.metrics.watch("ready", lambda: self.ready)
         self.metrics.watch("encoder_queue", self._crops.qsize)
@@ -79,9 +79,12 @@ class Service:
         try:
             await part()
         except Exception as error:
-            self.ready = False
-            if not self.failure.done():
-                self.failure.set_exception(error)
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.ready = False
+        if not self.failure.done():
+            self.failure.set_exception(error)
 
     async def crop(self, content: bytes):
         """An image file's pixels as the encoder takes them: uint8 [3, S, S]. Raises Refusal."""
@@ -100,16 +103,15 @@ class Service:
 
     async def _slot(self, content: bytes) -> int:
         """Decode into a slot of the pool. Raises Refusal."""
-        decoding = asyncio.create_task(self._decode(content))
-        try:
-            with self.metrics.stage("decode"):
+        with self.metrics.stage("decode"):
+            decoding = asyncio.create_task(self._decode(content, await self._pool.slot()))
+            try:
                 return await asyncio.shield(decoding)
-        except asyncio.CancelledError:  # the process writes into the slot until it answers
-            decoding.add_done_callback(self._release_late)
-            raise
+            except asyncio.CancelledError:  # the process writes into the slot until it answers
+                decoding.add_done_callback(self._release_late)
+                raise
 
-    async def _decode(self, content: bytes) -> int:
-        slot = await self._pool.slot()
+    async def _decode(self, content: bytes, slot: int) -> int:
         memory = os.memfd_create("image")  # the process reads it there: a pipe would make us wait for its reader
         try:
             with open(memory, "wb", closefd=False) as file:
@@ -119,6 +121,10 @@ class Service:
             self._pool.release(slot)
             self.metrics.images.labels(error.kind).inc()
             raise Refusal(400, "image", f"the image cannot be used: {error}") from error
+        except DecodeError as error:
+            self._pool.release(slot)
+            self._give_up(error)
+            raise Refusal(503, "decode", "images cannot be decoded any more: the server ends", 30) from error
         except BaseException:
             self._pool.release(slot)
             raise
@@ -140,11 +146,14 @@ class Service:
             await self._room.wait()
             while len(batch) < self.config.batch and not self._crops.empty():
                 batch.append(self._crops.get_nowait())
-            crops = self._pool.crops[[slot for slot, _ in batch]]  # a copy
+            wanted = [(slot, answer) for slot, answer in batch if not answer.done()]  # the others' clients have left
+            crops = self._pool.crops[[slot for slot, _ in wanted]]  # a copy
             for slot, _ in batch:
                 self._pool.release(slot)
+            if not wanted:
+                continue
             rows = await loop.run_in_executor(self._encoding, encoder, crops)
-            for (_, answer), row in zip(batch, rows, strict=True):
+            for (_, answer), row in zip(wanted, rows, strict=True):
                 if not answer.done():  # nobody waits for it any more
                     answer.set_result(row.clone())
 
@@ -165,6 +174,7 @@ class Service:
     @asynccontextmanager
     async def _writes(self):
         self.check_ready()
+        engine = self.engine
         self._write(1)
         try:
             with self.metrics.stage("llm"):
@@ -175,9 +185,9 @@ class Service:
             self.metrics.images.labels("encoder").inc()
             raise Refusal(400, "image", f"the image cannot be captioned: {error}") from error
         except EngineError as error:
-            self.ready = False
-            self._trouble.set()
-            raise Refusal(503, "engine", "the language model has died and is being started again", 30) from error
+            self.ready = self.ready and await self.engine.healthy()
+            told = "did not answer" if engine.alive else "has died and is being started again"
+            raise Refusal(503, "engine", f"the language model {told}", 30) from error
         finally:
             self._write(-1)
 
@@ -188,16 +198,16 @@ class Service:
     def check_ready(self) -> None:
         """Raise Refusal 503 while no captions can be written."""
         if not self.ready:
-            raise Refusal(503, "not_ready", "the models are being loaded", 10)
+            raise Refusal(503, "not_ready", "the models are being loaded, or do not answer", 10)
 
     async def _keep_engine(self) -> None:
         """Start the engine, and again whenever it has died."""
         await self.engine.start()
         while True:
             self.ready = True
-            self._trouble.clear()
-            while self.engine.alive and not self._trouble.is_set():
+            while self.engine.alive:
                 await asyncio.sleep(WATCH)
+                self.ready = self.ready or await self.engine.healthy()
             self.ready = False
             self._restarts += 1
             if self._restarts > RESTARTS:

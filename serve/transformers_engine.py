@@ -57,6 +57,8 @@ class TransformersEngine(Engine):
 
     async def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
         self.spec.check(embeds)
+        if not self.alive:
+            raise EngineError("transformers has failed")
         job = _Job(embeds, sampling)
         self._waiting.append(job)
         self._wake.set()
@@ -80,13 +82,14 @@ class TransformersEngine(Engine):
             jobs = [job for job in jobs if not job.over]
             if not jobs:
                 continue
-            end = None
             try:
                 await loop.run_in_executor(self._thread, self._generate, loop, jobs)
-            except Exception as error:
-                end = EngineError(f"transformers failed: {one_line(error)}")
+            except Exception as error:  # after one in CUDA, all that follow fail too
+                for job in [*jobs, *self._waiting]:
+                    job.steps.put_nowait(EngineError(f"transformers failed: {one_line(error)}"))
+                return
             for job in jobs:
-                job.steps.put_nowait(end)
+                job.steps.put_nowait(None)
 
     def _generate(self, loop: asyncio.AbstractEventLoop, jobs: list[_Job]) -> None:
         """Decode one batch, and hand every step to the event loop."""
@@ -120,6 +123,10 @@ class TransformersEngine(Engine):
                 if token == self.end:  # the rest of its row is padding
                     job.over = True
                     job.steps.put_nowait(None)
+
+    @property
+    def alive(self) -> bool:
+        return not self._task.done()
 
     async def close(self) -> None:
         if task := getattr(self, "_task", None):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.guard import Guard
-from serve.llm import Engine, EngineError, Sampling
+from serve.llm import Engine, EngineError, OptionError, Sampling
 from vlv.command import one_line
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class VllmEngine(Engine):
         super().__init__(*args, **options)
         self._ids = itertools.count()
         self._lora = None
+        self._lora_rank = lora_rank(self.options.lora) if self.options.lora else None
         self._engine, self._logs, self._failed, self._closed = None, None, False, False
         self._guard, self._others = Guard(), None
 
@@ -126,7 +127,7 @@ class VllmEngine(Engine):
         from vllm.lora.request import LoRARequest
 
         self._lora = LoRARequest(self.options.lora.name, 1, str(self.options.lora))
-        return {"enable_lora": True, "max_lora_rank": lora_rank(self.options.lora)}
+        return {"enable_lora": True, "max_lora_rank": self._lora_rank}
 
     def _cache_bytes(self) -> int:
         """Key-value cache for all requests in flight at their longest, but at most a quarter of the free memory.
@@ -225,15 +226,15 @@ class VllmEngine(Engine):
 
 
 def lora_rank(folder: Path) -> int:
-    """The rank of a PEFT adapter, up to the next one that vLLM has. Raises EngineError where it is no adapter."""
+    """The rank of a PEFT adapter, up to the next one that vLLM has. Raises OptionError where it is no adapter."""
     file = folder / "adapter_config.json"
     try:
         rank = json.loads(file.read_text())["r"]
         return next(r for r in LORA_RANKS if r >= rank)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{file} does not describe a LoRA adapter: {one_line(error)}") from error
+        raise OptionError(f"--lora: {file} does not describe a LoRA adapter: {one_line(error)}") from error
     except StopIteration:
-        raise EngineError(f"{file}: rank {rank}; vLLM takes up to {LORA_RANKS[-1]}") from None
+        raise OptionError(f"--lora: {file}: rank {rank}; vLLM takes up to {LORA_RANKS[-1]}") from None
 
 
 def _engine_processes() -> list:

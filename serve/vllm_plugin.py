@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from serve.command import Misuse, Parser, debug_argument, run, say
+from vlv.command import why
 
 # a chat's text is not read; what every chat becomes is the picture in it
 CHAT_TEMPLATE = "{# VLV reads the picture alone, and no text. #}"
@@ -66,21 +67,19 @@ def _write(args: argparse.Namespace) -> int:
     try:
         write(checkpoint, args.out, args.force)
     except OSError as error:
-        raise Misuse(f"--out {args.out} cannot be written: {error.strerror}") from error
+        raise Misuse(f"--out {args.out} cannot be written: {why(error)}") from error
     say(f"written: vllm serve {shlex.quote(str(args.out))}")
     return 0
 
 
 def write(checkpoint, out: Path, force: bool = False) -> None:
     """Write the folder of a checkpoint. Raises CheckpointError."""
-    from transformers import AutoTokenizer
-
-    from serve.llm import LLMSpec
+    from serve.llm import LLMSpec, load_tokenizer
     from serve.vllm_config import ARCHITECTURE, CaptionerConfig
     from vlv.folders import fresh_folder, link_tree, write_json
 
     spec = LLMSpec.of(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.llm)
+    tokenizer = load_tokenizer(checkpoint.llm)
     tokenizer.chat_template = CHAT_TEMPLATE
     llm = json.loads((checkpoint.llm / "config.json").read_text())
     config = {

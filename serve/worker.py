@@ -72,6 +72,9 @@ class Worker:
                 response = Response(status_code=GONE)
             except TimeoutError:
                 response = self.refused(Refusal(504, "deadline", f"not done within {self.bounds.deadline:g} s"))
+            except Exception:  # _unexpected answers
+                self.metrics.requests.labels(path, 500).inc()
+                raise
             self.metrics.requests.labels(path, response.status_code).inc()
             return response
 

@@ -9,7 +9,6 @@ target is missed, or where there is no GPU.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+import uvloop
 
 from benchmarks import machine, serve
 from benchmarks.serve_fuzz import scene
@@ -41,7 +41,7 @@ def main() -> int:
         random_weights.write(args.preset, Path(folder), force=True)
         before = published(Path(folder), args.published)
         options = argparse.Namespace(ckpt=folder, engine="vllm", images=args.images, max_tokens=TOKENS)
-        figures = asyncio.run(serve.measure(options))
+        figures = uvloop.run(serve.measure(options))
     pace = figures["images_per_second"]["pipeline"]
     figures |= {"pipeline_images_per_second": pace, "published_images_per_second": before}
     figures["over_published"] = pace / before

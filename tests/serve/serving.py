@@ -10,6 +10,7 @@ import time
 
 import httpx
 import uvicorn
+import uvloop
 
 from serve.fetch import Fetcher
 from serve.limits import Admission, Keys
@@ -66,7 +67,7 @@ class Running:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._make = lambda: (checkpoint, capacity, keys or Keys(), fetcher or Fetcher(), bounds or Bounds())
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread = threading.Thread(target=lambda: uvloop.run(self._serve()), daemon=True)
         self._thread.start()
         deadline = time.monotonic() + 100
         while not self.is_ready():

@@ -41,6 +41,10 @@ def test_arguments_become_a_model_and_its_engine(captioning_checkpoint):
     assert model.engine() is not engine
     with pytest.raises(OptionError, match="--lora does not go with --engine transformers"):
         Model.of(parse("--ckpt", captioning_checkpoint, "--engine", "transformers", "--lora", "x")).engine()
+    with pytest.raises(OptionError, match="--engine remote needs --llm-url"):
+        Model.of(parse("--ckpt", captioning_checkpoint, "--engine", "remote")).engine()
+    with pytest.raises(OptionError, match=r"--lora: /absent/adapter_config\.json does not describe a LoRA adapter"):
+        Model.of(parse("--ckpt", captioning_checkpoint, "--lora", "/absent")).engine()
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,24 @@ def test_processes_that_cannot_start(monkeypatch):
         run(work)
 
 
+def test_a_process_that_cannot_be_replaced(monkeypatch, scene_images):
+    """The pool is broken, and says so to whoever comes later."""
+    item = next(expand([str(scene_images)]))
+
+    async def work(pool):
+        await crop(pool, item)
+        monkeypatch.setattr("serve.decode._work", print)
+        (worker,) = pool._workers
+        worker.process.kill()
+        while pool._workers:
+            await asyncio.sleep(0.05)
+        for _ in range(2):
+            with pytest.raises(DecodeError, match="did not start"):
+                await crop(pool, item)
+
+    run(work, workers=1)
+
+
 def test_no_process_outlives_a_killed_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(

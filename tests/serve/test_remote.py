@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import save
 
 from serve import gateway
-from serve.llm import EmbedsError, EngineError, LLMSpec, Options, Sampling
+from serve.llm import EmbedsError, EngineError, LLMSpec, OptionError, Options, Sampling
 from serve.remote_engine import RemoteEngine
 from serve.transformers_engine import TransformersEngine
 from vlv.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 TOKENS, COUNT = 32, 8
+QUERIES = Checkpoint.open(ROOT / "assets/vlv-tiny").config.queries
 
 
 @pytest.fixture(scope="module")
@@ -170,22 +171,22 @@ def test_the_gateway_takes_nothing_but_sound_embeddings(behind, checkpoint, embe
     assert post(save({"embeds": good}), max_tokens=TOKENS + 1).status_code == 400
     headers = {gateway.HEADER: "[" * 5000}
     assert httpx.post(behind + "/v1/generate", content=save({"embeds": good}), headers=headers).status_code == 400
+    for wish in ({"stop": ["x"]}, {"n": 2}, {"raw": True}, {"response_format": {"type": "text"}}, {"stream": 1}):
+        answer = post(save({"embeds": good}), temperature=1, **wish)
+        assert answer.status_code == 400 and next(iter(wish)) in answer.json()["error"]["message"], answer.text
 
 
-def test_where_no_server_is(checkpoint, monkeypatch):
-    import serve.remote_engine as remote
-
-    monkeypatch.setattr(remote, "PATIENCE", 0)
+def test_where_no_server_is(checkpoint):
     engine = engine_at(checkpoint, "http://127.0.0.1:9")
+    engine.patience = 0
     with pytest.raises(EngineError, match=r"no language model at http://127\.0\.0\.1:9/v1"):
         asyncio.run(using(engine, lambda: None))
-    with pytest.raises(EngineError, match="needs --llm-url"):
-        asyncio.run(using(RemoteEngine(LLMSpec.of(checkpoint), TOKENS, 1), lambda: None))
+    with pytest.raises(OptionError, match="needs --llm-url"):
+        RemoteEngine(LLMSpec.of(checkpoint), TOKENS, 1)
 
 
-def test_busy_servers_are_asked_again(checkpoint, embeds, monkeypatch):
-    """Two refusals, a broken connection, then an answer."""
-    requests = []
+def at_fake(checkpoint, work, model: dict, answer=None):
+    """work(engine) with an engine at a server that has `model`; answer(head) -> (status, body), None to hang up."""
 
     async def serve(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
@@ -193,31 +194,68 @@ def test_busy_servers_are_asked_again(checkpoint, embeds, monkeypatch):
             int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
         ]
         await reader.readexactly(length[0] if length else 0)
-        body, status = {"data": [{"id": "m"}]}, "200 OK"
-        if head.startswith(b"POST"):
-            requests.append(head)
-            body, status = {"choices": [{"token_ids": [5, 6], "finish_reason": "length"}]}, "200 OK"
-            if len(requests) < 3:
-                body, status = {}, "503 Busy\r\nRetry-After: 0"
-            elif len(requests) == 3:
-                writer.close()
-                return
-        content = json.dumps(body).encode()
-        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
-        writer.write(f"{head}Connection: close\r\n\r\n".encode() + content)
+        if (told := answer(head) if head.startswith(b"POST") else ("200 OK", {"data": [model]})) is not None:
+            content = json.dumps(told[1]).encode()
+            head = f"HTTP/1.1 {told[0]}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+            writer.write(f"{head}Connection: close\r\n\r\n".encode() + content)
         writer.close()
 
     async def main():
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         engine = engine_at(checkpoint, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/")
-        monkeypatch.setenv("VLV_API_KEY", "secret")
         async with server:
-            return await using(engine, lambda: engine.generate(embeds[0], Sampling(TOKENS)))
+            return await using(engine, lambda: work(engine))
 
-    assert asyncio.run(main()).token_ids == [5, 6] and len(requests) == 4
+    return asyncio.run(main())
+
+
+def test_busy_servers_are_asked_again(checkpoint, embeds, monkeypatch):
+    """Two refusals, a broken connection, as many limits as there may be, then an answer."""
+    requests = []
+    monkeypatch.setenv("VLV_API_KEY", "secret")
+
+    def answer(head):
+        requests.append(head)
+        if len(requests) < 3:
+            return "503 Busy\r\nRetry-After: 0", {}
+        if len(requests) == 3:
+            return None
+        if len(requests) < 13:
+            return "429 Too Many Requests\r\nRetry-After: 0", {}
+        return "200 OK", {"choices": [{"token_ids": [5, 6], "finish_reason": "length"}]}
+
+    written = at_fake(checkpoint, lambda engine: engine.generate(embeds[0], Sampling(TOKENS)), {"id": "m"}, answer)
+    assert written.token_ids == [5, 6] and len(requests) == 13
     assert all(b"authorization: bearer secret" in head.lower() for head in requests)
 
 
-def test_vllm_elsewhere_is_refused(checkpoint, capsys):
-    assert gateway.main(["--ckpt", str(checkpoint.folder), "--llm-url", "http://10.0.0.1:8000"]) == 2
-    assert "must be on this machine" in capsys.readouterr().err
+def test_no_more_requests_at_a_time_than_in_flight(checkpoint, embeds):
+    """A key's share would not allow them."""
+    ids = {"choices": [{"token_ids": [5, 6], "finish_reason": "length"}]}
+    open_at_once = []
+
+    async def work(engine):
+        connector = engine._session.connector
+
+        async def one():
+            await engine.generate(embeds[0], Sampling(TOKENS))
+            open_at_once.append(len(connector._acquired))
+
+        await asyncio.gather(*(one() for _ in range(4 * COUNT)))
+
+    at_fake(checkpoint, work, {"id": "m"}, lambda _: ("200 OK", ids))
+    assert max(open_at_once) <= COUNT
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"width": 5}, "takes embeddings of width 5"),
+        ({"queries": 5}, "takes embeddings of queries 5"),
+        ({"max_tokens": TOKENS - 1}, f"up to {TOKENS - 1} tokens a caption: give --max-tokens {TOKENS - 1} or less"),
+        ({"max_model_len": 1 + QUERIES}, "up to 1 tokens a caption: give --max-tokens 1 or less"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_refused_at_the_start(checkpoint, told, words):
+    with pytest.raises(EngineError, match=words):
+        at_fake(checkpoint, None, {"id": "m", **told})

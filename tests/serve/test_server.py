@@ -190,6 +190,8 @@ def test_curl(server, keys, picture, scene_images, tmp_path):
         ({"n": 2}, 400, "n above 1 draws captions"),
         ({"n": 17, "temperature": 1}, 400, "n must be a whole number from 1 to 16"),
         ({"n": 2, "temperature": 1, "stream": True}, 400, "stream goes with n = 1"),
+        ({"n": 2, "temperature": 1, "stream": True, "url": "data:,no picture"}, 400, "stream goes with n = 1"),
+        ({"n": 7, "temperature": 1, "url": "data:,no picture"}, 400, "7 captions in one request: at most 6"),
         ({"seed": True}, 400, "seed must be a whole number"),
         ({"tools": []}, 400, "tools is not supported"),
         ({"top_p": 0.5}, 400, "top_p is not supported"),
@@ -251,6 +253,14 @@ def test_rates_and_concurrency_of_a_key(post, picture, pace):
     assert 1 <= int(statuses[2].headers["Retry-After"]) <= 30 and "a minute" in statuses[2].text
     assert post("/v1/captions", "narrow", json={"images": [picture] * 3}).status_code == 400  # never possible
     assert post("/v1/captions", "narrow", json={"images": [picture] * 2}).status_code == 200
+
+
+def test_several_captions_of_several_images_are_admitted_together(post, picture):
+    """Or not at all, and not one after another once the work has begun."""
+    answer = post("/v1/captions", json={"images": [picture] * 4, "n": 2, "temperature": 1})
+    assert answer.status_code == 400 and "8 captions in one request: at most 6" in answer.text
+    answer = post("/v1/captions", json={"images": [picture] * 3, "n": 2, "temperature": 1})
+    assert answer.status_code == 200 and len(answer.json()["captions"]) == 3
 
 
 def test_overload_is_refused_at_once(post, picture, pace, server):

@@ -110,6 +110,8 @@ def test_a_quantised_language_model_is_announced(captioning_checkpoint, tmp_path
 
 
 def test_mistakes_are_one_sentence(captioning_checkpoint, folder, tmp_path, capsys):
+    from vlv.folders import link_tree
+
     def run(*args) -> tuple[int, str]:
         code = vllm_plugin.main([str(arg) for arg in args])
         return code, capsys.readouterr().err.strip()
@@ -122,6 +124,11 @@ def test_mistakes_are_one_sentence(captioning_checkpoint, folder, tmp_path, caps
     (tmp_path / "file").touch()
     code, text = run(captioning_checkpoint, "--out", tmp_path / "file" / "out")
     assert code == 2 and "--out" in text and "\n" not in text
+    link_tree(captioning_checkpoint, tmp_path / "mute")
+    for file in (tmp_path / "mute/llm").glob("*token*"):
+        file.unlink()
+    code, text = run(tmp_path / "mute", "--out", tmp_path / "out")
+    assert code == 1 and f"{tmp_path}/mute/llm holds no tokenizer" in text and "\n" not in text
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.40.1.dev3+g1234567"])

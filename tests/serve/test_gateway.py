@@ -1,0 +1,79 @@
+"""The gateway without a vLLM behind it; test_remote.py has it with one."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save
+from starlette.requests import Request
+
+from serve import gateway
+from serve.incoming import bounded
+from serve.limits import Admission, Keys
+from serve.llm import LLMSpec
+from serve.metrics import Metrics
+from serve.remote_engine import RemoteEngine
+from serve.worker import Bounds
+from tests.serve.serving import Scripted
+from vlv.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(captioning_checkpoint) -> Checkpoint:
+    return Checkpoint.open(captioning_checkpoint)
+
+
+def test_vllm_elsewhere_is_refused(checkpoint, capsys):
+    assert gateway.main(["--ckpt", str(checkpoint.folder), "--llm-url", "http://10.0.0.1:8000"]) == 2
+    assert "must be on this machine" in capsys.readouterr().err
+
+
+def test_a_gateway_waits_for_its_vllm(checkpoint, monkeypatch):
+    """Also longer than a run does: vLLM may take minutes to load."""
+    monkeypatch.setattr(RemoteEngine, "patience", 0)
+
+    async def listen(app, args, worker, failure, seconds):
+        await asyncio.sleep(1.5)
+        assert not failure.done()
+        return 0
+
+    monkeypatch.setattr(gateway, "listen", listen)
+    assert gateway.main(["--ckpt", str(checkpoint.folder), "--llm-url", "http://127.0.0.1:9"]) == 0
+
+
+def test_a_stream_that_is_left_is_cancelled_before_its_place_is_free(checkpoint):
+    spec = LLMSpec.of(checkpoint)
+
+    async def body():
+        return {"type": "http.request", "body": save({"embeds": torch.zeros(spec.queries, spec.width)})}
+
+    async def run():
+        engine = Scripted(spec, 32, 8)
+        await engine.start()
+        upstream = SimpleNamespace(engine=engine, metrics=Metrics(), ready=True)
+        scope = {"type": "http", "headers": [(gateway.HEADER.encode(), b'{"stream": true}')]}
+        request = bounded(Request(scope, body), 1 << 20, lambda _: None)
+        events = await gateway.routes(upstream, Keys(), Admission(1), Bounds()).generate(request, None)
+        await anext(events)
+        assert Scripted.running == 1
+        await events.aclose()
+        assert Scripted.running == 0
+
+    asyncio.run(run())
+
+
+def test_a_port_that_cannot_be_had(checkpoint, capsys):
+    args = ["--ckpt", str(checkpoint.folder), "--llm-url", "http://127.0.0.1:9", "--port"]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert gateway.main([*args, str(port)]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"error: cannot listen at 127.0.0.1:{port}: another server has the port, or it is not allowed"
+    for port in ("70000", "0", "x"):
+        with pytest.raises(SystemExit):
+            gateway.main([*args, port])
+        assert f"argument --port: '{port}' is no port" in capsys.readouterr().err
