@@ -151,6 +151,18 @@ def test_the_plan_counts_every_weight(run, command, capsys):
         command(stage1.main, *plan[: -len(SMALL) - 1], "3", *SMALL)
 
 
+def test_the_plan_takes_published_weights(command, tmp_path, capsys, monkeypatch):
+    from tests.vlv.official import Recording
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    published = Recording.slim(tmp_path / "published").source
+    plan = ["--preset", "paper-stage2", "--ckpt", published, "--plan", *SMALL]
+    command(stage2.main, *plan, "--unfreeze", "mlp")
+    (folder,) = (tmp_path / "cache" / "vlv" / "published").iterdir()
+    learning = Checkpoint.open(folder).load_encoder().to_llm.parameters()
+    assert f"{sum(p.numel() for p in learning):,} parameters learn" in capsys.readouterr().out
+
+
 def test_more_images_and_kept_activations_need_more_memory(run):
     from argparse import Namespace
 
