@@ -90,7 +90,7 @@ def test_latents_are_the_same_from_the_cache_and_after_damage(trained, run, capt
     source = open_sources([str(captioned)])
     (made,) = (trained / "latents").iterdir()
     assert (made / "000000.f16").stat().st_size == 12 * 2 * 12 * 8 * 8 * 2  # rows, mean and deviation, c, s, s, bytes
-    cache = LatentCache(trained / "latents2", run / "t2i" / "vae", source, "first", 64)
+    cache = LatentCache(trained / "latents2", run / "t2i" / "vae", source, 64)
     fresh, places = torch.randn(2, 2, 12, 8, 8), [(0, 3), (0, 7)]
     kept = cache.moments(places, lambda: fresh)
     assert torch.equal(kept, fresh.half().float())
@@ -99,6 +99,23 @@ def test_latents_are_the_same_from_the_cache_and_after_damage(trained, run, capt
         stream.seek(3 * 2 * 12 * 8 * 8 * 2)
         stream.write(b"\x7f" * 8)
     assert torch.equal(cache.moments(places, lambda: fresh + 1)[0], (fresh + 1)[0].half().float())
+
+
+def test_sources_whose_ids_agree_share_no_latents(run, tmp_path):
+    from vlv.train.latents import LatentCache
+    from vlv.train.sources import Sample
+
+    class Numbered:
+        rows = (0, 2)  # an empty shard first
+
+        def __init__(self, image):
+            self.image = image
+
+        def read(self, shard, row):
+            return Sample(str(range(self.rows[shard])[row]), self.image)
+
+    caches = [LatentCache(tmp_path, run / "t2i" / "vae", Numbered(image), 64).folder for image in (b"a", b"b", b"a")]
+    assert caches[0] == caches[2] != caches[1]
 
 
 @pytest.mark.parametrize(
@@ -256,6 +273,8 @@ def test_figures_go_to_the_tool_and_lines_after_the_save_are_written_again(tmp_p
     tool = SimpleNamespace(init=lambda **kw: sent.append(kw), log=lambda figures, step: sent.append((step, figures)))
     monkeypatch.setitem(sys.modules, "wandb", tool)
     for first in (0, 2):
+        with (tmp_path / "stage1.log.jsonl").open("a") as stream:
+            stream.write('{"step": ' if first else "")  # a kill in mid-line
         log = open_log("wandb", tmp_path, "stage1", {"lr": 1}, first)
         for step in range(first + 1, first + 4):
             log(step, {"loss": step})

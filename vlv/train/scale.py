@@ -94,7 +94,7 @@ def _stage1(config: TrainConfig, args: argparse.Namespace, world: World, source)
         t2i.unet.compile()
     cache = None
     if args.cache_latents:
-        cache = LatentCache(args.cache_latents, t2i_folder / "vae", source, source.read(0, 0).id, model.image_size)
+        cache = LatentCache(args.cache_latents, t2i_folder / "vae", source, model.image_size)
 
     def finish(weights: dict, out: Path) -> None:
         checkpoint.save(out, _encoder_of(model, weights, "encoder."))
