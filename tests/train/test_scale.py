@@ -220,6 +220,9 @@ def test_what_is_refused(command, run, captioned, tmp_path, capsys):
         (*at_scale,): "needs --data and --ckpt",
         (*ready, "--log", "paper"): "--log paper: one of none, wandb",
         (*ready, "--steps", "0"): "--steps 0: at least 1",
+        (*ready, "--max-tokens", "0"): "--max-tokens 0: at least 1",
+        (*ready, "--clip", "0"): "--clip 0.0: above 0",
+        (*ready, "--max-cost", "1"): "--max-cost needs --gpu-hour",
         (*ready, "--micro-batch", "3"): "--batch 4 is no multiple of --micro-batch 3 x 1 processes",
         (*ready, "--gpu-hour", "1e9", "--max-cost", "1"): "over --max-cost 1: not started",
         (*ready, "--encoder-part", "none", "--t2i", tmp_path / "no"): "no diffusers text-to-image folder",
@@ -238,8 +241,15 @@ def test_what_is_refused(command, run, captioned, tmp_path, capsys):
     with pytest.raises(ValueError, match="belong to stage 1"):
         command(stage2.main, *[str(a).replace("stage1", "stage2") for a in ready[:2]], *ready[2:], "--queries", "4")
     with pytest.raises(SystemExit) as ended:
-        command(stage1.main, "--preset", "tiny", "--data", captioned)
-    assert ended.value.code == 2 and "--data belongs to the paper's presets" in capsys.readouterr().err
+        command(stage2.main, "--preset", "paper-stage2", "--stage1", run / "stage1")
+    assert ended.value.code == 2 and "--stage1 belongs to the toy presets" in capsys.readouterr().err
+    for flag, value in {"--data": captioned, "--gpu-hour": 0, "--max-cost": 1, "--log": "wandb", "--llm": "x"}.items():
+        with pytest.raises(SystemExit) as ended:
+            command(stage2.main, "--preset", "tiny", flag, value)
+        assert ended.value.code == 2 and f"{flag} belongs to the paper's presets" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        command(stage1.main, *at_scale, "--plan", "-1")
+    assert ended.value.code == 2 and "'-1' is no whole number above 0" in capsys.readouterr().err
 
 
 def test_a_log_whose_package_is_not_there_is_named(monkeypatch):
