@@ -73,7 +73,11 @@ def write_json(file: Path, content: dict) -> None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Copy a folder by hard links where the file system allows it, so that weights are not doubled."""
+    """Copy a folder by hard links where the file system allows it, so that weights are not doubled.
+
+    `target` appears whole or not at all.
+    """
+    partial = target.with_name(f".{target.name}.partial")
 
     def link(file: str, copy: str) -> None:
         try:
@@ -81,4 +85,6 @@ def link_tree(source: Path, target: Path) -> None:
         except OSError:
             shutil.copyfile(file, copy)
 
-    shutil.copytree(source, target, copy_function=link)
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=link)
+    os.replace(partial, target)

@@ -62,13 +62,6 @@ def resolve(ckpt: str | Path) -> Checkpoint:
     return Checkpoint.open(out)
 
 
-def random_checkpoint(preset: str, folder: str | Path, dtype: str = "bfloat16", force: bool = False) -> Checkpoint:
-    """A whole checkpoint folder of a preset's size with random weights, for benchmarks and exports."""
-    from vlv.random_weights import write
-
-    return write(preset, Path(folder), dtype, force)
-
-
 def main() -> None:
     parser = Parser(prog="python -m vlv.published", description=__doc__)
     parser.add_argument("source", metavar="SRC", nargs="?", help="published weights: file, folder or hub id")
@@ -108,7 +101,9 @@ def _run(args: argparse.Namespace) -> dict:
 
         return {"published": str(to_published(Path(args.source), args.out, args.force))}
     if args.random_weights:
-        made = random_checkpoint(args.random_weights, args.out, args.dtype or "bfloat16", args.force)
+        from vlv.random_weights import write
+
+        made = write(args.random_weights, args.out, args.dtype or "bfloat16", args.force)
     else:
         import torch
 

@@ -12,6 +12,7 @@ With --captions it draws from captions, the way the paper judges them: any diffu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -155,8 +156,12 @@ def _from_images(args: argparse.Namespace, open_drawer: Open) -> tuple[dict[str,
 
     checkpoint = resolve(args.ckpt)
     files, crops = list(_files(args.images)), []
-    names = _unique([file.stem for file in files])
-    if any((args.output / f"{name}.png").resolve() in {f.resolve() for f in files} for name in names):
+    if args.interpolate:
+        names = [f"between-{i}" for i in range(args.interpolate)]
+    else:
+        names = ["mix"] if args.mix is not None else _unique([file.stem for file in files])
+    given = {file.resolve() for file in files}
+    if any((args.output / f"{name}.png").resolve() in given for name in [*names, "grid"]):
         raise ValueError(f"--output {args.output} would overwrite the images themselves: choose another folder")
     for file in files:
         try:
@@ -168,9 +173,8 @@ def _from_images(args: argparse.Namespace, open_drawer: Open) -> tuple[dict[str,
     contexts = torch.cat([drawer.context(torch.from_numpy(stack)) for stack in stacks])
     if args.interpolate:
         contexts = interpolate(*contexts, args.interpolate)
-        names = [f"between-{i}" for i in range(args.interpolate)]
     elif args.mix is not None:
-        contexts, names = mix(*contexts, args.mix)[None], ["mix"]
+        contexts = mix(*contexts, args.mix)[None]
     pictures = []
     for i in range(0, len(contexts), args.batch):
         print(f"drawing {i} of {len(contexts)}", file=sys.stderr, flush=True)
@@ -199,13 +203,12 @@ def _from_captions(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], lis
 
 
 def _unique(names: list[str]) -> list[str]:
-    """The names, later ones of the same name numbered."""
-    seen = {"grid": 1}  # the overview's
-    made = []
+    """The names, later ones of the same name numbered; "grid" is the overview's."""
+    made = {"grid": None}
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        made.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
-    return made
+        numbered = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        made[next(n for n in numbered if n not in made)] = None
+    return list(made)[1:]
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vlv.command import Parser
+from vlv.command import Parser, positive, say, why
 
 SPRITE = 64  # pixels a side of one glyph in the sheet
 CANVAS = 64  # pixels a side of a scene
@@ -207,17 +208,23 @@ def _holds(a: Thing | None, relation: str, b: Thing | None) -> bool:
     return {"left of": ax < bx, "right of": ax > bx, "above": ay < by, "below": ay > by}[relation]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
     parser = Parser(prog="python -m vlv.scenes", description="Write held-out scenes as PNG files.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=512, help="how many (default: 512)")
+    parser.add_argument("--count", type=positive, default=512, help="how many (default: 512)")
     parser.add_argument("--first", type=int, default=0, help="the first one's number (default: 0)")
-    args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for number in range(args.first, args.first + args.count):
-        picture = Image.fromarray(render(sample(HELD_OUT + number)))
-        picture.save(args.folder / f"scene-{number:05}.png")
+    args = parser.parse_args(argv)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        for number in range(args.first, args.first + args.count):
+            picture = Image.fromarray(render(sample(HELD_OUT + number)))
+            picture.save(args.folder / f"scene-{number:05}.png")
+    except OSError as error:
+        say(f"error: {args.folder} cannot be written: {why(error)}")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

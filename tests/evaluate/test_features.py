@@ -39,6 +39,15 @@ def test_a_net_trained_here(scene_net, pictures):
     assert (features - expected).abs().max() / expected.abs().max() < 1e-5
 
 
+def test_a_net_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert scene_nets.main([str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit) as stopped:
+        scene_nets.main([str(tmp_path), "--steps", "0"])
+    assert stopped.value.code == 2 and "'0' is no whole number above 0" in capsys.readouterr().err
+
+
 def test_training_teaches_it_the_scenes(scene_net):
     """A few steps lower its loss on scenes that it has not seen: it is trained, not random."""
     from transformers import ResNetConfig, ResNetForImageClassification

@@ -63,7 +63,7 @@ def test_other_settings_are_not_mixed_in(tmp_path, originals, bundled, scene_net
     assert "holds pictures of other settings" in capsys.readouterr().err
 
 
-def test_from_captions(tmp_path, originals, bundled, scene_net):
+def test_from_captions(tmp_path, originals, bundled, scene_net, capsys):
     captions = {f"elsewhere/{i:02}.png": f"a large cat, picture {i}" for i in range(3)} | {"unknown.png": "a bus"}
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     options = ["--captions", tmp_path / "captions.json", "--t2i", bundled / "t2i", "--net", f"scenes={scene_net}"]
@@ -71,6 +71,10 @@ def test_from_captions(tmp_path, originals, bundled, scene_net):
     assert code == 0 and found["pictures"] == 3
     assert found["rows"][0]["scenes"]["frechet"] > 0
     assert {f.name for f in (tmp_path / "drawn" / "drawn-2").glob("*.png")} == {"00.png", "01.png", "02.png"}
+    captions["elsewhere/01.png"] = "a small bus"  # of the same name, the file says something else
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    assert run(tmp_path, originals, *options, "--steps", "2")[0] == 1
+    assert "holds pictures of other settings" in capsys.readouterr().err
 
 
 def test_every_picture_has_its_own_noise_whatever_the_batch(tmp_path, originals, bundled, scene_net):

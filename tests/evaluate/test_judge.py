@@ -1,6 +1,8 @@
 """The judge over HTTP: cost first, answers kept, blind pairs in both orders, and statistics by hand."""
 
 import json
+import re
+import shutil
 
 import pytest
 
@@ -71,6 +73,7 @@ def test_a_judge_that_likes_the_first_gives_ties(files, server, tmp_path):
     assert code == 0 and "rubric" not in found
     assert (pair["ties"], pair["flipped_with_order"], pair["first_preferred"]) == (4, 4, 1.0)
     assert pair["win_rate"]["mean"] == 0.5 and pair["decided"]["n"] == 0
+    assert "NaN" not in (tmp_path / "out.json").read_text()
 
 
 def test_no_answer_is_paid_for_twice(files, server, tmp_path, capsys):
@@ -126,6 +129,18 @@ def test_a_refused_key_stops_the_run(files, server, tmp_path, capsys):
     assert run(files, server, tmp_path)[0] == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {server.url} answers 401") and "bad key" in error
+
+
+def test_a_picture_that_goes_away_stops_the_run_in_one_sentence(files, server, tmp_path, capsys):
+    photos = shutil.copytree(files[0], tmp_path / "photos")
+
+    def tidy_up(body):
+        shutil.rmtree(photos, ignore_errors=True)
+        return fair(body)
+
+    server.answer = tidy_up
+    assert run([str(photos), *files[1:]], server, tmp_path, "--concurrency", "1")[0] == 1
+    assert re.match("error: .*No such file", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_a_reasoning_model_gets_its_own_fields(files, server, tmp_path):
@@ -204,7 +219,7 @@ def test_wilson_by_hand():
     found = wilson(8, 10)
     assert found["low"] == pytest.approx(0.49016, abs=1e-5) and found["high"] == pytest.approx(0.94331, abs=1e-5)
     assert wilson(0, 10)["low"] == pytest.approx(0, abs=1e-12) and wilson(10, 10)["high"] == pytest.approx(1)
-    assert (wilson(0, 0)["low"], wilson(0, 0)["high"]) == (0, 1)
+    assert wilson(0, 0) == {"mean": None, "low": 0, "high": 1, "n": 0}  # as JSON knows it
     with pytest.raises(ValueError, match="3 wins of 2"):
         wilson(3, 2)
 

@@ -60,6 +60,10 @@ def test_one_page_of_everything(results, tmp_path, capsys):
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text) and "http" not in text.replace("http-equiv", "")
 
 
+def test_a_dash_where_nothing_was_measured():
+    assert report.number(None) == report.number({"mean": None, "low": 0.0, "high": 1.0, "n": 0}) == "–"
+
+
 def test_what_is_no_result(results, tmp_path, capsys):
     assert main(["report", results[0]]) == 2 and "-o FILE.html is needed" in capsys.readouterr().err
     for content in ("{}", "[]", "{", '{"kind": "images"}', '{"kind": "other"}'):

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 from vlv import scenes
+from vlv.train import presets
+
+NARROW = replace(presets.T2I["smoke"], vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """A run folder in which all three stages of the toy recipe went a few steps, through a narrow UNet and VAE."""
-    from vlv.train import presets, stage1, stage2, t2i
+    from vlv.train import stage1, stage2, t2i
 
     folder = tmp_path_factory.mktemp("run")
-    narrow = replace(presets.T2I["smoke"], vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))
-    t2i.train(narrow, folder, folder / "t2i", "cpu")
+    t2i.train(NARROW, folder, folder / "t2i", "cpu")
     stage1.train(presets.STAGE1["smoke"], folder / "t2i", folder, folder / "stage1", "cpu")
     stage2.train(presets.STAGE2["smoke"], folder / "stage1", folder, folder / "stage2", "cpu")
     return folder

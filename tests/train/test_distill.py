@@ -1,5 +1,6 @@
 """Captions for stage 2 from a real OpenAI-compatible server: ours, with the reference engine."""
 
+import errno
 import json
 import os
 import shutil
@@ -132,7 +133,10 @@ def records_so_far(file):
 
 
 class Moody(BaseHTTPRequestHandler):
-    """Fails now and then, as APIs do: what the tests of retries and limits need and our server never does."""
+    """Fails now and then, as APIs do: what the tests of retries and limits need and our server never does.
+
+    `failures`: by call, the status that it gives, or None for a good one with `choices: null`.
+    """
 
     failures, calls = {}, 0
 
@@ -146,6 +150,8 @@ class Moody(BaseHTTPRequestHandler):
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": 100_000, "completion_tokens": 10_000, "total_tokens": 110_000},
         }  # fmt: skip
+        if status is None:
+            answer["choices"], status = None, 200
         body = json.dumps(answer if status == 200 else {"error": {"message": "not now"}}).encode()
         self.send_response(status)
         self.send_header("Retry-After-Ms", "1")
@@ -180,6 +186,22 @@ def test_what_fails_is_tried_again_and_then_told(photos, moody, tmp_path, capsys
     assert "BadRequestError" in error["error"] and len(records(out)) == 9
     assert ask(photos, moody, out) == 0  # the next run asks for that one alone
     assert len(records(out)) == 10 and not (tmp_path / "data.errors.jsonl").exists() and Moody.calls == 13
+
+
+def test_an_answer_without_choices_is_told_and_tried_again(photos, moody, tmp_path):
+    Moody.failures = {2: None}
+    assert ask(photos, moody, tmp_path / "data.jsonl") == 1
+    assert len(records(tmp_path / "data.errors.jsonl")) == 1 and len(records(tmp_path / "data.jsonl")) == 9
+
+
+def test_an_answer_that_cannot_be_written_stops_the_run(photos, moody, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vlv.train.distiller.Output.write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        ask(photos, moody, tmp_path / "data.jsonl")
+    assert Moody.calls == 1  # no further image is paid for
 
 
 def test_it_stops_when_the_money_is_spent(photos, moody, tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from vlv.train.loop import Loop
 from vlv.train.presets import LoopConfig
 
 
-def fit(folder, steps, stop=None, width=4):
+def fit(folder, steps, stop=None, width=4, **more):
     torch.manual_seed(0)
     net = nn.Linear(width, 1)
     config = LoopConfig(steps=steps, batch=8, lr=1e-2, warmup=3, save_every=max(5, steps // 4), log_every=5)
+    config = replace(config, **more)
     loop = Loop("toy", folder, config, {"net": net})
 
     def loss(step):
@@ -49,6 +51,15 @@ def test_a_state_of_another_model_is_refused(tmp_path):
     fit(tmp_path, 5)
     with pytest.raises(ValueError, match="another model configuration"):
         fit(tmp_path, 5, width=6)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"batch": 4}, {"lr": 1e-3}, {"steps": 10}])
+def test_a_state_of_other_settings_is_refused(tmp_path, other):
+    fit(tmp_path, 5)
+    fit(tmp_path, 5, log_every=1)
+    ((name, value),) = other.items()
+    with pytest.raises(ValueError, match=f"was trained with {name} .*, this run has {value}: remove it"):
+        fit(tmp_path, **{"steps": 5} | other)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -90,7 +90,7 @@ def test_latents_are_the_same_from_the_cache_and_after_damage(trained, run, capt
     source = open_sources([str(captioned)])
     (made,) = (trained / "latents").iterdir()
     assert (made / "000000.f16").stat().st_size == 12 * 2 * 12 * 8 * 8 * 2  # rows, mean and deviation, c, s, s, bytes
-    cache = LatentCache(trained / "latents2", run / "t2i" / "vae", source, "first", 64)
+    cache = LatentCache(trained / "latents2", run / "t2i" / "vae", source, 64)
     fresh, places = torch.randn(2, 2, 12, 8, 8), [(0, 3), (0, 7)]
     kept = cache.moments(places, lambda: fresh)
     assert torch.equal(kept, fresh.half().float())
@@ -99,6 +99,23 @@ def test_latents_are_the_same_from_the_cache_and_after_damage(trained, run, capt
         stream.seek(3 * 2 * 12 * 8 * 8 * 2)
         stream.write(b"\x7f" * 8)
     assert torch.equal(cache.moments(places, lambda: fresh + 1)[0], (fresh + 1)[0].half().float())
+
+
+def test_sources_whose_ids_agree_share_no_latents(run, tmp_path):
+    from vlv.train.latents import LatentCache
+    from vlv.train.sources import Sample
+
+    class Numbered:
+        rows = (0, 2)  # an empty shard first
+
+        def __init__(self, image):
+            self.image = image
+
+        def read(self, shard, row):
+            return Sample(str(range(self.rows[shard])[row]), self.image)
+
+    caches = [LatentCache(tmp_path, run / "t2i" / "vae", Numbered(image), 64).folder for image in (b"a", b"b", b"a")]
+    assert caches[0] == caches[2] != caches[1]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +168,18 @@ def test_the_plan_counts_every_weight(run, command, capsys):
         command(stage1.main, *plan[: -len(SMALL) - 1], "3", *SMALL)
 
 
+def test_the_plan_takes_published_weights(command, tmp_path, capsys, monkeypatch):
+    from tests.vlv.official import Recording
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    published = Recording.slim(tmp_path / "published").source
+    plan = ["--preset", "paper-stage2", "--ckpt", published, "--plan", *SMALL]
+    command(stage2.main, *plan, "--unfreeze", "mlp")
+    (folder,) = (tmp_path / "cache" / "vlv" / "published").iterdir()
+    learning = Checkpoint.open(folder).load_encoder().to_llm.parameters()
+    assert f"{sum(p.numel() for p in learning):,} parameters learn" in capsys.readouterr().out
+
+
 def test_more_images_and_kept_activations_need_more_memory(run):
     from argparse import Namespace
 
@@ -191,6 +220,9 @@ def test_what_is_refused(command, run, captioned, tmp_path, capsys):
         (*at_scale,): "needs --data and --ckpt",
         (*ready, "--log", "paper"): "--log paper: one of none, wandb",
         (*ready, "--steps", "0"): "--steps 0: at least 1",
+        (*ready, "--max-tokens", "0"): "--max-tokens 0: at least 1",
+        (*ready, "--clip", "0"): "--clip 0.0: above 0",
+        (*ready, "--max-cost", "1"): "--max-cost needs --gpu-hour",
         (*ready, "--micro-batch", "3"): "--batch 4 is no multiple of --micro-batch 3 x 1 processes",
         (*ready, "--gpu-hour", "1e9", "--max-cost", "1"): "over --max-cost 1: not started",
         (*ready, "--encoder-part", "none", "--t2i", tmp_path / "no"): "no diffusers text-to-image folder",
@@ -209,8 +241,15 @@ def test_what_is_refused(command, run, captioned, tmp_path, capsys):
     with pytest.raises(ValueError, match="belong to stage 1"):
         command(stage2.main, *[str(a).replace("stage1", "stage2") for a in ready[:2]], *ready[2:], "--queries", "4")
     with pytest.raises(SystemExit) as ended:
-        command(stage1.main, "--preset", "tiny", "--data", captioned)
-    assert ended.value.code == 2 and "--data belongs to the paper's presets" in capsys.readouterr().err
+        command(stage2.main, "--preset", "paper-stage2", "--stage1", run / "stage1")
+    assert ended.value.code == 2 and "--stage1 belongs to the toy presets" in capsys.readouterr().err
+    for flag, value in {"--data": captioned, "--gpu-hour": 0, "--max-cost": 1, "--log": "wandb", "--llm": "x"}.items():
+        with pytest.raises(SystemExit) as ended:
+            command(stage2.main, "--preset", "tiny", flag, value)
+        assert ended.value.code == 2 and f"{flag} belongs to the paper's presets" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        command(stage1.main, *at_scale, "--plan", "-1")
+    assert ended.value.code == 2 and "'-1' is no whole number above 0" in capsys.readouterr().err
 
 
 def test_a_log_whose_package_is_not_there_is_named(monkeypatch):
@@ -244,6 +283,8 @@ def test_figures_go_to_the_tool_and_lines_after_the_save_are_written_again(tmp_p
     tool = SimpleNamespace(init=lambda **kw: sent.append(kw), log=lambda figures, step: sent.append((step, figures)))
     monkeypatch.setitem(sys.modules, "wandb", tool)
     for first in (0, 2):
+        with (tmp_path / "stage1.log.jsonl").open("a") as stream:
+            stream.write('{"step": ' if first else "")  # a kill in mid-line
         log = open_log("wandb", tmp_path, "stage1", {"lr": 1}, first)
         for step in range(first + 1, first + 4):
             log(step, {"loss": step})

@@ -91,6 +91,24 @@ def test_json_lines_as_distill_and_the_captioner_write_them(captioned, rows, tmp
     assert samples[3].id == "scene 03" and samples[3].about == {"url": "u"}
 
 
+def test_ids_that_are_numbers(captioned, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"id": 1, "path": str(captioned / "00.png")}) + "\n")
+    assert open_sources([str(file)]).read(0, 0).id == "1"
+    file.write_text('{"id": 1}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 1: expected a JSON object with a path, or an id that is"):
+        open_sources([str(file)])
+
+
+def test_several_captions_in_one_row_are_refused(captioned, tmp_path):
+    line = {"path": str(captioned / "00.png"), "caption": ["a cat", "a bus"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line) + "\n")
+    source = open_sources([str(tmp_path / "data.jsonl")])
+    with pytest.raises(ValueError, match="its caption is a list, expected a text"):
+        Pictures(source, CONFIG, MODEL.image_size, captions=True)[0]
+    assert Pictures(source, CONFIG, MODEL.image_size, captions=False)[0]["pixels"].shape == (3, 32, 32)
+
+
 def test_urls_that_fsspec_opens(rows):
     fsspec = pytest.importorskip("fsspec")
     fs = fsspec.filesystem("memory")

@@ -1,13 +1,16 @@
 """The three stages at the smallest size: every folder that they write loads and does its work."""
 
+import shutil
+
 import pytest
 import torch
 
+from tests.train.conftest import NARROW
 from vlv import scenes
 from vlv.captioner import Captioner
 from vlv.checkpoint import Checkpoint, CheckpointError
 from vlv.diffusion import T2I
-from vlv.train import data
+from vlv.train import data, t2i
 
 
 def test_the_t2i_folder_is_a_plain_diffusers_pipeline(run):
@@ -17,6 +20,24 @@ def test_the_t2i_folder_is_a_plain_diffusers_pipeline(run):
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("a large cat at the top left", num_inference_steps=2, output_type="np").images[0]
     assert picture.shape == (64, 64, 3)
+
+
+def test_a_resumed_run_scales_the_latents_alike(run, tmp_path):
+    shutil.copy(run / "vae.state.pt", tmp_path)
+    torch.manual_seed(1)
+    again = t2i.build(NARROW)
+    t2i.train_vae(again, NARROW, tmp_path)
+    assert again.vae.config.scaling_factor == T2I.load(run / "t2i").vae.config.scaling_factor
+
+
+def test_latents_are_kept_by_what_made_them(run, tmp_path):
+    assert len(list(run.glob("latents-*.pt"))) == 1  # the UNet's training and stage 1 share them
+    model = T2I.load(run / "t2i")
+    first = t2i.latents(model, 4, tmp_path)
+    assert len(t2i.latents(model, 8, tmp_path)) == 8  # another pool
+    model.vae.encoder.conv_in.weight.mul_(2)
+    other = t2i.latents(model, 4, tmp_path)
+    assert not torch.equal(other, first) and len(list(tmp_path.iterdir())) == 3
 
 
 def test_stage_1_leaves_the_frozen_parts_alone(run):

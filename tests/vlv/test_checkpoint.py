@@ -17,6 +17,7 @@ from vlv import checkpoint
 from vlv.checkpoint import Checkpoint, CheckpointError
 from vlv.config import FORMAT, PRESETS
 from vlv.encoder import VLVEncoder
+from vlv.folders import link_tree
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,27 @@ def test_description(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vlv.checkpoint", str(folder), "--json"])
     checkpoint.main()
     assert json.loads(capsys.readouterr().out)["hash"] == described["hash"]
+
+
+def test_a_linked_folder_is_whole_or_absent(random_checkpoint, tmp_path, monkeypatch):
+    def stopped(source, target):
+        real(source, target)
+        raise KeyboardInterrupt
+
+    def refused(source, target):
+        raise OSError  # as between file systems
+
+    real, source, target = shutil.copyfile, random_checkpoint / "llm", tmp_path / "t2i"
+    monkeypatch.setattr("os.link", refused)
+    monkeypatch.setattr("shutil.copyfile", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        link_tree(source, target)
+    assert not target.exists()
+    monkeypatch.undo()
+    link_tree(source, target)
+    assert [f.name for f in tmp_path.iterdir()] == ["t2i"] and len(list(target.iterdir())) == len(
+        list(source.iterdir())
+    )
 
 
 def test_description_of_a_whole_checkpoint(random_checkpoint):

@@ -1,6 +1,7 @@
 """Pictures through the embeddings: every sampler, interpolation, mixing, captions, and bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -97,6 +98,21 @@ def test_from_captions(bundled, tmp_path):
     assert reconstruct.main([*arguments, "--steps", "2"]) == 0
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["cat-2.png", "cat.png", "grid.png"]
     assert (pixels(tmp_path / "out" / "cat.png") == pixels(tmp_path / "out" / "cat-2.png")).all()
+
+
+def test_every_picture_has_a_name_of_its_own():
+    assert reconstruct._unique(["a", "a-2", "a", "grid", "a"]) == ["a", "a-2", "a-3", "grid-2", "a-4"]
+
+
+def test_only_what_would_be_overwritten_is_refused(pair, bundled, tmp_path, capsys):
+    for source, name in zip(pair, ("first", "grid"), strict=True):
+        shutil.copy(source, tmp_path / f"{name}.png")
+    before = (tmp_path / "grid.png").read_bytes()
+    assert run([str(tmp_path / "grid.png")], bundled, tmp_path) == 1
+    assert "would overwrite the images" in capsys.readouterr().err
+    assert (tmp_path / "grid.png").read_bytes() == before
+    (tmp_path / "grid.png").rename(tmp_path / "second.png")
+    assert run([str(tmp_path / f"{name}.png") for name in ("first", "second")], bundled, tmp_path, "--mix", "1") == 0
 
 
 @pytest.mark.parametrize(

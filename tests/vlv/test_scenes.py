@@ -1,9 +1,12 @@
 """The synthetic world: scenes follow from their seed, captions are true, and the judge can tell."""
 
+import re
+
 import numpy as np
 import pytest
 
 from vlv import scenes
+from vlv.evaluate.__main__ import main as evaluate
 
 SEEDS = range(scenes.HELD_OUT, scenes.HELD_OUT + 300)
 
@@ -73,6 +76,23 @@ def test_the_judge_sees_a_false_claim(claim, replacement, field):
     )
     assert getattr(scenes.judge(truth, scene), field)
     assert not getattr(scenes.judge(truth.replace(claim, replacement), scene), field)
+
+
+def test_the_command_writes_scenes_or_says_why_not(tmp_path, capsys):
+    assert scenes.main([str(tmp_path / "made"), "--count", "2"]) == 0
+    assert [f.name for f in sorted((tmp_path / "made").iterdir())] == ["scene-00000.png", "scene-00001.png"]
+    (tmp_path / "file").write_text("")
+    assert scenes.main([str(tmp_path / "file" / "made")]) == 1
+    assert re.fullmatch("error: .*/made cannot be written: Not a directory\n", capsys.readouterr().err)
+    with pytest.raises(SystemExit) as stopped:
+        scenes.main([str(tmp_path), "--count", "0"])
+    assert stopped.value.code == 2
+
+
+def test_measuring_only_this_and_only_that_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(["scenes", "--ckpt", "x", "--captions-only", "--reconstructions-only"])
+    assert stopped.value.code == 2 and "not allowed with" in capsys.readouterr().err
 
 
 def test_the_judge_sees_a_false_relation():

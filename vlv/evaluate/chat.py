@@ -179,8 +179,10 @@ class Chat:
                     async with asyncio.TaskGroup() as group:
                         for _ in range(min(self.args.concurrency, len(questions))):
                             group.create_task(work(file))
-                except* openai.OpenAIError as several:
+                except ExceptionGroup as several:
                     error = several.exceptions[0]
+                    if not isinstance(error, openai.OpenAIError):  # a full disk, a picture that is gone
+                        raise error from None
                     answered = getattr(error, "status_code", None)
                     what = f"answers {answered}: {error}" if answered else f"cannot be used: {error}"
                     raise ChatError(f"{self.args.url} {what} (answers so far are kept in {self.journal})") from error

@@ -36,7 +36,7 @@ def named(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def run(parser: Parser, work: Callable[[argparse.Namespace], int], argv: list[str] | None) -> int:
+def run(parser: command.Parser, work: Callable[[argparse.Namespace], int], argv: list[str] | None) -> int:
     """Parse, work, and return the exit code: 2 for misuse, 1 for a failure, 130 after Ctrl-C."""
     args = parser.parse_args(argv)
     try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -125,8 +126,9 @@ def _sets(args: argparse.Namespace, originals: dict[str, Path]):
         return
     checkpoint = resolve(args.ckpt) if args.ckpt else None
     t2i = args.t2i or checkpoint.t2i
-    settings = {"model": checkpoint.hash if checkpoint else None, "t2i": str(t2i), "captions": str(args.captions)}
-    settings |= {
+    settings = {
+        "model": checkpoint.hash if checkpoint else None,
+        "t2i": str(t2i),
         "sampler": args.sampler,
         "steps": args.steps,
         "seeds from": args.seed,
@@ -135,7 +137,10 @@ def _sets(args: argparse.Namespace, originals: dict[str, Path]):
     }
     if args.captions:
         texts = caption_files.read(args.captions)
-        draw = drawing.from_captions(t2i, [texts[name] for name in names], args.device)
+        captions = [texts[name] for name in names]
+        # what they say, not the file's name: it may hold others by now
+        settings["captions"] = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:12]
+        draw = drawing.from_captions(t2i, captions, args.device)
     else:
         size = checkpoint.config.image_size
         draw = drawing.from_images(t2i, checkpoint.load_encoder(), lambda part: _crops(files[part], size), args.device)

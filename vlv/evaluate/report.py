@@ -62,8 +62,10 @@ def _section(name: str, found: dict, body: str) -> str:
 
 
 def number(value: object) -> str:
-    """A figure as text; an interval as mean and bounds."""
+    """A figure as text; an interval as mean and bounds; a dash for what could not be measured."""
     if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
+        if value["mean"] is None:
+            return number(None)
         return f"{number(value['mean'])} [{number(value['low'])}, {number(value['high'])}]"
     if value is None:
         return "–"

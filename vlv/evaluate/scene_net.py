@@ -8,12 +8,14 @@ No Inception, CLIP or DINO knows these emoji as photographs; this net does, and 
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vlv.command import Parser
+from vlv.command import Parser, positive
+from vlv.evaluate import cli
 
 PREPARATION = {
     "image_processor_type": "ViTImageProcessor",
@@ -85,13 +87,20 @@ def save(net, folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPARATION, indent=1) + "\n")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
     parser = Parser(prog="python -m vlv.evaluate.scene_net", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="folder to write")
-    parser.add_argument("--steps", type=int, default=600)
-    args = parser.parse_args()
+    parser.add_argument("--steps", type=positive, default=600)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return cli.run(parser, _make, argv)
+
+
+def _make(args: argparse.Namespace) -> int:
+    args.folder.mkdir(parents=True, exist_ok=True)  # before the training
     save(train(steps=args.steps), args.folder)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

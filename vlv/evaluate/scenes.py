@@ -92,8 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--ckpt", required=True, help="checkpoint folder")
     p.add_argument("--count", type=command.positive, default=1000, help="held-out scenes (default: 1000)")
     p.add_argument("--batch", type=command.positive, default=100)
-    p.add_argument("--captions-only", action="store_true", help="skip the reconstructions")
-    p.add_argument("--reconstructions-only", action="store_true", help="skip the captions (stage-1 folders)")
+    part = p.add_mutually_exclusive_group()
+    part.add_argument("--captions-only", action="store_true", help="skip the reconstructions")
+    part.add_argument("--reconstructions-only", action="store_true", help="skip the captions (stage-1 folders)")
     return cli.run(p, lambda args: _score(args, argv), argv)
 
 

@@ -22,12 +22,12 @@ def bootstrap(values: list[float], seed: int = 0) -> dict[str, float]:
     return {"mean": float(array.mean()), "low": float(low), "high": float(high), "n": len(array)}
 
 
-def wilson(wins: int, trials: int) -> dict[str, float]:
-    """A share with its 95 % Wilson score interval (Wilson 1927); without trials, from 0 to 1."""
+def wilson(wins: int, trials: int) -> dict[str, float | None]:
+    """A share with its 95 % Wilson score interval (Wilson 1927); without trials no share, and from 0 to 1."""
     if not 0 <= wins <= trials:
         raise ValueError(f"{wins} wins of {trials} trials")
     if trials == 0:
-        return {"mean": float("nan"), "low": 0.0, "high": 1.0, "n": 0}
+        return {"mean": None, "low": 0.0, "high": 1.0, "n": 0}
     share, square = wins / trials, Z95**2 / trials
     centre = (share + square / 2) / (1 + square)
     half = Z95 / (1 + square) * (share * (1 - share) / trials + square / (4 * trials)) ** 0.5

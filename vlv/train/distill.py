@@ -63,7 +63,7 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Limits
     p.add_argument("--near", type=int, default=3, help="bits of 64 in which near-identical images may differ (3)")
     p.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="USD for a million tokens in and out")
     p.add_argument("--image-tokens", type=int, default=1000, help="for the estimate: an image's tokens (1000)")
-    p.add_argument("--max-cost", type=float, metavar="USD", help="do not start above it, and stop when it is spent")
+    p.add_argument("--max-cost", type=float, metavar="USD", help="stop when it is spent")
     for f in fields(Limits):
         kind = int if f.type == "int" else float
         p.add_argument(

@@ -92,15 +92,26 @@ class Distiller:
             timeout=args.timeout,
         )  # fmt: skip
         self.prompt_hash = hashlib.sha256(args.prompt.encode()).hexdigest()[:12]
-        self.started, self.in_a_row, self.given_up = time.time(), 0, ""
+        self.started, self.in_a_row = time.time(), 0
+        self.stop: BaseException | None = None  # why nothing more is asked
 
     @property
     def rows(self) -> int:
         return sum(self.source.rows)
 
     async def run(self) -> Tally:
-        """Caption everything that is left. Raises ValueError once --max-cost is spent, or no answers come."""
+        """Caption everything that is left.
+
+        Raises ValueError once --max-cost is spent or no answers come, OSError where an answer cannot be written.
+        """
         gate, tasks = asyncio.Semaphore(self.args.concurrency), set()
+
+        def ended(task: asyncio.Task) -> None:
+            tasks.discard(task)
+            gate.release()
+            if not task.cancelled():
+                self.stop = self.stop or task.exception()
+
         try:
             for shard, count in enumerate(self.source.rows):
                 for row in range(count):
@@ -111,12 +122,12 @@ class Distiller:
                     self._check()
                     task = asyncio.create_task(self._ask(job))
                     tasks.add(task)
-                    task.add_done_callback(lambda t: (tasks.discard(t), gate.release()))
+                    task.add_done_callback(ended)
         finally:
-            await asyncio.gather(*tasks)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self.client.close()
-        if self.given_up:
-            raise ValueError(self.given_up)
+        if self.stop:
+            raise self.stop
         return self.tally
 
     def _prepare(self, shard: int, row: int) -> Job | None:
@@ -192,7 +203,7 @@ class Distiller:
             )
             choice = answer.choices[0]
             text = choice.message.content or ""
-        except (openai.OpenAIError, IndexError) as error:
+        except (openai.OpenAIError, IndexError, TypeError, AttributeError) as error:  # no chat server: any answer
             self.tally.failed += 1
             record = {"id": job.record["id"], "error": f"{type(error).__name__}: {error}"[:500]}
             self.output.write(self.output.errors, record)
@@ -201,7 +212,7 @@ class Distiller:
                 error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
             )
             if hopeless or self.in_a_row >= PATIENCE:
-                self.given_up = f"{self.args.url} gives no answers ({error}): what is written stays"
+                self.stop = ValueError(f"{self.args.url} gives no answers ({error}): what is written stays")
             return
         self.in_a_row = 0
         usage = answer.usage
@@ -220,8 +231,8 @@ class Distiller:
         if problem := caption_problem(caption, cut_off, self.limits):
             self._reject(record, problem)
         else:
-            self.tally.kept += 1
             self.output.write(self.output.path, record)
+            self.tally.kept += 1
         self._progress()
 
     def _remember(self, record: dict) -> None:
@@ -229,12 +240,12 @@ class Distiller:
             self.duplicates.add(record["id"], record["sha256"], int(record["dhash"], 16))
 
     def _reject(self, record: dict, reason: str) -> None:
-        self.tally.rejected += 1
         self.output.write(self.output.rejected, record | {"reason": reason})
+        self.tally.rejected += 1
 
     def _check(self) -> None:
-        if self.given_up:
-            raise ValueError(self.given_up)
+        if self.stop:
+            raise self.stop
         spent = self.tally.dollars(self.args.price)
         if self.args.max_cost is not None and spent >= self.args.max_cost:
             raise ValueError(f"${spent:.2f} are spent, --max-cost is {self.args.max_cost:g}: what is written stays")

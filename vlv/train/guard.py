@@ -33,7 +33,7 @@ class Guard:
         if self.in_a_row >= PATIENCE:
             raise FloatingPointError(
                 f"{self.in_a_row} steps in a row were left out, the last at step {step} because {reason}: "
-                "look at the data there, or go on from the last save with a lower --lr or another --seed"
+                "look at the data there, or go on from the last save with a lower --lr"
             )
         return reason
 

@@ -22,9 +22,11 @@ from vlv.train.sources import Source
 class LatentCache:
     """Rows of [2, c, s, s] float16, mean and deviation, by (shard, row) of a source."""
 
-    def __init__(self, folder: str | Path, vae_folder: Path, source: Source, first: str, size: int):
-        """`first` is the id of the source's first row, which tells sources of equal shape apart."""
-        digest = hashlib.sha256(f"{source.rows} {first} {size}".encode())
+    def __init__(self, folder: str | Path, vae_folder: Path, source: Source, size: int):
+        # the first row tells sources of equal shape apart; its image too, as many number their rows from 1
+        first = source.read(next(shard for shard, rows in enumerate(source.rows) if rows), 0)
+        digest = hashlib.sha256(f"{source.rows} {first.id} {size}".encode())
+        digest.update(hashlib.sha256(first.image).digest())
         for file in sorted(vae_folder.iterdir()):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -93,6 +93,8 @@ class Pictures(Dataset):
         """Raises ValueError for what the flags leave out."""
         if self.captions and not caption:
             raise ValueError("it has no caption")
+        if self.captions and not isinstance(caption, str):
+            raise ValueError(f"its caption is a {type(caption).__name__}, expected a text: give one caption a row")
         if self.config.min_side or self.config.max_aspect:
             try:
                 short, long = sorted(Image.open(io.BytesIO(content)).size)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlv.command import Misuse
+from vlv.folders import whole
 
 Sink = Callable[[int, dict], None]
 KINDS = ("none", "wandb", "tensorboard", "trackio")
@@ -28,8 +29,10 @@ def open_log(kind: str, run: Path, name: str, config: dict, step: int) -> Sink:
     """A function that takes (step, figures). Lines of steps from `step` on, which a resumed run writes again, go."""
     file = run / f"{name}.log.jsonl"
     if file.exists():
-        lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-        file.write_text("".join(f"{line}\n" for line in lines))
+        # what has no end was left unfinished by a killed run
+        lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        with whole(file) as rewritten:
+            rewritten.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
     send = _sender(kind, run, name, config, step)
 
     def log(step: int, figures: dict) -> None:

@@ -101,6 +101,7 @@ class Loop:
 
     def _save(self) -> None:
         state = {
+            "config": asdict(self.config),
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
@@ -127,6 +128,13 @@ class Loop:
                 f"{self.state_file} was trained with another model configuration; "
                 "remove it to start anew, or choose another --run folder"
             )
+        before = state.get("config", {})
+        for name, value in asdict(self.config).items():
+            if name not in ("save_every", "log_every") and before.get(name) != value:  # all else decides the weights
+                raise ValueError(
+                    f"{self.state_file} was trained with {name} {before.get(name, 'unknown')}, this run has {value}: "
+                    "remove it to start anew, or choose another --run folder"
+                )
         for p, saved in zip(self.params, state["params"], strict=True):
             p.data.copy_(saved)
         self.ema = [e.to(p.device) for e, p in zip(state["ema"], self.params, strict=False)]

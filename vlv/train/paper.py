@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field, fields, replace
 
-from vlv.command import Misuse
+from vlv.command import Misuse, positive
 
 
 def _option(default, text: str, choices: tuple[str, ...] | None = None):
@@ -117,8 +117,9 @@ def add_flags(parser: argparse.ArgumentParser, preset: str) -> None:
     group.add_argument("--log", "--logger", default="none", help="wandb, tensorboard or trackio, beside RUN/*.jsonl")
     group.add_argument("--cache-latents", metavar="DIR", help="keep the autoencoder's latents there, and reuse them")
     group.add_argument(
-        "--plan", type=int, nargs="?", const=1, metavar="GPUS", help="print the memory of a step on each GPU, and stop"
-    )
+        "--plan", type=positive, nargs="?", const=1, metavar="GPUS",
+        help="print the memory of a step on each GPU, and stop",
+    )  # fmt: skip
     group.add_argument("--gpu-hour", type=float, metavar="USD", help="price of a GPU for an hour, for the estimate")
     group.add_argument("--max-cost", type=float, metavar="USD", help="do not start if the estimate is higher")
     for f in fields(TrainConfig):
@@ -135,12 +136,14 @@ def config(args: argparse.Namespace) -> TrainConfig:
     """The preset with what the flags change. Raises Misuse on values that make no sense."""
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if getattr(args, f.name) is not None}
     made = replace(PRESETS[args.preset], **given)
-    for name in ("steps", "batch", "micro_batch", "save_every", "log_every", "keep"):
+    for name in ("steps", "batch", "micro_batch", "max_tokens", "save_every", "log_every", "keep"):
         if getattr(made, name) < 1:
             raise Misuse(f"--{name.replace('_', '-')} {getattr(made, name)}: at least 1")
     for name in ("workers", "warmup", "spike", "queries", "image_size", "min_side", "max_aspect"):
         if getattr(made, name) < 0:
             raise Misuse(f"--{name.replace('_', '-')} {getattr(made, name)}: not below 0")
+    if not made.clip > 0:
+        raise Misuse(f"--clip {made.clip}: above 0, or every step would be empty; inf clips nothing")
     if not 0 <= made.ema < 1:
         raise Misuse(f"--ema {made.ema}: from 0 to below 1")
     return made

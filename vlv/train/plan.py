@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import weakref
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlv.checkpoint import Checkpoint
 from vlv.config import PRESETS, VLVConfig
+from vlv.published import resolve
 from vlv.train import start
 from vlv.train.objectives import Stage1, Stage2
 from vlv.train.paper import TrainConfig
@@ -63,8 +63,9 @@ def plan(stage: str, config: TrainConfig, args: argparse.Namespace) -> str:
 
 def measure(stage: str, config: TrainConfig, args: argparse.Namespace) -> dict[str, int]:
     """Bytes by kind of a step on one GPU that holds everything."""
+    begin = resolve(args.ckpt) if args.ckpt else None  # outside: what is published is converted with its data
     with FakeTensorMode():
-        objective, frozen, model = {"stage1": _stage1, "stage2": _stage2}[stage](config, args)
+        objective, frozen, model = {"stage1": _stage1, "stage2": _stage2}[stage](config, args, begin)
         objective.train()
         for block in blocks(objective) if config.checkpoint_activations else ():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -119,19 +120,21 @@ def _bytes(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _model(config: TrainConfig, args: argparse.Namespace, preset: str, llm_width: int) -> VLVConfig:
-    base = Checkpoint.open(args.ckpt).config if args.ckpt else PRESETS[preset]
-    return start.model_config(base, config, llm_width)
+Parts = tuple[nn.Module, list[nn.Module], VLVConfig]  # the objective, what is frozen beside it, the model's sizes
 
 
-def _stage1(config: TrainConfig, args: argparse.Namespace) -> tuple[nn.Module, list[nn.Module], VLVConfig]:
+def _model(config: TrainConfig, begin: Checkpoint | None, llm_width: int) -> VLVConfig:
+    return start.model_config(begin.config if begin else PRESETS["qwen2.5-3b"], config, llm_width)
+
+
+def _stage1(config: TrainConfig, args: argparse.Namespace, begin: Checkpoint | None) -> Parts:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
     from vlv.diffusion import T2I
     from vlv.encoder import VLVEncoder
 
-    model = _model(config, args, "qwen2.5-3b", 0)
-    folder = args.t2i or (Path(args.ckpt) / "t2i" if args.ckpt else None)
+    model = _model(config, begin, 0)
+    folder = args.t2i or (begin.t2i if begin else None)
     unet = UNet2DConditionModel.load_config(folder / "unet") if folder else SD21_UNET
     vae = AutoencoderKL.load_config(folder / "vae") if folder else SD21_VAE
     t2i = T2I(AutoencoderKL.from_config(vae), UNet2DConditionModel.from_config(unet), None, None, DDPMScheduler())
@@ -146,18 +149,18 @@ def _stage1(config: TrainConfig, args: argparse.Namespace) -> tuple[nn.Module, l
     return Stage1(encoder, t2i), [t2i.vae, t2i.unet], model
 
 
-def _stage2(config: TrainConfig, args: argparse.Namespace) -> tuple[nn.Module, list[nn.Module], VLVConfig]:
+def _stage2(config: TrainConfig, args: argparse.Namespace, begin: Checkpoint | None) -> Parts:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from vlv.captioner import Captioner
     from vlv.encoder import VLVEncoder
     from vlv.random_weights import llm_plan
 
-    folder = args.llm or (Checkpoint.open(args.ckpt).llm if args.ckpt else None)
+    folder = args.llm or (begin.llm if begin else None)
     about = AutoConfig.from_pretrained(folder) if folder else llm_plan("qwen2.5-3b", torch.float32)[0]
     about.use_cache = False
     llm = AutoModelForCausalLM.from_config(about)
-    model = _model(config, args, "qwen2.5-3b", llm.config.hidden_size)
+    model = _model(config, begin, llm.config.hidden_size)
     captioner = Captioner(VLVEncoder(model), llm, _Longest(config.max_tokens))
     start.unfreeze_stage2(captioner, config)
     return Stage2(captioner, config.max_tokens, config.end_token), [], model

@@ -28,6 +28,8 @@ def run(stage: str, args: argparse.Namespace, folder: Path, out: Path) -> None:
         return
     if not args.data or not args.ckpt:
         raise Misuse(f"--preset {args.preset} needs --data and --ckpt (or --plan alone)")
+    if args.max_cost is not None and args.gpu_hour is None:
+        raise Misuse("--max-cost needs --gpu-hour USD, the price that the estimate is made with")
     logs.check(args.log)
     from vlv.train.parallel import World
     from vlv.train.sources import open_sources
@@ -94,7 +96,7 @@ def _stage1(config: TrainConfig, args: argparse.Namespace, world: World, source)
         t2i.unet.compile()
     cache = None
     if args.cache_latents:
-        cache = LatentCache(args.cache_latents, t2i_folder / "vae", source, source.read(0, 0).id, model.image_size)
+        cache = LatentCache(args.cache_latents, t2i_folder / "vae", source, model.image_size)
 
     def finish(weights: dict, out: Path) -> None:
         checkpoint.save(out, _encoder_of(model, weights, "encoder."))
@@ -167,8 +169,10 @@ def _encoder_of(model, weights: dict, prefix: str):
 
 def refuse_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with 2 where flags of a run at scale were given to the toy recipe."""
-    given = [f for f in ("data", "ckpt", "cache_latents") if getattr(args, f, None)]
-    given += [f.name for f in fields(TrainConfig) if getattr(args, f.name) is not None]
-    if given or args.plan:
-        name = ("--" + (given or ["plan"])[0]).replace("_", "-")
+    names = ["data", "ckpt", "llm", "cache_latents", "plan", "gpu_hour", "max_cost"]
+    names += [f.name for f in fields(TrainConfig)]
+    given = [name for name in names if getattr(args, name, None) is not None]
+    given += ["log"] if args.log != "none" else []
+    if given:
+        name = "--" + given[0].replace("_", "-")
         parser.error(f"{name} belongs to the paper's presets, not to --preset {args.preset}")

@@ -150,11 +150,13 @@ class Files:
                     try:
                         record = json.loads(line)
                         path = record.get("path") or record["id"]
-                    except (ValueError, KeyError, AttributeError) as error:
-                        raise ValueError(f"{file}, line {number}: expected a JSON object with a path or id") from error
-                    paths.append(path if is_url(path) or os.path.isabs(path) else f"{folder}/{path}")
+                        paths.append(path if is_url(path) or os.path.isabs(path) else f"{folder}/{path}")
+                    except (ValueError, KeyError, AttributeError, TypeError) as error:
+                        raise ValueError(
+                            f"{file}, line {number}: expected a JSON object with a path, or an id that is one"
+                        ) from error
                     known.append((first_of(record, CAPTION), about(record)))
-                    ids.append(record.get("id", path))
+                    ids.append(str(first_of(record, ("id", "path"))))
         return cls(paths, known, ids)
 
     def name(self, shard: int, row: int) -> str:

@@ -96,6 +96,8 @@ def main() -> None:
     args = parser.parse_args()
     run, out = cli.folders(args, "stage2")
     if args.preset in paper.PRESETS:
+        if args.stage1:
+            parser.error(f"--stage1 belongs to the toy presets: with --preset {args.preset} give the folder as --ckpt")
         scale.run("stage2", args, run, out)
     else:
         scale.refuse_flags(parser, args)

@@ -6,6 +6,7 @@ frozen in everything that follows.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,7 @@ def train_vae(t2i: T2I, config: T2IConfig, run: Path) -> None:
         return {"loss": pixel + 1e-5 * kl, "pixel": pixel, "kl": kl}
 
     loop.run(loss)
+    torch.manual_seed(0)  # the same scale after a resume
     with torch.inference_mode():
         scenes = data.images(range(min(512, config.pool)))
         sample = t2i.vae.encode(scenes.to(t2i.vae.device) / 127.5 - 1).latent_dist.sample()
@@ -115,12 +117,19 @@ def train_vae(t2i: T2I, config: T2IConfig, run: Path) -> None:
 
 
 def latents(t2i: T2I, pool: int, run: Path) -> torch.Tensor:
-    """Scaled latents of the scenes 0..pool-1, [pool, c, s, s] float16, computed once and kept in `run`."""
+    """Scaled latents of the scenes 0..pool-1, [pool, c, s, s] float16, computed once and kept in `run`.
+
+    They are kept by the pool and by what made them, so that another autoencoder in the same run gets its own.
+    """
     import torch
 
+    from vlv.folders import whole
     from vlv.train import data
 
-    path = run / "latents.pt"
+    digest = hashlib.sha256(f"{pool} {t2i.vae.config.scaling_factor}".encode())
+    for weight in t2i.vae.state_dict().values():
+        digest.update(weight.half().cpu().numpy().tobytes())  # as the folder holds it, which stage 1 loads
+    path = run / f"latents-{digest.hexdigest()[:12]}.pt"
     if not path.exists():
         torch.manual_seed(0)
         with torch.inference_mode():
@@ -128,9 +137,8 @@ def latents(t2i: T2I, pool: int, run: Path) -> torch.Tensor:
                 t2i.encode_images(data.images(range(i, min(i + 256, pool))).to(t2i.vae.device)).half().cpu()
                 for i in range(0, pool, 256)
             ]
-        temporary = path.with_suffix(".tmp")
-        torch.save(torch.cat(parts), temporary)
-        temporary.replace(path)
+        with whole(path) as file:
+            torch.save(torch.cat(parts), file)
     return torch.load(path, weights_only=True, mmap=True)
 
 
