@@ -72,8 +72,9 @@ def test_two_processes_with_shards_of_the_model_do_what_one_does(alone, captione
     assert process.wait(200) == 0, process.stderr.read().decode()[-2000:]
     same_losses(log(tmp_path), alone[0])
     weights = toy_run.train(captioned, tmp_path)  # one process takes up the shards of two
-    scale = max(w.abs().max() for w in weights.values())
-    assert max((weights[n] - w).abs().max() for n, w in alone[1].items()) / scale < 1e-4
+    # over all of them: where a gradient is near zero, rounding alone turns Adam's step around
+    apart = sum((weights[name] - w).double().square().sum() for name, w in alone[1].items())
+    assert (apart / sum(w.double().square().sum() for w in weights.values())).sqrt() < 1e-4
 
 
 def test_torchrun_starts_a_killed_worker_again_and_the_run_ends_as_if_nothing_had_been(alone, captioned, tmp_path):
