@@ -201,6 +201,7 @@ def page(
     stages = {f.stem: json.loads(f.read_text()) for f in sorted((FOLDER / "training").glob("*.json"))}
     gallery = FOLDER.parent / "docs" / "gallery.png"
     measure = "python -m benchmarks.measure PICTURES --ckpt DIR"
+    traced = "python -m serve.vllm_caption PICTURES --ckpt DIR --trace benchmarks/trace.json"
     exported = f"<h3>Exported here</h3>{drift(list(artifacts))}" if artifacts else ""
     sections = [
         section("The encoder", encoder, FOLDER / "encoder_cpu.json", "python -m benchmarks.encoder_cpu"),
@@ -209,7 +210,7 @@ def page(
         section("Precision and drift", precisions, FOLDER / "export_cpu.json", "python -m benchmarks.export_cpu"),
         exported,
         section("Captioning", captions, FOLDER / "caption.json", "python benchmarks/caption.py"),
-        section("Where the time goes", timeline, trace or FOLDER / "trace.json", measure),
+        section("Where the time goes", timeline, trace or FOLDER / "trace.json", traced),
         section("Under load", load, load_json or FOLDER / "load.json", measure),
         section(
             "What the bundled checkpoint has learned", scenes, FOLDER / "scenes.json", "python -m vlv.evaluate.scenes"
