@@ -23,6 +23,7 @@ from torch.nn.functional import interpolate
 from benchmarks import machine
 from vlv import scenes
 from vlv.checkpoint import Checkpoint
+from vlv.command import command_line
 from vlv.diffusion import T2I
 from vlv.encoder import VLVEncoder
 from vlv.evaluate import attributes
@@ -175,7 +176,7 @@ def main() -> None:
              for i in range(0, min(NOISE, args.held_out), CHUNK)]
         )  # fmt: skip
     results = {
-        "command": " ".join(["python -m benchmarks.bottleneck", *sys.argv[1:]]),
+        "command": command_line("benchmarks.bottleneck"),
         "kind": "bottleneck",
         "model": checkpoint.hash,
         "machine": machine.describe() | {"threads": torch.get_num_threads()},

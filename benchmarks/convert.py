@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from vlv import published_keys as keys
+from vlv.command import command_line
 from vlv.config import PRESETS, VLVConfig
 from vlv.encoder import VLVEncoder
 from vlv.folders import write_json
@@ -146,7 +146,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.workspace:
         args.workspace.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "benchmarks.convert", *sys.argv[1:]])
+    command = command_line("benchmarks.convert")
     result = {"command": command, "machine": machine.describe(), "runs": []}
     for kind in args.kinds:
         with tempfile.TemporaryDirectory(dir=args.workspace) as workspace:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from benchmarks import machine
 from benchmarks.published_encoder import PublishedEncoder
 from kernels.upsample_normalize import upsample_normalize
 from vlv import random_weights
+from vlv.command import command_line
 from vlv.config import PRESETS, VLVConfig
 from vlv.encoder import VLVEncoder
 
@@ -151,7 +151,7 @@ def main() -> None:
         if args.memory_of:
             print_peak_memory(args.memory_of, PRESETS[args.preset], DTYPES[args.dtypes[0]], args.batch)
             return
-        command = shlex.join(["python", "-m", "benchmarks.encoder_cpu", *sys.argv[1:]])
+        command = command_line("benchmarks.encoder_cpu")
         result = {"command": command, "machine": machine.describe(), "runs": []}
         for dtype in args.dtypes:
             result["runs"].append(compare(args.preset, dtype, args.batch, args.repeats))

@@ -1,6 +1,6 @@
 """The exported encoder on a CPU against eager PyTorch: float32 and INT8 in ONNX Runtime, and OpenVINO where it is.
 
-    python -m benchmarks.export_cpu                           # full size: 14 GB of memory, a quarter of an hour
+    python -m benchmarks.export_cpu                           # full size: 17 GB of memory, a quarter of an hour
     python -m benchmarks.export_cpu --preset tiny --out /tmp/smoke.json
     python -m benchmarks.export_cpu --work DIR --only graphs  # in pieces: graphs, speed, captions
 
@@ -36,6 +36,7 @@ from export.probes import NOISE, Probes
 from export.verifier import Captions, compare
 from vlv import random_weights
 from vlv.checkpoint import Checkpoint
+from vlv.command import command_line
 from vlv.config import PRESETS
 
 BUNDLED = Path("assets/vlv-tiny")
@@ -91,8 +92,9 @@ def trace_and_quantize(preset: str, work: Path) -> None:
     traced = trace.to_onnx(graph, work / "fp32" / "encoder.onnx", Batch(1, 1, 8), 20)
     shown = [{"pixels": graph.example(1, torch.Generator().manual_seed(i))[0]} for i in range(CALIBRATION)]
     del graph
-    quantize.to_int8(traced, work / "fp32", work / "int8", False, [])
-    quantize.to_int8(traced, work / "fp32", work / "int8-static", True, shown)
+    quantize.to_int8(traced, work / "fp32", work / "int8")
+    seen = quantize.ranges(work / "fp32" / traced.files[0], shown)
+    quantize.to_int8(traced, work / "fp32", work / "int8-static", seen)
 
 
 def onnxruntime(folder: Path) -> Callable[[np.ndarray], object]:
@@ -222,7 +224,7 @@ def main() -> int:
         if "captions" in args.only:
             result["captions"] = {"machine": machine.describe(), **captions(Path(work))}
     for part in set(args.only) & result.keys():
-        result[part]["command"] = " ".join(["python -m benchmarks.export_cpu", *sys.argv[1:]])
+        result[part]["command"] = command_line("benchmarks.export_cpu")
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     return 0

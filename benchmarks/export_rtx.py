@@ -28,6 +28,7 @@ from export.components import Batch, Port, opset
 from export.quantize import DTYPES
 from export.tensorrt_library import LIBRARIES, build
 from vlv import random_weights
+from vlv.command import command_line
 from vlv.config import PRESETS
 from vlv.train.plan import SD21_UNET, SD21_VAE
 
@@ -137,7 +138,7 @@ def main() -> int:
         return 0
     version = LIBRARIES["rtx"].load().__version__
     result = json.loads(args.out.read_text()) if args.out.exists() else {"engines": {}}
-    command = " ".join(["python -m benchmarks.export_rtx", *sys.argv[1:]])
+    command = command_line("benchmarks.export_rtx")
     result |= {"command": command, "machine": machine.describe(), "builder": f"TensorRT-RTX {version}"}
     result["preset"] = args.preset
     failed = False

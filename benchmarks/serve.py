@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shlex
 import socket
 import statistics
 import sys
@@ -25,6 +24,7 @@ import uvloop
 
 from benchmarks.machine import describe
 from benchmarks.serve_fuzz import scene
+from vlv.command import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 3  # of each measurement, in turns: the machine's other load hits all alike
@@ -51,7 +51,7 @@ def main() -> None:
         print(json.dumps(uvloop.run(client(*args.client, args))))
         return
     report = {
-        "command": shlex.join(["python", "-m", "benchmarks.serve", *sys.argv[1:]]),
+        "command": command_line("benchmarks.serve"),
         **describe(),
         **uvloop.run(measure(args)),
     }

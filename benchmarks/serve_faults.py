@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import random
-import shlex
 import socket
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ import httpx
 
 from benchmarks.machine import describe
 from benchmarks.serve_fuzz import fuzzed_images, fuzzed_requests, scene
+from vlv.command import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("fuzz_images", "fuzz_requests", "slow", "workers", "engine", "soak")
@@ -51,7 +51,7 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         p.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     report = {
-        "command": shlex.join(["python", "-m", "benchmarks.serve_faults", *sys.argv[1:]]),
+        "command": command_line("benchmarks.serve_faults"),
         **describe(),
         "parts": {},
     }

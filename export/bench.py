@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from export import cli
+from vlv.command import command_line
 
 EAGER, COMPILED = "torch", "torch.compile"
 RUNTIMES = (EAGER, COMPILED, "onnx", "onnx-cuda", "onnx-trt", "trt", "rtx")
@@ -53,7 +53,7 @@ def _bench(args: argparse.Namespace) -> int:
     memory = {name: _memory(args, name) for name in engines}
     for row in rows:
         row["peak_bytes"] = memory[row["runtime"]]
-    command = shlex.join(["python", "-m", "export.bench", *sys.argv[1:]])
+    command = command_line("export.bench")
     about = {"command": command, "machine": _machine(), "artifacts": str(args.artifacts)}
     result = {**about, "missing": missing, "runs": rows}
     args.out.write_text(json.dumps(result, indent=2) + "\n")

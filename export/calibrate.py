@@ -1,7 +1,8 @@
 """Ranges of activations for `int8-static`: what ONNX Runtime's own calibration finds, in a fraction of its memory.
 
-Its calibration holds the weights three times, and every observed tensor until the end of a run: 24 GB were not enough
-for the encoder of 1 B parameters. Here the weights stay in their file, and each tensor goes once it has been seen.
+Its calibration holds the weights several times, and every observed tensor until the end of a run: 24 GB were not
+enough for the encoder of 1 B parameters. Here the weights stay in their file, and each tensor goes once it has been
+seen.
 """
 
 from __future__ import annotations

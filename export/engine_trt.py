@@ -81,10 +81,10 @@ class TrtEngine(RtxEngine):
 
 
 def _require_builder(library: Library, artifact: Artifact) -> None:
-    version = f"{library.title} {library.load().__version__}"
-    if artifact.builder != version:
+    if artifact.builder != library.builder:
         raise ArtifactError(
-            f"{artifact.name} was built by {artifact.builder}, and this is {version}; make it again: {artifact.command}"
+            f"{artifact.name} was built by {artifact.builder}, and this is {library.builder}; "
+            f"make it again: {artifact.command}"
         )
 
 

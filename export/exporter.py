@@ -39,6 +39,7 @@ class Exporter:
         self._calibration = Probes(checkpoint, probes, (), CALIBRATION).inputs
         self.probes = Probes(checkpoint, probes, images)
         self.verifier = Verifier(checkpoint, self.probes, captions)
+        self._ranges = {}  # of activations, by component: the same whichever blocks stay exact
 
     def plan(self, component: str, precision: str, opset: int, profile: Batch, command: str) -> Artifact:
         """What `export` would make, as far as that is known before."""
@@ -88,9 +89,12 @@ class Exporter:
     def _written(self, wanted: Artifact, graph: Graph, traced: trace.Traced, exact: tuple[str, ...]) -> Artifact:
         """The entry, without figures, of what is in the work folder; INT8 is made here."""
         if _int8(wanted):
-            static = wanted.precision == "int8-static"
-            sets = self._calibration(wanted.component) if static else []
-            traced = quantize.to_int8(traced, self.made / "float32", self.made, static, sets, exact)
+            name, source, seen = wanted.component, self.made / "float32", None
+            if wanted.precision == "int8-static":
+                if name not in self._ranges:
+                    self._ranges[name] = quantize.ranges(source / traced.files[0], self._calibration(name))
+                seen = self._ranges[name]
+            traced = quantize.to_int8(traced, source, self.made, seen, exact)
         files = describe_files(self.made, traced.files)
         return replace(
             wanted,

@@ -18,17 +18,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from export import calibrate
 from export.blocks import reference_outputs
-from export.calibrate import ranges
 from export.components import PEAK, tolerance
 from export.graphs import Graph
 from export.trace import Traced, is_large
 
+if TYPE_CHECKING:
+    from onnxruntime.quantization.calibrate import TensorsData
+
+CALIBRATED = ("MatMul", "Gemm", "Conv")  # what `int8-static` quantizes
 DTYPES = {"fp16": torch.float16, "mixed": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -116,12 +121,17 @@ def by_drift(report: list[dict]) -> tuple[str, ...]:
     return tuple(path for _, path in sorted(added, reverse=True))
 
 
+def ranges(graph: Path, sets: list[dict[str, Tensor]]) -> TensorsData:
+    """What `to_int8` needs for `int8-static`, measured on these inputs of a float32 graph."""
+    return calibrate.ranges(graph, CALIBRATED, ({k: v.numpy() for k, v in inputs.items()} for inputs in sets))
+
+
 def to_int8(
-    traced: Traced, source: Path, made: Path, static: bool, sets: list[dict[str, Tensor]], exact: tuple[str, ...] = ()
+    traced: Traced, source: Path, made: Path, seen: TensorsData | None = None, exact: tuple[str, ...] = ()
 ) -> Traced:
     """Quantize the float32 graph of the folder `source` into the folder `made`.
 
-    sets: calibration inputs, for `static`; exact: blocks that stay in float32.
+    seen: ranges of activations, for `int8-static`; exact: blocks that stay in float32.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.calibrate import save_tensors_data
@@ -135,17 +145,16 @@ def to_int8(
     loose += [f"{node}_MatMul" for node in loose]  # what ONNX Runtime calls the product of a Gemm, which it splits
     options = {"per_channel": True, "reduce_range": True, "nodes_to_exclude": loose}
     options |= {"weight_type": QuantType.QInt8, "use_external_data_format": large}
-    if not static:
+    if seen is None:
         quantize_dynamic(
             graph, target, op_types_to_quantize=["MatMul", "Gemm"], extra_options={"MatMulConstBOnly": True}, **options
         )
     else:
-        kinds, found = ["MatMul", "Gemm", "Conv"], made / "int8-ranges.json"
-        rows = ({name: value.numpy() for name, value in inputs.items()} for inputs in sets)
-        save_tensors_data(ranges(graph, kinds, rows), found)
+        cache = made / "int8-ranges.json"
+        save_tensors_data(seen, cache)
         quantize_static(
-            graph, target, None, QuantFormat.QDQ, op_types_to_quantize=kinds, activation_type=QuantType.QUInt8,
-            extra_options={"MatMulConstBOnly": True}, calibration_cache_path=found, **options,
+            graph, target, None, QuantFormat.QDQ, op_types_to_quantize=[*CALIBRATED], activation_type=QuantType.QUInt8,
+            extra_options={"MatMulConstBOnly": True}, calibration_cache_path=cache, **options,
         )  # fmt: skip
     return _renamed(target, made, traced)
 

@@ -37,6 +37,11 @@ class Library:
                 reason = str(error)
         raise RuntimeMissing(f"{self.title} cannot be loaded ({reason}): {self.install}")
 
+    @property
+    def builder(self) -> str:
+        """Name and version, as the manifest keeps them. Raises RuntimeMissing."""
+        return f"{self.title} {self.load().__version__}"
+
 
 LIBRARIES = {
     "rtx": Library(

@@ -63,6 +63,7 @@ def _build_all(args: argparse.Namespace) -> int:
             f"--target {args.target}: TensorRT builds on the GPU that an engine is for, and this machine has "
             f"{here or 'none'}; --runtime rtx builds for GPUs elsewhere"
         )
+    args.refittable |= args.refit  # what was refitted can be again
     checkpoint = cli.checkpoint(args.ckpt)
     names = cli.components(args.components, checkpoint)
     if code := onnx.main(_onnx_arguments(args, names)):
@@ -103,8 +104,8 @@ def _build(args: argparse.Namespace, manifest, name: str, library, made: Path, c
     graph = manifest.checked(name)
     wanted = replace(
         graph, runtime=args.runtime, target=args.target, files={}, verification={},
-        builder=f"{library.title} {library.load().__version__}", command=_command(args, name),
-        refittable=args.refittable or args.refit,
+        builder=library.builder, command=_command(args, name),
+        refittable=args.refittable,
     )  # fmt: skip
     fused = _wants_plugins(args.plugins, args.runtime, graph.precision)
     if fused:
@@ -154,7 +155,7 @@ def _onnx_arguments(args: argparse.Namespace, names: list[str]) -> list[str]:
 def _command(args: argparse.Namespace, name: str) -> str:
     words = ["python", "-m", "export.trt", "--ckpt", args.ckpt, "--out", str(args.out), "--target", args.target]
     words += ["--runtime", args.runtime, "--components", name, "--precision", args.precision, "--plugins", args.plugins]
-    words += ["--refittable"] if args.refittable or args.refit else []
+    words += ["--refittable"] if args.refittable else []
     return shlex.join([*words, "--max-batch", str(args.max_batch), "--max-pictures", str(args.max_pictures)])
 
 

@@ -14,7 +14,6 @@ import base64
 import json
 import os
 import random
-import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from serve.bench_page import page
 from serve.command import Misuse, Parser, debug_argument, positive, run, say
+from vlv.command import command_line
 
 MEASURES = ("ttft", "tpot", "itl", "e2e")
 
@@ -110,7 +110,7 @@ async def measure(args: argparse.Namespace) -> dict:
             sweep.append(point)
             say(f"{rate:g}/s offered: {point['answered_per_second']}/s answered, e2e p99 {point['e2e']['p99']} s")
     return {
-        "command": shlex.join(["python", "-m", "serve.bench", *sys.argv[1:]]),
+        "command": command_line("serve.bench"),
         "model": model,
         "seconds": args.seconds,
         "max_tokens": args.max_tokens,

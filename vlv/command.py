@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 
 
@@ -31,6 +32,11 @@ def positive(text: str) -> int:
 def say(text: str) -> None:
     """One line to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def command_line(module: str) -> str:
+    """What this process was started with, for a file that tells what made it."""
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
 def why(error: OSError) -> str:

@@ -69,19 +69,17 @@ def unet(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: int,
     from torch.utils.flop_counter import FlopCounterMode
 
     sizes = {"block_out_channels": (32, 32), "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 16}
-    if not toy:
-        sizes = SD21_UNET
-    else:
-        sizes |= {
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1,
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        }  # fmt: skip
+    sizes |= {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1, "sample_size": 4,
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }  # fmt: skip
+    sizes, tokens = (sizes, 5) if toy else (SD21_UNET, 77)
     torch.manual_seed(0)
-    side, tokens = (4, 5) if toy else (64, 77)
-    exact = UNet2DConditionModel(**{**sizes, "sample_size": side}).eval().to(clock.device)
+    side = sizes["sample_size"]
+    exact = UNet2DConditionModel(**sizes).eval().to(clock.device)
     latents = torch.randn(2 * batch, 4, side, side, device=clock.device)
     context = torch.randn(2 * batch, tokens, sizes["cross_attention_dim"], device=clock.device)
-    rounded = UNet2DConditionModel(**{**sizes, "sample_size": side}).eval().to(clock.device, dtype)
+    rounded = UNet2DConditionModel(**sizes).eval().to(clock.device, dtype)
     rounded.load_state_dict(exact.state_dict())
     exact.load_state_dict(rounded.state_dict())
     with FlopCounterMode(display=False) as counter:

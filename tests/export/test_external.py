@@ -78,7 +78,7 @@ def test_int8_of_weights_apart(apart, tmp_path, monkeypatch):
     artifact = Manifest.open(apart).artifacts["context_kv"]
     traced = trace.Traced(list(artifact.files), artifact.blocks, {})
     for _ in range(2):
-        written = quantize.to_int8(traced, apart, tmp_path, False, [])
+        written = quantize.to_int8(traced, apart, tmp_path)
         assert sorted(f.name for f in tmp_path.iterdir()) == sorted(written.files) == sorted(artifact.files)
         data = (tmp_path / written.files[1]).stat().st_size
         assert data < artifact.files["context_kv.onnx.data"]["bytes"] / 2

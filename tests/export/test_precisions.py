@@ -193,7 +193,7 @@ def test_int8_leaves_exact_blocks_alone(tmp_path):
     for exact, products in (((), 3), (("layers.1",), 2), (toy.blocks, 0)):
         made = tmp_path / str(products)
         made.mkdir()
-        written = quantize.to_int8(traced, tmp_path, made, False, [], exact)
+        written = quantize.to_int8(traced, tmp_path, made, exact=exact)
         nodes = onnx_library.load(made / written.files[0]).graph.node
         assert sum(node.op_type == "MatMulInteger" for node in nodes) == products
         session = onnxruntime.InferenceSession(made / "toy.onnx", providers=["CPUExecutionProvider"])

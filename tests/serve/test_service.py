@@ -45,16 +45,23 @@ def test_the_encoder_is_the_one_that_is_asked_for(captioning_checkpoint, scene_i
     assert opened == [(checkpoint, "onnx", tmp_path, None)]  # the scripted engine leaves PyTorch its threads
 
 
-def test_pictures_gather_while_the_language_model_is_full(captioning_checkpoint, scene_images, monkeypatch):
-    """They would wait for it anyway, and one batch costs less than several."""
-    checkpoint, content, sizes = Checkpoint.open(captioning_checkpoint), (scene_images / "00.png").read_bytes(), []
-    spec = LLMSpec.of(checkpoint)
+def encoded(monkeypatch, spec: LLMSpec) -> list[int]:
+    """The sizes of the batches that an encoder of zeros is given from now on."""
+    sizes = []
 
     def encode(crops):
         sizes.append(len(crops))
         return torch.zeros(len(crops), spec.queries, spec.width)
 
     monkeypatch.setattr("serve.service.open_encoder", lambda *_: encode)
+    return sizes
+
+
+def test_pictures_gather_while_the_language_model_is_full(captioning_checkpoint, scene_images, monkeypatch):
+    """They would wait for it anyway, and one batch costs less than several."""
+    checkpoint, content = Checkpoint.open(captioning_checkpoint), (scene_images / "00.png").read_bytes()
+    spec = LLMSpec.of(checkpoint)
+    sizes = encoded(monkeypatch, spec)
 
     class Gated(Scripted):
         async def tokens(self, embeds, sampling, every):
@@ -112,14 +119,9 @@ def test_a_service_that_cannot_decode_gives_up(captioning_checkpoint, monkeypatc
 
 def test_what_nobody_waits_for_costs_nothing_more(captioning_checkpoint, scene_images, monkeypatch):
     """A request that is given up frees its turn: before it is decoded, and before it is encoded."""
-    checkpoint, content, sizes = Checkpoint.open(captioning_checkpoint), (scene_images / "00.png").read_bytes(), []
+    checkpoint, content = Checkpoint.open(captioning_checkpoint), (scene_images / "00.png").read_bytes()
     spec = LLMSpec.of(checkpoint)
-
-    def encode(crops):
-        sizes.append(len(crops))
-        return torch.zeros(len(crops), spec.queries, spec.width)
-
-    monkeypatch.setattr("serve.service.open_encoder", lambda *_: encode)
+    sizes = encoded(monkeypatch, spec)
 
     async def run():
         service = Service(checkpoint, lambda: Scripted(spec, 10, in_flight=2), ServiceConfig(batch=1, workers=1))
