@@ -34,6 +34,7 @@ class OrtSession(Session):
         self.outputs, self.graphs = artifact.outputs, graphs
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors: its warnings are about its own optimizer
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed`
         file = folder / artifact.main_file
         if device.type == "cpu" and artifact.precision == "bf16":
             with _widened(file) as twin:
@@ -41,7 +42,8 @@ class OrtSession(Session):
                 options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
                 self.session = onnxruntime.InferenceSession(twin, options, providers=providers)
         else:
-            self.session = onnxruntime.InferenceSession(file, options, providers=providers)
+            with flushed():
+                self.session = onnxruntime.InferenceSession(file, options, providers=providers)
         self._buffers: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._held: dict[tuple[int, str], Tensor] = {}
 
@@ -69,7 +71,8 @@ class OrtSession(Session):
             binding.bind_output(port.name, *where, _NUMPY[port.dtype], tuple(value.shape), value.data_ptr())
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
-        self.session.run_with_iobinding(binding, options)
+        with flushed():
+            self.session.run_with_iobinding(binding, options)
         if self.device.type == "cuda":
             binding.synchronize_outputs()
         return {name: value.clone() for name, value in found.items()} if self.graphs else found
@@ -91,6 +94,19 @@ class OrtSession(Session):
                 inputs[name].copy_(value)
                 self._held[batch, name] = value
         return inputs, outputs
+
+
+@contextlib.contextmanager
+def flushed() -> Iterator[None]:
+    """Numbers below 1e-38 count as zero in this thread, which runs a session beside the session's own ones.
+
+    A sharp softmax leaves such numbers, and products with them take a hundred times as long.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @contextlib.contextmanager

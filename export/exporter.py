@@ -15,7 +15,7 @@ from export.engine import sampling_settings
 from export.engine_ort import OrtSession
 from export.graphs import Graph, load
 from export.manifest import Artifact, Manifest, describe_files, digest, kernels_hash, source_hash
-from export.probes import Probes
+from export.probes import NOISE, Probes
 from export.verifier import Verifier, hopeless
 from vlv.checkpoint import Checkpoint
 
@@ -33,19 +33,23 @@ class Exporter:
         probes: int,
         images: Sequence[Path],
         captions: bool,
+        calibrate: Sequence[Path] = (),
     ):
-        """made: a folder on the same disk to work in; probes, images, captions: what Verifier checks on."""
+        """made: a folder on the same disk to work in; probes, images, captions: what Verifier checks on; calibrate:
+        photos for the ranges of `int8-static`, by default as many scenes as are checked.
+        """
         self.checkpoint, self.manifest, self.made = checkpoint, manifest, made
-        self._calibration = Probes(checkpoint, probes, (), CALIBRATION).inputs
+        self._calibration = Probes(checkpoint, len(calibrate) + NOISE if calibrate else probes, calibrate, CALIBRATION)
         self.probes = Probes(checkpoint, probes, images)
         self.verifier = Verifier(checkpoint, self.probes, captions)
         self._ranges = {}  # of activations, by component: the same whichever blocks stay exact
 
     def plan(self, component: str, precision: str, opset: int, profile: Batch, command: str) -> Artifact:
         """What `export` would make, as far as that is known before."""
+        seen = self._calibration.digest if precision == "int8-static" else ""
         return Artifact(
             component, "onnx", "", precision, opset, (), (), profile, source_hash(self.checkpoint, component), "",
-            kernels_hash(component), builder(), {}, command,
+            kernels_hash(component), builder(), {}, command, calibration=seen,
         )  # fmt: skip
 
     def export(self, wanted: Artifact, allow_drift: bool) -> list[str]:
@@ -54,19 +58,22 @@ class Exporter:
         say(f"{name}: tracing in {wanted.precision} …")
         graph, traced, exact = self._trace(wanted)
         say(f"{name}: traced in {time.monotonic() - start:.0f} s; checking against float32 PyTorch …")
-        ranking: tuple[str, ...] = ()
+        allowance, shares = quantize.FREE, {}
+        if _int8(wanted):
+            shares = quantize.costs(graph)
+            exact = quantize.cheapest(shares, allowance)
         while True:
             artifact = self._written(wanted, graph, traced, exact)
             if problems := lint.problems(self.made / artifact.main_file, artifact):
                 return problems
             figures = self.verifier.check(artifact, OrtSession.on_cpu(artifact, self.made), self.made)
             problems = figures["problems"]
-            ranking = ranking or quantize.by_drift(figures.get("blocks", []))
-            more = max(1, 2 * len(exact))
-            if not problems or not _int8(wanted) or more > len(ranking) // 2:  # mostly in float32 it is no INT8
+            while (more := quantize.cheapest(shares, allowance)) == exact and allowance <= quantize.MOST:
+                allowance *= 2
+            if not problems or allowance > quantize.MOST:
                 break
-            exact = ranking[:more]
-            say(f"{name}: {problems[0]}; {more} of {len(graph.blocks)} blocks back in float32 …")
+            exact = more
+            say(f"{name}: {problems[0]}; {len(exact)} of {len(graph.blocks)} blocks in float32 …")
         if problems and (not allow_drift or hopeless(figures)):
             remedy = "choose another --precision" + ("" if hopeless(figures) else ", or keep it with --allow-drift")
             return [*problems, f"refused, and nothing kept: {remedy}"]
@@ -92,7 +99,8 @@ class Exporter:
             name, source, seen = wanted.component, self.made / "float32", None
             if wanted.precision == "int8-static":
                 if name not in self._ranges:
-                    self._ranges[name] = quantize.ranges(source / traced.files[0], self._calibration(name))
+                    rows = self._calibration.single(name)
+                    self._ranges[name] = quantize.ranges(source / traced.files[0], rows)
                 seen = self._ranges[name]
             traced = quantize.to_int8(traced, source, self.made, seen, exact)
         files = describe_files(self.made, traced.files)

@@ -52,6 +52,7 @@ class Artifact:
     exact: tuple[str, ...] = ()  # blocks that stayed in float32 (precisions "mixed" and INT8)
     verification: dict = field(default_factory=dict)
     refittable: bool = False  # an engine that takes other weights
+    calibration: str = ""  # SHA-256 of the pictures that "int8-static" took its ranges from
 
     @property
     def name(self) -> str:
@@ -170,7 +171,7 @@ class Manifest:
 
     def current(self, wanted: Artifact) -> Artifact | None:
         """The intact artifact, if there is one, that is made from the same, by the same and as `wanted`."""
-        same = ("source", "precision", "opset", "profile", "builder", "kernels", "refittable")
+        same = ("source", "precision", "opset", "profile", "builder", "kernels", "refittable", "calibration")
         if wanted.runtime != "onnx":
             same += ("graph",)
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from export import cli
@@ -17,7 +18,7 @@ from export.components import COMPONENTS, PRECISIONS, Batch, opset
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    """The flags of the command; imports nothing heavy."""
+    """The flags of the command, which `export.trt` has too; imports nothing heavy."""
     p.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument("--out", type=Path, required=True, metavar="ARTIFACTS", help="folder of the artifacts")
     p.add_argument(
@@ -27,8 +28,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the inside (fp32)")
     p.add_argument("--max-batch", type=cli.positive, default=32, metavar="N", help="images encoded at once (32)")
     p.add_argument("--max-pictures", type=cli.positive, default=8, metavar="N", help="pictures drawn at once (8)")
+    p.add_argument(
+        "--calibrate", type=Path, nargs="+", default=[], metavar="FILE",
+        help="photos that int8-static takes its ranges from, others than --images (drawn scenes)",
+    )  # fmt: skip
     p.add_argument("--allow-drift", action="store_true", help="keep an artifact that is too far off")
-    p.add_argument("--force", action="store_true", help="export again what is there already")
+    p.add_argument("--force", action="store_true", help="make again what is there already")
     cli.probe_arguments(p)
 
 
@@ -45,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.calibrate and args.precision != "int8-static":
+        raise cli.Misuse(f"--calibrate: {args.precision} has no ranges to calibrate: add --precision int8-static")
+    if twice := set(args.calibrate) & set(args.images):
+        raise cli.Misuse(f"--calibrate {min(twice)}: also among --images: calibrate on others than are checked")
     checkpoint = cli.checkpoint(args.ckpt)
     names = cli.components(args.components, checkpoint)
 
@@ -54,10 +63,11 @@ def _export(args: argparse.Namespace) -> int:
 
     failed = []
     with workspace(args.out) as made:
-        exporter = Exporter(checkpoint, Manifest.open_or_new(args.out), made, args.probes, args.images, args.captions)
+        manifest = Manifest.open_or_new(args.out)
+        exporter = Exporter(checkpoint, manifest, made, args.probes, args.images, args.captions, args.calibrate)
         for name in names:
             profile = COMPONENTS[name].profile(Batch.up_to(args.max_batch), Batch.up_to(args.max_pictures, 2))
-            wanted = exporter.plan(name, args.precision, opset(args.precision), profile, _command(args, name))
+            wanted = exporter.plan(name, args.precision, opset(args.precision), profile, command(args, name))
             kept = None if args.force else exporter.manifest.current(wanted)
             if kept and (args.allow_drift or not kept.verification.get("problems")):
                 cli.say(f"{name}: up to date")
@@ -71,12 +81,13 @@ def _export(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _command(args: argparse.Namespace, name: str) -> str:
-    """What makes this one artifact again."""
-    words = ["python", "-m", "export.onnx", "--ckpt", args.ckpt, "--out", str(args.out), "--components", name]
+def command(args: argparse.Namespace, name: str, module: str = "export.onnx", more: Sequence[str] = ()) -> str:
+    """What makes this one artifact again; more: flags of another module's own."""
+    words = ["python", "-m", module, "--ckpt", args.ckpt, "--out", str(args.out), "--components", name, *more]
     words += ["--precision", args.precision, "--max-batch", str(args.max_batch)]
     words += ["--max-pictures", str(args.max_pictures), "--probes", str(args.probes)]
     words += ["--images", *map(str, args.images)] if args.images else []
+    words += ["--calibrate", *map(str, args.calibrate)] if args.calibrate else []
     words += ["--allow-drift"] if args.allow_drift else []
     return shlex.join([*words, *([] if args.captions else ["--no-captions"])])
 

@@ -6,7 +6,8 @@ late step, with the keys and values of their contexts and of the empty prompt's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,20 @@ class Probes:
             for step in STEPS
         ]
 
+    def single(self, component: str) -> Iterator[dict[str, Tensor]]:
+        """The same inputs, those of one picture at a time: a large model takes no large batch."""
+        batched = {port.name for port in self.reference.session(component).inputs if port.batched}
+        for inputs in self.inputs(component):
+            for i in range(len(self.pictures)):
+                # the rows of a picture lie apart: all unconditional ones come first
+                mine = slice(i, None, len(self.pictures))
+                yield {name: value[mine] if name in batched else value for name, value in inputs.items()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the pictures."""
+        return hashlib.sha256(self.pictures.numpy().tobytes()).hexdigest()
+
     def _ids(self) -> Tensor:
         """Token ids int32 [B, N] of made-up prompts; the first is the empty one."""
         empty = torch.tensor(self.reference.sampling["empty_ids"], dtype=torch.int32)
@@ -101,4 +116,4 @@ def _photo(path: Path, size: int) -> np.ndarray:
     try:
         return load_crop(path, size)
     except ImageError as error:
-        raise ImageError(error.kind, f"--images {path}: {error}") from error
+        raise ImageError(error.kind, f"{path}: {error}") from error

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import sys
 import time
 from pathlib import Path
 
-from export import cli
-from export.components import COMPONENTS, PRECISIONS
+from export import cli, onnx
 
 
 def _target(text: str) -> str:
@@ -28,21 +26,15 @@ def _target(text: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line; imports nothing heavy."""
     p = cli.parser("trt", __doc__)
-    p.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder, published weights, or a hub id")
-    p.add_argument("--out", type=Path, required=True, metavar="ARTIFACTS", help="folder of the artifacts")
+    onnx.add_arguments(p)
     p.add_argument("--target", type=_target, required=True, metavar="SM", help="sm86, sm89, sm90 …: the GPU to run on")
     p.add_argument("--runtime", choices=("rtx", "trt"), default="rtx", help="TensorRT-RTX (default) or TensorRT")
-    p.add_argument("--components", nargs="+", choices=list(COMPONENTS), metavar="NAME", help="default: all")
-    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of graphs that are not there yet (fp32)")
-    p.add_argument("--max-batch", type=cli.positive, default=32, metavar="N", help="images encoded at once (32)")
-    p.add_argument("--max-pictures", type=cli.positive, default=8, metavar="N", help="pictures drawn at once (8)")
     p.add_argument(
         "--plugins", choices=("auto", "on", "off"), default="auto",
         help="our kernels in the engine: auto means for TensorRT in half precision; TensorRT-RTX has no plugins (auto)",
     )  # fmt: skip
     p.add_argument("--refittable", action="store_true", help="build engines that --refit can give other weights")
     p.add_argument("--refit", action="store_true", help="put a checkpoint's weights into the engine that is there")
-    p.add_argument("--force", action="store_true", help="build again what is there already")
     return p
 
 
@@ -52,7 +44,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _build_all(args: argparse.Namespace) -> int:
-    from export import onnx
     from export.manifest import Manifest, workspace
     from export.tensorrt_library import LIBRARIES, device_target
 
@@ -66,7 +57,7 @@ def _build_all(args: argparse.Namespace) -> int:
     args.refittable |= args.refit  # what was refitted can be again
     checkpoint = cli.checkpoint(args.ckpt)
     names = cli.components(args.components, checkpoint)
-    if code := onnx.main(_onnx_arguments(args, names)):
+    if code := onnx.run(argparse.Namespace(**{**vars(args), "force": False})):
         return code
     with workspace(args.out) as made:
         manifest = Manifest.open(args.out)
@@ -145,18 +136,9 @@ def _build(args: argparse.Namespace, manifest, name: str, library, made: Path, c
     cli.say(f"{label}: {verb} in {time.monotonic() - start:.0f} s, {files[file]['bytes'] / 1e6:.1f} MB")
 
 
-def _onnx_arguments(args: argparse.Namespace, names: list[str]) -> list[str]:
-    """The export of the graphs, as the command line has it."""
-    words = ["--ckpt", args.ckpt, "--out", str(args.out), "--precision", args.precision]
-    words += ["--max-batch", str(args.max_batch), "--max-pictures", str(args.max_pictures)]
-    return [*words, *(["--debug"] if args.debug else []), "--components", *names]
-
-
 def _command(args: argparse.Namespace, name: str) -> str:
-    words = ["python", "-m", "export.trt", "--ckpt", args.ckpt, "--out", str(args.out), "--target", args.target]
-    words += ["--runtime", args.runtime, "--components", name, "--precision", args.precision, "--plugins", args.plugins]
-    words += ["--refittable"] if args.refittable else []
-    return shlex.join([*words, "--max-batch", str(args.max_batch), "--max-pictures", str(args.max_pictures)])
+    more = ["--target", args.target, "--runtime", args.runtime, "--plugins", args.plugins]
+    return onnx.command(args, name, "export.trt", [*more, *(["--refittable"] if args.refittable else [])])
 
 
 if __name__ == "__main__":
