@@ -9,8 +9,8 @@
 | `int8-static` | ONNX Runtime: activation ranges calibrated on pictures, Q/DQ nodes, which TensorRT reads too  |
 
 INT8 touches the products with weights inside blocks alone: the preprocessing's are exact by design, attention's cost
-little and lose much. Most of what 8 bits lose is lost in blocks that take next to no time, those on a few tokens near
-the output, so the cheapest blocks stay in float32; where it still drifts, more of them. FP8 exists on SM 89 and up
+little and lose much. Most of what 8 bits lose is lost in small blocks near the output, so the cheapest blocks stay in
+float32; where it still drifts, more of them. FP8 exists on SM 89 and up
 only, where NVIDIA's ModelOpt makes it: see docs/export.md.
 """
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from onnxruntime.quantization.calibrate import TensorsData
 
 CALIBRATED = ("MatMul", "Gemm", "Conv")  # what `int8-static` quantizes
-FREE = 0.03  # of a graph's products with weights: so many are left in float32, whatever INT8 loses
+FREE = 0.03  # of a graph's `costs`: blocks up to that stay in float32, whatever INT8 loses
 MOST = 0.5  # of them; a graph with more in float32 is no INT8
 DTYPES = {"fp16": torch.float16, "mixed": torch.float16, "bf16": torch.bfloat16}
 
@@ -120,27 +120,33 @@ def _error(found: Tensor, expected: Tensor) -> tuple[float, float]:
 
 @torch.inference_mode()
 def costs(graph: Graph) -> dict[str, float]:
-    """Each block's share of the products with weights that the graph takes for one row, the cheapest block first."""
-    found: dict[str, int] = {}
+    """What each block costs in float32, the cheapest first: its share of the weights of linear layers and convolutions,
+    or of the products with them that one row takes, whichever is larger.
+    """
+    layers = {path: module for path, module in graph.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    weights = {path: module.weight.numel() for path, module in layers.items()}
+    products = dict.fromkeys(layers, 0)
 
     def count(path: str):
         def hook(module, args, output):
-            found[path] = found.get(path, 0) + output.numel() * module.weight[0].numel()
+            products[path] += output.numel() * module.weight[0].numel()
 
         return hook
 
-    layers = {path: module for path, module in graph.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     hooks = [module.register_forward_hook(count(path)) for path, module in layers.items()]
     graph(*graph.example(1))
     for hook in hooks:
         hook.remove()
-    total = sum(found.values())
-    shares = {b: sum(n for path, n in found.items() if f"{path}.".startswith(f"{b}.")) / total for b in graph.blocks}
+    shares = {
+        block: max(sum(n for path, n in numbers.items() if f"{path}.".startswith(f"{block}.")) / sum(numbers.values())
+                   for numbers in (weights, products))
+        for block in graph.blocks
+    }  # fmt: skip
     return dict(sorted(shares.items(), key=lambda item: item[1]))
 
 
 def cheapest(shares: dict[str, float], allowance: float) -> tuple[str, ...]:
-    """As many of the cheapest blocks as together take no more than this share of the products; from `costs`."""
+    """As many of the cheapest blocks as together cost no more than this; shares: from `costs`."""
     sums = itertools.accumulate(shares.values())
     return tuple(block for block, total in zip(shares, sums, strict=True) if total <= allowance)
 

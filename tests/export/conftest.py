@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from export import onnx
+from export.probes import Probes
 from vlv.checkpoint import Checkpoint
 
 BUNDLED = Path(__file__).parents[2] / "assets" / "vlv-tiny"
@@ -17,6 +18,11 @@ LIMITS = ["--max-batch", "5", "--max-pictures", "2"]
 @pytest.fixture(scope="session")
 def checkpoint() -> Checkpoint:
     return Checkpoint.open(BUNDLED)
+
+
+@pytest.fixture(scope="module")
+def probes(checkpoint) -> Probes:
+    return Probes(checkpoint, 6)
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from export import onnx, verify
-from export.components import COMPONENTS
+from export.components import COMPONENTS, Batch, Port
 from export.engine import TorchEngine, open_engine
 from export.engine_ort import OrtSession
-from export.manifest import ArtifactError, Manifest
+from export.manifest import Artifact, ArtifactError, Manifest
 from export.probes import Probes
 from tests.export.conftest import BUNDLED, LIMITS
 
@@ -101,6 +101,21 @@ def test_batches_outside_the_profile_are_refused(artifacts, checkpoint):
         engine.encode(torch.zeros(2, 3, size, size))
     with pytest.raises(ValueError, match="takes pixels as uint8"):
         engine.encode(torch.zeros(2, 3, size, size + 1, dtype=torch.uint8))
+
+
+def test_the_smallest_numbers_count_as_zero_in_sessions_alone(tmp_path):
+    """Below 1e-38, where processors are slow; the caller's thread computes on as before."""
+    edges = [onnx_library.helper.make_tensor_value_info(name, 1, ["b", 4]) for name in "xy"]
+    node = onnx_library.helper.make_node("Add", ["x", "x"], ["y"])
+    graph = onnx_library.helper.make_graph([node], "g", edges[:1], edges[1:])
+    opsets = [onnx_library.helper.make_opsetid("", 20)]
+    model = onnx_library.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnx_library.save(model, tmp_path / "x.onnx")
+    ports = [(Port(name, "float32", (4,)),) for name in "xy"]
+    artifact = Artifact("x", "onnx", "", "fp32", 20, *ports, Batch(1, 1, 2), "", "", "", "", {"x.onnx": {}}, "")
+    tiny = torch.full((1, 4), 1e-40)
+    assert (OrtSession.on_cpu(artifact, tmp_path)(x=tiny)["y"] == 0).all()
+    assert (tiny + tiny > 0).all()
 
 
 def test_fixed_buffers_hold_what_was_last_given(artifacts, checkpoint):
