@@ -1,4 +1,4 @@
-"""Ranges of activations for `int8-static`: what ONNX Runtime's own calibration finds, in a fraction of its memory.
+"""Ranges of activations for INT8 and FP8: what ONNX Runtime's own calibration finds, in a fraction of its memory.
 
 Its calibration holds the weights several times, and every observed tensor until the end of a run: 24 GB were not
 enough for the encoder of 1 B parameters. Here the weights stay in their file, and each tensor goes once it has been
@@ -22,7 +22,7 @@ ENDS = ("ReduceMin", "ReduceMax")
 def ranges(graph: Path, kinds: Iterable[str], rows: Iterable[dict[str, np.ndarray]]) -> TensorsData:
     """Smallest and largest value, over all `rows` of inputs, of what goes into and out of nodes of these kinds.
 
-    graph: a float32 ONNX file; a file is made beside it for a while, since both read the same weights.
+    graph: a float32 or float16 ONNX file; a file is made beside it for a while, since both read the same weights.
     """
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 
@@ -47,14 +47,19 @@ def _watch(graph: Path, kinds: set[str], watched: Path) -> list[str]:
     onnx.shape_inference.infer_shapes_path(graph, watched)
     model = onnx.load(watched, load_external_data=False)
     body = model.graph
-    typed = {v.name for v in (*body.input, *body.value_info, *body.output)
-             if v.type.tensor_type.elem_type == TensorProto.FLOAT} - {w.name for w in body.initializer}  # fmt: skip
+    types = {v.name: v.type.tensor_type.elem_type for v in (*body.input, *body.value_info, *body.output)}
+    weights = {w.name for w in body.initializer}
+    typed = {n for n, k in types.items() if k in (TensorProto.FLOAT, TensorProto.FLOAT16)} - weights
     at_work = [node for node in body.node if node.op_type in kinds]
     names = list(dict.fromkeys(name for node in at_work for name in (*node.input, *node.output) if name in typed))
     # the last ones first: ONNX Runtime goes through ends without successor from behind, and frees what none waits for
     for name in reversed(names):
+        wide = name
+        if types[name] == TensorProto.FLOAT16:
+            wide = f"{name}_wide"
+            body.node.append(helper.make_node("Cast", [name], [wide], to=TensorProto.FLOAT))
         for end in ENDS:
-            body.node.append(helper.make_node(end, [name], [f"{name}_{end}"], keepdims=0))
+            body.node.append(helper.make_node(end, [wide], [f"{name}_{end}"], keepdims=0))
             body.output.append(helper.make_tensor_value_info(f"{name}_{end}", TensorProto.FLOAT, []))
     onnx.save(model, watched)
     return names

@@ -8,9 +8,9 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from export import lint, quantize, trace
+from export import fp8, lint, quantize, trace
 from export.cli import say
-from export.components import Batch
+from export.components import CALIBRATED, QUANTIZED, Batch
 from export.engine import sampling_settings
 from export.engine_ort import OrtSession
 from export.graphs import Graph, load
@@ -36,7 +36,7 @@ class Exporter:
         calibrate: Sequence[Path] = (),
     ):
         """made: a folder on the same disk to work in; probes, images, captions: what Verifier checks on; calibrate:
-        photos for the ranges of `int8-static`, by default as many scenes as are checked.
+        photos for the ranges of activations, by default as many scenes as are checked.
         """
         self.checkpoint, self.manifest, self.made = checkpoint, manifest, made
         self._calibration = Probes(checkpoint, len(calibrate) + NOISE if calibrate else probes, calibrate, CALIBRATION)
@@ -46,7 +46,7 @@ class Exporter:
 
     def plan(self, component: str, precision: str, opset: int, profile: Batch, command: str) -> Artifact:
         """What `export` would make, as far as that is known before."""
-        seen = self._calibration.digest if precision == "int8-static" else ""
+        seen = self._calibration.digest if precision in CALIBRATED else ""
         return Artifact(
             component, "onnx", "", precision, opset, (), (), profile, source_hash(self.checkpoint, component), "",
             kernels_hash(component), builder(), {}, command, calibration=seen,
@@ -59,8 +59,8 @@ class Exporter:
         graph, traced, exact = self._trace(wanted)
         say(f"{name}: traced in {time.monotonic() - start:.0f} s; checking against float32 PyTorch …")
         allowance, shares = quantize.FREE, {}
-        if _int8(wanted):
-            shares = quantize.costs(graph)
+        if wanted.precision in QUANTIZED:
+            shares = quantize.costs(self.probes.reference.session(name).graph)
             exact = quantize.cheapest(shares, allowance)
         while True:
             artifact = self._written(wanted, graph, traced, exact)
@@ -73,7 +73,7 @@ class Exporter:
             if not problems or allowance > quantize.MOST:
                 break
             exact = more
-            say(f"{name}: {problems[0]}; {len(exact)} of {len(graph.blocks)} blocks in float32 …")
+            say(f"{name}: {problems[0]}; {len(exact)} of {len(graph.blocks)} blocks not quantized …")
         if problems and (not allow_drift or hopeless(figures)):
             remedy = "choose another --precision" + ("" if hopeless(figures) else ", or keep it with --allow-drift")
             return [*problems, f"refused, and nothing kept: {remedy}"]
@@ -84,25 +84,26 @@ class Exporter:
         return []
 
     def _trace(self, wanted: Artifact) -> tuple[Graph, trace.Traced, tuple[str, ...]]:
-        """The module, its graph in the work folder (for INT8: the float32 one, apart), and the blocks kept exact."""
+        """The module, its graph in the work folder (apart, if it is to be quantized), and the blocks kept exact."""
         name, precision = wanted.component, wanted.precision
         sets = self.probes.inputs(name) if precision == "mixed" else []
         reference = self.probes.reference.session(name).graph
         graph, exact = quantize.prepare(reference, lambda: load(self.checkpoint, name), precision, sets)
-        folder = self.made / "float32" if _int8(wanted) else self.made
+        folder = self.made / "plain" if precision in QUANTIZED else self.made
         folder.mkdir(exist_ok=True)
         return graph, trace.to_onnx(graph, folder / f"{name}.onnx", wanted.profile, wanted.opset), exact
 
     def _written(self, wanted: Artifact, graph: Graph, traced: trace.Traced, exact: tuple[str, ...]) -> Artifact:
-        """The entry, without figures, of what is in the work folder; INT8 is made here."""
-        if _int8(wanted):
-            name, source, seen = wanted.component, self.made / "float32", None
-            if wanted.precision == "int8-static":
+        """The entry, without figures, of what is in the work folder; quantized graphs are made here."""
+        if wanted.precision in QUANTIZED:
+            name, source, seen = wanted.component, self.made / "plain", None
+            if wanted.precision in CALIBRATED:
                 if name not in self._ranges:
                     rows = self._calibration.single(name)
                     self._ranges[name] = quantize.ranges(source / traced.files[0], rows)
                 seen = self._ranges[name]
-            traced = quantize.to_int8(traced, source, self.made, seen, exact)
+            make = fp8.to_fp8 if wanted.precision == "fp8" else quantize.to_int8
+            traced = make(traced, source, self.made, seen, exact)
         files = describe_files(self.made, traced.files)
         return replace(
             wanted,
@@ -113,10 +114,6 @@ class Exporter:
             blocks=traced.blocks,
             exact=exact,
         )
-
-
-def _int8(wanted: Artifact) -> bool:
-    return wanted.precision.startswith("int8")
 
 
 def builder() -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from export import cli
-from export.components import COMPONENTS, PRECISIONS, Batch, opset
+from export.components import CALIBRATED, COMPONENTS, PRECISIONS, Batch, opset
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-pictures", type=cli.positive, default=8, metavar="N", help="pictures drawn at once (8)")
     p.add_argument(
         "--calibrate", type=Path, nargs="+", default=[], metavar="FILE",
-        help="photos that int8-static takes its ranges from, others than --images (drawn scenes)",
+        help="photos to take the ranges of int8-static or fp8 from, others than --images (drawn scenes)",
     )  # fmt: skip
     p.add_argument("--allow-drift", action="store_true", help="keep an artifact that is too far off")
     p.add_argument("--force", action="store_true", help="make again what is there already")
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    if args.calibrate and args.precision != "int8-static":
-        raise cli.Misuse(f"--calibrate: {args.precision} has no ranges to calibrate: add --precision int8-static")
+    if args.calibrate and args.precision not in CALIBRATED:
+        raise cli.Misuse(f"--calibrate: {args.precision} has no ranges: add --precision {' or '.join(CALIBRATED)}")
     if twice := set(args.calibrate) & set(args.images):
         raise cli.Misuse(f"--calibrate {min(twice)}: also among --images: calibrate on others than are checked")
     checkpoint = cli.checkpoint(args.ckpt)

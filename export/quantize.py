@@ -7,11 +7,11 @@
 | `mixed`       | fp16, but for the blocks whose own error is the largest, as few as keep the tolerance         |
 | `int8`        | ONNX Runtime: weights by channel ahead, activations by tensor at run time                     |
 | `int8-static` | ONNX Runtime: activation ranges calibrated on pictures, Q/DQ nodes, which TensorRT reads too  |
+| `fp8`         | a float16 graph with calibrated Q/DQ nodes of 8-bit floats, for GPUs from SM 89 on            |
 
 INT8 touches the products with weights inside blocks alone: the preprocessing's are exact by design, attention's cost
 little and lose much. Most of what 8 bits lose is lost in small blocks near the output, so the cheapest blocks stay in
-float32; where it still drifts, more of them. FP8 exists on SM 89 and up
-only, where NVIDIA's ModelOpt makes it: see docs/export.md.
+float32; where it still drifts, more of them. For `fp8` (export/fp8.py) the same holds, with float16 instead.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from export.graphs import Graph
 from export.trace import Traced, is_large
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
     from onnxruntime.quantization.calibrate import TensorsData
 
-CALIBRATED = ("MatMul", "Gemm", "Conv")  # what `int8-static` quantizes
+KINDS = ("MatMul", "Gemm", "Conv")  # what `int8-static` quantizes
 FREE = 0.03  # of a graph's `costs`: blocks up to that stay in float32, whatever INT8 loses
 MOST = 0.5  # of them; a graph with more in float32 is no INT8
-DTYPES = {"fp16": torch.float16, "mixed": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "mixed": torch.float16, "fp8": torch.float16, "bf16": torch.bfloat16}
 
 
 class NotPossible(ValueError):
@@ -152,8 +153,8 @@ def cheapest(shares: dict[str, float], allowance: float) -> tuple[str, ...]:
 
 
 def ranges(graph: Path, sets: list[dict[str, Tensor]]) -> TensorsData:
-    """What `to_int8` needs for `int8-static`, measured on these inputs of a float32 graph."""
-    return calibrate.ranges(graph, CALIBRATED, ({k: v.numpy() for k, v in inputs.items()} for inputs in sets))
+    """What calibrated precisions need, measured on these inputs of a graph that is not quantized."""
+    return calibrate.ranges(graph, KINDS, ({k: v.numpy() for k, v in inputs.items()} for inputs in sets))
 
 
 def to_int8(
@@ -163,6 +164,7 @@ def to_int8(
 
     seen: ranges of activations, for `int8-static`; exact: blocks that stay in float32.
     """
+    import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.calibrate import save_tensors_data
 
@@ -184,11 +186,14 @@ def to_int8(
         save_tensors_data(seen, cache)
         options["nodes_to_exclude"] += _attention(graph)
         quantize_static(
-            graph, target, None, QuantFormat.QDQ, op_types_to_quantize=[*CALIBRATED], activation_type=QuantType.QUInt8,
+            graph, target, None, QuantFormat.QDQ, op_types_to_quantize=[*KINDS], activation_type=QuantType.QUInt8,
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}, calibration_cache_path=cache,
             **options,
         )  # fmt: skip
-    return _renamed(target, made, traced)
+    model = onnx.load(target)
+    for file in made.glob("int8-*"):
+        file.unlink()
+    return saved(model, made, traced)
 
 
 def _attention(graph: Path) -> list[str]:
@@ -200,15 +205,12 @@ def _attention(graph: Path) -> list[str]:
     return [node.name for node in body.node if node.op_type == "MatMul" and weights.isdisjoint(node.input)]
 
 
-def _renamed(target: Path, made: Path, traced: Traced) -> Traced:
-    """Give the quantized graph the name of the original, weights beside it included."""
+def saved(model: ModelProto, made: Path, traced: Traced) -> Traced:
+    """Write a quantized graph under the name that it was traced with, its weights beside it where they are large."""
     import onnx
 
-    model = onnx.load(target)
     name = traced.files[0]
     large = is_large(len(constant.raw_data) for constant in model.graph.initializer)
-    for file in made.glob("int8-*"):
-        file.unlink()
     (made / f"{name}.data").unlink(missing_ok=True)  # of an attempt before: onnx would append to it
     external = {"save_as_external_data": True, "location": f"{name}.data"} if large else {}
     onnx.save(model, made / name, **external)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from export import cli, onnx
+from export.components import OLDEST_FP8, QUANTIZED
 
 
 def _target(text: str) -> str:
@@ -54,6 +55,11 @@ def _build_all(args: argparse.Namespace) -> int:
             f"--target {args.target}: TensorRT builds on the GPU that an engine is for, and this machine has "
             f"{here or 'none'}; --runtime rtx builds for GPUs elsewhere"
         )
+    if args.precision == "fp8" and int(args.target[2:]) < OLDEST_FP8:
+        raise cli.Misuse(
+            f"--precision fp8: {args.target} has no 8-bit floats, GPUs from sm{OLDEST_FP8} on have: "
+            "choose int8-static or fp16"
+        )
     args.refittable |= args.refit  # what was refitted can be again
     checkpoint = cli.checkpoint(args.ckpt)
     names = cli.components(args.components, checkpoint)
@@ -74,8 +80,8 @@ def _wants_plugins(asked: str, runtime: str, precision: str) -> bool:
     from export.plugins import HALF
 
     built = find_spec("triton") is not None
-    if runtime == "rtx" or precision.startswith("int8"):
-        reason = "TensorRT-RTX has no plugins" if runtime == "rtx" else "INT8 is quantized from the plain graph"
+    if runtime == "rtx" or precision in QUANTIZED:
+        reason = "TensorRT-RTX has no plugins" if runtime == "rtx" else f"{precision} is made from the plain graph"
         if asked == "on":
             cli.say(f"--plugins on: {reason}, so the engine is built from the plain graph")
         return False
