@@ -23,9 +23,8 @@ import torch
 from torch import nn
 
 from benchmarks import machine
-from export import graphs, trace
+from export import fp8, graphs, quantize, trace
 from export.components import Batch, Port, opset
-from export.quantize import DTYPES
 from export.tensorrt_library import LIBRARIES, build
 from vlv import random_weights
 from vlv.command import command_line
@@ -72,9 +71,15 @@ def traced(name: str, preset: str, precision: str, folder: Path) -> dict:
     """Write the component's graph into `folder`; what a build of it needs to know."""
     start = time.monotonic()
     graph = COMPONENTS[name](preset).eval()
-    if precision in DTYPES:
-        graph.cast(DTYPES[precision])
-    made = trace.to_onnx(graph, folder / f"{name}.onnx", PROFILES.get(name, VAE_PROFILE), opset(precision))
+    exact = quantize.cheapest(quantize.costs(graph), quantize.FREE) if precision == "fp8" else ()
+    if precision in quantize.DTYPES:
+        graph.cast(quantize.DTYPES[precision])
+    plain = folder / "plain" if precision == "fp8" else folder
+    plain.mkdir(exist_ok=True)
+    made = trace.to_onnx(graph, plain / f"{name}.onnx", PROFILES.get(name, VAE_PROFILE), opset(precision))
+    if precision == "fp8":
+        inputs = dict(zip((port.name for port in graph.inputs), graph.example(1), strict=True))
+        made = fp8.to_fp8(made, plain, folder, quantize.ranges(plain / f"{name}.onnx", [inputs]), exact)
     return {
         "inputs": [vars(port) for port in graph.inputs],
         "trace_seconds": round(time.monotonic() - start, 1),
@@ -126,7 +131,13 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmarks.export_rtx", description=__doc__, formatter_class=raw)
     parser.add_argument("--components", nargs="+", choices=COMPONENTS, default=list(COMPONENTS), metavar="NAME")
-    parser.add_argument("--precision", choices=("fp32", *DTYPES), default="fp16", help="fp32, fp16 or bf16 (fp16)")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "bf16", "fp8"),
+        default="fp16",
+        metavar="P",
+        help="fp32, fp16, bf16 or fp8 (fp16)",
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="qwen2.5-3b", help="of the encoder (qwen2.5-3b)")
     parser.add_argument("--target", default="sm89", metavar="SM", help="compute capability to build for (sm89)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/export_rtx.json"), metavar="FILE")

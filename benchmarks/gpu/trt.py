@@ -2,9 +2,9 @@
 
 Exports in half precision, builds engines for this GPU (TensorRT, and TensorRT-RTX where it knows the GPU), holds every
 component against float32 PyTorch, reconstructs with 50 steps, refits an engine, times encoding beside eager PyTorch,
-torch.compile and ONNX Runtime, and TensorRT's engines with our plugins beside those without. A runtime whose library is
-missing is named with its install command. Writes benchmarks/gpu/trt.json; exit code 1 if anything fails, or where there
-is no GPU.
+torch.compile and ONNX Runtime, and TensorRT's engines with our plugins, and in FP8 where the GPU has it, beside those
+without. A runtime whose library is missing is named with its install command. Writes benchmarks/gpu/trt.json; exit code
+1 if anything fails, or where there is no GPU.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import machine
 from export import bench, onnx, trt, verify
-from export.components import PEAK, tolerance
+from export.components import OLDEST_FP8, PEAK, tolerance
 from export.engine import Session, TorchEngine, open_engine
 from export.manifest import ArtifactError
 from export.probes import Probes
@@ -32,6 +32,7 @@ from export.verifier import compare
 from vlv.checkpoint import Checkpoint
 
 FUSED = ("encoder", "unet", "vae_decoder")  # components whose time the plugins are to shorten
+EIGHT = ("encoder", "unet")  # those that consist of linear layers
 PSNR = 30.0  # dB that a half-precision reconstruction must reach; float32 reaches 40
 
 
@@ -49,37 +50,44 @@ def reconstruction(word: str, out: Path, checkpoint: Checkpoint) -> dict:
 def build_plain(build: list[str], out: Path, plain: Path) -> int:
     """The engines without plugins, in a folder of their own beside the same graphs."""
     shutil.copytree(out, plain)
-    place = build.index("--out") + 1
-    return trt.main([*build[:place], str(plain), *build[place + 1 :], "--components", *FUSED, "--plugins", "off"])
+    return trt.main([*_into(plain, build), "--components", *FUSED, "--plugins", "off"])
 
 
-def against_plain(word: str, with_plugins: Path, plain: Path, checkpoint: Checkpoint, repeats: int = 20) -> dict:
-    """Per component the median time with our plugins and without, in turns at the largest batch, and their ratio.
+def _into(folder: Path, command: list[str]) -> list[str]:
+    """The command with another --out."""
+    place = command.index("--out") + 1
+    return [*command[:place], str(folder), *command[place + 1 :]]
+
+
+def against_plain(
+    word: str, ours: Path, plain: Path, checkpoint: Checkpoint, components: Sequence[str] = FUSED, repeats: int = 20
+) -> dict:
+    """Per component the median time of our engine and of the plain one, in turns at the largest batch, and their ratio.
 
     Outputs that differ by more than the precision explains for each of the two fail, and no time is told.
     """
-    engines = [open_engine(word, folder, checkpoint) for folder in (with_plugins, plain)]
+    engines = [open_engine(word, folder, checkpoint) for folder in (ours, plain)]
     probes, result = Probes(checkpoint, 4), {"passed": True}
-    for component in FUSED:
-        ours, theirs = (engine.session(component) for engine in engines)
+    for component in components:
+        sessions = [engine.session(component) for engine in engines]
         artifact, inputs = engines[0].manifest.find(component), probes.inputs(component)[0]
         for port in (port for port in artifact.inputs if port.batched):
             inputs[port.name] = inputs[port.name][[i % len(inputs[port.name]) for i in range(artifact.profile.most)]]
-        inputs = {name: value.to(ours.device) for name, value in inputs.items()}
+        inputs = {name: value.to(sessions[0].device) for name, value in inputs.items()}
         longest = probes.reference.session(component).graph.longest
         allowed = 2 * tolerance(artifact.precision, len(artifact.blocks), longest)
-        found, expected = ours(**inputs), theirs(**inputs)
+        found, expected = (session(**inputs) for session in sessions)
         errors = {name: compare(found[name], value) for name, value in expected.items()}
         right = all(e["rms"] <= allowed and e["max"] <= PEAK * allowed for e in errors.values())
         result["passed"] &= right
         result[component] = {"batch": artifact.profile.most, "errors": errors, "allowed_rms": allowed}
         if right:
-            seconds = [statistics.median(times) for times in _in_turns((ours, theirs), inputs, repeats)]
-            result[component] |= {"plugins_s": seconds[0], "plain_s": seconds[1], "speedup": seconds[1] / seconds[0]}
+            seconds = [statistics.median(times) for times in _in_turns(sessions, inputs, repeats)]
+            result[component] |= {"ours_s": seconds[0], "plain_s": seconds[1], "speedup": seconds[1] / seconds[0]}
     return result
 
 
-def _in_turns(sessions: tuple[Session, ...], inputs: dict[str, torch.Tensor], repeats: int) -> list[list[float]]:
+def _in_turns(sessions: Sequence[Session], inputs: dict[str, torch.Tensor], repeats: int) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in sessions]
     for _ in range(repeats):
         for kept, session in zip(times, sessions, strict=True):
@@ -89,6 +97,17 @@ def _in_turns(sessions: tuple[Session, ...], inputs: dict[str, torch.Tensor], re
                 torch.cuda.synchronize()
             kept.append(time.perf_counter() - start)
     return times
+
+
+def fp8_steps(build: list[str], eight: Path, plain: Path, checkpoint: Checkpoint) -> dict[str, Callable[[], object]]:
+    """Engines in a folder of their own, beside those of the plain half-precision graphs."""
+    command = [*_into(eight, build), "--precision", "fp8", "--components", *EIGHT]
+    check = ["--artifacts", str(eight), "--ckpt", str(checkpoint.folder), "--runtime", "trt"]
+    return {
+        "trt fp8 build": lambda: trt.main(command),
+        "trt fp8 verify": lambda: verify.main(check),
+        "trt fp8": lambda: against_plain("trt", eight, plain, checkpoint, EIGHT),
+    }
 
 
 def steps(args: argparse.Namespace, out: Path, target: str) -> dict[str, Callable[[], object]]:
@@ -110,6 +129,8 @@ def steps(args: argparse.Namespace, out: Path, target: str) -> dict[str, Callabl
             check = ["--artifacts", str(plain), "--ckpt", args.ckpt, "--runtime", runtime]
             done["trt build without plugins"] = lambda build=build: build_plain(build, out, plain)
             done["trt verify without plugins"] = lambda check=check: verify.main(check)
+            if int(target[2:]) >= OLDEST_FP8:
+                done |= fp8_steps(build, out.with_name("fp8"), plain, checkpoint)
             build = [*build, "--plugins", "on"]
         done[f"{runtime} build"] = lambda build=build: trt.main(build)
         done[f"{runtime} refit"] = lambda build=build: trt.main(

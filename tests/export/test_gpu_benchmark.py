@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import trt as benchmark
+from export import trt
 from export.tensorrt_library import Library
 from tests.export.conftest import BUNDLED
 
@@ -36,6 +37,13 @@ def test_steps_with_tensorrt(tmp_path, monkeypatch):
     for name in order[:-1]:
         assert steps[name]() == 0
     (_, bare), (_, check), (_, fused), _ = commands
+    commands.clear()
+    assert names.index("trt fp8 build") < names.index("trt fp8 verify") < names.index("trt fp8")
+    assert steps["trt fp8 build"]() == steps["trt fp8 verify"]() == 0
+    (_, eight), (_, checked) = commands
+    assert eight[eight.index("--out") + 1] == checked[checked.index("--artifacts") + 1] == str(tmp_path / "fp8")
+    assert trt.parser().parse_args(eight).precision == "fp8" and "--plugins" not in eight
+    assert "trt fp8" not in benchmark.steps(args, out, "sm86")
     assert bare[bare.index("--out") + 1] == check[check.index("--artifacts") + 1] == str(tmp_path / "plain")
     assert bare[bare.index("--plugins") + 1] == "off" and bare[-1] == "off" and "unet" in bare
     assert fused[fused.index("--plugins") + 1] == "on" and str(out) in fused
@@ -46,7 +54,7 @@ def test_engines_are_compared_before_they_are_timed(artifacts, checkpoint, monke
     found = benchmark.against_plain("onnx", artifacts, artifacts, checkpoint, repeats=3)
     assert found.pop("passed") and found.keys() == {"encoder", "unet", "vae_decoder"}
     for figures in found.values():
-        assert figures["speedup"] == figures["plain_s"] / figures["plugins_s"] > 0
+        assert figures["speedup"] == figures["plain_s"] / figures["ours_s"] > 0
         assert max(error["rms"] for error in figures["errors"].values()) <= figures["allowed_rms"] < 1e-3
     json.dumps(found)
     monkeypatch.setattr(benchmark, "compare", lambda *_: {"rms": 1.0, "max": 1.0})
