@@ -7,7 +7,7 @@
 The encoder of the preset has random weights. All are timed in turns in one run, beside the ceilings of float32 and
 8-bit matrix products on this machine, each with its error against float32 PyTorch, which its precision must explain.
 The memory of loading is the peak of a process that loads the graph and runs nothing, over the size of its files.
-Whether captions survive INT8 is asked of the bundled checkpoint, on scenes that no export has seen.
+Whether captions survive INT8 and FP8 is asked of the bundled checkpoint, on scenes that no export has seen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from export import graphs, onnx, quantize, trace
-from export.components import PEAK, Batch, tolerance
+from export.components import PEAK, QUANTIZED, Batch, tolerance
 from export.engine import open_engine
 from export.engine_ort import flushed
 from export.manifest import Manifest
@@ -185,7 +185,7 @@ def speed(preset: str, work: Path, batch: int, repeats: int, vino: str | None) -
 
 
 def captions(work: Path) -> dict:
-    """Of greedy captions of unseen scenes and, apart, of noise: the tokens and the whole captions that INT8 keeps."""
+    """Of greedy captions of unseen scenes and, apart, of noise: the tokens that 8-bit precisions keep."""
     checkpoint = Checkpoint.open(BUNDLED)
     probes = Probes(checkpoint, SCENES + NOISE, seed=SEED)
     noise = np.random.default_rng(SEED).integers(0, 256, (16, *probes.pictures.shape[1:]), np.uint8)
@@ -193,7 +193,7 @@ def captions(work: Path) -> dict:
     prompts = {name: _encode(probes.reference, pictures) for name, pictures in sets.items()}
     reference = {name: Captions.of(checkpoint, value) for name, value in prompts.items()}
     result = {}
-    for precision in ("int8", "int8-static"):
+    for precision in QUANTIZED:
         folder = work / f"bundled-{precision}"
         command = ["--ckpt", str(BUNDLED), "--out", str(folder), "--components", "encoder", "--max-batch", "16"]
         if onnx.main([*command, "--precision", precision, "--probes", "96"]):
