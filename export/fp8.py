@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from export.quantize import saved
+from export.quantize import NotPossible, saved
 from export.trace import Traced
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class _Layers:
         from onnx import helper
 
         largest = np.abs(self.seen[name].range_value).max().item()
+        if not np.isfinite(largest):
+            raise NotPossible(f"fp8: {name} overflows in float16, which the rest computes in: choose int8-static")
         constants = self._constants(name, largest)
         quantize = helper.make_node("QuantizeLinear", [name, *constants], [f"{name}_e4m3"], f"{name}_quantize")
         return [quantize, self._dequantized(name, constants)]
