@@ -41,19 +41,14 @@ LLMS: dict[str, dict] = {
 
 
 def random_tensor(name: str, meta: Tensor, generator: torch.Generator) -> Tensor:
-    """Matrices of variance 1 / inputs; norms near one, biases near zero, and neither exactly.
-
-    Depthwise convolutions get a hundredth of that variance: each adds to the map that it reads, and 36 times twice the
-    variance is more than float16 holds.
-    """
+    """Matrices of variance 1 / inputs; norms near one, biases near zero, and neither exactly."""
     if name.endswith("temporal"):  # a constant: sin(0), cos(0), interleaved
         return torch.tensor([0.0, 1.0]).repeat(meta.numel() // 2 + 1)[: meta.numel()].to(meta.dtype)
     noise = torch.randn(meta.shape, dtype=meta.dtype, generator=generator)
     if name.endswith(("queries", "prompt", "query_embed")):
         return noise
     if meta.ndim > 1:
-        depthwise = meta.ndim == 4 and meta.shape[1] == 1
-        return noise.mul_(meta[0].numel() ** -0.5 * (0.1 if depthwise else 1.0))
+        return noise.mul_(meta[0].numel() ** -0.5)
     return noise.mul_(0.02).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
