@@ -92,7 +92,7 @@ def trace_and_quantize(preset: str, work: Path) -> None:
     graph = graphs.EncoderGraph(random_weights.encoder(PRESETS[preset]))
     traced = trace.to_onnx(graph, work / "fp32" / "encoder.onnx", Batch(1, 1, 8), 20)
     shown = [{"pixels": graph.example(1, torch.Generator().manual_seed(i))[0]} for i in range(CALIBRATION)]
-    exact = quantize.cheapest(quantize.costs(graph), quantize.FREE)  # as every export leaves them
+    exact = quantize.cheapest(quantize.costs(graph))  # as every export leaves them
     del graph
     quantize.to_int8(traced, work / "fp32", work / "int8", exact=exact)
     seen = quantize.ranges(work / "fp32" / traced.files[0], shown)

@@ -74,7 +74,7 @@ def traced(name: str, preset: str, precision: str, folder: Path) -> dict:
     """Write the component's graph into `folder`; what a build of it needs to know."""
     start = time.monotonic()
     graph = COMPONENTS[name](preset).eval()
-    exact = quantize.cheapest(quantize.costs(graph), quantize.FREE) if precision == "fp8" else ()
+    exact = quantize.cheapest(quantize.costs(graph)) if precision == "fp8" else ()
     if precision in quantize.DTYPES:
         graph.cast(quantize.DTYPES[precision])
     plain = folder / "plain" if precision == "fp8" else folder

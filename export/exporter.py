@@ -58,22 +58,18 @@ class Exporter:
         say(f"{name}: tracing in {wanted.precision} …")
         graph, traced, exact = self._trace(wanted)
         say(f"{name}: traced in {time.monotonic() - start:.0f} s; checking against float32 PyTorch …")
-        allowance, shares = quantize.FREE, {}
+        choices, problems = [exact], []
         if wanted.precision in QUANTIZED:
-            shares = quantize.costs(self.probes.reference.session(name).graph)
-            exact = quantize.cheapest(shares, allowance)
-        while True:
+            choices = quantize.fallbacks(quantize.costs(self.probes.reference.session(name).graph))
+        for exact in choices:
+            if problems:
+                say(f"{name}: {problems[0]}; {len(exact)} of {len(graph.blocks)} blocks not quantized …")
             artifact = self._written(wanted, graph, traced, exact)
             if problems := lint.problems(self.made / artifact.main_file, artifact):
                 return problems
             figures = self.verifier.check(artifact, OrtSession.on_cpu(artifact, self.made), self.made)
-            problems = figures["problems"]
-            while (more := quantize.cheapest(shares, allowance)) == exact and allowance <= quantize.MOST:
-                allowance *= 2
-            if not problems or allowance > quantize.MOST:
+            if not (problems := figures["problems"]):
                 break
-            exact = more
-            say(f"{name}: {problems[0]}; {len(exact)} of {len(graph.blocks)} blocks not quantized …")
         if problems and (not allow_drift or hopeless(figures)):
             remedy = "choose another --precision" + ("" if hopeless(figures) else ", or keep it with --allow-drift")
             return [*problems, f"refused, and nothing kept: {remedy}"]

@@ -146,10 +146,16 @@ def costs(graph: Graph) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: item[1]))
 
 
-def cheapest(shares: dict[str, float], allowance: float) -> tuple[str, ...]:
+def cheapest(shares: dict[str, float], allowance: float = FREE) -> tuple[str, ...]:
     """As many of the cheapest blocks as together cost no more than this; shares: from `costs`."""
     sums = itertools.accumulate(shares.values())
     return tuple(block for block, total in zip(shares, sums, strict=True) if total <= allowance)
+
+
+def fallbacks(shares: dict[str, float]) -> list[tuple[str, ...]]:
+    """The blocks to leave as they are, and those to try where that fails: for twice the allowance each time."""
+    allowances = itertools.takewhile(lambda allowance: allowance <= MOST, (FREE * 2**i for i in itertools.count()))
+    return list(dict.fromkeys(cheapest(shares, allowance) for allowance in allowances))
 
 
 def ranges(graph: Path, sets: list[dict[str, Tensor]]) -> TensorsData:

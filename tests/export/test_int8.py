@@ -38,40 +38,56 @@ def test_int8_leaves_exact_blocks_alone(tmp_path):
     assert errors[0] > errors[1] > 1e-4 > errors[2]
 
 
-@pytest.mark.parametrize("enough", [1, 2, 4, 99])
-def test_int8_returns_to_float32_as_little_as_helps(tmp_path, monkeypatch, capsys, enough):
-    """The cheapest blocks first, for 3, 6, 12 … up to 48 % of the products; then the export is refused."""
+@pytest.fixture
+def exporting(tmp_path, monkeypatch):
+    """A function: precision, exact blocks of its trace, enough of them -> problems, attempts, what was published."""
     shares = {"a": 0.02, "b": 0.03, "c": 0.1, "d": 0.3, "e": 0.55}
-    tried = []
-
-    class Stub(Exporter):
-        def __init__(self):
-            self.made, self.manifest, self.checkpoint = tmp_path, SimpleNamespace(sampling=True, publish=publish), None
-            self.verifier = SimpleNamespace(check=check)
-
-        def _trace(self, wanted):
-            return SimpleNamespace(blocks=tuple(shares)), None, ()
-
-        def _written(self, wanted, graph, traced, exact):
-            tried.append(exact)
-            return dataclasses.replace(wanted, exact=exact, files={"x": {}})
-
-    def check(artifact, session, folder):
-        return {"problems": [] if len(artifact.exact) >= enough else ["too far"]}
-
-    published = []
-    publish = lambda artifact, made: published.append(artifact)  # noqa: E731
     monkeypatch.setattr("export.exporter.quantize.costs", lambda graph: shares)
     monkeypatch.setattr("export.exporter.lint.problems", lambda *_: [])
     monkeypatch.setattr("export.exporter.OrtSession.on_cpu", lambda *_: None)
-    wanted = Artifact("encoder", "onnx", "", "int8", 20, (), (), Batch(1, 1, 1), "", "", "", "", {}, "")
-    problems = Stub().export(wanted, allow_drift=False)
-    order = tuple(shares)
+
+    def run(precision, traced, enough, allow_drift=False):
+        tried, published = [], []
+
+        class Stub(Exporter):
+            def __init__(self):
+                graph = SimpleNamespace(blocks=tuple(shares))
+                session = SimpleNamespace(graph=graph)
+                self.probes = SimpleNamespace(reference=SimpleNamespace(session=lambda name: session))
+                self.manifest = SimpleNamespace(
+                    sampling=True, publish=lambda artifact, made: published.append(artifact)
+                )
+                self.verifier = SimpleNamespace(check=check)
+                self.made, self._trace = tmp_path, lambda wanted: (graph, None, traced)
+
+            def _written(self, wanted, graph, traced, exact):
+                tried.append(exact)
+                return dataclasses.replace(wanted, exact=exact, files={"x": {}})
+
+        def check(artifact, session, folder):
+            return {"problems": [] if len(artifact.exact) >= enough else ["too far"]}
+
+        wanted = Artifact("encoder", "onnx", "", precision, 20, (), (), Batch(1, 1, 1), "", "", "", "", {}, "")
+        return Stub().export(wanted, allow_drift), tried, published
+
+    return run
+
+
+@pytest.mark.parametrize("enough", [1, 2, 4, 99])
+def test_int8_returns_to_float32_as_little_as_helps(exporting, capsys, enough):
+    """The cheapest blocks first, for 3, 6, 12 … up to 48 % of the cost; then the export is refused."""
+    problems, tried, published = exporting("int8", (), enough)
     # 0.02 within 3 %, 0.05 within 6 %, 0.15 within 24 %, 0.45 within 48 %
     counts = {1: [1], 2: [1, 2], 4: [1, 2, 3, 4], 99: [1, 2, 3, 4]}[enough]
-    assert tried == [order[:count] for count in counts]
+    assert tried == [("a", "b", "c", "d")[:count] for count in counts]
     assert bool(problems) == (enough == 99) and len(published) == (enough != 99)
-    assert ("2 of 5 blocks in float32" in capsys.readouterr().err) == (enough > 1)
+    assert ("2 of 5 blocks not quantized" in capsys.readouterr().err) == (enough > 1)
+
+
+def test_other_precisions_are_tried_once(exporting):
+    """With the blocks that their trace kept exact, which the manifest names, however the check ends."""
+    problems, tried, published = exporting("mixed", ("c",), 2, allow_drift=True)
+    assert not problems and tried == [("c",)] and published[0].exact == ("c",)
 
 
 @pytest.mark.parametrize("component", sorted(COMPONENTS))
@@ -100,6 +116,13 @@ def test_a_block_costs_its_products_or_its_weights():
 
     # weights 16 and 256; products 9 x 16 and 1 x 256
     assert quantize.costs(Uneven()) == pytest.approx({"layers.0": 144 / 400, "layers.1": 256 / 272})
+
+
+def test_fallbacks_are_tried_once_each():
+    """3, 6, 12, 24 and 48 %; what an allowance adds nothing to is not tried again."""
+    shares = {"a": 0.02, "b": 0.03, "c": 0.3, "d": 0.65}
+    assert quantize.fallbacks(shares) == [("a",), ("a", "b"), ("a", "b", "c")]
+    assert quantize.fallbacks({"a": 0.6, "b": 0.7}) == [()]
 
 
 def test_cheapest_blocks_within_an_allowance():
@@ -136,7 +159,7 @@ def test_ranges_are_calibrated_on_the_photos_given(tmp_path, capsys):
     assert Manifest.open(tmp_path).checked("encoder").graph != first.graph
     capsys.readouterr()
     assert export(tmp_path, "int8", *command, *one) == 2
-    assert "int8 has no ranges to calibrate: add --precision int8-static" in capsys.readouterr().err
+    assert "int8 has no ranges: add --precision int8-static or fp8" in capsys.readouterr().err
     assert export(tmp_path, "int8-static", *command, *one, "--images", photos[0]) == 2
     assert "also among --images" in capsys.readouterr().err
 
