@@ -1,7 +1,7 @@
 """TensorRT-RTX engines of the full-size components, built without a GPU: time, peak memory and size of each.
 
     python -m benchmarks.export_rtx                                       # all, one after the other: 12 GB of memory
-    python -m benchmarks.export_rtx --components unet --precision fp16    # one of them, entered beside the others
+    python -m benchmarks.export_rtx --components unet --precision fp16    # one of them, entered beside others
 
 The encoder is the preset's; UNet and VAE are those of Stable Diffusion 2.1-base. All have random weights, which decide
 nothing about a build. Each engine is built by a process of its own, whose peak memory is recorded. Exits with 1 where
@@ -151,12 +151,11 @@ def main() -> int:
         return 0
     version = LIBRARIES["rtx"].load().__version__
     result = json.loads(args.out.read_text()) if args.out.exists() else {"engines": {}}
-    command = command_line("benchmarks.export_rtx")
-    result |= {"command": command, "machine": machine.describe(), "builder": f"TensorRT-RTX {version}"}
-    result["preset"] = args.preset
+    run = {"command": command_line("benchmarks.export_rtx"), "machine": machine.describe()}
+    run |= {"builder": f"TensorRT-RTX {version}", "preset": args.preset}
     failed = False
     for name in args.components:
-        entry = measure(name, args)
+        entry = run | measure(name, args)
         failed |= "failed" in entry
         result["engines"][f"{name} {args.precision} {args.target}"] = entry
         args.out.write_text(json.dumps(result, indent=2) + "\n")
