@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from benchmarks import machine
-from export import fp8, graphs, quantize, trace
+from export import graphs, qdq, quantize, trace
 from export.components import Batch, Port, opset
 from export.tensorrt_library import LIBRARIES, build
 from vlv import random_weights
@@ -33,7 +33,9 @@ from vlv.command import command_line
 from vlv.config import PRESETS
 from vlv.train.plan import SD21_UNET, SD21_VAE
 
-RANGE = (-8.0, 8.0)  # of every activation in FP8: like weights, ranges decide nothing about a build
+RANGE = SimpleNamespace(
+    range_value=(-8.0, 8.0)
+)  # of every activation in 8 bits: like weights, ranges decide nothing about a build
 SIZE, TOKENS = 64, 77  # latents of 512 pixels; the context's length
 
 
@@ -74,14 +76,14 @@ def traced(name: str, preset: str, precision: str, folder: Path) -> dict:
     """Write the component's graph into `folder`; what a build of it needs to know."""
     start = time.monotonic()
     graph = COMPONENTS[name](preset).eval()
-    exact = quantize.cheapest(quantize.costs(graph)) if precision == "fp8" else ()
+    exact = quantize.cheapest(quantize.costs(graph)) if precision in qdq.FORMATS else ()
     if precision in quantize.DTYPES:
         graph.cast(quantize.DTYPES[precision])
-    plain = folder / "plain" if precision == "fp8" else folder
+    plain = folder / "plain" if precision in qdq.FORMATS else folder
     plain.mkdir(exist_ok=True)
     made = trace.to_onnx(graph, plain / f"{name}.onnx", PROFILES.get(name, VAE_PROFILE), opset(precision))
-    if precision == "fp8":
-        made = fp8.to_fp8(made, plain, folder, defaultdict(lambda: SimpleNamespace(range_value=RANGE)), exact)
+    if precision in qdq.FORMATS:
+        made = qdq.quantized(made, plain, folder, defaultdict(lambda: RANGE), exact, precision)
     return {
         "inputs": [vars(port) for port in graph.inputs],
         "trace_seconds": round(time.monotonic() - start, 1),
@@ -135,10 +137,10 @@ def main() -> int:
     parser.add_argument("--components", nargs="+", choices=COMPONENTS, default=list(COMPONENTS), metavar="NAME")
     parser.add_argument(
         "--precision",
-        choices=("fp32", "fp16", "bf16", "fp8"),
+        choices=("fp32", "fp16", "bf16", *qdq.FORMATS),
         default="fp16",
         metavar="P",
-        help="fp32, fp16, bf16 or fp8 (fp16)",
+        help=f"fp32, fp16, bf16, {', '.join(qdq.FORMATS)} (fp16)",
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="qwen2.5-3b", help="of the encoder (qwen2.5-3b)")
     parser.add_argument("--target", default="sm89", metavar="SM", help="compute capability to build for (sm89)")

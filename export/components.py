@@ -18,16 +18,17 @@ import math
 from dataclasses import dataclass
 
 RUNTIMES = ("torch", "onnx", "onnx-cuda", "onnx-trt", "trt", "rtx")  # see export/engine.py
-PRECISIONS = ("fp32", "fp16", "bf16", "mixed", "int8", "int8-static", "fp8")
-QUANTIZED = ("int8", "int8-static", "fp8")  # made from the graph of another precision
-CALIBRATED = ("int8-static", "fp8")  # with ranges of activations that were measured before
+PRECISIONS = ("fp32", "fp16", "bf16", "mixed", "int8", "int8-static", "int8-trt", "fp8")
+QUANTIZED = ("int8", "int8-static", "int8-trt", "fp8")  # made from the graph of another precision
+CALIBRATED = ("int8-static", "int8-trt", "fp8")  # with ranges of activations that were measured before
+ORT_ONLY = ("int8", "int8-static")
 OLDEST_FP8 = 89  # compute capability of the first GPUs with 8-bit floats
 
 # Unit roundoff of what a precision rounds its activations to. INT8 has one scale a tensor and 127 steps, for the
 # weights and for the activations; FP8 has three bits behind the leading one, and half its roundoff is its RMS error.
 ROUNDOFF = {
     "fp32": 2**-24, "fp16": 2**-11, "mixed": 2**-11, "bf16": 2**-8, "int8": 2**-7, "int8-static": 2**-7,
-    "fp8": 2**-5,
+    "int8-trt": 2**-7, "fp8": 2**-5,
 }  # fmt: skip
 ROUNDINGS = 16  # results rounded in one block: two norms, four products, scores, softmax, activations, residuals
 

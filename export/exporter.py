@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from export import fp8, lint, quantize, trace
+from export import lint, qdq, quantize, trace
 from export.cli import say
 from export.components import CALIBRATED, QUANTIZED, Batch
 from export.engine import sampling_settings
@@ -98,8 +98,10 @@ class Exporter:
                     rows = self._calibration.single(name)
                     self._ranges[name] = quantize.ranges(source / traced.files[0], rows)
                 seen = self._ranges[name]
-            make = fp8.to_fp8 if wanted.precision == "fp8" else quantize.to_int8
-            traced = make(traced, source, self.made, seen, exact)
+            if wanted.precision in qdq.FORMATS:
+                traced = qdq.quantized(traced, source, self.made, seen, exact, wanted.precision)
+            else:
+                traced = quantize.to_int8(traced, source, self.made, seen, exact)
         files = describe_files(self.made, traced.files)
         return replace(
             wanted,

@@ -30,7 +30,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-pictures", type=cli.positive, default=8, metavar="N", help="pictures drawn at once (8)")
     p.add_argument(
         "--calibrate", type=Path, nargs="+", default=[], metavar="FILE",
-        help="photos to take the ranges of int8-static or fp8 from, others than --images (drawn scenes)",
+        help="photos to take ranges of activations from, others than --images (drawn scenes)",
     )  # fmt: skip
     p.add_argument("--allow-drift", action="store_true", help="keep an artifact that is too far off")
     p.add_argument("--force", action="store_true", help="make again what is there already")

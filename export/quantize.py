@@ -6,12 +6,12 @@
 | `fp16` `bf16` | the module cast before tracing, so that the graph is strongly typed                           |
 | `mixed`       | fp16, but for the blocks whose own error is the largest, as few as keep the tolerance         |
 | `int8`        | ONNX Runtime: weights by channel ahead, activations by tensor at run time                     |
-| `int8-static` | ONNX Runtime: activation ranges calibrated on pictures, Q/DQ nodes, which TensorRT reads too  |
-| `fp8`         | a float16 graph with calibrated Q/DQ nodes of 8-bit floats, for GPUs from SM 89 on            |
+| `int8-static` | ONNX Runtime: activation ranges calibrated on pictures                                        |
+| `int8-trt`    | a float16 graph with calibrated Q/DQ nodes for TensorRT (export/qdq.py); so `fp8`, from SM 89 |
 
 INT8 touches the products with weights inside blocks alone: the preprocessing's are exact by design, attention's cost
 little and lose much. Most of what 8 bits lose is lost in small blocks near the output, so the cheapest blocks stay in
-float32; where it still drifts, more of them. For `fp8` (export/fp8.py) the same holds, with float16 instead.
+float32 (in TensorRT's precisions: float16); where it still drifts, more of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 KINDS = ("MatMul", "Gemm", "Conv")  # what `int8-static` quantizes
 FREE = 0.03  # of a graph's `costs`: blocks up to that stay in float32, whatever INT8 loses
 MOST = 0.5  # of them; a graph with more in float32 is no INT8
-DTYPES = {"fp16": torch.float16, "mixed": torch.float16, "fp8": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "mixed": torch.float16, "bf16": torch.bfloat16}
+DTYPES |= {"int8-trt": torch.float16, "fp8": torch.float16}
 
 
 class NotPossible(ValueError):

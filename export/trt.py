@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from export import cli, onnx
-from export.components import OLDEST_FP8, QUANTIZED
+from export.components import OLDEST_FP8, ORT_ONLY, QUANTIZED
 
 
 def _target(text: str) -> str:
@@ -55,10 +55,12 @@ def _build_all(args: argparse.Namespace) -> int:
             f"--target {args.target}: TensorRT builds on the GPU that an engine is for, and this machine has "
             f"{here or 'none'}; --runtime rtx builds for GPUs elsewhere"
         )
+    if args.precision in ORT_ONLY:
+        raise cli.Misuse(f"--precision {args.precision} is for ONNX Runtime: TensorRT's is int8-trt")
     if args.precision == "fp8" and int(args.target[2:]) < OLDEST_FP8:
         raise cli.Misuse(
             f"--precision fp8: {args.target} has no 8-bit floats, GPUs from sm{OLDEST_FP8} on have: "
-            "choose int8-static or fp16"
+            "choose int8-trt or fp16"
         )
     args.refittable |= args.refit  # what was refitted can be again
     checkpoint = cli.checkpoint(args.ckpt)

@@ -159,7 +159,7 @@ def test_ranges_are_calibrated_on_the_photos_given(tmp_path, capsys):
     assert Manifest.open(tmp_path).checked("encoder").graph != first.graph
     capsys.readouterr()
     assert export(tmp_path, "int8", *command, *one) == 2
-    assert "int8 has no ranges: add --precision int8-static or fp8" in capsys.readouterr().err
+    assert "int8 has no ranges: add --precision int8-static or int8-trt or fp8" in capsys.readouterr().err
     assert export(tmp_path, "int8-static", *command, *one, "--images", photos[0]) == 2
     assert "also among --images" in capsys.readouterr().err
 

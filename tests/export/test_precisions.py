@@ -34,7 +34,7 @@ def test_encoder_with_its_error_and_its_captions(tmp_path, precision):
     assert ("MatMulInteger" in ops) == (precision == "int8")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "mixed", "int8-static", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "mixed", "int8-static", "int8-trt"])
 def test_small_component_in_every_precision(tmp_path, precision):
     assert export(tmp_path, precision, "--components", "text_encoder", "--no-captions") == 0
     artifact = Manifest.open(tmp_path).checked("text_encoder")
