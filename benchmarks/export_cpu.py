@@ -7,7 +7,7 @@
 The encoder of the preset has random weights. All are timed in turns in one run, beside the ceilings of float32 and
 8-bit matrix products on this machine, each with its error against float32 PyTorch, which its precision must explain.
 The memory of loading is the peak of a process that loads the graph and runs nothing, over the size of its files.
-Whether captions survive INT8 and FP8 is asked of the bundled checkpoint, on scenes that no export has seen.
+Whether captions survive a precision is asked of the bundled checkpoint, on scenes that no export has seen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from export import graphs, onnx, quantize, trace
-from export.components import PEAK, QUANTIZED, Batch, tolerance
+from export.components import PEAK, PRECISIONS, Batch, tolerance
 from export.engine import open_engine
 from export.engine_ort import flushed
 from export.manifest import Manifest
@@ -42,7 +42,7 @@ from vlv.config import PRESETS
 
 BUNDLED = Path("assets/vlv-tiny")
 PARTS = ("graphs", "speed", "captions")
-PRECISIONS = ("fp32", "int8", "int8-static")
+TIMED = ("fp32", "int8", "int8-static")  # precisions that ONNX Runtime is fast in
 WIDE = ("avx512_vnni", "avx_vnni", "amx_int8")  # instructions for 8-bit products
 TARGETS = {False: 1.3, True: 2.5}  # speedup over eager PyTorch, without and with one of them
 ROUNDING = {"torch": "fp32", "f32": "fp32"}  # of the last word; others are their own
@@ -80,14 +80,14 @@ def ceilings(size: int = 4096) -> dict[str, float]:
 
 
 def write_graphs(preset: str, work: Path) -> None:
-    """The encoder's graph in each of PRECISIONS, in folders of these names; made by a process of its own."""
+    """The encoder's graph in each of TIMED, in folders of these names; made by a process of its own."""
     code = "import sys; from benchmarks import export_cpu as b; b.trace_and_quantize(sys.argv[1], b.Path(sys.argv[2]))"
     subprocess.run([sys.executable, "-c", code, preset, str(work)], check=True)
 
 
 def trace_and_quantize(preset: str, work: Path) -> None:
     """What `write_graphs` has another process do."""
-    for precision in PRECISIONS:
+    for precision in TIMED:
         (work / precision).mkdir(parents=True, exist_ok=True)
     graph = graphs.EncoderGraph(random_weights.encoder(PRESETS[preset]))
     traced = trace.to_onnx(graph, work / "fp32" / "encoder.onnx", Batch(1, 1, 8), 20)
@@ -144,7 +144,7 @@ def loading_peak(folder: Path) -> float:
 
 def speed(preset: str, work: Path, batch: int, repeats: int, vino: str | None) -> dict:
     """Times, errors and memory, in one run."""
-    peaks = {precision: loading_peak(work / precision) for precision in PRECISIONS}
+    peaks = {precision: loading_peak(work / precision) for precision in TIMED}
     graph = graphs.EncoderGraph(random_weights.encoder(PRESETS[preset]))
     size = PRESETS[preset].image_size
     pictures = graph.example(batch, torch.Generator().manual_seed(0))[0]
@@ -154,7 +154,7 @@ def speed(preset: str, work: Path, batch: int, repeats: int, vino: str | None) -
         return graph(pictures)[1]
 
     calls: dict[str, Callable[[np.ndarray], object]] = {"torch": eager}
-    calls |= {f"onnx {precision}": onnxruntime(work / precision) for precision in PRECISIONS}
+    calls |= {f"onnx {precision}": onnxruntime(work / precision) for precision in TIMED}
     if vino and (run := openvino(work / "fp32", vino)):
         calls[f"openvino {vino}"] = run
     fed, errors = pictures.numpy(), {}
@@ -179,13 +179,13 @@ def speed(preset: str, work: Path, batch: int, repeats: int, vino: str | None) -
         "seconds": {name: {"median": median[name], "all": values} for name, values in times.items()},
         "speedup": {name: median["torch"] / value for name, value in median.items()},
         "wanted_speedup": TARGETS[bool(flags & set(WIDE))], "errors": errors,
-        "file_bytes": {p: sum(f.stat().st_size for f in (work / p).glob("encoder.onnx*")) for p in PRECISIONS},
+        "file_bytes": {p: sum(f.stat().st_size for f in (work / p).glob("encoder.onnx*")) for p in TIMED},
         "loading_peak_over_file": peaks,
     }  # fmt: skip
 
 
 def captions(work: Path) -> dict:
-    """Of greedy captions of unseen scenes and, apart, of noise: the tokens that 8-bit precisions keep."""
+    """Of greedy captions of unseen scenes and, apart, of noise: the tokens that each precision keeps."""
     checkpoint = Checkpoint.open(BUNDLED)
     probes = Probes(checkpoint, SCENES + NOISE, seed=SEED)
     noise = np.random.default_rng(SEED).integers(0, 256, (16, *probes.pictures.shape[1:]), np.uint8)
@@ -193,13 +193,18 @@ def captions(work: Path) -> dict:
     prompts = {name: _encode(probes.reference, pictures) for name, pictures in sets.items()}
     reference = {name: Captions.of(checkpoint, value) for name, value in prompts.items()}
     result = {}
-    for precision in QUANTIZED:
+    for precision in PRECISIONS[1:]:
         folder = work / f"bundled-{precision}"
         command = ["--ckpt", str(BUNDLED), "--out", str(folder), "--components", "encoder", "--max-batch", "16"]
         if onnx.main([*command, "--precision", precision, "--probes", "96", "--allow-drift"]):
             raise RuntimeError(f"{precision} gives nothing to compare; the reason stands above")
         artifact = Manifest.open(folder).artifacts["encoder"]
-        entry = {"exact_blocks": artifact.exact, "refused_without_allow_drift": artifact.verification["problems"]}
+        figures = artifact.verification
+        entry = {
+            "exact_blocks": artifact.exact,
+            "embeddings": figures["outputs"]["prompts"],
+            "refused_without_allow_drift": figures["problems"],
+        }
         engine = open_engine("onnx", folder, checkpoint)
         for name, pictures in sets.items():
             entry[name] = reference[name].agreement(_encode(engine, pictures))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
     from onnxruntime.quantization.calibrate import TensorsData
 
+SMALLEST = 2.0**-20  # scale: float16 has 16 steps left below it
+
 
 @dataclass(frozen=True)
 class Format:
@@ -118,7 +120,7 @@ class _Layers:
         """A tensor's scale (or scales), float16, and the names of scale and zero point."""
         from onnx import TensorProto, helper, numpy_helper
 
-        scale = np.maximum(largest / self.format.largest, np.finfo(np.float16).smallest_normal).astype(np.float16)
+        scale = np.maximum(largest / self.format.largest, SMALLEST).astype(np.float16)
         kind = TensorProto.DataType.Value(self.format.onnx)
         made = [
             numpy_helper.from_array(np.asarray(scale), f"{name}_scale"),
