@@ -31,7 +31,7 @@ from benchmarks import machine
 from export import graphs, onnx, quantize, trace
 from export.components import PEAK, PRECISIONS, Batch, tolerance
 from export.engine import open_engine
-from export.engine_ort import flushed
+from export.engine_ort import flushed, session_options
 from export.manifest import Manifest
 from export.probes import NOISE, Probes
 from export.verifier import Captions, compare
@@ -102,10 +102,7 @@ def trace_and_quantize(preset: str, work: Path) -> None:
 def onnxruntime(folder: Path) -> Callable[[np.ndarray], object]:
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    session = ort.InferenceSession(folder / "encoder.onnx", options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(folder / "encoder.onnx", session_options(), providers=["CPUExecutionProvider"])
 
     def call(pictures: np.ndarray) -> np.ndarray:
         with flushed():

@@ -33,9 +33,8 @@ from vlv.command import command_line
 from vlv.config import PRESETS
 from vlv.train.plan import SD21_UNET, SD21_VAE
 
-RANGE = SimpleNamespace(
-    range_value=(-8.0, 8.0)
-)  # of every activation in 8 bits: like weights, ranges decide nothing about a build
+# of every activation in 8 bits: like weights, ranges decide nothing about a build
+RANGE = SimpleNamespace(range_value=(-8.0, 8.0))
 SIZE, TOKENS = 64, 77  # latents of 512 pixels; the context's length
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 RUNTIMES = ("torch", "onnx", "onnx-cuda", "onnx-trt", "trt", "rtx")  # see export/engine.py
 PRECISIONS = ("fp32", "fp16", "bf16", "mixed", "int8", "int8-static", "int8-trt", "fp8")
-QUANTIZED = ("int8", "int8-static", "int8-trt", "fp8")  # made from the graph of another precision
-CALIBRATED = ("int8-static", "int8-trt", "fp8")  # with ranges of activations that were measured before
 ORT_ONLY = ("int8", "int8-static")
+QUANTIZED = (*ORT_ONLY, "int8-trt", "fp8")  # made from the graph of another precision
+CALIBRATED = ("int8-static", "int8-trt", "fp8")  # with ranges of activations that were measured before
 OLDEST_FP8 = 89  # compute capability of the first GPUs with 8-bit floats
 
 # Unit roundoff of what a precision rounds its activations to. INT8 has one scale a tensor and 127 steps, for the

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 from export.engine import ArtifactEngine, RuntimeMissing, Session
 from export.manifest import Artifact
 from export.widen import widen
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 _NUMPY = {"uint8": np.uint8, "int32": np.int32, "float32": np.float32}
 _GPU_WHEEL = "python -m pip install --no-deps onnxruntime-gpu"
@@ -32,18 +36,12 @@ class OrtSession(Session):
 
         super().__init__(artifact.name, artifact.inputs, artifact.profile, device)
         self.outputs, self.graphs = artifact.outputs, graphs
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors: its warnings are about its own optimizer
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed`
-        file = folder / artifact.main_file
-        if device.type == "cpu" and artifact.precision == "bf16":
-            with _widened(file) as twin:
-                # all as it is: the optimizer would take the roundings for superfluous
-                options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-                self.session = onnxruntime.InferenceSession(twin, options, providers=providers)
-        else:
-            with flushed():
-                self.session = onnxruntime.InferenceSession(file, options, providers=providers)
+        options, file = session_options(), folder / artifact.main_file
+        wide = device.type == "cpu" and artifact.precision == "bf16"
+        if wide:  # all as it is: the optimizer would take the roundings for superfluous
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        with _widened(file) if wide else contextlib.nullcontext(file) as graph, flushed():
+            self.session = onnxruntime.InferenceSession(graph, options, providers=providers)
         self._buffers: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._held: dict[tuple[int, str], Tensor] = {}
 
@@ -94,6 +92,16 @@ class OrtSession(Session):
                 inputs[name].copy_(value)
                 self._held[batch, name] = value
         return inputs, outputs
+
+
+def session_options() -> onnxruntime.SessionOptions:
+    """What all sessions that are used, not inspected, have in common."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: its warnings are about its own optimizer
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed`
+    return options
 
 
 @contextlib.contextmanager

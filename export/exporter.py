@@ -39,8 +39,9 @@ class Exporter:
         photos for the ranges of activations, by default as many scenes as are checked.
         """
         self.checkpoint, self.manifest, self.made = checkpoint, manifest, made
-        self._calibration = Probes(checkpoint, len(calibrate) + NOISE if calibrate else probes, calibrate, CALIBRATION)
         self.probes = Probes(checkpoint, probes, images)
+        count = len(calibrate) + NOISE if calibrate else probes
+        self._calibration = Probes(checkpoint, count, calibrate, CALIBRATION, self.probes.reference)
         self.verifier = Verifier(checkpoint, self.probes, captions)
         self._ranges = {}  # of activations, by component: the same whichever blocks stay exact
 

@@ -49,7 +49,7 @@ class Artifact:
     files: dict[str, dict]  # name -> {"sha256", "bytes"}; the first one is what a runtime opens
     command: str  # makes it again
     blocks: dict[str, str] = field(default_factory=dict)  # module path -> value of the graph that it ends with
-    exact: tuple[str, ...] = ()  # blocks that stayed in float32 (in float16 with "fp8")
+    exact: tuple[str, ...] = ()  # blocks that stayed in float32 (in float16 with "int8-trt" and "fp8")
     verification: dict = field(default_factory=dict)
     refittable: bool = False  # an engine that takes other weights
     calibration: str = ""  # SHA-256 of the pictures that ranges of activations were taken from

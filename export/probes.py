@@ -26,9 +26,19 @@ STEPS = (981.0, 501.0, 1.0)
 class Probes:
     """Inputs by component, made when first asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, count: int = 8, images: Sequence[Path] = (), seed: int = 0):
-        """count pictures, the last NOISE of them noise; the others are `images`, and held-out scenes after them."""
-        self.reference = TorchEngine(checkpoint, "cpu")
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        count: int = 8,
+        images: Sequence[Path] = (),
+        seed: int = 0,
+        reference: TorchEngine | None = None,
+    ):
+        """count pictures, the last NOISE of them noise; the others are `images`, and held-out scenes after them.
+
+        reference: the checkpoint's, where it has been opened already.
+        """
+        self.reference = reference or TorchEngine(checkpoint, "cpu")
         self.pictures = _pictures(checkpoint.config.image_size, count, images, seed)
         self.seed = seed
         scenes = max(0, count - NOISE - len(images))

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 KINDS = ("MatMul", "Gemm", "Conv")  # what `int8-static` quantizes
 FREE = 0.03  # of a graph's `costs`: blocks up to that stay in float32, whatever INT8 loses
 MOST = 0.5  # of them; a graph with more in float32 is no INT8
-DTYPES = {"fp16": torch.float16, "mixed": torch.float16, "bf16": torch.bfloat16}
-DTYPES |= {"int8-trt": torch.float16, "fp8": torch.float16}
+DTYPES = {"bf16": torch.bfloat16} | dict.fromkeys(("fp16", "mixed", "int8-trt", "fp8"), torch.float16)
 
 
 class NotPossible(ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx as onnx_library
+import onnxruntime
 import pytest
 import torch
 
@@ -43,8 +44,6 @@ def quantized(tmp_path):
         made = tmp_path / f"made-{len(exact)}"
         made.mkdir()
         qdq.quantized(traced, tmp_path, made, seen, exact, precision)
-        import onnxruntime
-
         session = onnxruntime.InferenceSession(made / "toy.onnx", providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(None, {"x": inputs["x"].numpy()})[0])
         return onnx_library.load(made / "toy.onnx").graph, compare(found, expected)["rms"]
