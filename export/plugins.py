@@ -2,7 +2,8 @@
 
 `make` does it all for one component:
 
-- `add_bodies` makes a graph traced with nodes (kernels/symbolic.py) whole. Each node becomes a call of an ONNX function
+- `add_bodies` makes a graph traced with nodes (kernels/tensorrt/onnx_nodes.py) whole. Each node becomes a call of an
+  ONNX function
   whose body is the operation's plain reference, so that any runtime runs the file, and ONNX Runtime checks it against
   its plain twin.
 - `kernel_graph` turns it into what TensorRT builds from: a node a kernel, the functions gone, the batch fixed.
@@ -31,8 +32,8 @@ from export.manifest import Artifact, ArtifactError
 from export.probes import NOISE, Probes
 from export.quantize import DTYPES
 from export.verifier import compare
-from kernels.plugin import PluginKernel, plugin_kernels
-from kernels.symbolic import DOMAIN, FLOATS, OPERATIONS
+from kernels.tensorrt.onnx_nodes import DOMAIN, FLOATS, OPERATIONS
+from kernels.tensorrt.plugin import PluginKernel, plugin_kernels
 from vlv.checkpoint import Checkpoint
 
 PROBES = NOISE + 1

@@ -37,8 +37,8 @@ def to_onnx(graph: Graph, file: Path, profile: Batch, opset: int, nodes: bool = 
     import onnx_ir
 
     from export import plugins
-    from kernels.dispatch import as_nodes
-    from kernels.symbolic import translations
+    from kernels.runtime.dispatch import as_nodes
+    from kernels.tensorrt.onnx_nodes import translations
 
     axis = torch.export.Dim("batch", min=profile.least, max=max(profile.most, TRACED))
     shapes = [{0: axis} if port.batched else {} for port in graph.inputs]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.dispatch import fused
-from kernels.launch import ALIGNMENT, launch
-from kernels.tiles import LOG2_E, power_of_two, strides, sum_dtype
-from kernels.tuning import reference_is_faster
+from kernels.runtime.dispatch import fused
+from kernels.runtime.launch import ALIGNMENT, launch
+from kernels.runtime.tiles import LOG2_E, power_of_two, strides, sum_dtype
+from kernels.runtime.tuning import reference_is_faster
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:

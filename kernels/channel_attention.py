@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import fused
-from kernels.launch import launch
-from kernels.tiles import power_of_two, strides, sum_dtype
+from kernels.runtime.dispatch import fused
+from kernels.runtime.launch import launch
+from kernels.runtime.tiles import power_of_two, strides, sum_dtype
 
 PROGRAMS = 1024  # about eight for each multiprocessor of the largest GPUs; the tokens are split to get as many
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.dispatch import fused
-from kernels.launch import launch
-from kernels.tiles import LOG2_E, power_of_two, strides, two_tiles
+from kernels.runtime.dispatch import fused
+from kernels.runtime.launch import launch
+from kernels.runtime.tiles import LOG2_E, power_of_two, strides, two_tiles
 
 MAX_KEYS = 160  # that fit on the chip beside the queries
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, layer_norm
 
-from kernels.dispatch import fused
-from kernels.launch import launch
-from kernels.tiles import power_of_two, strides, sum_dtype
+from kernels.runtime.dispatch import fused
+from kernels.runtime.launch import launch
+from kernels.runtime.tiles import power_of_two, strides, sum_dtype
 
 CHUNK = 256  # pixels whose share of a weight's gradient one program sums
 CHANNELS = 128  # of the filter's gradient, in one program

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from kernels.dispatch import fused
-from kernels.launch import launch
+from kernels.runtime.dispatch import fused
+from kernels.runtime.launch import launch
 
 
 def geglu_reference(x: Tensor) -> Tensor:

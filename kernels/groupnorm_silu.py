@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import group_norm, silu
 
-from kernels.dispatch import fused
-from kernels.launch import launch
-from kernels.tiles import power_of_two, sum_dtype
+from kernels.runtime.dispatch import fused
+from kernels.runtime.launch import launch
+from kernels.runtime.tiles import power_of_two, sum_dtype
 
 CHUNK = 8192  # elements of a group that one program takes, and the most chunks that a group is split into
 MAX_SPLITS = 64

@@ -2,7 +2,8 @@
 
     python -m kernels.occupancy --target sm80,sm90       # rewrites those entries of kernels/tuned.json; no GPU needed
 
-A model, not a measurement: of the candidates in kernels.tuning the first that spills nothing and fills a quarter of
+A model, not a measurement: of the candidates in kernels.runtime.tuning the first that spills nothing and fills a
+quarter of
 the warps is taken (more rarely helps a kernel that reads long rows), else the one that spills least and fills most.
 The entries say "untested"; `python -m benchmarks.gpu.kernels --tune` measures on a real GPU.
 """
@@ -14,8 +15,8 @@ import json
 import sys
 from dataclasses import dataclass, replace
 
-from kernels.aot import TARGETS
-from kernels.tuning import CANDIDATES, FILE, split
+from kernels.aot.build import TARGETS
+from kernels.runtime.tuning import CANDIDATES, FILE, split
 
 ENOUGH = 0.25  # of a multiprocessor's warps
 
@@ -50,8 +51,8 @@ def occupancy(limits: Multiprocessor, warps: int, registers: int, shared: int) -
 
 def choose(target: str) -> dict[str, dict[str, dict]]:
     """kernel -> shape class -> the chosen configuration and its figures."""
-    from kernels.aot_cases import launches
-    from kernels.compile import compile_launch
+    from kernels.aot.cases import launches
+    from kernels.aot.compile import compile_launch
 
     chosen: dict[str, dict[str, dict]] = {}
     for start in launches(None).values():

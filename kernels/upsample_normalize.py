@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import fused
-from kernels.launch import launch
-from kernels.tiles import strides
+from kernels.runtime.dispatch import fused
+from kernels.runtime.launch import launch
+from kernels.runtime.tiles import strides
 
 
 def bicubic_matrix(size: int, target: int) -> Tensor:

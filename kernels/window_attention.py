@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.dispatch import fused
-from kernels.launch import launch
-from kernels.tiles import LOG2_E, power_of_two, strides, sum_dtype, two_tiles
+from kernels.runtime.dispatch import fused
+from kernels.runtime.launch import launch
+from kernels.runtime.tiles import LOG2_E, power_of_two, strides, sum_dtype, two_tiles
 
 
 def window_attention_reference(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:

@@ -45,7 +45,7 @@ def package(name: str, known: dict[str, Path]) -> str:
 def imports(path: Path) -> set[str]:
     """What a file imports, nested imports included; `from a import b` as both a and a.b.
 
-    Of import_module(f"kernels.jit.{name}"), which imports by name, the package that is written out.
+    Of import_module(f"kernels.triton.{name}"), which imports by name, the package that is written out.
     """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

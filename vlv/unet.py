@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from kernels.cross_attention import cross_attention
-from kernels.dispatch import fused
 from kernels.geglu import geglu
 from kernels.groupnorm_silu import groupnorm_silu
+from kernels.runtime.dispatch import fused
 
 
 class FixedContext:

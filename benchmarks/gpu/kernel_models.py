@@ -12,7 +12,7 @@ import torch
 from benchmarks.encoder_cpu import flops, picture, prepared
 from benchmarks.gpu.kernels import OURS, THEIRS, Clock, eager_and_compiled, judge, summary
 from benchmarks.published_encoder import PublishedEncoder
-from kernels.dispatch import references
+from kernels.runtime.dispatch import references
 from vlv import random_weights
 from vlv.config import PRESETS, DaViTConfig
 from vlv.encoder import VLVEncoder

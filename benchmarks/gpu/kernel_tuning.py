@@ -8,8 +8,8 @@ import sys
 import torch
 
 from benchmarks.gpu.kernels import Clock, check
-from kernels import tuning
-from kernels.launch import recording
+from kernels.runtime import tuning
+from kernels.runtime.launch import recording
 
 
 def tune(cases: list, clock: Clock) -> None:

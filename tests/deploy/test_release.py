@@ -57,7 +57,7 @@ def test_imports_and_data_are_the_wheels(installed, clean_venv):
     code = """
 import json, export.engine, kernels.window_attention, serve.page, serve.server, vlv.encoder, vlv.scenes
 vlv.scenes.render(vlv.scenes.sample(0))
-import kernels.tuning
+import kernels.runtime.tuning
 print(json.dumps([m.__file__ for m in (export.engine, kernels, serve.page, vlv.encoder)] + [serve.page.PAGE]))
 """
     *files, page = json.loads(installed("-c", code))

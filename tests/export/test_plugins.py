@@ -24,7 +24,7 @@ from kernels.attention import attention
 from kernels.cross_attention import cross_attention
 from kernels.geglu import geglu
 from kernels.groupnorm_silu import groupnorm_silu
-from kernels.symbolic import OPERATIONS
+from kernels.tensorrt.onnx_nodes import OPERATIONS
 from kernels.upsample_normalize import bicubic_matrix, upsample_normalize
 from vlv.config import DaViTConfig
 from vlv.davit import DaViT

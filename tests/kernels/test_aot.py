@@ -10,19 +10,24 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import aot, aot_cases, aot_loader, tuning
-from kernels.compile import compile_launch
-from kernels.launch import Launch, grid_size
+from kernels.aot import build as aot
+from kernels.aot import cases as aot_cases
+from kernels.aot import load as aot_loader
+from kernels.aot.__main__ import main
+from kernels.aot.compile import compile_launch
 from kernels.occupancy import LIMITS, occupancy
+from kernels.runtime import tuning
+from kernels.runtime.launch import Launch, grid_size
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
-    aot.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
     reason="building needs Triton: pip install triton",
 )
 
@@ -42,7 +47,7 @@ def built(tmp_path_factory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aot_cases, "launches", few)
-        assert aot.main(["--target", "sm80,sm90", "--parts", "unet", "--out", str(out)]) == 0
+        assert main(["--target", "sm80,sm90", "--parts", "unet", "--out", str(out)]) == 0
     return out
 
 
@@ -176,18 +181,18 @@ def test_occupancy():
 
 def test_a_sample_is_no_build(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        aot.main(["--in-turn", "--out", str(tmp_path)])
+        main(["--in-turn", "--out", str(tmp_path)])
     assert stopped.value.code == 2 and "for --check alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option, value", [("--target", "sm75"), ("--parts", "engine")])
 def test_wrong_words_list_the_right_ones(option, value, capsys):
     with pytest.raises(SystemExit) as stopped:
-        aot.main([option, value])
+        main([option, value])
     assert stopped.value.code == 2 and f"{value}: choose from" in capsys.readouterr().err
 
 
 def test_nothing_imports_triton():
-    code = "import sys, kernels.aot, kernels.aot_loader, vlv.encoder; assert 'triton' not in sys.modules"
+    code = "import sys, kernels.aot, kernels.aot.load, vlv.encoder; assert 'triton' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -110,7 +110,7 @@ def test_commands_are_found_behind_any_library_of_that_name(tmp_path: Path) -> N
         (["vlv", "kernels.aot", "--help"], 0, "--write-baseline"),
         (["vlv", "kernels.aot", "--target", "sm91"], 2, "--target sm91: choose from sm80"),
         (["vlv", "kernels.occupancy", "--help"], 0, "usage: python -m kernels.occupancy"),
-        (["vlv", "kernels.launch"], 2, "error: argument module: invalid choice"),
+        (["vlv", "kernels.runtime.launch"], 2, "error: argument module: invalid choice"),
     ):
         done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == code and said in done.stdout + done.stderr, (words, done)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from kernels import launch, tuning
+from kernels.runtime import launch, tuning
 
 KERNEL, SHAPE = "attention.forward", "d999"
 

@@ -11,7 +11,7 @@ import torch
 
 from kernels.channel_attention import channel_attention_op
 from kernels.geglu import geglu_op
-from kernels.plugin import plugin_kernels, without_scratch
+from kernels.tensorrt.plugin import plugin_kernels, without_scratch
 from kernels.window_attention import window_attention_op
 
 triton = pytest.importorskip("triton", reason="building needs Triton: pip install triton")

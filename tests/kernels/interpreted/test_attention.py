@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import tuning
 from kernels.attention import _describable, attention, attention_op, attention_reference
 from kernels.cross_attention import cross_attention, cross_attention_op, cross_attention_reference
-from kernels.tuning import forced
+from kernels.runtime import tuning
+from kernels.runtime.tuning import forced
 from tests.kernels.interpreted.checks import DTYPES, compare, far_apart, surrounded
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kernels.channel_attention import channel_attention, channel_attention_op, channel_attention_reference
 from kernels.dwconv_norm import dwconv_norm, dwconv_norm_op, dwconv_norm_reference
-from kernels.tuning import forced
+from kernels.runtime.tuning import forced
 from kernels.window_attention import window_attention, window_attention_op, window_attention_reference
 from tests.kernels.interpreted.checks import DTYPES, compare, far_apart, surrounded
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kernels import tuning
-from kernels.aot_loader import SCRATCH
-from kernels.compile import compile_launch
-from kernels.launch import Launch, recording
+from kernels.aot.compile import compile_launch
+from kernels.aot.load import SCRATCH
+from kernels.runtime import tuning
+from kernels.runtime.launch import Launch, recording
 
 
 @dataclass(frozen=True)

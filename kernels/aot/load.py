@@ -2,7 +2,8 @@
 
     VLV_KERNELS_AOT=builds/kernels python -m serve.vllm_caption …      # operations find their builds by themselves
 
-or by hand: `Builds(folder).launch(start, stream)` with a kernels.launch.Launch. Only libcuda, which comes with the
+or by hand: `Builds(folder).launch(start, stream)` with a kernels.runtime.launch.Launch. Only libcuda, which comes
+with the
 GPU's driver, is needed.
 """
 
@@ -16,8 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kernels.aot import FORMAT, MANIFEST
-from kernels.launch import Launch
+from kernels.aot.build import FORMAT, MANIFEST
+from kernels.runtime.launch import Launch
 
 SCRATCH = 2  # pointers that Triton adds to a kernel's parameters; null, as no kernel here asks for scratch memory
 STATIC_SHARED = 48 * 1024  # bytes of shared memory that a block gets without asking the driver

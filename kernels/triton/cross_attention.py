@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.jit.common import two_tile_scores, two_tile_values
+from kernels.triton.common import two_tile_scores, two_tile_values
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The Triton source of the operations; imported by kernels.launch when a kernel is first run or compiled."""
+"""The Triton source of the operations; imported by kernels.runtime.launch when a kernel is first run or compiled."""
 
 import os
 
@@ -6,4 +6,4 @@ import os
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from kernels.jit import interpreter  # noqa: F401
+    from kernels.triton import interpreter  # noqa: F401

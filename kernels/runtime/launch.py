@@ -1,6 +1,6 @@
 """Starts one kernel: compiled by Triton, or taken from the ahead-of-time builds, or only written down.
 
-A launcher names its kernel ("window_attention.forward" is `forward` in kernels/jit/window_attention.py), a rule
+A launcher names its kernel ("window_attention.forward" is `forward` in kernels/triton/window_attention.py), a rule
 for the grid, the arguments, and the constants that are compiled in. Nothing here imports Triton until a kernel
 is to be run by it, so that a node with ahead-of-time builds (VLV_KERNELS_AOT) needs none.
 """
@@ -16,8 +16,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from kernels import dispatch
-from kernels.tuning import config, next_smaller
+from kernels.runtime import dispatch
+from kernels.runtime.tuning import config, next_smaller
 
 ALIGNMENT = 16  # bytes of a pointer, or divisor of a size, that lets a kernel move 16 bytes at once
 _TYPES = {
@@ -103,7 +103,7 @@ def launch(
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if dispatch.AOT_FOLDER:
-            from kernels.aot_loader import builds
+            from kernels.aot.load import builds
 
             builds(dispatch.AOT_FOLDER).launch(start, torch.cuda.current_stream().cuda_stream)
         else:
@@ -133,7 +133,7 @@ def _run(start: Launch, constants: dict[str, int | float | bool], device: torch.
 def function(kernel: str):
     """The Triton function of that name."""
     module, name = kernel.split(".")
-    return getattr(import_module(f"kernels.jit.{module}"), name)
+    return getattr(import_module(f"kernels.triton.{module}"), name)
 
 
 @contextmanager

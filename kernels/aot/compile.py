@@ -8,8 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels import dispatch
-from kernels.launch import ALIGNMENT, Launch, function
+from kernels.runtime import dispatch
+from kernels.runtime.launch import ALIGNMENT, Launch, function
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,9 @@ def references() -> Iterator[None]:
 
 @contextmanager
 def as_nodes() -> Iterator[None]:
-    """Within, an exported graph keeps the operations as nodes (kernels.symbolic), where a kernel could run them."""
+    """Within, an exported graph keeps the operations as nodes (kernels.tensorrt.onnx_nodes), where a kernel could run
+    them.
+    """
     global _as_nodes
     before, _as_nodes = _as_nodes, True
     try:

@@ -7,7 +7,7 @@ Grid of each kernel: blocks of tokens, heads, batch.
 import triton
 import triton.language as tl
 
-from kernels.jit.common import dot
+from kernels.triton.common import dot
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.jit.common import dot
+from kernels.triton.common import dot
 
 
 @triton.jit

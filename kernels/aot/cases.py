@@ -15,9 +15,10 @@ from kernels import attention as attn
 from kernels import channel_attention as channel
 from kernels import cross_attention as cross
 from kernels import dwconv_norm as dwconv
-from kernels import geglu, groupnorm_silu, tuning, upsample_normalize
+from kernels import geglu, groupnorm_silu, upsample_normalize
 from kernels import window_attention as window
-from kernels.launch import Launch, recording
+from kernels.runtime import tuning
+from kernels.runtime.launch import Launch, recording
 
 STAGES = ((192, 256, 8), (96, 512, 16), (48, 1024, 32), (24, 2048, 64))  # side, channels, heads of DaViT at 768 px
 UNET_HEADS, UNET_WIDTHS = (5, 10, 20), (320, 640, 1280)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-FILE = Path(__file__).parent / "tuned.json"
+FILE = Path(__file__).parents[1] / "tuned.json"
 
 
 def _choices(names: str, *rows: tuple[int, ...]) -> list[dict[str, int]]:

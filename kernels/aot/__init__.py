@@ -1,0 +1,1 @@
+"""Kernels compiled ahead of time: build, load, and the launches that are built."""

@@ -1,0 +1,1 @@
+"""The operations as ONNX nodes and as TensorRT plugins."""
