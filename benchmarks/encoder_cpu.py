@@ -26,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import machine
 from benchmarks.published_encoder import PublishedEncoder
 from kernels.upsample_normalize import upsample_normalize
-from vlv import random_weights
-from vlv.command import command_line
-from vlv.config import PRESETS, VLVConfig
-from vlv.encoder import VLVEncoder
+from vlv.checkpoints import random_weights
+from vlv.common.command import command_line
+from vlv.model.config import PRESETS, VLVConfig
+from vlv.model.encoder import VLVEncoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

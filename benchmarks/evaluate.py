@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vlv import scenes
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
+from vlv.data import scenes
 
 REFERENCES = 5  # true captions a scene, as COCO has
 
@@ -34,7 +34,7 @@ def step(*words: object) -> None:
 
 
 def write_references(file: Path, count: int) -> None:
-    """True captions of the held-out scenes, as vlv.scenes words them."""
+    """True captions of the held-out scenes, as vlv.data.scenes words them."""
     rng = np.random.default_rng(5)
     with file.open("w") as lines:
         for i in range(count):

@@ -35,10 +35,10 @@ from export.engine_ort import flushed, session_options
 from export.manifest import Manifest
 from export.probes import NOISE, Probes
 from export.verifier import Captions, compare
-from vlv import random_weights
-from vlv.checkpoint import Checkpoint
-from vlv.command import command_line
-from vlv.config import PRESETS
+from vlv.checkpoints import random_weights
+from vlv.checkpoints.folder import Checkpoint
+from vlv.common.command import command_line
+from vlv.model.config import PRESETS
 
 BUNDLED = Path("assets/vlv-tiny")
 PARTS = ("graphs", "speed", "captions")

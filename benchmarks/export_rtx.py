@@ -28,10 +28,10 @@ from benchmarks import machine
 from export import graphs, qdq, quantize, trace
 from export.components import Batch, Port, opset
 from export.tensorrt_library import LIBRARIES, build
-from vlv import random_weights
-from vlv.command import command_line
-from vlv.config import PRESETS
-from vlv.train.plan import SD21_UNET, SD21_VAE
+from vlv.checkpoints import random_weights
+from vlv.common.command import command_line
+from vlv.model.config import PRESETS
+from vlv.train.memory_plan import SD21_UNET, SD21_VAE
 
 # of every activation in 8 bits: like weights, ranges decide nothing about a build
 RANGE = SimpleNamespace(range_value=(-8.0, 8.0))

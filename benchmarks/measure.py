@@ -21,8 +21,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from benchmarks import machine, report
-from vlv.command import Parser, positive, say
-from vlv.folders import whole
+from vlv.common.command import Parser, positive, say
+from vlv.common.files import whole
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,8 +12,8 @@ from transformers import BartConfig, CLIPTextConfig, CLIPTextModel, Florence2Con
 from transformers.models.bart.modeling_bart import BartDecoder, BartEncoder
 from transformers.models.florence2.modeling_florence2 import Florence2MultiModalProjector, Florence2VisionBackbone
 
-from vlv.config import DaViTConfig, VLVConfig
-from vlv.encoder import VLVEncoder
+from vlv.model.config import DaViTConfig, VLVConfig
+from vlv.model.encoder import VLVEncoder
 
 
 def vision_config(c: DaViTConfig, width: int = 1024, positions: int = 50) -> Florence2VisionConfig:

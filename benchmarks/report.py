@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.charts import bars, lanes, roofline, table
 from serve.bench_page import conditions, curves, plot
-from vlv import pages
-from vlv.folders import whole
+from vlv.common import html as pages
+from vlv.common.files import whole
 
 FOLDER = Path(__file__).parent
 

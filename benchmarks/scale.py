@@ -85,7 +85,7 @@ def decode_seconds(count: int = 40) -> dict:
     import numpy as np
     from PIL import Image
 
-    from vlv.image import load_crop
+    from vlv.data.image import load_crop
 
     noise = np.random.default_rng(0).normal(128, 40, (150, 200, 3)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()

@@ -24,7 +24,7 @@ import uvloop
 
 from benchmarks.machine import describe
 from benchmarks.serve_fuzz import scene
-from vlv.command import command_line
+from vlv.common.command import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 3  # of each measurement, in turns: the machine's other load hits all alike
@@ -100,8 +100,8 @@ async def measure(args) -> dict:
     from serve.sinks import FileSink
     from serve.sources import expand
     from serve.worker import Bounds
-    from vlv.captioner import clean_caption
-    from vlv.checkpoint import Checkpoint
+    from vlv.checkpoints.folder import Checkpoint
+    from vlv.model.captioner import clean_caption
 
     checkpoint, cls = Checkpoint.open(args.ckpt), engine_class(args.engine)
     spec = LLMSpec.of(checkpoint)

@@ -26,7 +26,7 @@ import httpx
 
 from benchmarks.machine import describe
 from benchmarks.serve_fuzz import fuzzed_images, fuzzed_requests, scene
-from vlv.command import command_line
+from vlv.common.command import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("fuzz_images", "fuzz_requests", "slow", "workers", "engine", "soak")

@@ -15,7 +15,7 @@ def scene(number: int, kind: str = "PNG") -> bytes:
     """A held-out scene as a file."""
     from PIL import Image
 
-    from vlv import scenes
+    from vlv.data import scenes
 
     stream = io.BytesIO()
     Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + number))).save(stream, kind)

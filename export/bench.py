@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from export import cli
-from vlv.command import command_line
+from vlv.common.command import command_line
 
 EAGER, COMPILED = "torch", "torch.compile"
 RUNTIMES = (EAGER, COMPILED, "onnx", "onnx-cuda", "onnx-trt", "trt", "rtx")
@@ -66,7 +66,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _engines(args: argparse.Namespace, checkpoint) -> tuple[dict, dict[str, str]]:
     """The engines that work here by name, and why the others do not."""
-    from vlv.checkpoint import CheckpointError
+    from vlv.checkpoints.folder import CheckpointError
 
     engines, missing = {}, {}
     for name in args.runtimes:

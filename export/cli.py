@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from vlv.command import Misuse, Parser, hush, one_line, positive, say
+from vlv.common.command import Misuse, Parser, hush, one_line, positive, say
 
 EXIT_CODES = "exit codes: 0 done; 1 it failed, or an artifact drifts; 2 wrong arguments; 130 stopped by Ctrl-C."
 
@@ -46,8 +46,8 @@ def _probes(text: str) -> int:
 
 def checkpoint(name: str):
     """The checkpoint of --ckpt. Raises Misuse."""
-    from vlv.checkpoint import CheckpointError
-    from vlv.published import resolve
+    from vlv.checkpoints.folder import CheckpointError
+    from vlv.checkpoints.published import resolve
 
     try:
         return resolve(name)
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) 
 
 def _sentence(error: Exception) -> str:
     from export.manifest import ArtifactError
-    from vlv.checkpoint import CheckpointError
-    from vlv.image import ImageError
+    from vlv.checkpoints.folder import CheckpointError
+    from vlv.data.image import ImageError
 
     if isinstance(error, Misuse | ArtifactError | CheckpointError | ImageError | OSError):
         return str(error)

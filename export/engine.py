@@ -21,7 +21,7 @@ from torch import Tensor
 
 from export.components import RUNTIMES, Batch, Port
 from export.manifest import ArtifactError, Manifest, source_hash
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 
 class RuntimeMissing(ArtifactError):
@@ -109,11 +109,11 @@ class Engine(ABC):
     def reconstruct(
         self, context: Tensor, steps: int = 50, guidance: float = 2.0, seed: int = 0, sampler: str = "ddim"
     ) -> Tensor:
-        """Context [B, N, C] -> pictures, uint8 [B, 3, S, S]; the same as vlv.diffusion.T2I.reconstruct's.
+        """Context [B, N, C] -> pictures, uint8 [B, 3, S, S]; the same as vlv.diffusion.t2i.T2I.reconstruct's.
 
         The keys and values of the context are computed once and serve all steps.
         """
-        from vlv.samplers import scheduler
+        from vlv.diffusion.samplers import scheduler
 
         schedule, guided = scheduler(sampler, self.sampling["scheduler"]), guidance > 1
         schedule.set_timesteps(steps)

@@ -17,7 +17,7 @@ from export.graphs import Graph, load
 from export.manifest import Artifact, Manifest, describe_files, digest, kernels_hash, source_hash
 from export.probes import NOISE, Probes
 from export.verifier import Verifier, hopeless
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 CALIBRATION = 1  # seed of the probes that ranges are measured on: other pictures than those of the check
 

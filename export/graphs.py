@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from export.components import COMPONENTS, Port
 from kernels.attention import attention
 from kernels.cross_attention import cross_attention
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 
 class Graph(nn.Module):
@@ -209,7 +209,7 @@ class UNetStep(Graph):
 
 def _fuse_parts(module: nn.Module) -> None:
     """Replace the norms and activations of a UNet, or of a half of an autoencoder, by ours."""
-    from vlv.unet import fused_parts
+    from vlv.diffusion.unet import fused_parts
 
     for parent, name, part in fused_parts(module):
         setattr(parent, name, part)
@@ -273,7 +273,7 @@ def load(checkpoint: Checkpoint, name: str) -> Graph:
     """A component of a checkpoint in float32, in eval mode. Raises CheckpointError where its weights are not there."""
     if COMPONENTS[name].needs == "encoder":
         return EncoderGraph(checkpoint.load_encoder()).eval()
-    from vlv.diffusion import T2I
+    from vlv.diffusion.t2i import T2I
 
     t2i = T2I.load(checkpoint.t2i)
     tokens, size = t2i.tokenizer.model_max_length, t2i.unet.config.sample_size

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from export.components import COMPONENTS, Batch, Port
-from vlv.checkpoint import Checkpoint, CheckpointError
+from vlv.checkpoints.folder import Checkpoint, CheckpointError
 
 FORMAT = 1
 NAME = "manifest.json"

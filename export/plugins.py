@@ -34,7 +34,7 @@ from export.quantize import DTYPES
 from export.verifier import compare
 from kernels.tensorrt.onnx_nodes import DOMAIN, FLOATS, OPERATIONS
 from kernels.tensorrt.plugin import PluginKernel, plugin_kernels
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 PROBES = NOISE + 1
 

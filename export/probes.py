@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from export.engine import TorchEngine
-from vlv.checkpoint import Checkpoint
-from vlv.image import ImageError, load_crop
+from vlv.checkpoints.folder import Checkpoint
+from vlv.data.image import ImageError, load_crop
 
 NOISE = 2  # of the pictures, how many are noise
 STEPS = (981.0, 501.0, 1.0)
@@ -109,7 +109,7 @@ def _noised(latents: Tensor, noise: Tensor, step: float) -> Tensor:
 
 def _pictures(size: int, count: int, images: Sequence[Path], seed: int) -> Tensor:
     """uint8 [count, 3, size, size]."""
-    from vlv import scenes
+    from vlv.data import scenes
 
     if count <= NOISE:
         raise ValueError(f"{count} pictures: at least {NOISE + 1}, since {NOISE} of them are noise")

@@ -19,7 +19,7 @@ from export.components import PEAK, tolerance
 from export.engine import Session
 from export.manifest import Artifact
 from export.probes import NOISE, Probes
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 AGREEMENT = 0.99  # of greedy tokens; float32 must keep every one
 PATIENCE = 60.0  # seconds for one batch above which larger ones are left out
@@ -36,7 +36,7 @@ class Captions:
     @classmethod
     def of(cls, checkpoint: Checkpoint, prompts: Tensor) -> Captions:
         """prompts: the reference's embeddings, float32 [B, N, H]."""
-        from vlv.captioner import Captioner
+        from vlv.model.captioner import Captioner
 
         captioner = Captioner.load(checkpoint)
         made = cls(captioner.llm, captioner.tokenizer.eos_token_id, [])

@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "vlv", "export", "serve")
 PUBLIC = (
-    "vlv.config", "vlv.image", "vlv.encoder", "vlv.checkpoint", "vlv.captioner", "vlv.diffusion", "vlv.published",
+    "vlv.model.config", "vlv.data.image", "vlv.model.encoder", "vlv.checkpoints.folder", "vlv.model.captioner",
+    "vlv.diffusion.t2i", "vlv.checkpoints.published",
     "export.engine", "export.manifest", "serve.llm", "serve.pipeline", "serve.service", "serve.sources", "serve.sinks",
 )  # fmt: skip
 GENERATED = {"modules.md", "api.md"}

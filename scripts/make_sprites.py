@@ -9,7 +9,7 @@ import sys
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlv.scenes import KINDS, SPRITE
+from vlv.data.scenes import KINDS, SPRITE
 
 GLYPHS = {
     "apple": "🍎", "banana": "🍌", "carrot": "🥕", "pizza": "🍕", "donut": "🍩", "octopus": "🐙",

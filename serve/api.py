@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from serve.limits import Refusal
 from serve.llm import Completion, Sampling
-from vlv.captioner import clean_caption
+from vlv.model.captioner import clean_caption
 
 IGNORED = {"user", "metadata", "store", "messages", "model", "images", "stream", "stream_options"}
 DEFAULTS = {"top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "n": 1}

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from serve.bench_page import page
 from serve.command import Misuse, Parser, debug_argument, positive, run, say
-from vlv.command import command_line
+from vlv.common.command import command_line
 
 MEASURES = ("ttft", "tpot", "itl", "e2e")
 

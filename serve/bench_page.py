@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from vlv import pages
+from vlv.common import html as pages
 
 WIDTH, HEIGHT, EDGE = 420, 220, 44
 INKS = ("#2f5d9b", "#2f7d4f", "#b8860b", "#b03a2e", "#7a4f9b", "#4a8f96")

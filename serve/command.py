@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from export.components import RUNTIMES
 from serve import ENGINES
-from vlv.command import Misuse, Parser, one_line, positive, say
+from vlv.common.command import Misuse, Parser, one_line, positive, say
 
 if TYPE_CHECKING:
     from serve.llm import Engine, LLMSpec
-    from vlv.checkpoint import Checkpoint
+    from vlv.checkpoints.folder import Checkpoint
 
 
 def model_arguments(in_flight: int = 256) -> Parser:
@@ -75,8 +75,8 @@ class Model:
         """Raises Misuse where they fit neither each other nor what is on the disk; CheckpointError."""
         from export.manifest import ArtifactError, Manifest
         from serve.llm import LLMSpec
-        from vlv.checkpoint import CheckpointError
-        from vlv.published import resolve
+        from vlv.checkpoints.folder import CheckpointError
+        from vlv.checkpoints.published import resolve
 
         try:
             checkpoint = resolve(args.ckpt)
@@ -125,7 +125,7 @@ def verdict(error: Exception) -> tuple[int, str]:
     from serve.llm import EngineError, OptionError
     from serve.sinks import SinkError
     from serve.sources import SourceError
-    from vlv.checkpoint import CheckpointError
+    from vlv.checkpoints.folder import CheckpointError
 
     if isinstance(error, Misuse | SourceError | OptionError):
         return 2, str(error)

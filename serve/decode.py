@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from serve.sources import Item
-from vlv.image import MAX_PIXELS, ImageError, load_crop
+from vlv.data.image import MAX_PIXELS, ImageError, load_crop
 
 _Job = tuple[Item, int, asyncio.Future]  # an item, its slot, and the promise of an answer
 WINDOW = 2  # items at a process: the one it decodes, and the next, so that it does not wait for us

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from serve.sinks import FileSink, FolderSink, SinkError, explained, json_bytes
 from serve.sources import Item
-from vlv.folders import whole
-from vlv.image import ImageError
+from vlv.common.files import whole
+from vlv.data.image import ImageError
 
 ROWS = 10_000  # captions in one Parquet part
 COCO_HEAD = b'{"info": {"description": "VLV captions'

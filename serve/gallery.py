@@ -16,10 +16,10 @@ from PIL import Image
 
 from serve.sinks import explained
 from serve.sources import Item
-from vlv import pages
-from vlv.checkpoint import Checkpoint, CheckpointError
-from vlv.folders import whole
-from vlv.image import ImageError, load_crop
+from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.common import html as pages
+from vlv.common.files import whole
+from vlv.data.image import ImageError, load_crop
 
 BATCH = 16  # reconstructions at once
 SIDE = 192  # pixels a side of a picture on the page; smaller ones are enlarged by the browser
@@ -84,7 +84,7 @@ def _reconstruct(checkpoint: Checkpoint, crops: np.ndarray, steps: int) -> tuple
     try:
         import torch
 
-        from vlv.drawers import TorchDrawer
+        from vlv.diffusion.reconstruction import TorchDrawer
 
         drawer = TorchDrawer.of(checkpoint)
     except CheckpointError:

@@ -168,7 +168,7 @@ async def _serve(args: argparse.Namespace) -> int:
     from serve.metrics import Metrics
     from serve.remote_engine import RemoteEngine
     from serve.worker import Bounds
-    from vlv.checkpoint import Checkpoint, CheckpointError
+    from vlv.checkpoints.folder import Checkpoint, CheckpointError
 
     if not args.ckpt or not args.llm_url:
         raise Misuse("--ckpt and --llm-url are needed (--help shows the usage)")

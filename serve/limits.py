@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vlv.command import why
+from vlv.common.command import why
 
 
 class Refusal(Exception):

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.detokenize import Detokenizer
-from vlv.checkpoint import Checkpoint, CheckpointError
-from vlv.command import one_line
+from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.common.command import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor

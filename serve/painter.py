@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serve.limits import Refusal
-from vlv.checkpoint import Checkpoint, CheckpointError
-from vlv.image import png
+from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.data.image import png
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from vlv.drawers import TorchDrawer
+    from vlv.diffusion.reconstruction import TorchDrawer
 
 MIXES = ("blend", "splice")
 WAITING = 16  # drawings that may wait for the one that is being drawn
@@ -102,7 +102,7 @@ class Painter:
         import numpy as np
         import torch
 
-        from vlv.drawers import TorchDrawer
+        from vlv.diffusion.reconstruction import TorchDrawer
         from vlv.reconstruct import mix
 
         try:

@@ -25,8 +25,8 @@ from serve.llm import EmbedsError, Engine, Sampling
 from serve.progress import Progress
 from serve.sources import Item
 from serve.timeline import Timeline
-from vlv.checkpoint import Checkpoint
-from vlv.image import ImageError
+from vlv.checkpoints.folder import Checkpoint
+from vlv.data.image import ImageError
 
 LISTED = 64  # items read from the listing at a time
 
@@ -210,7 +210,7 @@ class Pipeline:
                 self._tasks.create_task(self._caption(item, row.clone(), seconds))
 
     async def _caption(self, item: Item, embeds, encode_seconds: float) -> None:
-        from vlv.captioner import clean_caption  # imports torch, which is there by now
+        from vlv.model.captioner import clean_caption  # imports torch, which is there by now
 
         await self._ready.wait()
         start = time.monotonic()

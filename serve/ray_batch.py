@@ -20,7 +20,7 @@ from serve.command import Misuse, Model, Parser, debug_argument, engine_argument
 from serve.ray_cluster import cluster_arguments, joined, on_gpu, share, span
 
 if TYPE_CHECKING:
-    from vlv.config import VLVConfig
+    from vlv.model.config import VLVConfig
 
 UNIT = 512  # images
 WAVE = 20_000  # units that Ray is told of at a time: it keeps a reference to each

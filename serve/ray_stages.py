@@ -18,7 +18,7 @@ import numpy as np
 from serve.command import Model
 from serve.ray_store import Store, part, unit_items
 from serve.webdataset import END, sample
-from vlv.image import ImageError
+from vlv.data.image import ImageError
 
 Batch = dict[str, Any]
 
@@ -121,7 +121,7 @@ class Write:
         import torch
 
         from serve.llm import EmbedsError, Sampling
-        from vlv.captioner import clean_caption
+        from vlv.model.captioner import clean_caption
 
         if batch["kind"][row]:
             return ImageError(str(batch["kind"][row]), str(batch["error"][row]))

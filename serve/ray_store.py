@@ -21,8 +21,8 @@ from pathlib import Path
 
 from serve.command import Misuse
 from serve.sources import SHARDS, Item, SourceError, expand, image_members, is_image
-from vlv.folders import whole
-from vlv.image import ImageError
+from vlv.common.files import whole
+from vlv.data.image import ImageError
 
 HEADERS = 1 << 16  # bytes that are fetched at a time while a shard is listed
 

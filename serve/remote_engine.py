@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from serve.llm import EmbedsError, Engine, EngineError, OptionError, Sampling
-from vlv.command import one_line
+from vlv.common.command import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,8 +24,8 @@ from serve.llm import Completion, EmbedsError, Engine, EngineError, Sampling
 from serve.metrics import Metrics
 from serve.pipeline import open_encoder
 from serve.sources import Item
-from vlv.checkpoint import Checkpoint
-from vlv.image import ImageError
+from vlv.checkpoints.folder import Checkpoint
+from vlv.data.image import ImageError
 
 RESTARTS = 3  # in a row without a caption between them: then the server gives up
 WATCH = 0.5  # seconds between looks at the engine

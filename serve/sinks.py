@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from serve.sources import Item
-from vlv.command import why
+from vlv.common.command import why
 
 HEAD = b'{"id": "'  # of every record; what begins otherwise is somebody else's file
 

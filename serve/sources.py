@@ -15,8 +15,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vlv.command import why
-from vlv.image import EXTENSIONS, ImageError
+from vlv.common.command import why
+from vlv.data.image import EXTENSIONS, ImageError
 
 LISTS, SHARDS, COMPRESSED = (".txt",), (".tar",), (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from serve.llm import Engine, EngineError, Sampling
-from vlv.command import one_line
+from vlv.common.command import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor

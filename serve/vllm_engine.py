@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from serve.guard import Guard
 from serve.llm import Engine, EngineError, OptionError, Sampling
-from vlv.command import one_line
+from vlv.common.command import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor

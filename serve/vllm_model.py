@@ -28,9 +28,9 @@ from vllm.multimodal.processing import (
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from serve.vllm_config import CaptionerConfig
-from vlv.config import VLVConfig
-from vlv.encoder import VLVEncoder
-from vlv.image import MAX_PIXELS, centre
+from vlv.data.image import MAX_PIXELS, centre
+from vlv.model.config import VLVConfig
+from vlv.model.encoder import VLVEncoder
 
 LLM = "llm."  # prefix of the language model's tensors on their way in
 PLACEHOLDER = 0  # any token: its embedding is never looked at
@@ -82,7 +82,7 @@ class Processor(BaseMultiModalProcessor[Info]):
 
 
 def _crop(image: Image.Image | np.ndarray | Tensor, size: int) -> np.ndarray:
-    """uint8 [size, size, 3], the crop of vlv.image.load_crop. Raises ValueError where it is no picture.
+    """uint8 [size, size, 3], the crop of vlv.data.image.load_crop. Raises ValueError where it is no picture.
 
     vLLM has decoded a file, turned it upright, laid it on white and made it RGB; arrays it lets through as they are.
     """

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from serve.command import Misuse, Parser, debug_argument, run, say
-from vlv.command import why
+from vlv.common.command import why
 
 # a chat's text is not read; what every chat becomes is the picture in it
 CHAT_TEMPLATE = "{# VLV reads the picture alone, and no text. #}"
@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(args: argparse.Namespace) -> int:
-    from vlv.checkpoint import CheckpointError
-    from vlv.published import resolve
+    from vlv.checkpoints.folder import CheckpointError
+    from vlv.checkpoints.published import resolve
 
     try:
         checkpoint = resolve(args.ckpt)
@@ -76,7 +76,7 @@ def write(checkpoint, out: Path, force: bool = False) -> None:
     """Write the folder of a checkpoint. Raises CheckpointError."""
     from serve.llm import LLMSpec, load_tokenizer
     from serve.vllm_config import ARCHITECTURE, CaptionerConfig
-    from vlv.folders import fresh_folder, link_tree, write_json
+    from vlv.common.files import fresh_folder, link_tree, write_json
 
     spec = LLMSpec.of(checkpoint)
     tokenizer = load_tokenizer(checkpoint.llm)

@@ -17,9 +17,9 @@ def random_checkpoint(tmp_path_factory) -> Path:
     """A whole checkpoint folder of the tiny preset with random weights, but no t2i/."""
     import torch
 
-    from vlv import checkpoint
-    from vlv.config import PRESETS
-    from vlv.encoder import VLVEncoder
+    from vlv.checkpoints import folder as checkpoint
+    from vlv.model.config import PRESETS
+    from vlv.model.encoder import VLVEncoder
     from vlv.train.presets import STAGE2
     from vlv.train.stage2 import build_llm
 
@@ -48,7 +48,7 @@ def scene_images(tmp_path_factory) -> Path:
     """A folder of 64 held-out scenes as PNG files, 00.png to 63.png."""
     from PIL import Image
 
-    from vlv import scenes
+    from vlv.data import scenes
 
     folder = tmp_path_factory.mktemp("scenes")
     for i in range(64):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlv.image import ImageError, load_crop
+from vlv.data.image import ImageError, load_crop
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -10,7 +10,7 @@ import argparse
 import runpy
 import sys
 
-from vlv.command import Parser
+from vlv.common.command import Parser
 
 COMMANDS = ("kernels.aot", "kernels.occupancy")
 

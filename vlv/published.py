@@ -11,55 +11,16 @@ byte; whoever never goes back may delete that file.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
-from vlv.checkpoint import Checkpoint, CheckpointError
-from vlv.command import Parser
-from vlv.config import PRESETS
+from vlv.checkpoints.folder import CheckpointError
+from vlv.checkpoints.published import fetch
+from vlv.common.command import Parser
+from vlv.model.config import PRESETS
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def fetch(source: str | Path) -> Path:
-    """The source's path; a hub id is downloaded, or taken from the cache. Raises CheckpointError."""
-    from vlv.published_config import download, is_hub_id
-
-    if is_hub_id(str(source)):
-        return download(str(source), weights=True)
-    if not Path(source).exists():
-        raise CheckpointError(
-            f"no checkpoint at {source}: expected a folder with vlv.json, published weights, or a hub id (owner/model)"
-        )
-    return Path(source)
-
-
-def resolve(ckpt: str | Path) -> Checkpoint:
-    """A checkpoint folder of ours, opened; or a published one, converted once into the cache and opened.
-
-    The cache is $XDG_CACHE_HOME/vlv/published (default ~/.cache); its key is the weight files' paths, sizes and times.
-    """
-    if (Path(ckpt) / "vlv.json").is_file():
-        return Checkpoint.open(ckpt)
-    from vlv.folders import Occupied
-    from vlv.published_read import convert
-    from vlv.tensor_files import weight_files
-
-    source = fetch(ckpt).resolve()
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(source)]
-    key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlv" / "published"
-    out = cache / f"{str(ckpt).strip('/').replace('/', '--')[-60:]}-{key}"
-    if not (out / "vlv.json").is_file():
-        print(f"converting {ckpt} once, to {out}", file=sys.stderr)
-        try:
-            return convert(source, out)
-        except Occupied:  # another process was faster
-            pass
-    return Checkpoint.open(out)
 
 
 def main() -> None:
@@ -97,17 +58,17 @@ def main() -> None:
 def _run(args: argparse.Namespace) -> dict:
     """Do what the arguments say; tells what was written."""
     if args.to_published:
-        from vlv.published_write import to_published
+        from vlv.checkpoints.published_write import to_published
 
         return {"published": str(to_published(Path(args.source), args.out, args.force))}
     if args.random_weights:
-        from vlv.random_weights import write
+        from vlv.checkpoints.random_weights import write
 
         made = write(args.random_weights, args.out, args.dtype or "bfloat16", args.force)
     else:
         import torch
 
-        from vlv.published_read import convert
+        from vlv.checkpoints.published_read import convert
 
         dtype = getattr(torch, args.dtype) if args.dtype else None
         companions = (args.florence, args.clip, args.llm, args.t2i)

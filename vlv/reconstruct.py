@@ -19,17 +19,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlv.checkpoint import CheckpointError
-from vlv.command import Parser, hush
-from vlv.drawers import CaptionDrawer, Drawer, TorchDrawer
-from vlv.image import EXTENSIONS, ImageError, load_crop, png
-from vlv.samplers import SAMPLERS
+from vlv.checkpoints.folder import CheckpointError
+from vlv.common.command import Parser, hush
+from vlv.data.image import EXTENSIONS, ImageError, load_crop, png
+from vlv.diffusion.reconstruction import CaptionDrawer, Drawer, TorchDrawer
+from vlv.diffusion.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from vlv.checkpoint import Checkpoint
+    from vlv.checkpoints.folder import Checkpoint
 
 COLUMNS = 8  # pictures a row of a grid without originals
 
@@ -152,7 +152,7 @@ def _from_images(args: argparse.Namespace, open_drawer: Open) -> tuple[dict[str,
     import numpy as np
     import torch
 
-    from vlv.published import resolve
+    from vlv.checkpoints.published import resolve
 
     checkpoint = resolve(args.ckpt)
     files, crops = list(_files(args.images)), []
@@ -184,7 +184,7 @@ def _from_images(args: argparse.Namespace, open_drawer: Open) -> tuple[dict[str,
 
 
 def _from_captions(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], list]:
-    from vlv.published import resolve
+    from vlv.checkpoints.published import resolve
 
     with args.captions.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines if line.strip()]

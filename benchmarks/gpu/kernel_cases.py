@@ -16,7 +16,7 @@ from kernels import geglu as gated
 from kernels import groupnorm_silu as norm
 from kernels import upsample_normalize as upsample
 from kernels import window_attention as window
-from vlv.encoder import IMAGENET_MEAN, IMAGENET_STD
+from vlv.model.encoder import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True)

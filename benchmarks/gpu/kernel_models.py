@@ -13,11 +13,11 @@ from benchmarks.encoder_cpu import flops, picture, prepared
 from benchmarks.gpu.kernels import OURS, THEIRS, Clock, eager_and_compiled, judge, summary
 from benchmarks.published_encoder import PublishedEncoder
 from kernels.runtime.dispatch import references
-from vlv import random_weights
-from vlv.config import PRESETS, DaViTConfig
-from vlv.encoder import VLVEncoder
-from vlv.train.plan import SD21_UNET
-from vlv.unet import fixed_context
+from vlv.checkpoints import random_weights
+from vlv.diffusion.unet import fixed_context
+from vlv.model.config import PRESETS, DaViTConfig
+from vlv.model.encoder import VLVEncoder
+from vlv.train.memory_plan import SD21_UNET
 
 TOY = replace(
     PRESETS["tiny"], image_size=16, encoder_layers=1, decoder_layers=1, context_layers=1,

@@ -20,7 +20,7 @@ import uvloop
 
 from benchmarks import machine, serve
 from benchmarks.serve_fuzz import scene
-from vlv import random_weights
+from vlv.checkpoints import random_weights
 
 TOKENS = 220
 TARGETS = {"pipeline_images_per_second": 60, "server_to_pipeline": 0.9, "over_published": 100}  # on one H200
@@ -57,9 +57,9 @@ def published(folder: Path, images: int) -> float:
     """Images a second by the published procedure; the first batch is the warm-up."""
     import numpy as np
 
-    from vlv.captioner import Captioner
-    from vlv.checkpoint import Checkpoint
-    from vlv.image import load_crop
+    from vlv.checkpoints.folder import Checkpoint
+    from vlv.data.image import load_crop
+    from vlv.model.captioner import Captioner
 
     captioner = Captioner.load(Checkpoint.open(folder)).to("cuda")
     size, start = captioner.encoder.config.image_size, 0.0

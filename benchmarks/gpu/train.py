@@ -70,10 +70,10 @@ def make(toy: bool, device: str):
     """A random encoder of stage 1 and a random text-to-image model: (encoder, t2i), float32."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-    from vlv import random_weights
-    from vlv.config import PRESETS
-    from vlv.diffusion import T2I
-    from vlv.train.plan import SD21_UNET, SD21_VAE
+    from vlv.checkpoints import random_weights
+    from vlv.diffusion.t2i import T2I
+    from vlv.model.config import PRESETS
+    from vlv.train.memory_plan import SD21_UNET, SD21_VAE
 
     torch.manual_seed(0)
     encoder = random_weights.encoder(replace(PRESETS["tiny" if toy else "qwen2.5-3b"], llm_width=0)).to(device)
@@ -101,9 +101,9 @@ def gradients(objective: nn.Module, shared: list[Tensor], batch: dict, bf16: boo
 def check(toy: bool, device: str, batch: dict) -> dict:
     """Our gradients in bfloat16, and plain PyTorch's, against float32, on weights that both hold."""
     from benchmarks.gpu.kernels import judge
-    from vlv.train import start
+    from vlv.train import initialize as start
+    from vlv.train.config import TrainConfig
     from vlv.train.objectives import Stage1
-    from vlv.train.paper import TrainConfig
 
     encoder, t2i = make(toy, device)
     start.unfreeze_stage1(encoder, TrainConfig())
@@ -149,9 +149,9 @@ def published_rate(toy: bool, device: str, batch: dict, repeats: int) -> tuple[f
 
 
 def our_rate(toy: bool, device: str, batch: dict, repeats: int, compile: bool) -> tuple[float, float]:
-    from vlv.train import start
+    from vlv.train import initialize as start
+    from vlv.train.config import TrainConfig
     from vlv.train.objectives import Stage1
-    from vlv.train.paper import TrainConfig
     from vlv.train.parallel import World
     from vlv.train.trainer import Trainer
 

@@ -29,7 +29,7 @@ from export.manifest import ArtifactError
 from export.probes import Probes
 from export.tensorrt_library import LIBRARIES, device_target
 from export.verifier import compare
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 FUSED = ("encoder", "unet", "vae_decoder")  # components whose time the plugins are to shorten
 EIGHT = ("encoder", "unet")  # those that consist of linear layers

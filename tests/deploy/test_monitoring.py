@@ -12,7 +12,7 @@ import yaml
 
 from tests.deploy.conftest import ROOT
 from tests.serve.serving import Running, Scripted
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 DEPLOY = ROOT / "deploy"
 FOREIGN = {"up"}  # Prometheus' own

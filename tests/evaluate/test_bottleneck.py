@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks import bottleneck
-from vlv.checkpoint import Checkpoint
-from vlv.diffusion import T2I
-from vlv.train import data
+from vlv.checkpoints.folder import Checkpoint
+from vlv.data import scene_batches as data
+from vlv.diffusion.t2i import T2I
 
 
 @pytest.fixture(scope="module")

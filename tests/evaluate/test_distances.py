@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("torchmetrics", reason="pip install --no-deps torchmetrics lightning-utilities")
 
-from vlv.evaluate import distances
-from vlv.evaluate.lpips import LPIPS, vgg16
+from vlv.evaluate.metrics import distances
+from vlv.evaluate.metrics.lpips import LPIPS, vgg16
 
 
 def whitened(count, width, seed):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from vlv.data import scene_batches as data
 from vlv.evaluate import scene_net as scene_nets
-from vlv.evaluate.features import FeatureNet
-from vlv.train import data
+from vlv.evaluate.metrics.features import FeatureNet
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_training_teaches_it_the_scenes(scene_net):
     """A few steps lower its loss on scenes that it has not seen: it is trained, not random."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    from vlv import scenes
+    from vlv.data import scenes
 
     seeds = range(scenes.HELD_OUT, scenes.HELD_OUT + 64)
     truth = scene_nets.presence([scenes.sample(s) for s in seeds])

@@ -9,7 +9,7 @@ from PIL import Image
 
 pytest.importorskip("torchmetrics", reason="pip install --no-deps torchmetrics lightning-utilities")
 
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 from vlv.evaluate.__main__ import main
 
 
@@ -103,7 +103,7 @@ def test_drawings_that_are_the_originals(tmp_path, originals, scene_net, capsys)
 def test_lpips_of_the_command(tmp_path, originals):
     import torch
 
-    from vlv.evaluate.lpips import vgg16
+    from vlv.evaluate.metrics.lpips import vgg16
 
     torch.manual_seed(0)
     torch.save({f"features.{k}": v for k, v in vgg16().state_dict().items()}, tmp_path / "vgg.pth")

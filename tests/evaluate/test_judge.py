@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from vlv.evaluate import chat, judge
+from vlv.common import openai_client as chat
+from vlv.evaluate import judge
 from vlv.evaluate.__main__ import main
-from vlv.evaluate.statistics import bootstrap, wilson
+from vlv.evaluate.metrics.statistics import bootstrap, wilson
 
 KEYS = ["00", "01", "02", "03"]
 
@@ -155,7 +156,7 @@ def test_over_our_own_server(files, tmp_path, captioning_checkpoint, capsys):
     pytest.importorskip("uvicorn")
     from serve.transformers_engine import TransformersEngine
     from tests.serve.serving import Running
-    from vlv.checkpoint import Checkpoint
+    from vlv.checkpoints.folder import Checkpoint
 
     running = Running(Checkpoint.open(captioning_checkpoint), TransformersEngine)
     running.url += "/v1"

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from vlv import scenes
-from vlv.evaluate import attributes, layout, layout_captions, layout_probe
+from vlv.data import scenes
+from vlv.evaluate import layout, layout_captions
 from vlv.evaluate.__main__ import main
+from vlv.evaluate.probes import attributes
+from vlv.evaluate.probes import layout as layout_probe
 
 FROG = scenes.Thing("frog", "large", 0, 0, 0, 0, 32)
 CAT = scenes.Thing("cat", "small", 1, 1, 32, 48, 16)

@@ -6,7 +6,7 @@ import pytest
 
 from vlv.evaluate import vqa
 from vlv.evaluate.__main__ import main
-from vlv.evaluate.vqa_answers import CONTRACTIONS, accuracy, normalise
+from vlv.evaluate.metrics.vqa_accuracy import CONTRACTIONS, accuracy, normalise
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from export import onnx
 from export.probes import Probes
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 BUNDLED = Path(__file__).parents[2] / "assets" / "vlv-tiny"
 LIMITS = ["--max-batch", "5", "--max-pictures", "2"]

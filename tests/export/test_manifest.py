@@ -11,7 +11,7 @@ import pytest
 from export.components import Batch, Component, tolerance
 from export.engine import open_engine
 from export.manifest import Artifact, ArtifactError, Manifest, source_hash
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 
 def edit(folder, change) -> None:

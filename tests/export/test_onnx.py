@@ -66,7 +66,7 @@ def test_nothing_of_the_machine_is_in_the_graphs(artifacts):
 
 def test_reconstruction_is_pytorchs(artifacts, checkpoint):
     """The whole road, 50 steps: PSNR above 40 dB at equal seeds, against diffusers' own pipeline."""
-    from vlv.diffusion import T2I
+    from vlv.diffusion.t2i import T2I
 
     engine = open_engine("onnx", artifacts, checkpoint)
     context = engine.context(Probes(checkpoint, 4).pictures[:1])
@@ -79,8 +79,8 @@ def test_reconstruction_is_pytorchs(artifacts, checkpoint):
 
 def test_any_engine_samples_as_diffusers_does(checkpoint):
     """The sampling loop itself, with every sampler, with and without guidance."""
-    from vlv.diffusion import T2I
-    from vlv.samplers import SAMPLERS
+    from vlv.diffusion.samplers import SAMPLERS
+    from vlv.diffusion.t2i import T2I
 
     engine, t2i = TorchEngine(checkpoint, "cpu"), T2I.load(checkpoint.t2i)
     context = engine.context(Probes(checkpoint, 4).pictures[:2])

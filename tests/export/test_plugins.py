@@ -26,8 +26,8 @@ from kernels.geglu import geglu
 from kernels.groupnorm_silu import groupnorm_silu
 from kernels.tensorrt.onnx_nodes import OPERATIONS
 from kernels.upsample_normalize import bicubic_matrix, upsample_normalize
-from vlv.config import DaViTConfig
-from vlv.davit import DaViT
+from vlv.model.config import DaViTConfig
+from vlv.model.davit import DaViT
 
 pytest.importorskip("triton", reason="plugins are built by Triton: pip install triton")
 BATCH, PROFILE = 8, Batch(1, 4, 8)

@@ -193,6 +193,6 @@ def test_wrong_words_list_the_right_ones(option, value, capsys):
 
 
 def test_nothing_imports_triton():
-    code = "import sys, kernels.aot, kernels.aot.load, vlv.encoder; assert 'triton' not in sys.modules"
+    code = "import sys, kernels.aot, kernels.aot.load, vlv.model.encoder; assert 'triton' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -54,7 +54,7 @@ def test_our_modules_are_found_behind_the_library(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(LIBRARY)!r})
-import vlv.encoder
+import vlv.model.encoder
 import kernels
 assert kernels.__file__.startswith({str(LIBRARY)!r}) and kernels.get_kernel
 assert sys.modules["kernels.window_attention"].__file__.startswith({str(ROOT)!r})

@@ -16,7 +16,7 @@ import pytest
 from pyarrow import Table, parquet
 
 from serve.ray_store import Store, items_of, plan, unit_items
-from vlv.image import ImageError
+from vlv.data.image import ImageError
 
 CLOUDS = {
     "s3": ("s3fs", "moto", ["moto_server", "-p"]),

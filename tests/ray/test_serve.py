@@ -43,9 +43,9 @@ def expected(captioning_checkpoint, scene_images) -> list[str]:
     """What the reference writes of them."""
     import torch
 
-    from vlv.captioner import Captioner
-    from vlv.checkpoint import Checkpoint
-    from vlv.image import load_crop
+    from vlv.checkpoints.folder import Checkpoint
+    from vlv.data.image import load_crop
+    from vlv.model.captioner import Captioner
 
     captioner = Captioner.load(Checkpoint.open(captioning_checkpoint))
     size = captioner.encoder.config.image_size

@@ -16,8 +16,8 @@ from serve.command import Misuse
 from serve.ray_stages import Decode, Encode, Write
 from serve.ray_store import Remote, Store, items_of, part, plan, unit_items
 from serve.sources import SourceError
-from vlv.config import VLVConfig
-from vlv.image import ImageError
+from vlv.data.image import ImageError
+from vlv.model.config import VLVConfig
 
 
 def test_the_plan_names_each_image_once(pictures, tmp_path):
@@ -120,9 +120,9 @@ def captions_of(pictures: Path, checkpoint: Path) -> set[str]:
     """What the reference writes of the good pictures."""
     import torch
 
-    from vlv.captioner import Captioner
-    from vlv.checkpoint import Checkpoint
-    from vlv.image import load_crop
+    from vlv.checkpoints.folder import Checkpoint
+    from vlv.data.image import load_crop
+    from vlv.model.captioner import Captioner
 
     captioner = Captioner.load(Checkpoint.open(checkpoint))
     size = captioner.encoder.config.image_size

@@ -8,7 +8,7 @@ import pytest
 
 from serve.bench import Request, main, quantiles
 from tests.serve.serving import Running, Scripted
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 
 class Engine(Scripted):

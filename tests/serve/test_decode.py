@@ -15,7 +15,7 @@ import pytest
 
 from serve.decode import DecodeError, DecodePool
 from serve.sources import Item, expand
-from vlv.image import ImageError, load_crop
+from vlv.data.image import ImageError, load_crop
 
 SIZE = 16
 

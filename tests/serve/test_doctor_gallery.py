@@ -16,7 +16,7 @@ from serve import doctor, gallery
 from serve.sinks import SinkError
 from serve.sources import expand
 from serve.vllm_caption import main
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 
 def test_doctor_names_what_is_missing_and_its_remedy(capsys, monkeypatch):

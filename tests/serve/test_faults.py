@@ -12,7 +12,7 @@ from benchmarks.serve_faults import caption, send_all
 from benchmarks.serve_fuzz import fuzzed_images, fuzzed_requests, scene
 from serve.worker import Bounds
 from tests.serve.serving import Running, Scripted
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 
 @pytest.fixture(scope="module")

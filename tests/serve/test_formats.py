@@ -19,7 +19,7 @@ from serve.formats import sidecar, sink_class
 from serve.sinks import SinkError
 from serve.sources import Item, part_of
 from serve.webdataset import sample
-from vlv.image import ImageError
+from vlv.data.image import ImageError
 
 WRITER = Path(__file__).with_name("killed_writer.py")
 KILLS = 50

@@ -19,7 +19,7 @@ from serve.metrics import Metrics
 from serve.remote_engine import RemoteEngine
 from serve.worker import Bounds
 from tests.serve.serving import Scripted
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from serve.api import Cleaner
 from serve.limits import Admission, Key, Keys, KeysError, Refusal
-from vlv.captioner import clean_caption
+from vlv.model.captioner import clean_caption
 
 
 def test_keys_are_kept_as_hashes(tmp_path):

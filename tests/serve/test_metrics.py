@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.serve.serving import Running, Scripted
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 
 class Engine(Scripted):

@@ -16,7 +16,7 @@ from serve.progress import Progress
 from serve.sinks import FileSink
 from serve.sources import expand
 from serve.timeline import Timeline
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 
 class Fake(Engine):

@@ -24,7 +24,7 @@ from serve import gateway
 from serve.llm import EmbedsError, EngineError, LLMSpec, OptionError, Options, Sampling
 from serve.remote_engine import RemoteEngine
 from serve.transformers_engine import TransformersEngine
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 TOKENS, COUNT = 32, 8
@@ -41,7 +41,7 @@ def embeds(checkpoint, scene_images):
     """As they travel: rounded to bfloat16; [COUNT, queries, width]."""
     import numpy as np
 
-    from vlv.image import load_crop
+    from vlv.data.image import load_crop
 
     files = [scene_images / f"{i:02}.png" for i in range(COUNT)]
     crops = np.stack([load_crop(f, checkpoint.config.image_size) for f in files])

@@ -16,7 +16,7 @@ import pytest
 from serve.limits import Keys
 from serve.worker import Bounds
 from tests.serve.serving import CLEAN, TEXT, Running, Scripted
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 
 class Engine(Scripted):
@@ -120,7 +120,7 @@ def test_openai_stream(client, picture):
 def test_openai_embeddings(client, server, picture, scene_images):
     import torch
 
-    from vlv.image import load_crop
+    from vlv.data.image import load_crop
 
     encoder = server.service.checkpoint.load_encoder()
     files = [scene_images / "00.png", scene_images / "01.png"]

@@ -53,9 +53,9 @@ def picture(scene_images):
 def test_answers_while_it_loads_and_captions_like_the_captioner(server, captioning_checkpoint, picture, scene_images):
     import torch
 
-    from vlv.captioner import Captioner
-    from vlv.checkpoint import Checkpoint
-    from vlv.image import load_crop
+    from vlv.checkpoints.folder import Checkpoint
+    from vlv.data.image import load_crop
+    from vlv.model.captioner import Captioner
 
     assert set(server.states) == {503, 200}
     answer = httpx.post(server.url + "/v1/captions", json={"images": [picture], "max_tokens": 40}, timeout=60).json()

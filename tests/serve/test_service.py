@@ -13,7 +13,7 @@ from serve.llm import EngineError, LLMSpec, Sampling
 from serve.service import Service, ServiceConfig
 from serve.transformers_engine import TransformersEngine
 from tests.serve.serving import Scripted
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 
 async def until(condition):

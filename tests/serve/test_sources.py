@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from serve.sources import SourceError, expand
-from vlv.image import ImageError
+from vlv.data.image import ImageError
 
 
 @pytest.fixture

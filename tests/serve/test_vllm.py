@@ -23,7 +23,7 @@ from serve.progress import Progress
 from serve.sinks import FileSink
 from serve.sources import expand
 from serve.vllm_engine import VllmEngine
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 TOKENS = 48
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def pixels(scene_images):
     import numpy as np
     import torch
 
-    from vlv.image import load_crop
+    from vlv.data.image import load_crop
 
     return torch.from_numpy(np.stack([load_crop(i.path, 64) for i in expand([str(scene_images)])]))
 
@@ -128,7 +128,7 @@ def test_greedy_tokens_equal_transformers(vllm, loop, embeds, reference):
 
 def test_captioner_and_both_engines_agree(vllm, loop, checkpoint, embeds, pixels, reference):
     from serve.transformers_engine import TransformersEngine
-    from vlv.captioner import Captioner
+    from vlv.model.captioner import Captioner
 
     async def generate():
         engine = TransformersEngine(LLMSpec.of(checkpoint), TOKENS, 16)

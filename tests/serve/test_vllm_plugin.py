@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from serve import vllm_plugin
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 SCENES = 16
 
@@ -66,8 +66,8 @@ def test_captions_are_those_of_our_own_road(captioning_checkpoint, pictures, ans
     import numpy as np
     import torch
 
-    from vlv.captioner import Captioner
-    from vlv.image import load_crop
+    from vlv.data.image import load_crop
+    from vlv.model.captioner import Captioner
 
     checkpoint = Checkpoint.open(captioning_checkpoint)
     crops = np.stack([load_crop(picture, checkpoint.config.image_size) for picture in pictures])
@@ -98,7 +98,7 @@ def test_the_folder_is_still_a_checkpoint(captioning_checkpoint, folder):
 
 def test_a_quantised_language_model_is_announced(captioning_checkpoint, tmp_path):
     """vLLM looks for it at the top of config.json."""
-    from vlv.folders import link_tree
+    from vlv.common.files import link_tree
 
     link_tree(captioning_checkpoint, tmp_path / "ckpt")
     file = tmp_path / "ckpt" / "llm" / "config.json"
@@ -110,7 +110,7 @@ def test_a_quantised_language_model_is_announced(captioning_checkpoint, tmp_path
 
 
 def test_mistakes_are_one_sentence(captioning_checkpoint, folder, tmp_path, capsys):
-    from vlv.folders import link_tree
+    from vlv.common.files import link_tree
 
     def run(*args) -> tuple[int, str]:
         code = vllm_plugin.main([str(arg) for arg in args])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vlv import scenes
+from vlv.data import scenes
 from vlv.train import presets
 
 NARROW = replace(presets.T2I["smoke"], vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlv.distill.duplicates import Duplicates, content_hash, difference_hash
+from vlv.distill.quality import Limits, caption_problem, image_problem, repetition, tidy
 from vlv.train import distill
-from vlv.train.duplicates import Duplicates, content_hash, difference_hash
-from vlv.train.quality import Limits, caption_problem, image_problem, repetition, tidy
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--min-side", "32", "--min-words", "1", "--repetition", "1", "--size", "0", "--max-tokens", "40"]
@@ -30,7 +30,7 @@ def server(captioning_checkpoint):
     """The address of our server, in a thread."""
     from serve.transformers_engine import TransformersEngine
     from tests.serve.serving import Running
-    from vlv.checkpoint import Checkpoint
+    from vlv.checkpoints.folder import Checkpoint
 
     running = Running(Checkpoint.open(captioning_checkpoint), TransformersEngine)
     yield running.url + "/v1"
@@ -77,9 +77,9 @@ def test_captions_origin_and_what_is_left_out(photos, server, tmp_path, captioni
         first["teacher"]["model"] and first["teacher"]["date"] and first["width"] == 64 and len(first["sha256"]) == 16
     )
 
-    from vlv.captioner import Captioner
-    from vlv.checkpoint import Checkpoint
-    from vlv.image import load_crop
+    from vlv.checkpoints.folder import Checkpoint
+    from vlv.data.image import load_crop
+    from vlv.model.captioner import Captioner
 
     captioner = Captioner.load(Checkpoint.open(captioning_checkpoint))
     crop = __import__("torch").from_numpy(load_crop(photos / "00.png", 64))[None]
@@ -93,7 +93,7 @@ def test_captions_origin_and_what_is_left_out(photos, server, tmp_path, captioni
     assert call(photos, server, out) == 0  # nothing is left to do
     assert out.read_bytes() == before and json.loads(capsys.readouterr().out)["answers"] == 0
 
-    from vlv.train.sources import open_sources
+    from vlv.data.sources import open_sources
 
     source = open_sources([str(out)])  # as stage 2 reads it
     assert source.rows == [10] and all(source.read(0, i).caption == kept[i]["caption"] for i in range(10))
@@ -198,7 +198,7 @@ def test_an_answer_that_cannot_be_written_stops_the_run(photos, moody, tmp_path,
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vlv.train.distiller.Output.write", full)
+    monkeypatch.setattr("vlv.distill.distiller.Output.write", full)
     with pytest.raises(OSError, match="No space left on device"):
         ask(photos, moody, tmp_path / "data.jsonl")
     assert Moody.calls == 1  # no further image is paid for
@@ -223,7 +223,7 @@ def test_a_wrong_key_stops_at_once(photos, moody, tmp_path):
 def test_rows_of_shards_get_a_copy_that_training_reads(photos, moody, tmp_path):
     import tarfile
 
-    from vlv.train.sources import open_sources
+    from vlv.data.sources import open_sources
 
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(photos / "00.png", "00.png")

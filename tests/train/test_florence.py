@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.vlv.official import SLIM, slim_weights
-from vlv.checkpoint import Checkpoint, CheckpointError
-from vlv.published_read import convert
+from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.checkpoints.published_read import convert
 from vlv.train.florence import start
 
 FLORENCE, CLIP = "VLV_model.model.", "VLV_model.text_encoder.text_model."

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from vlv.captioner import Captioner
-from vlv.checkpoint import Checkpoint
-from vlv.train import cli, paper, stage1, stage2, trainer
+from vlv.checkpoints.folder import Checkpoint
+from vlv.model.captioner import Captioner
+from vlv.train import cli, stage1, stage2, trainer
+from vlv.train import config as paper
 from vlv.train.cost import account, estimate
 
 SMALL = "--batch 4 --micro-batch 2 --workers 0 --no-bf16 --device cpu --lr 1e-3 --log-every 1".split()
@@ -84,8 +85,8 @@ def test_the_cost_is_told_before_and_after(trained):
 
 
 def test_latents_are_the_same_from_the_cache_and_after_damage(trained, run, captioned):
-    from vlv.train.latents import LatentCache
-    from vlv.train.sources import open_sources
+    from vlv.data.latents import LatentCache
+    from vlv.data.sources import open_sources
 
     source = open_sources([str(captioned)])
     (made,) = (trained / "latents").iterdir()
@@ -102,8 +103,8 @@ def test_latents_are_the_same_from_the_cache_and_after_damage(trained, run, capt
 
 
 def test_sources_whose_ids_agree_share_no_latents(run, tmp_path):
-    from vlv.train.latents import LatentCache
-    from vlv.train.sources import Sample
+    from vlv.data.latents import LatentCache
+    from vlv.data.sources import Sample
 
     class Numbered:
         rows = (0, 2)  # an empty shard first
@@ -122,7 +123,7 @@ def test_sources_whose_ids_agree_share_no_latents(run, tmp_path):
     ("part", "count"), [("all", 5), ("language-model", 3), ("decoder", 1), ("none", 0)]
 )  # parts of Florence-2 that learn
 def test_unfreezing_modes(run, part, count):
-    from vlv.train.start import unfreeze_encoder
+    from vlv.train.initialize import unfreeze_encoder
 
     encoder = Checkpoint.open(run / "stage1").load_encoder()
     unfreeze_encoder(encoder, part)
@@ -136,7 +137,7 @@ def test_unfreezing_modes(run, part, count):
 def test_progressive_unfreezing(run):
     from dataclasses import replace
 
-    from vlv.train.start import unfreeze_stage2
+    from vlv.train.initialize import unfreeze_stage2
 
     captioner = Captioner.load(Checkpoint.open(run / "stage2"))
     for unfreeze, expected in {"mlp": (1, 0, 0), "llm": (1, 1, 0), "encoder": (1, 1, 1)}.items():
@@ -146,7 +147,7 @@ def test_progressive_unfreezing(run):
 
 
 def test_more_queries_keep_the_trained_ones(run):
-    from vlv.train.start import build_encoder, model_config
+    from vlv.train.initialize import build_encoder, model_config
 
     start = Checkpoint.open(run / "stage1")
     model = model_config(start.config, paper.TrainConfig(queries=40), 0)
@@ -183,7 +184,7 @@ def test_the_plan_takes_published_weights(command, tmp_path, capsys, monkeypatch
 def test_more_images_and_kept_activations_need_more_memory(run):
     from argparse import Namespace
 
-    from vlv.train.plan import measure
+    from vlv.train.memory_plan import measure
 
     args = Namespace(ckpt=run / "stage1", t2i=run / "t2i")
     config = paper.TrainConfig(micro_batch=2, batch=2, bf16=False)
@@ -197,7 +198,7 @@ def test_more_images_and_kept_activations_need_more_memory(run):
 
 
 def test_the_published_figures():
-    """The paper's section 4.1 and the authors' scripts, as vlv.train.paper names them."""
+    """The paper's section 4.1 and the authors' scripts, as vlv.train.config names them."""
     one, two = paper.PRESETS["paper-stage1"], paper.PRESETS["paper-stage2"]
     assert (one.steps, one.batch, one.lr, one.schedule, one.warmup) == (200_000, 512, 5e-5, "cosine", 0)
     assert (one.beta2, one.weight_decay, one.clip, one.encoder_part) == (0.99, 0.01, 1, "language-model")
@@ -253,7 +254,7 @@ def test_what_is_refused(command, run, captioned, tmp_path, capsys):
 
 
 def test_a_log_whose_package_is_not_there_is_named(monkeypatch):
-    from vlv.train import logs
+    from vlv.train import logging as logs
 
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ValueError, match="--log trackio needs a package that is not installed: pip install trackio"):
@@ -264,7 +265,7 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from vlv.train.logs import open_log
+    from vlv.train.logging import open_log
 
     for first in (0, 2):  # the second run goes on from step 2
         log = open_log("tensorboard", tmp_path, "stage1", {"lr": 1}, first)
@@ -277,7 +278,7 @@ def test_tensorboard_reads_what_is_written(tmp_path):
 def test_figures_go_to_the_tool_and_lines_after_the_save_are_written_again(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from vlv.train.logs import open_log
+    from vlv.train.logging import open_log
 
     sent = []
     tool = SimpleNamespace(init=lambda **kw: sent.append(kw), log=lambda figures, step: sent.append((step, figures)))

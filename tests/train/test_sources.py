@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.train.toy_run import CONFIG, MODEL
-from vlv.train.loader import MicroBatches, Order, Pictures, batches
+from vlv.data.loader import MicroBatches, Order, Pictures, batches
+from vlv.data.sources import open_sources
 from vlv.train.parallel import World
-from vlv.train.sources import open_sources
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_tars_and_their_index(rows, tmp_path, monkeypatch):
     assert source.rows == [7, 5]
     same(everything(source), rows)
     assert source.read(1, 0).about == {"license": "CC0", "pwatermark": 0.25}
-    monkeypatch.setattr("vlv.train.tars._scan", lambda file: pytest.fail("it has an index already"))
+    monkeypatch.setattr("vlv.data.tars._scan", lambda file: pytest.fail("it has an index already"))
     same(everything(open_sources([str(tmp_path / "*.tar")])), rows)
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tests.train.conftest import NARROW
-from vlv import scenes
-from vlv.captioner import Captioner
-from vlv.checkpoint import Checkpoint, CheckpointError
-from vlv.diffusion import T2I
-from vlv.train import data, t2i
+from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.data import scene_batches as data
+from vlv.data import scenes
+from vlv.diffusion.t2i import T2I
+from vlv.model.captioner import Captioner
+from vlv.train import t2i
 
 
 def test_the_t2i_folder_is_a_plain_diffusers_pipeline(run):

@@ -17,7 +17,7 @@ from torch import nn
 
 from kernels.linear import Linear
 from tests.train import toy_run
-from vlv.train.guard import PATIENCE, Guard
+from vlv.train.anomaly import PATIENCE, Guard
 from vlv.train.trainer import Trainer
 
 ROOT, SCRIPT = Path(__file__).parents[2], Path(toy_run.__file__)

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vlv.config import PRESETS, DaViTConfig
-from vlv.encoder import VLVEncoder
-from vlv.train.loader import Pictures, batches
-from vlv.train.paper import TrainConfig
+from vlv.data.loader import Pictures, batches
+from vlv.data.sources import open_sources
+from vlv.model.config import PRESETS, DaViTConfig
+from vlv.model.encoder import VLVEncoder
+from vlv.train.config import TrainConfig
 from vlv.train.parallel import World
-from vlv.train.sources import open_sources
 from vlv.train.trainer import Trainer
 
 MODEL = replace(

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.data.slim import PIXEL_STEP, TOKEN_STEP
-from vlv.published_keys import PROMPT_IDS, TABLES
+from vlv.checkpoints.published_keys import PROMPT_IDS, TABLES
 
 SLIM = Path(__file__).parents[1] / "data" / "official"
 SHARED = Path(__file__).parents[3] / "shared"

@@ -10,9 +10,9 @@ import torch
 from benchmarks import published_encoder as published
 from tests.vlv.agreement import random_weights, relative_error
 from tests.vlv.test_davit import SMALL
-from vlv.bottleneck import Bart, ClipText
-from vlv.config import PRESETS, VLVConfig
-from vlv.encoder import VLVEncoder
+from vlv.model.bottleneck import Bart, ClipText
+from vlv.model.config import PRESETS, VLVConfig
+from vlv.model.encoder import VLVEncoder
 
 BASE = VLVConfig(
     vision=SMALL, image_size=96, image_positions=10, width=64, heads=4, ffn=128, encoder_layers=2, decoder_layers=3,

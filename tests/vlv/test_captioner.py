@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from vlv.captioner import Captioner, clean_caption
-from vlv.config import PRESETS
-from vlv.encoder import VLVEncoder
+from vlv.model.captioner import Captioner, clean_caption
+from vlv.model.config import PRESETS
+from vlv.model.encoder import VLVEncoder
 from vlv.train.presets import STAGE2
 from vlv.train.stage2 import build_llm
 

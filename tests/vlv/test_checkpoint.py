@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from tests.vlv.agreement import random_weights
-from vlv import checkpoint
-from vlv.checkpoint import Checkpoint, CheckpointError
-from vlv.config import FORMAT, PRESETS
-from vlv.encoder import VLVEncoder
-from vlv.folders import link_tree
+from vlv.checkpoints import folder as checkpoint
+from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.common.files import link_tree
+from vlv.model.config import FORMAT, PRESETS
+from vlv.model.encoder import VLVEncoder
 
 
 @pytest.fixture(scope="module")

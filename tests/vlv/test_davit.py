@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import published_encoder as published
 from tests.vlv.agreement import random_weights, relative_error
-from vlv.config import DaViTConfig
-from vlv.davit import DaViT
+from vlv.model.config import DaViTConfig
+from vlv.model.davit import DaViT
 
 SMALL = DaViTConfig(dims=(16, 32, 64, 96), heads=(1, 2, 4, 6), groups=(1, 2, 4, 6), depths=(1, 1, 2, 1))
 CONFIGS = {

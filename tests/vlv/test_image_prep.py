@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from kernels.upsample_normalize import bicubic_matrix, upsample_normalize
-from vlv.encoder import IMAGENET_MEAN, IMAGENET_STD
+from vlv.model.encoder import IMAGENET_MEAN, IMAGENET_STD
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "images"
 

@@ -8,8 +8,8 @@ import torch
 from kernels.upsample_normalize import upsample_normalize
 from tests.vlv.agreement import relative_error
 from tests.vlv.official import FULL, SHARED, Recording, needs_shared
-from vlv.captioner import Captioner
-from vlv.published_read import convert
+from vlv.checkpoints.published_read import convert
+from vlv.model.captioner import Captioner
 
 
 @pytest.fixture(scope="module", params=["slim", pytest.param("full", marks=needs_shared)])
@@ -81,7 +81,7 @@ def test_captioner_loss_agrees(recording: Recording, captioner: Captioner):
 
 @needs_shared
 def test_crops_are_the_published_ones():
-    from vlv.image import load_crop
+    from vlv.data.image import load_crop
 
     recording = Recording.full()
     for name, expected in zip((FULL / "images.txt").read_text().split(), recording.crops, strict=True):
@@ -90,8 +90,8 @@ def test_crops_are_the_published_ones():
 
 @needs_shared
 def test_prompt_ids_are_the_tokenizers(tmp_path):
-    from vlv.published_config import Companions
-    from vlv.published_keys import PROMPT_IDS
+    from vlv.checkpoints.published_config import Companions
+    from vlv.checkpoints.published_keys import PROMPT_IDS
 
     assert Companions.find(FULL, None, None, None).prompt() == PROMPT_IDS
     assert Companions(None, None, None).prompt() == PROMPT_IDS

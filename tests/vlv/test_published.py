@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.convert import identical, write_published
 from tests.vlv.official import SLIM, Weights, sharded, untied
-from vlv import published, tensor_files
-from vlv.checkpoint import Checkpoint, CheckpointError
-from vlv.config import PRESETS, DaViTConfig, VLVConfig
-from vlv.published_keys import LLM, STAGE1, TABLES
-from vlv.published_read import convert
-from vlv.published_write import to_published
+from vlv.checkpoints import published, tensor_files
+from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.checkpoints.published_keys import LLM, STAGE1, TABLES
+from vlv.checkpoints.published_read import convert
+from vlv.checkpoints.published_write import to_published
+from vlv.model.config import PRESETS, DaViTConfig, VLVConfig
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_stage_one(prefix: str, weights: Weights, source: Path):
 
 
 def test_what_was_trained_since_goes_back(weights: Weights, source: Path):
-    from vlv import checkpoint as folders
+    from vlv.checkpoints import folder as folders
 
     torch.save(weights, source / "model.pt")
     checkpoint = convert(source, source / "out")
@@ -201,7 +201,7 @@ def test_resolve_converts_once(weights: Weights, source: Path, tmp_path: Path, m
     torch.save(weights, source / "model.pt")
     first = published.resolve(source / "model.pt")
     assert first.folder.is_relative_to(tmp_path / "cache" / "vlv" / "published")
-    monkeypatch.setattr("vlv.published_read.convert", None)
+    monkeypatch.setattr("vlv.checkpoints.published_read.convert", None)
     assert published.resolve(source / "model.pt").folder == first.folder
     assert published.resolve(first.folder) == Checkpoint.open(first.folder)
 
@@ -247,8 +247,8 @@ def test_command(weights: Weights, source: Path, monkeypatch, capsys):
 
 
 def test_random_weights_make_a_whole_checkpoint(tmp_path: Path):
-    from vlv.captioner import Captioner
-    from vlv.random_weights import write
+    from vlv.checkpoints.random_weights import write
+    from vlv.model.captioner import Captioner
 
     checkpoint = write("tiny", tmp_path / "random", "float32")
     captioner = Captioner.load(checkpoint)

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.vlv.official import Weights, sharded, untied
-from vlv.checkpoint import CheckpointError
-from vlv.folders import Occupied
-from vlv.published_keys import LLM, TABLES
-from vlv.published_read import convert
+from vlv.checkpoints.folder import CheckpointError
+from vlv.checkpoints.published_keys import LLM, TABLES
+from vlv.checkpoints.published_read import convert
+from vlv.common.files import Occupied
 
 
 def test_problems_are_listed_by_name_and_nothing_is_written(weights: Weights, source: Path):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vlv import reconstruct, scenes
-from vlv.checkpoint import Checkpoint
-from vlv.diffusion import T2I
-from vlv.samplers import SAMPLERS
+from vlv import reconstruct
+from vlv.checkpoints.folder import Checkpoint
+from vlv.data import scenes
+from vlv.diffusion.samplers import SAMPLERS
+from vlv.diffusion.t2i import T2I
 
 
 @pytest.fixture(scope="module")

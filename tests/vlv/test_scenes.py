@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from vlv import scenes
+from vlv.data import scenes
 from vlv.evaluate.__main__ import main as evaluate
 
 SEEDS = range(scenes.HELD_OUT, scenes.HELD_OUT + 300)

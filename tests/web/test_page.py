@@ -12,7 +12,7 @@ from serve.limits import Keys
 from serve.page import HEADERS, PAGE
 from tests.serve.serving import CLEAN, Running, Scripted
 from tests.web.browser import Browser, chromium
-from vlv.checkpoint import Checkpoint
+from vlv.checkpoints.folder import Checkpoint
 
 DONE = "cards.length && cards.every(card => card.record || card.failed)"
 DRAWN = "[...document.querySelectorAll('.drawn img')].filter(i => i.src && !i.className).length"
@@ -217,8 +217,8 @@ def test_the_route_draws_what_the_command_draws(server, scene_images):
     import torch
     from PIL import Image
 
-    from vlv.diffusion import T2I
-    from vlv.image import load_crop
+    from vlv.data.image import load_crop
+    from vlv.diffusion.t2i import T2I
 
     checkpoint = server.service.checkpoint
     files = [scene_images / "00.png", scene_images / "01.png"]
@@ -293,7 +293,7 @@ def test_a_painter_that_is_busy_or_has_no_memory(drawing_checkpoint, monkeypatch
         go.wait(20)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("vlv.drawers.TorchDrawer.of", full)
+    monkeypatch.setattr("vlv.diffusion.reconstruction.TorchDrawer.of", full)
 
     async def ask():
         first = [asyncio.create_task(painter.paint([], Drawing())) for _ in range(WAITING + 1)]

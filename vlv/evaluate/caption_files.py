@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlv.image import EXTENSIONS
+from vlv.data.image import EXTENSIONS
 
 NAMES = ("image_id", "id", "image", "file_name", "path", "filename")
 

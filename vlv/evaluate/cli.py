@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vlv import command
-from vlv.command import Misuse, say
-from vlv.folders import whole
+from vlv.common import command
+from vlv.common.command import Misuse, say
+from vlv.common.files import whole
 
 INSTALL = {
     "torchmetrics": "pip install --no-deps torchmetrics lightning-utilities",

@@ -21,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlv import command
+from vlv.common import command
+from vlv.diffusion.samplers import SAMPLERS
 from vlv.evaluate import caption_files, cli
-from vlv.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +104,7 @@ def _crops(files: list[Path], size: int) -> Tensor:
     import numpy as np
     import torch
 
-    from vlv.image import ImageError, load_crop
+    from vlv.data.image import ImageError, load_crop
 
     crops = []
     for file in files:
@@ -117,8 +117,8 @@ def _crops(files: list[Path], size: int) -> Tensor:
 
 def _sets(args: argparse.Namespace, originals: dict[str, Path]):
     """Labels and folders of the pictures that are to be compared with the originals, each when it is complete."""
-    from vlv.evaluate import drawing
-    from vlv.published import resolve
+    from vlv.checkpoints.published import resolve
+    from vlv.evaluate import reconstructions as drawing
 
     names, files = list(originals), list(originals.values())
     if args.drawn:
@@ -157,8 +157,8 @@ class Measure:
     """The distances that were asked for, of picture sets to the originals; holds features, and a batch of pictures."""
 
     def __init__(self, args: argparse.Namespace, originals: dict[str, Path]):
-        from vlv.evaluate.features import FeatureNet
-        from vlv.evaluate.lpips import LPIPS
+        from vlv.evaluate.metrics.features import FeatureNet
+        from vlv.evaluate.metrics.lpips import LPIPS
 
         self.nets = {name: FeatureNet(path, args.device) for name, path in args.net}
         self.lpips = LPIPS.load(args.lpips) if args.lpips else None
@@ -166,8 +166,8 @@ class Measure:
 
     def __call__(self, files: list[Path]) -> dict:
         """All figures of drawn pictures, in the originals' order."""
-        from vlv.evaluate import drawing
-        from vlv.evaluate.distances import distances
+        from vlv.evaluate import reconstructions as drawing
+        from vlv.evaluate.metrics.distances import distances
 
         if self.size is None:
             self.size = drawing.read(files[:1]).shape[-1]

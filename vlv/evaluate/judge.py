@@ -17,10 +17,11 @@ import re
 from itertools import product
 from pathlib import Path
 
-from vlv import command
-from vlv.evaluate import caption_files, chat, cli
-from vlv.evaluate.chat import Chat, Question
-from vlv.evaluate.statistics import bootstrap, wilson
+from vlv.common import command
+from vlv.common import openai_client as chat
+from vlv.common.openai_client import Chat, Question
+from vlv.evaluate import caption_files, cli
+from vlv.evaluate.metrics.statistics import bootstrap, wilson
 
 # the three criteria and the seven levels of `score` are the paper's (appendix D), in words of our own
 GRADES = ("coverage", "hallucination", "layout", "score")

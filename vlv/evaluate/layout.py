@@ -16,13 +16,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlv import command
-from vlv.evaluate import chat, cli
+from vlv.common import command
+from vlv.common import openai_client as chat
+from vlv.evaluate import cli
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlv.scenes import Scene
+    from vlv.data.scenes import Scene
 
 PROBE = 2**30  # first scene of the probe's training set: beyond any training pool, below the held-out scenes
 
@@ -68,11 +69,11 @@ def scenes(args: argparse.Namespace) -> dict:
     """IoU and centre error on held-out scenes: of the probe, of its controls, and of the captions."""
     import torch
 
-    from vlv import scenes as world
-    from vlv.captioner import Captioner
-    from vlv.evaluate.layout_probe import fit
-    from vlv.published import resolve
-    from vlv.train import data
+    from vlv.checkpoints.published import resolve
+    from vlv.data import scene_batches as data
+    from vlv.data import scenes as world
+    from vlv.evaluate.probes.layout import fit
+    from vlv.model.captioner import Captioner
 
     checkpoint = resolve(args.ckpt)
     encoder = checkpoint.load_encoder()
@@ -111,7 +112,7 @@ def truth(things: list[Scene]) -> tuple[Tensor, Tensor]:
     """Boxes float32 [B, kinds, 4] as left, top, right, bottom in shares of the side, and which are there, bool."""
     import torch
 
-    from vlv.scenes import CANVAS, KINDS
+    from vlv.data.scenes import CANVAS, KINDS
 
     boxes, there = torch.zeros(len(things), len(KINDS), 4), torch.zeros(len(things), len(KINDS), dtype=torch.bool)
     for i, scene in enumerate(things):
@@ -129,7 +130,7 @@ def said(texts: list[str]) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    from vlv.scenes import CANVAS, COLUMNS, KINDS, ROWS, SIZES
+    from vlv.data.scenes import CANVAS, COLUMNS, KINDS, ROWS, SIZES
 
     boxes, there = torch.zeros(len(texts), len(KINDS), 4), torch.zeros(len(texts), len(KINDS), dtype=torch.bool)
     place = re.compile(

@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from vlv.common.openai_client import Chat, Question
 from vlv.evaluate import caption_files
-from vlv.evaluate.chat import Chat, Question
 
 SYSTEM = """\
 From the description of a picture alone, say where the named things are. Answer with one JSON object and no other text:

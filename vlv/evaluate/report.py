@@ -12,8 +12,8 @@ import io
 import json
 from pathlib import Path
 
+from vlv.common.html import page
 from vlv.evaluate import charts, cli
-from vlv.pages import page
 
 STYLE = """\
 section { background: var(--card); border-radius: .7rem; padding: 1rem; margin: 1rem 0; overflow-x: auto; }

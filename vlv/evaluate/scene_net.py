@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vlv.command import Parser, positive
+from vlv.common.command import Parser, positive
 from vlv.evaluate import cli
 
 PREPARATION = {
@@ -32,7 +32,7 @@ def presence(scenes: list):
     """Which kinds each scene shows: float32 [B, kinds] of 0 and 1."""
     import torch
 
-    from vlv.scenes import KINDS
+    from vlv.data.scenes import KINDS
 
     return torch.tensor([[float(k in s.kinds) for k in KINDS] for s in scenes])
 
@@ -41,7 +41,7 @@ def resnet():
     """A small untrained ResNetForImageClassification of transformers."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    from vlv.scenes import KINDS
+    from vlv.data.scenes import KINDS
 
     shape = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 1], "layer_type": "basic"}
     return ResNetForImageClassification(ResNetConfig(**shape, num_labels=len(KINDS)))
@@ -56,8 +56,8 @@ def train(build: Callable = resnet, steps: int = 600, batch: int = 128):
     import torch
     from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 
-    from vlv import scenes
-    from vlv.train import data
+    from vlv.data import scene_batches as data
+    from vlv.data import scenes
 
     torch.manual_seed(0)
     net = build()

@@ -2,7 +2,7 @@
 
     python -m vlv.evaluate scenes --ckpt assets/vlv-tiny --out benchmarks/scenes.json
 
-Captions are judged claim by claim (`vlv.scenes.judge`). Reconstructions of the frozen text-to-image
+Captions are judged claim by claim (`vlv.data.scenes.judge`). Reconstructions of the frozen text-to-image
 model are judged by a classifier trained on real scenes; its answers are compared with the objects of
 the encoded scene, and with those of another scene (shuffled embeddings: what chance gives).
 """
@@ -13,13 +13,13 @@ import argparse
 import sys
 import time
 
-from vlv import command
+from vlv.common import command
 from vlv.evaluate import cli
 
 
 def score_captions(captioner, scenes: list, images, batch: int) -> dict:
     """Shares of scenes whose greedy, cleaned caption is right in each kind of claim."""
-    from vlv.scenes import judge
+    from vlv.data.scenes import judge
 
     verdicts, samples = [], []
     for i in range(0, len(scenes), batch):
@@ -43,7 +43,7 @@ def classifier():
     """A small untrained convolutional network: float32 [B, 3, 64, 64] -> logits of the kinds present [B, kinds]."""
     from torch import nn
 
-    from vlv.scenes import KINDS
+    from vlv.data.scenes import KINDS
 
     def layer(inputs: int, outputs: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -104,11 +104,11 @@ def _score(args: argparse.Namespace, argv: list[str] | None) -> int:
 
     import torch
 
-    from vlv import scenes
-    from vlv.captioner import Captioner
-    from vlv.diffusion import T2I
-    from vlv.published import resolve
-    from vlv.train import data
+    from vlv.checkpoints.published import resolve
+    from vlv.data import scene_batches as data
+    from vlv.data import scenes
+    from vlv.diffusion.t2i import T2I
+    from vlv.model.captioner import Captioner
 
     checkpoint = resolve(args.ckpt)
     seeds = range(scenes.HELD_OUT, scenes.HELD_OUT + args.count)

@@ -22,11 +22,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlv import command
-from vlv.evaluate import caption_files, chat, cli
-from vlv.evaluate.chat import Chat, Question
-from vlv.evaluate.statistics import bootstrap
-from vlv.evaluate.vqa_answers import accuracy
+from vlv.common import command
+from vlv.common import openai_client as chat
+from vlv.common.openai_client import Chat, Question
+from vlv.evaluate import caption_files, cli
+from vlv.evaluate.metrics.statistics import bootstrap
+from vlv.evaluate.metrics.vqa_accuracy import accuracy
 
 SYSTEM = """\
 You answer questions about a picture that you cannot see, from a description of it. Answer with one word or a very

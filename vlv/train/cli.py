@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vlv.command import Misuse, Parser, say
+from vlv.common.command import Misuse, Parser, say
 
 
 def parser(stage: str, presets: Iterable[str], doc: str) -> argparse.ArgumentParser:

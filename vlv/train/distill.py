@@ -3,7 +3,7 @@
     python -m vlv.train.distill photos/ --url https://HOST/v1 --model NAME -o data.jsonl --license CC-BY-4.0
     python -m vlv.train.stage2 --preset paper-stage2 --data data.jsonl ...
 
-Images: folders, .tar, .parquet, .jsonl, hf:NAME, as vlv.train.sources reads them. Each image is described once:
+Images: folders, .tar, .parquet, .jsonl, hf:NAME, as vlv.data.sources reads them. Each image is described once:
 identical and near-identical ones are left out, and so are images and captions that miss the limits; those go to
 data.rejected.jsonl with the reason. Every record has its origin: licence, source, hashes, model, prompt, date.
 
@@ -20,10 +20,10 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from vlv.command import Parser
+from vlv.common.command import Parser
+from vlv.distill.distiller import Distiller, Tally
+from vlv.distill.quality import Limits
 from vlv.train.cli import run
-from vlv.train.distiller import Distiller, Tally
-from vlv.train.quality import Limits
 
 # asks for what the paper's asks for (appendix A, figure 7), in words of our own
 PROMPT = (
@@ -81,7 +81,7 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Limits
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args, limits = arguments(argv)
-    from vlv.train.sources import need, open_sources
+    from vlv.data.sources import need, open_sources
 
     need("openai", "vlv.train.distill")
     distiller = Distiller(open_sources(args.images), args, limits)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vlv.command import Parser
+from vlv.common.command import Parser
 from vlv.train.cli import run
 
 
@@ -22,9 +22,9 @@ def start(florence: Path, t2i: Path, out: Path, queries: int = 77, seed: int = 0
     import torch
     from torch import nn
 
-    from vlv.checkpoint import CheckpointError
-    from vlv.published_read import convert
-    from vlv.tensor_files import Tensors, weight_files, write_safetensors
+    from vlv.checkpoints.folder import CheckpointError
+    from vlv.checkpoints.published_read import convert
+    from vlv.checkpoints.tensor_files import Tensors, weight_files, write_safetensors
 
     vision, clip = Tensors(weight_files(florence)), Tensors(weight_files(t2i / "text_encoder"))
     bias, norm = "language_model.model.decoder.layernorm_embedding.bias", "final_layer_norm.bias"

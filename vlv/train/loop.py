@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlv.folders import whole
+from vlv.common.files import whole
 from vlv.train.presets import LoopConfig
 
 

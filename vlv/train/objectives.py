@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlv.captioner import Captioner
-from vlv.diffusion import T2I
-from vlv.encoder import VLVEncoder
-from vlv.train.latents import LatentCache
+from vlv.data.latents import LatentCache
+from vlv.diffusion.t2i import T2I
+from vlv.model.captioner import Captioner
+from vlv.model.encoder import VLVEncoder
 
 
 class Stage1(nn.Module):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from vlv.bottleneck import BartLayer, ClipLayer
-from vlv.davit import Block
-from vlv.train.paper import TrainConfig
+from vlv.model.bottleneck import BartLayer, ClipLayer
+from vlv.model.davit import Block
+from vlv.train.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ T2I = {
 class Stage1Config:
     """Stage 1: images only, through the frozen text-to-image model."""
 
-    model: str  # preset of vlv.config
+    model: str  # preset of vlv.model.config
     loop: LoopConfig
     pool: int
     noise_draws: int = 1  # noises and time steps per encoded image

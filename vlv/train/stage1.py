@@ -10,7 +10,7 @@ features, so that the tower sees from the first steps on. This too needs images 
     python -m vlv.train.stage1 --preset tiny
     torchrun --nproc-per-node 8 -m vlv.train.stage1 --preset paper-stage1 --data SHARDS --ckpt START --t2i SD_DIR
 
-With the paper's preset it trains on your images (vlv.train.scale), without that linear layer.
+With the paper's preset it trains on your images (vlv.train.pretrain), without that linear layer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from vlv.config import PRESETS
-from vlv.train import cli, paper, scale
+from vlv.model.config import PRESETS
+from vlv.train import cli
+from vlv.train import config as paper
+from vlv.train import pretrain as scale
 from vlv.train.presets import STAGE1, Stage1Config
 
 
@@ -28,10 +30,10 @@ def train(settings: Stage1Config, t2i_folder: Path, run: Path, out: Path, device
     import torch
     from torch.nn.functional import mse_loss, pixel_unshuffle
 
-    from vlv import checkpoint
-    from vlv.diffusion import T2I
-    from vlv.encoder import VLVEncoder
-    from vlv.train import data
+    from vlv.checkpoints import folder as checkpoint
+    from vlv.data import scene_batches as data
+    from vlv.diffusion.t2i import T2I
+    from vlv.model.encoder import VLVEncoder
     from vlv.train.loop import Loop
     from vlv.train.t2i import latents
 

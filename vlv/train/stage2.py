@@ -15,7 +15,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from vlv.train import cli, paper, scale
+from vlv.train import cli
+from vlv.train import config as paper
+from vlv.train import pretrain as scale
 from vlv.train.presets import STAGE2, Stage2Config
 
 
@@ -24,8 +26,8 @@ def build_llm(settings: Stage2Config):
     import numpy as np
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from vlv import scenes
-    from vlv.train.tokenizers import qwen_tokenizer
+    from vlv.data import scenes
+    from vlv.data.tokenizers import qwen_tokenizer
 
     rng = np.random.default_rng(0)
     tokenizer = qwen_tokenizer(scenes.caption(scenes.sample(s), rng) for s in range(4000))
@@ -54,9 +56,10 @@ def train(settings: Stage2Config, stage1: Path, run: Path, out: Path, device: st
     import numpy as np
     import torch
 
-    from vlv import checkpoint, scenes
-    from vlv.captioner import Captioner
-    from vlv.train import data
+    from vlv.checkpoints import folder as checkpoint
+    from vlv.data import scene_batches as data
+    from vlv.data import scenes
+    from vlv.model.captioner import Captioner
     from vlv.train.loop import Loop
 
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from vlv.train.presets import T2IConfig
 if TYPE_CHECKING:
     import torch
 
-    from vlv.diffusion import T2I
+    from vlv.diffusion.t2i import T2I
 
 
 def build(config: T2IConfig) -> T2I:
@@ -25,9 +25,9 @@ def build(config: T2IConfig) -> T2I:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from vlv import scenes
-    from vlv.diffusion import T2I
-    from vlv.train.tokenizers import clip_tokenizer
+    from vlv.data import scenes
+    from vlv.data.tokenizers import clip_tokenizer
+    from vlv.diffusion.t2i import T2I
 
     rng = np.random.default_rng(0)
     texts = [scenes.prompt(scenes.sample(s), rng) for s in range(4000)]
@@ -92,7 +92,7 @@ def train_vae(t2i: T2I, config: T2IConfig, run: Path) -> None:
     """
     import torch
 
-    from vlv.train import data
+    from vlv.data import scene_batches as data
     from vlv.train.loop import Loop
 
     loop = Loop("vae", run, config.vae_loop, {"vae": t2i.vae})
@@ -123,8 +123,8 @@ def latents(t2i: T2I, pool: int, run: Path) -> torch.Tensor:
     """
     import torch
 
-    from vlv.folders import whole
-    from vlv.train import data
+    from vlv.common.files import whole
+    from vlv.data import scene_batches as data
 
     digest = hashlib.sha256(f"{pool} {t2i.vae.config.scaling_factor}".encode())
     for weight in t2i.vae.state_dict().values():
@@ -147,8 +147,8 @@ def train_unet(t2i: T2I, config: T2IConfig, run: Path) -> None:
     import numpy as np
     import torch
 
-    from vlv import scenes
-    from vlv.train import data
+    from vlv.data import scene_batches as data
+    from vlv.data import scenes
     from vlv.train.loop import Loop
 
     cache = latents(t2i, config.pool, run)

@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from vlv.train.guard import Guard
-from vlv.train.logs import open_log
-from vlv.train.paper import TrainConfig
+from vlv.train.anomaly import Guard
+from vlv.train.checkpointing import Saves
+from vlv.train.config import TrainConfig
+from vlv.train.logging import open_log
 from vlv.train.parallel import World, accumulating, local, prepare, whole
-from vlv.train.saves import Saves
 
 PROBE = 4  # forward passes timed for the estimate, after as many to warm up
 _LEARNING = StateDictOptions(ignore_frozen_params=True, strict=False)

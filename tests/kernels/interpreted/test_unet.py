@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.interpreted.checks import UNIT
-from vlv.unet import FixedContext, FusedGEGLU, FusedNorm, fixed_context
+from vlv.diffusion.unet import FixedContext, FusedGEGLU, FusedNorm, fixed_context
 
 
 @pytest.fixture(scope="module")

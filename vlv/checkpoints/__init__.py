@@ -1,0 +1,1 @@
+"""Checkpoint folders, published weights, tensor files, random weights."""

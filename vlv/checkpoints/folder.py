@@ -1,0 +1,176 @@
+"""The checkpoint folder: vlv.json, encoder.safetensors, llm/ (transformers), t2i/ (diffusers, optional)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlv.model.config import FORMAT, VLVConfig
+
+
+class CheckpointError(ValueError):
+    """A folder that is no usable checkpoint; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose description has been read and checked; weights load on demand."""
+
+    folder: Path
+    config: VLVConfig
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Read and check a folder's vlv.json. Raises CheckpointError."""
+        folder = Path(folder)
+        description = folder / "vlv.json"
+        if not folder.is_dir():
+            raise CheckpointError(f"no checkpoint at {folder}: expected a folder with vlv.json")
+        if not description.is_file():
+            raise CheckpointError(f"{folder} is no VLV checkpoint: it has no vlv.json")
+        try:
+            values = json.loads(description.read_text())
+            version = values["format"]
+            if version != FORMAT:
+                raise CheckpointError(f"{description} has format {version}; this version reads {FORMAT}: upgrade vlv")
+            return cls(folder, VLVConfig.from_dict(values["model"]))
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{description} is not readable: {error}") from error
+
+    @property
+    def encoder_file(self) -> Path:
+        return self.folder / "encoder.safetensors"
+
+    @property
+    def llm(self) -> Path:
+        """The language model's folder. Raises CheckpointError where there is none."""
+        if not (self.folder / "llm" / "config.json").is_file():
+            raise CheckpointError(f"{self.folder} has no llm/: it is a stage-1 checkpoint and writes no captions")
+        return self.folder / "llm"
+
+    @property
+    def t2i(self) -> Path:
+        """The text-to-image model's folder. Raises CheckpointError where there is none."""
+        if not (self.folder / "t2i" / "model_index.json").is_file():
+            raise CheckpointError(f"{self.folder} has no t2i/: it cannot reconstruct pictures")
+        return self.folder / "t2i"
+
+    @property
+    def hash(self) -> str:
+        """The first 12 hex digits of the SHA-256 over the encoder's and the LLM's files."""
+        digest = hashlib.sha256()
+        files = [self.folder / "vlv.json", self.encoder_file, *sorted((self.folder / "llm").glob("*"))]
+        for file in files:
+            if file.is_file():
+                digest.update(file.name.encode() + _sha256(file))
+        return digest.hexdigest()[:12]
+
+    @property
+    def can(self) -> list[str]:
+        """What the folder is good for as it is."""
+        able = {
+            "caption": self.config.llm_width > 0 and (self.folder / "llm" / "config.json").is_file(),
+            "reconstruct": (self.folder / "t2i" / "model_index.json").is_file(),
+            "to-published": (self.folder / "published.safetensors").is_file(),
+        }
+        return [ability for ability, possible in able.items() if possible]
+
+    def describe(self) -> dict:
+        """Parts with their sizes, dtypes and hashes, as JSON takes it; reads every byte for the hashes."""
+        parts = {"encoder": [self.encoder_file], "published": [self.folder / "published.safetensors"]}
+        parts |= {part: sorted((self.folder / part).rglob("*.safetensors")) for part in ("llm", "t2i")}
+        return {
+            "folder": str(self.folder),
+            "hash": self.hash,
+            "can": self.can,
+            "parts": {
+                part: [_describe_file(self.folder, f) for f in files if f.is_file()] for part, files in parts.items()
+            },
+            "model": self.config.to_dict(),
+        }
+
+    def load_encoder(self, dtype=None):
+        """The VLVEncoder in eval mode; `dtype` defaults to float32. Raises CheckpointError on a misfit."""
+        import torch
+        from safetensors.torch import load_file
+
+        from vlv.model.encoder import VLVEncoder
+
+        if not self.encoder_file.is_file():
+            raise CheckpointError(f"{self.folder} has no encoder.safetensors")
+        try:
+            tensors = load_file(self.encoder_file)
+        except Exception as error:  # safetensors raises its own type for a truncated or foreign file
+            raise CheckpointError(f"{self.encoder_file} is damaged ({error}): copy it again") from error
+        try:
+            with torch.device("meta"):
+                encoder = VLVEncoder(self.config)
+        except (TypeError, ValueError, KeyError, RuntimeError, ArithmeticError) as error:
+            raise CheckpointError(f"{self.folder / 'vlv.json'} describes no possible encoder: {error}") from error
+        expected = {k: tuple(v.shape) for k, v in encoder.state_dict().items()}
+        found = {k: tuple(v.shape) for k, v in tensors.items()}
+        problems = [f"missing {k}" for k in expected.keys() - found.keys()]
+        problems += [f"unexpected {k}" for k in found.keys() - expected.keys()]
+        problems += [
+            f"{k} is {list(found[k])}, expected {list(expected[k])}"
+            for k in expected.keys() & found.keys()
+            if found[k] != expected[k]
+        ]
+        if problems:
+            shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            raise CheckpointError(f"{self.encoder_file} does not fit vlv.json: {shown}")
+        dtype = dtype or torch.float32
+        encoder.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, assign=True)
+        encoder.init_buffers()
+        return encoder.eval().requires_grad_(False)
+
+
+def save(folder: str | Path, encoder, dtype=None) -> Checkpoint:
+    """Write vlv.json and encoder.safetensors (each atomically); llm/ and t2i/ are saved by their libraries."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: (v.to(dtype) if dtype else v).detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    temporary = folder / "encoder.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / "encoder.safetensors")
+    description = {"format": FORMAT, "model": encoder.config.to_dict()}
+    temporary = folder / "vlv.json.tmp"
+    temporary.write_text(json.dumps(description, indent=2) + "\n")
+    os.replace(temporary, folder / "vlv.json")
+    return Checkpoint(folder, encoder.config)
+
+
+def _sha256(file: Path) -> bytes:
+    """The SHA-256 of a file's content, computed once as long as the file stays the same."""
+    status = file.stat()
+    return _content_sha256(file, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _content_sha256(file: Path, size: int, modified: int) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def _describe_file(folder: Path, file: Path) -> dict:
+    """A safetensors file's size, parameters by dtype, and SHA-256."""
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        counts: dict[str, int] = {}
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file: copy it again") from error
+    name = str(file.relative_to(folder))
+    return {"file": name, "bytes": file.stat().st_size, "parameters": counts, "sha256": _sha256(file).hex()}

@@ -1,0 +1,1 @@
+"""Tools that every package shares: commands, files, pages. Imports nothing heavy."""

@@ -1,0 +1,150 @@
+"""Image files to uint8 crops: the one place where pixels are prepared.
+
+The crop equals torchvision's `Resize(size)` and `CenterCrop(size)` of the published preprocessing
+pixel by pixel. Imports only Pillow and numpy, so that a decode process starts fast.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlv.common.command import why
+
+MAX_PIXELS = 178_956_970  # Pillow's own refusal: 2/3 of a GiB as RGBA
+
+# Only formats that Pillow decodes in the process itself: EPS, for one, would run Ghostscript on the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .pnm".split()
+)
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """A file that gives no picture.
+
+    `kind` is one of missing, unreadable, empty, format, damaged, too-large; the message says more.
+    """
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):
+        return ImageError, (self.kind, str(self))
+
+
+def load_crop(source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode a file (path or content), turn it upright, make it RGB, resize its short side, crop the centre.
+
+    Returns uint8 [3, size, size]. Transparency is laid on white, 16-bit greys are scaled, an animation
+    gives its first frame. Pictures of more than `max_pixels` are refused before they are decoded.
+    Raises ImageError.
+    """
+    content = source if isinstance(source, bytes) else _read(source)
+    if not content:
+        raise ImageError("empty", "the file is empty (0 bytes)")
+    with warnings.catch_warnings():
+        # Pillow warns of odd metadata and of big pictures; here a picture is usable or an ImageError
+        warnings.simplefilter("ignore")
+        image = _open(content, max_pixels)
+        try:
+            image = _rgb(_upright(image))
+        except ImageError:
+            raise
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error …
+            raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
+    return np.ascontiguousarray(np.asarray(centre(image, size, max_pixels)).transpose(2, 0, 1))
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A picture, uint8 [3, H, W], as the content of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(picture.transpose(1, 2, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise ImageError("missing", "there is no such file") from error
+    except OSError as error:
+        raise ImageError("unreadable", f"cannot read the file: {why(error)}") from error
+
+
+def _open(content: bytes, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("format", f"not recognised as an image ({', '.join(FORMATS)} are read)") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too-large", f"the header announces more than {max_pixels:,} pixels") from error
+    except Exception as error:
+        raise ImageError("damaged", f"the header is damaged: {error}") from error
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            "too-large",
+            f"the header announces {image.width} x {image.height} pixels, more than the limit of {max_pixels:,}",
+        )
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits, 32 bits or floats to 8 bits; Pillow's own conversion would clip them at 255."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if image.mode != "F" and low >= 0 and high <= 65535:
+        low, high = 0, 65535
+    elif not np.isfinite(values).all():
+        raise ImageError("damaged", "the picture has values that are not finite")
+    return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+
+
+def centre(image: Image.Image, size: int, max_pixels: int) -> Image.Image:
+    """torchvision's Resize(size) and CenterCrop(size), with its rounding."""
+    short, long = sorted(image.size)
+    scaled = int(size * long / short)
+    width, height = (size, scaled) if image.width <= image.height else (scaled, size)
+    if width * height > max_pixels:
+        # a picture as thin as a thread: resize only what the crop keeps, or it would not fit in memory
+        left, top = (image.width - short) / 2, (image.height - short) / 2
+        return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short))
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))

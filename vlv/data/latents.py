@@ -1,0 +1,79 @@
+"""The frozen autoencoder's latents, computed once per image and kept on disk: what stage 1's second epoch saves.
+
+The posterior's mean and deviation are kept in float16, so that every epoch still draws its own sample. One sparse
+file a shard of the data, in a folder named after the autoencoder's weights; every row has a checksum, so a row half
+written by a killed run counts as missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlv.data.sources import Source
+
+
+class LatentCache:
+    """Rows of [2, c, s, s] float16, mean and deviation, by (shard, row) of a source."""
+
+    def __init__(self, folder: str | Path, vae_folder: Path, source: Source, size: int):
+        # the first row tells sources of equal shape apart; its image too, as many number their rows from 1
+        first = source.read(next(shard for shard, rows in enumerate(source.rows) if rows), 0)
+        digest = hashlib.sha256(f"{source.rows} {first.id} {size}".encode())
+        digest.update(hashlib.sha256(first.image).digest())
+        for file in sorted(vae_folder.iterdir()):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        self.folder, self._rows = Path(folder) / digest.hexdigest()[:16], source.rows
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._shape: tuple[int, ...] = ()
+        self._open = functools.lru_cache(maxsize=64)(self._open_shard)
+
+    def moments(self, places: list[tuple[int, int]], encode) -> Tensor:
+        """[B, 2, c, s, s] float32 of these rows; `encode()` gives them where one is missing, and they are kept.
+
+        All come from `encode` then, as in a run without this cache up to there: batches, not rows, decide the last
+        bits. They are rounded to float16 in either case, so a resumed run sees the same values.
+        """
+        if self._shape and (kept := self._read(places)) is not None:
+            return kept
+        fresh = encode().half()
+        self._shape = tuple(fresh.shape[1:])
+        if (kept := self._read(places)) is not None:
+            return kept
+        for (shard, row), value in zip(places, fresh.cpu().numpy(), strict=True):
+            values, sums = self._open(shard)
+            values[row] = value
+            sums[row] = _checksum(value)
+        return fresh.float()
+
+    def _read(self, places: list[tuple[int, int]]) -> Tensor | None:
+        found = []
+        for shard, row in places:
+            values, sums = self._open(shard)
+            if not sums[row] or sums[row] != _checksum(values[row]):
+                return None
+            found.append(values[row])
+        return torch.from_numpy(np.stack(found)).float()
+
+    def _open_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(
+            self._map(self.folder / f"{shard:06}.{kind}", dtype, (self._rows[shard], *shape))
+            for kind, dtype, shape in (("f16", np.float16, self._shape), ("crc", np.uint32, ()))
+        )
+
+    @staticmethod
+    def _map(file: Path, dtype, shape: tuple[int, ...]) -> np.ndarray:
+        with file.open("ab") as stream:  # sparse: a row takes room when it is written
+            stream.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def _checksum(row: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(row)) or 1  # 0 means missing

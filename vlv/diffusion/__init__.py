@@ -1,0 +1,1 @@
+"""The frozen text-to-image model, and reconstruction through it."""

@@ -1,0 +1,1 @@
+"""Captions from another model as stage-2 data."""

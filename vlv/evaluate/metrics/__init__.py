@@ -1,0 +1,1 @@
+"""Distances between images, statistics, and the official VQA accuracy."""

@@ -1,0 +1,73 @@
+"""Feature nets from local folders: uint8 pictures in, one vector a picture out. Needs no torchvision.
+
+A net is a transformers folder (CLIP, SigLIP, DINOv2, ResNet ...; with its preprocessor_config.json), or the
+TorchScript file `inception-2015-12-05.pt` of the published FID.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+INCEPTION_SIDE = 299
+
+
+class FeatureNet:
+    """Pictures uint8 [B, 3, H, W] -> features float32 [B, D], on the CPU."""
+
+    def __init__(self, path: Path, device: str = "cpu"):
+        """Load what `path` holds. Raises FileNotFoundError or ValueError with a remedy."""
+        self.device = device
+        if path.is_file():
+            self.model = torch.jit.load(path, map_location=device).eval()
+            if not hasattr(self.model, "layers"):
+                raise ValueError(f"{path} has no `layers`: it is not inception-2015-12-05.pt")
+            self._forward = self._inception
+        elif (path / "config.json").is_file():
+            from transformers import AutoImageProcessor, AutoModel
+
+            from vlv.common.command import hush
+
+            hush()
+            try:
+                # Pillow on every machine, so that figures do not depend on whether torchvision is there
+                self.processor = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
+            except OSError as error:
+                raise ValueError(f"{path} has no usable preprocessor_config.json: copy it from the model") from error
+            self.model = AutoModel.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval().to(device)
+            self._forward = self._transformer
+        else:
+            raise FileNotFoundError(f"{path} is neither a transformers folder (config.json) nor a TorchScript file")
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Tensor, batch: int = 64) -> Tensor:
+        """Features of pictures uint8 [N, 3, H, W]: float32 [N, D]. Raises ValueError where they are not finite."""
+        features = torch.cat([self._forward(part).flatten(1).float().cpu() for part in pictures.split(batch)])
+        if not features.isfinite().all():
+            raise ValueError("the feature net gives values that are not finite: are its weights whole?")
+        return features
+
+    def _transformer(self, pictures: Tensor) -> Tensor:
+        images = [Image.fromarray(p) for p in pictures.permute(0, 2, 3, 1).numpy()]
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
+        if hasattr(self.model, "get_image_features"):  # CLIP and SigLIP: the space that they share with text
+            out = self.model.get_image_features(pixel_values=pixels)
+            return out if isinstance(out, Tensor) else out.pooler_output
+        out = self.model(pixel_values=pixels)
+        pooled = getattr(out, "pooler_output", None)
+        return out.last_hidden_state[:, 0] if pooled is None else pooled
+
+    def _inception(self, pictures: Tensor) -> Tensor:
+        """The FID network on pictures resized as clean-fid does: each channel as floats, antialiased, not rounded."""
+        resized = [[_resized(channel) for channel in picture] for picture in pictures.numpy()]
+        pixels = torch.from_numpy(np.array(resized, np.float32)).clamp(0, 255).to(self.device)
+        return self.model.layers((pixels - 128) / 128)
+
+
+def _resized(channel: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(channel.astype(np.float32))
+    return np.asarray(image.resize((INCEPTION_SIDE, INCEPTION_SIDE), Image.Resampling.BICUBIC))

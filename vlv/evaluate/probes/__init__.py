@@ -1,0 +1,1 @@
+"""Small trained readers of embeddings."""

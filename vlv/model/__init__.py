@@ -1,0 +1,1 @@
+"""The paper's model: vision tower, bottleneck, encoder, captioner."""

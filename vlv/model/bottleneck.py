@@ -1,0 +1,158 @@
+"""The information bottleneck: image features -> BART -> a few learned queries -> CLIP's text layers.
+
+BART (Lewis et al. 2019, arXiv 1910.13461) is post-norm: residual, then LayerNorm. CLIP's text model
+is pre-norm. Both are causal over the queries, as published.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.linear import Linear
+from vlv.model.config import VLVConfig
+
+
+def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """[B, N, parts * C] -> `parts` tensors [B, heads, N, C / heads]."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = attention(*_heads(self.qkv(x), 3, self.heads), self.causal)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv = Linear(width, width), Linear(width, 2 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        """x: [B, N, C], or [1, N, C] for the same queries to every memory; memory: [B, M, C]. [B, N, C]."""
+        (q,) = _heads(self.q(x), 1, self.heads)
+        q = q.expand(memory.shape[0], -1, -1, -1)
+        out = attention(q, *_heads(self.kv(memory), 2, self.heads))
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class BartLayer(nn.Module):
+    """A layer of BART's encoder, or of its decoder (`decoder`: causal, with attention to a memory)."""
+
+    def __init__(self, width: int, heads: int, ffn: int, decoder: bool):
+        super().__init__()
+        self.attention, self.attention_norm = SelfAttention(width, heads, causal=decoder), nn.LayerNorm(width)
+        if decoder:
+            self.cross, self.cross_norm = CrossAttention(width, heads), nn.LayerNorm(width)
+        self.fc1, self.fc2, self.norm = Linear(width, ffn, gelu=True), Linear(ffn, width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        x = self.attention_norm(x + self.attention(x))
+        if memory is not None:
+            x = self.cross_norm(x + self.cross(x, memory))
+        return self.norm(x + self.fc2(self.fc1(x)))
+
+
+class Bart(nn.Module):
+    """BART's encoder or decoder over embeddings [B, N, width], with learned positions."""
+
+    def __init__(self, config: VLVConfig, layers: int, decoder: bool):
+        super().__init__()
+        c = config
+        self.positions = nn.Parameter(torch.randn(c.text_positions, c.width) * 0.02)
+        self.norm = nn.LayerNorm(c.width)
+        self.layers = nn.ModuleList(BartLayer(c.width, c.heads, c.ffn, decoder) for _ in range(layers))
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        x = self.norm(x + self.positions[: x.shape[1]])
+        for layer in self.layers:
+            x = layer(x, memory)
+        return x
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid approximation of GELU in OpenAI's CLIP."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class ClipLayer(nn.Module):
+    def __init__(self, width: int, heads: int, ffn: int, activation: str):
+        super().__init__()
+        # GELU is part of the fused linear layer
+        self.activation = {"gelu": nn.Identity(), "quick_gelu": quick_gelu}[activation]
+        self.norm1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads, causal=True)
+        self.norm2, self.fc1 = nn.LayerNorm(width), Linear(width, ffn, gelu=activation == "gelu")
+        self.fc2 = Linear(ffn, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+
+
+class ClipText(nn.Module):
+    """CLIP's text model after its token embedding: [B, N, C] -> context [B, N, C]."""
+
+    def __init__(self, config: VLVConfig):
+        super().__init__()
+        c = config
+        self.positions = nn.Parameter(torch.randn(c.queries, c.context_width) * 0.01)
+        self.layers = nn.ModuleList(
+            ClipLayer(c.context_width, c.context_heads, c.context_ffn, c.context_activation)
+            for _ in range(c.context_layers)
+        )
+        self.norm = nn.LayerNorm(c.context_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions[: x.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+    def copy_from(self, clip) -> None:
+        """Take over the weights of a transformers CLIPTextModel, all but its token embedding."""
+        source = clip.state_dict()
+        self.positions.data.copy_(source["embeddings.position_embedding.weight"][: len(self.positions)])
+        self.norm.load_state_dict({k: source[f"final_layer_norm.{k}"] for k in ("weight", "bias")})
+        names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+        names["attention.proj"] = "self_attn.out_proj"
+        for i, layer in enumerate(self.layers):
+            for kind in ("weight", "bias"):
+                qkv = [source[f"encoder.layers.{i}.self_attn.{n}_proj.{kind}"] for n in "qkv"]
+                layer.get_parameter(f"attention.qkv.{kind}").data.copy_(torch.cat(qkv))
+                for ours, theirs in names.items():
+                    layer.get_parameter(f"{ours}.{kind}").data.copy_(source[f"encoder.layers.{i}.{theirs}.{kind}"])
+
+
+class Bottleneck(nn.Module):
+    """Image features [B, M, width] -> context [B, queries, context_width]."""
+
+    def __init__(self, config: VLVConfig):
+        super().__init__()
+        c = config
+        self.prompt = nn.Parameter(torch.randn(c.prompt_tokens, c.width) * 0.02)  # embeddings of the task prompt
+        self.queries = nn.Parameter(torch.randn(c.queries, c.width))
+        self.encoder = Bart(c, c.encoder_layers, decoder=False)
+        self.decoder = Bart(c, c.decoder_layers, decoder=True)
+        self.projection = nn.Sequential(
+            Linear(c.width, c.context_width), nn.GELU(), Linear(c.context_width, c.context_width)
+        )
+        self.text = ClipText(c)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.text(self.projection(self.decode(features)))
+
+    def decode(self, features: Tensor) -> Tensor:
+        """The decoder's output at the queries: [B, queries, width]."""
+        memory = self.encoder(torch.cat([features, self.prompt.expand(features.shape[0], -1, -1)], dim=1))
+        # one row: up to the first cross-attention nothing depends on the image, and an export folds it to a constant
+        return self.decoder(self.queries[None], memory)

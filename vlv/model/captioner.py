@@ -1,0 +1,91 @@
+"""Encoder and language model together: the training loss of stage 2 and the reference generation."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from vlv.checkpoints.folder import Checkpoint
+from vlv.model.encoder import VLVEncoder
+
+
+def clean_caption(text: str) -> str:
+    """The published clean-up: cut at the last period, drop sentences that were said before.
+
+    A text without any period is returned stripped, rather than lost.
+    """
+    text = text.strip()
+    if "." in text:
+        text = text[: text.rindex(".") + 1]
+    sentences = re.split(r"(?<=[.!?])\s+", text)
+    return " ".join(dict.fromkeys(sentences))
+
+
+class Captioner(nn.Module):
+    """VLV stage 2: pictures -> prompt embeddings -> text, with a transformers causal language model."""
+
+    def __init__(self, encoder: VLVEncoder, llm, tokenizer):
+        super().__init__()
+        self.encoder, self.llm, self.tokenizer = encoder, llm, tokenizer
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Captioner:
+        """Load a checkpoint's encoder and LLM in eval mode. Raises CheckpointError."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        llm = AutoModelForCausalLM.from_pretrained(checkpoint.llm, dtype=dtype)
+        return cls(checkpoint.load_encoder(dtype), llm, AutoTokenizer.from_pretrained(checkpoint.llm)).eval()
+
+    def loss(self, pixels: Tensor, captions: list[str], max_length: int = 300, end: bool = True) -> Tensor:
+        """Mean cross-entropy of the captions' tokens (paper section 3.3).
+
+        pixels: uint8 [B, 3, S, S]. The embeddings come first, then each caption, cut to `max_length`
+        tokens; padding is ignored. `end` learns the end token too. The published loop does not: its
+        padding token is its end token, so `end=False` gives the published loss.
+        """
+        ids, mask = self._targets(captions, max_length, end, pixels.device)
+        prompt = self.encoder(pixels)
+        inputs = torch.cat([prompt, self.llm.get_input_embeddings()(ids).to(prompt.dtype)], dim=1)
+        ones = mask.new_ones(prompt.shape[:2])
+        logits = self.llm(inputs_embeds=inputs, attention_mask=torch.cat([ones, mask], dim=1)).logits
+        # the last embedding predicts the first token: the logits from there on, less the last one
+        logits = logits[:, prompt.shape[1] - 1 : -1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.masked_fill(mask == 0, -100).flatten())
+
+    def _targets(self, captions: list[str], max_length: int, end: bool, device) -> tuple[Tensor, Tensor]:
+        """Token ids [B, T] and the mask of those that count, padded to the longest."""
+        stop = self.tokenizer.eos_token_id
+        rows = [
+            self.tokenizer(c, add_special_tokens=False).input_ids[: max_length - end] + [stop] * end for c in captions
+        ]
+        longest = max(map(len, rows))
+        ids = torch.tensor([r + [stop] * (longest - len(r)) for r in rows], device=device)
+        mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=device)
+        return ids, mask
+
+    @torch.inference_mode()
+    def generate(self, pixels: Tensor, max_new_tokens: int = 300, num_beams: int = 1, **options) -> list[list[int]]:
+        """Token ids per picture, without end and padding tokens; greedy by default.
+
+        The published decode is `num_beams=4`; beams stop early, as published.
+        """
+        prompt = self.encoder(pixels)
+        options.setdefault("do_sample", False)
+        ids = self.llm.generate(
+            inputs_embeds=prompt,
+            attention_mask=prompt.new_ones(prompt.shape[:2], dtype=torch.long),
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            early_stopping=num_beams > 1,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.eos_token_id,
+            **options,
+        )
+        end = self.tokenizer.eos_token_id
+        return [row[: row.index(end)] if end in row else row for row in ids.tolist()]
+
+    def captions(self, pixels: Tensor, **options) -> list[str]:
+        """Cleaned captions of pictures uint8 [B, 3, S, S]; `options` as for `generate`."""
+        return [clean_caption(self.tokenizer.decode(row)) for row in self.generate(pixels, **options)]

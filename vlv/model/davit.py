@@ -1,0 +1,109 @@
+"""DaViT, the vision tower of Florence-2, channels last throughout.
+
+Ding et al. 2022 (arXiv 2204.03645) as Florence-2 builds it: every stage embeds patches by a
+convolution, then alternates attention between the tokens of a window and attention between the
+channels of a group. Maps are [B, H, W, C].
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kernels.channel_attention import channel_attention
+from kernels.dwconv_norm import dwconv_norm
+from kernels.linear import Linear
+from kernels.window_attention import window_attention
+from vlv.model.config import DaViTConfig
+
+
+class PatchEmbed(nn.Module):
+    """A strided convolution with a LayerNorm before it (on its input) or after it."""
+
+    def __init__(self, inputs: int, dim: int, patch: int, stride: int, padding: int, prenorm: bool):
+        super().__init__()
+        self.prenorm = prenorm
+        self.conv = nn.Conv2d(inputs, dim, patch, stride, padding)
+        self.norm = nn.LayerNorm(inputs if prenorm else dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x) if self.prenorm else x
+        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x if self.prenorm else self.norm(x)
+
+
+class DepthwiseNorm(nn.Module):
+    """x -> (y, norm(y)) with y = x + depthwise 3x3 convolution of x."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return dwconv_norm(x, self.conv.weight, self.conv.bias, self.norm.weight, self.norm.bias, self.norm.eps)
+
+
+class WindowAttention(nn.Module):
+    def __init__(self, dim: int, heads: int, window: int):
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(window_attention(self.qkv(x), self.qkv.bias, self.heads, self.window))
+
+
+class ChannelAttention(nn.Module):
+    def __init__(self, dim: int, groups: int):
+        super().__init__()
+        self.groups = groups
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(channel_attention(self.qkv(x).flatten(1, 2), self.groups)).view(x.shape)
+
+
+class Block(nn.Module):
+    """Depthwise convolution + attention, then depthwise convolution + MLP."""
+
+    def __init__(self, dim: int, attention: nn.Module):
+        super().__init__()
+        self.dw1, self.attention = DepthwiseNorm(dim), attention
+        self.dw2, self.fc1, self.fc2 = DepthwiseNorm(dim), Linear(dim, 4 * dim, gelu=True), Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, normed = self.dw1(x)
+        x = x + self.attention(normed)
+        x, normed = self.dw2(x)
+        return x + self.fc2(self.fc1(normed))
+
+
+class DaViT(nn.Module):
+    """Normalised pixels [B, T, T, 3] -> features [B, T / stride, T / stride, dims[-1]]."""
+
+    def __init__(self, config: DaViTConfig):
+        super().__init__()
+        c = config
+        inputs = (3, *c.dims[:-1])
+        self.embeds = nn.ModuleList(
+            PatchEmbed(*sizes)
+            for sizes in zip(inputs, c.dims, c.patches, c.strides, c.paddings, c.prenorm, strict=True)
+        )
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *[
+                    nn.Sequential(
+                        Block(dim, WindowAttention(dim, heads, c.window)), Block(dim, ChannelAttention(dim, groups))
+                    )
+                    for _ in range(depth)
+                ]
+            )
+            for dim, heads, groups, depth in zip(c.dims, c.heads, c.groups, c.depths, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for embed, stage in zip(self.embeds, self.stages, strict=True):
+            x = stage(embed(x))
+        return x
