@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from export import graphs, onnx, quantize, trace
+from export import graphs, onnx, trace
 from export.components import PEAK, PRECISIONS, Batch, tolerance
-from export.engine import open_engine
-from export.engine_ort import flushed, session_options
 from export.manifest import Manifest
-from export.probes import NOISE, Probes
-from export.verifier import Captions, compare
+from export.quantize import precision as quantize
+from export.runtimes.base import open_engine
+from export.runtimes.onnxruntime import flushed, session_options
+from export.verification.inputs import NOISE, Probes
+from export.verification.verifier import Captions, compare
 from vlv.checkpoints import random_weights
 from vlv.checkpoints.folder import Checkpoint
 from vlv.common.command import command_line

@@ -25,9 +25,11 @@ import torch
 from torch import nn
 
 from benchmarks import machine
-from export import graphs, qdq, quantize, trace
+from export import graphs, trace
 from export.components import Batch, Port, opset
-from export.tensorrt_library import LIBRARIES, build
+from export.quantize import precision as quantize
+from export.quantize import qdq
+from export.runtimes.tensorrt_library import LIBRARIES, build
 from vlv.checkpoints import random_weights
 from vlv.common.command import command_line
 from vlv.model.config import PRESETS

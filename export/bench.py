@@ -80,7 +80,7 @@ def _engines(args: argparse.Namespace, checkpoint) -> tuple[dict, dict[str, str]
 
 
 def _open(name: str, artifacts: Path, checkpoint):
-    from export.engine import TorchEngine, open_engine
+    from export.runtimes.base import TorchEngine, open_engine
 
     engine = TorchEngine(checkpoint, compiled=True) if name == COMPILED else open_engine(name, artifacts, checkpoint)
     engine.encode(_pictures(checkpoint, 1))  # a damaged artifact, or a machine without a compiler, says so here
@@ -98,8 +98,8 @@ def _pictures(checkpoint, batch: int):
 def _measure(engines: dict, checkpoint, batch: int, repeats: int) -> list[dict]:
     """One row a runtime that takes the batch."""
     from export.components import PEAK, tolerance
-    from export.engine import TorchEngine
-    from export.verifier import compare
+    from export.runtimes.base import TorchEngine
+    from export.verification.verifier import compare
 
     pictures, reference = _pictures(checkpoint, batch), TorchEngine(checkpoint, "cpu")
     expected, graph = reference.encode(pictures), reference.session("encoder").graph

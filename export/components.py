@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-RUNTIMES = ("torch", "onnx", "onnx-cuda", "onnx-trt", "trt", "rtx")  # see export/engine.py
+RUNTIMES = ("torch", "onnx", "onnx-cuda", "onnx-trt", "trt", "rtx")  # see export/runtimes/base.py
 PRECISIONS = ("fp32", "fp16", "bf16", "mixed", "int8", "int8-static", "int8-trt", "fp8")
 ORT_ONLY = ("int8", "int8-static")
 QUANTIZED = (*ORT_ONLY, "int8-trt", "fp8")  # made from the graph of another precision

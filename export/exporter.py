@@ -8,15 +8,17 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from export import lint, qdq, quantize, trace
+from export import lint, trace
 from export.cli import say
 from export.components import CALIBRATED, QUANTIZED, Batch
-from export.engine import sampling_settings
-from export.engine_ort import OrtSession
 from export.graphs import Graph, load
 from export.manifest import Artifact, Manifest, describe_files, digest, kernels_hash, source_hash
-from export.probes import NOISE, Probes
-from export.verifier import Verifier, hopeless
+from export.quantize import precision as quantize
+from export.quantize import qdq
+from export.runtimes.base import sampling_settings
+from export.runtimes.onnxruntime import OrtSession
+from export.verification.inputs import NOISE, Probes
+from export.verification.verifier import Verifier, hopeless
 from vlv.checkpoints.folder import Checkpoint
 
 CALIBRATION = 1  # seed of the probes that ranges are measured on: other pictures than those of the check

@@ -26,12 +26,12 @@ from torch import nn
 
 from export import trace
 from export.components import PEAK, tolerance
-from export.engine_ort import OrtSession
 from export.graphs import load
 from export.manifest import Artifact, ArtifactError
-from export.probes import NOISE, Probes
-from export.quantize import DTYPES
-from export.verifier import compare
+from export.quantize.precision import DTYPES
+from export.runtimes.onnxruntime import OrtSession
+from export.verification.inputs import NOISE, Probes
+from export.verification.verifier import compare
 from kernels.tensorrt.onnx_nodes import DOMAIN, FLOATS, OPERATIONS
 from kernels.tensorrt.plugin import PluginKernel, plugin_kernels
 from vlv.checkpoints.folder import Checkpoint

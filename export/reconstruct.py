@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _engine(args: argparse.Namespace, checkpoint):
-    from export.engine import open_engine
+    from export.runtimes.base import open_engine
 
     return open_engine(args.backend, args.artifacts, checkpoint)
 

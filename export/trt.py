@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _build_all(args: argparse.Namespace) -> int:
     from export.manifest import Manifest, workspace
-    from export.tensorrt_library import LIBRARIES, device_target
+    from export.runtimes.tensorrt_library import LIBRARIES, device_target
 
     library = LIBRARIES[args.runtime]
     library.load()  # what is missing is told before anything is exported
@@ -78,8 +78,8 @@ def _wants_plugins(asked: str, runtime: str, precision: str) -> bool:
     """Whether an engine gets our kernels. Says why not where they were asked for. Raises RuntimeMissing."""
     from importlib.util import find_spec
 
-    from export.engine import RuntimeMissing
     from export.plugins import HALF
+    from export.runtimes.base import RuntimeMissing
 
     built = find_spec("triton") is not None
     if runtime == "rtx" or precision in QUANTIZED:
@@ -96,9 +96,10 @@ def _build(args: argparse.Namespace, manifest, name: str, library, made: Path, c
     """One engine, unless it is there."""
     from dataclasses import replace
 
-    from export import lint, plugins, tensorrt_library
+    from export import lint, plugins
     from export.components import Batch
     from export.manifest import ArtifactError, describe_files, name_of
+    from export.runtimes import tensorrt_library
 
     graph = manifest.checked(name)
     wanted = replace(
@@ -123,7 +124,7 @@ def _build(args: argparse.Namespace, manifest, name: str, library, made: Path, c
         plugins.register(library.load(), made_with[1])
         cli.say(f"{label}: {len(made_with[1])} kernels of ours, for batches of {profile.most}")
     if args.refit:
-        from export.engine_trt import refit
+        from export.runtimes.tensorrt import refit
 
         old = manifest.find(name, args.runtime, args.target)
         manifest.require_intact(old)  # not `checked`: it is older than its graph, which is what refitting is for

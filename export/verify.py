@@ -54,10 +54,10 @@ def main(argv: list[str] | None = None) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from export.engine import open_engine
     from export.manifest import ArtifactError, Manifest
-    from export.probes import Probes
-    from export.verifier import Verifier
+    from export.runtimes.base import open_engine
+    from export.verification.inputs import Probes
+    from export.verification.verifier import Verifier
 
     checkpoint = cli.checkpoint(args.ckpt)
     manifest = Manifest.open(args.artifacts)

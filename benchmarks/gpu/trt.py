@@ -24,11 +24,11 @@ import torch
 from benchmarks import machine
 from export import bench, onnx, trt, verify
 from export.components import OLDEST_FP8, PEAK, tolerance
-from export.engine import Session, TorchEngine, open_engine
 from export.manifest import ArtifactError
-from export.probes import Probes
-from export.tensorrt_library import LIBRARIES, device_target
-from export.verifier import compare
+from export.runtimes.base import Session, TorchEngine, open_engine
+from export.runtimes.tensorrt_library import LIBRARIES, device_target
+from export.verification.inputs import Probes
+from export.verification.verifier import compare
 from vlv.checkpoints.folder import Checkpoint
 
 FUSED = ("encoder", "unet", "vae_decoder")  # components whose time the plugins are to shorten

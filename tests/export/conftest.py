@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from export import onnx
-from export.probes import Probes
+from export.verification.inputs import Probes
 from vlv.checkpoints.folder import Checkpoint
 
 BUNDLED = Path(__file__).parents[2] / "assets" / "vlv-tiny"

@@ -9,10 +9,11 @@ import onnx_ir
 import pytest
 import torch
 
-from export import onnx, quantize, trace
-from export.engine import open_engine
-from export.engine_ort import OrtSession
+from export import onnx, trace
 from export.manifest import ArtifactError, Manifest, digest
+from export.quantize import precision as quantize
+from export.runtimes.base import open_engine
+from export.runtimes.onnxruntime import OrtSession
 from tests.export.conftest import BUNDLED, LIMITS
 
 PROTOBUF = (1 << 31) - 1  # bytes that one ONNX file may have

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu import trt as benchmark
 from export import trt
-from export.tensorrt_library import Library
+from export.runtimes.tensorrt_library import Library
 from tests.export.conftest import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[2]

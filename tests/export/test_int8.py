@@ -11,12 +11,13 @@ import onnxruntime
 import pytest
 import torch
 
-from export import graphs, quantize, trace
+from export import graphs, trace
 from export.components import COMPONENTS, Batch
 from export.exporter import Exporter
 from export.manifest import Artifact, Manifest
-from export.probes import Probes
-from export.verifier import compare
+from export.quantize import precision as quantize
+from export.verification.inputs import Probes
+from export.verification.verifier import compare
 from tests.export.toy import Toy, export, scaled
 
 

@@ -9,8 +9,8 @@ import os
 import pytest
 
 from export.components import Batch, Component, tolerance
-from export.engine import open_engine
 from export.manifest import Artifact, ArtifactError, Manifest, source_hash
+from export.runtimes.base import open_engine
 from vlv.checkpoints.folder import Checkpoint
 
 

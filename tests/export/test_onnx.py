@@ -16,10 +16,10 @@ import torch
 
 from export import onnx, verify
 from export.components import COMPONENTS, Batch, Port
-from export.engine import TorchEngine, open_engine
-from export.engine_ort import OrtSession
 from export.manifest import Artifact, ArtifactError, Manifest
-from export.probes import Probes
+from export.runtimes.base import TorchEngine, open_engine
+from export.runtimes.onnxruntime import OrtSession
+from export.verification.inputs import Probes
 from tests.export.conftest import BUNDLED, LIMITS
 
 ROOT = Path(__file__).parents[2]

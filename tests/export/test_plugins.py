@@ -16,9 +16,9 @@ from torch import Tensor
 import kernels
 from export import graphs, plugins, trace
 from export.components import COMPONENTS, PEAK, Batch, Port, tolerance
-from export.engine import RuntimeMissing
-from export.engine_trt import _padded
 from export.manifest import ArtifactError, Manifest, kernels_hash
+from export.runtimes.base import RuntimeMissing
+from export.runtimes.tensorrt import _padded
 from export.trt import _wants_plugins
 from kernels.attention import attention
 from kernels.cross_attention import cross_attention

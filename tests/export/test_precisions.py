@@ -8,10 +8,11 @@ import onnx as onnx_library
 import pytest
 import torch
 
-from export import blocks, quantize
-from export.engine_ort import OrtSession
 from export.manifest import Manifest
-from export.verifier import Verifier, compare, hopeless
+from export.quantize import precision as quantize
+from export.runtimes.onnxruntime import OrtSession
+from export.verification import layer_drift as blocks
+from export.verification.verifier import Verifier, compare, hopeless
 from tests.export.toy import Toy, export, scaled
 
 
@@ -93,7 +94,7 @@ def test_the_first_block_that_drifts_is_named(copied, checkpoint, probes):
 
 def test_drift_is_refused_unless_allowed(tmp_path, capsys, monkeypatch):
     """A precision whose tolerance is (made) too small leaves no file; --allow-drift keeps it, and says so."""
-    monkeypatch.setattr("export.verifier.tolerance", lambda *_: 1e-9)
+    monkeypatch.setattr("export.verification.verifier.tolerance", lambda *_: 1e-9)
     assert export(tmp_path, "fp32", "--components", "context_kv") == 0  # exact: nothing to refuse
     assert export(tmp_path, "fp16", "--components", "context_kv") == 1
     error = capsys.readouterr().err

@@ -7,14 +7,15 @@ import onnxruntime
 import pytest
 import torch
 
-from export import graphs, qdq, trace
+from export import graphs, trace
 from export.components import Batch
-from export.engine import RuntimeMissing
-from export.engine_ort import OrtSession
 from export.manifest import Manifest
-from export.quantize import NotPossible, ranges
-from export.tensorrt_library import LIBRARIES
-from export.verifier import compare
+from export.quantize import qdq
+from export.quantize.precision import NotPossible, ranges
+from export.runtimes.base import RuntimeMissing
+from export.runtimes.onnxruntime import OrtSession
+from export.runtimes.tensorrt_library import LIBRARIES
+from export.verification.verifier import compare
 from tests.export.test_trt import build
 from tests.export.toy import Toy, export, scaled
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from export import trt
-from export.engine import RuntimeMissing, open_engine
 from export.manifest import ArtifactError, Manifest
-from export.tensorrt_library import LIBRARIES
+from export.runtimes.base import RuntimeMissing, open_engine
+from export.runtimes.tensorrt_library import LIBRARIES
 from tests.export.conftest import BUNDLED, LIMITS
 
 PARTS = ("encoder", "unet", "vae_decoder")

@@ -3,7 +3,7 @@
 optimum finds this file by its place in the namespace package `optimum.commands.register`, which therefore has no
 __init__.py. Of optimum's input generators and normalized configs none is used, because of our graphs' inputs they know
 the timestep alone, and as a scalar: they have no type for 8-bit pictures, no name for a cross-attention's keys and
-values, and draw random numbers, where an export here is checked on pictures (export/probes.py).
+values, and draw random numbers, where an export here is checked on pictures (export/verification/inputs.py).
 """
 
 from __future__ import annotations

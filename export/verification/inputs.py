@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from export.engine import TorchEngine
+from export.runtimes.base import TorchEngine
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data.image import ImageError, load_crop
 

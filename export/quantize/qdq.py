@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from export.quantize import NotPossible, saved
+from export.quantize.precision import NotPossible, saved
 from export.trace import Traced
 
 if TYPE_CHECKING:

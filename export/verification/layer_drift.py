@@ -12,7 +12,7 @@ from torch import Tensor
 from export.components import tolerance
 from export.graphs import Graph
 from export.manifest import Artifact
-from export.widen import widen
+from export.quantize.bf16_upcast import widen
 
 
 def drift(artifact: Artifact, folder: Path, graph: Graph, inputs: dict[str, Tensor]) -> list[dict]:

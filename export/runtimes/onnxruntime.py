@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.engine import ArtifactEngine, RuntimeMissing, Session
 from export.manifest import Artifact
-from export.widen import widen
+from export.quantize.bf16_upcast import widen
+from export.runtimes.base import ArtifactEngine, RuntimeMissing, Session
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -235,9 +235,9 @@ def open_engine(word: str, artifacts: str | Path | None = None, checkpoint: Chec
     if artifacts is None:
         raise ValueError(f"the runtime {word} runs exported artifacts: name their folder")
     if word.startswith("onnx"):
-        from export.engine_ort import ENGINES
+        from export.runtimes.onnxruntime import ENGINES
     else:
-        from export.engine_trt import ENGINES
+        from export.runtimes.tensorrt import ENGINES
     return ENGINES[word](artifacts, checkpoint)
 
 

@@ -7,7 +7,8 @@
 | `mixed`       | fp16, but for the blocks whose own error is the largest, as few as keep the tolerance         |
 | `int8`        | ONNX Runtime: weights by channel ahead, activations by tensor at run time                     |
 | `int8-static` | ONNX Runtime: activation ranges calibrated on pictures                                        |
-| `int8-trt`    | a float16 graph with calibrated Q/DQ nodes for TensorRT (export/qdq.py); so `fp8`, from SM 89 |
+| `int8-trt`    | a float16 graph with calibrated Q/DQ nodes for TensorRT (export/quantize/qdq.py); so `fp8`, from SM
+89 |
 
 INT8 touches the products with weights inside blocks alone: the preprocessing's are exact by design, attention's cost
 little and lose much. Most of what 8 bits lose is lost in small blocks near the output, so the cheapest blocks stay in
@@ -26,11 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export import calibrate
-from export.blocks import reference_outputs
 from export.components import PEAK, tolerance
 from export.graphs import Graph
+from export.quantize import calibration as calibrate
 from export.trace import Traced, is_large
+from export.verification.layer_drift import reference_outputs
 
 if TYPE_CHECKING:
     from onnx import ModelProto

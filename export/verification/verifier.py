@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.blocks import drift
 from export.components import PEAK, tolerance
-from export.engine import Session
 from export.manifest import Artifact
-from export.probes import NOISE, Probes
+from export.runtimes.base import Session
+from export.verification.inputs import NOISE, Probes
+from export.verification.layer_drift import drift
 from vlv.checkpoints.folder import Checkpoint
 
 AGREEMENT = 0.99  # of greedy tokens; float32 must keep every one

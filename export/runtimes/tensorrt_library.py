@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from export.components import Batch, Port
-from export.engine import RuntimeMissing
 from export.manifest import ArtifactError
+from export.runtimes.base import RuntimeMissing
 
 
 @dataclass(frozen=True)

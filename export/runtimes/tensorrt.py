@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.engine import ArtifactEngine, RuntimeMissing, Session
 from export.manifest import Artifact, ArtifactError
-from export.tensorrt_library import LIBRARIES, Library, Log, device_target
+from export.runtimes.base import ArtifactEngine, RuntimeMissing, Session
+from export.runtimes.tensorrt_library import LIBRARIES, Library, Log, device_target
 
 
 class TrtSession(Session):

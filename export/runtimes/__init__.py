@@ -1,0 +1,1 @@
+"""What runs an export: PyTorch, ONNX Runtime, TensorRT, TensorRT-RTX, behind one signature."""

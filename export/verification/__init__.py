@@ -1,0 +1,1 @@
+"""Artifacts against float32 PyTorch: inputs, checks, and where a graph drifts."""
