@@ -81,11 +81,11 @@ def _scenes(folder: Path, count: int) -> list[Path]:
 
 def road(args, images: list[Path], folder: Path) -> tuple[dict, dict[str, str]]:
     """The command's pipeline around one vLLM that has started before; the first run is the warm-up."""
-    from serve.llm import LLMSpec, Sampling, engine_class
-    from serve.pipeline import Pipeline, PipelineConfig
-    from serve.progress import Progress
-    from serve.sinks import FileSink
-    from serve.sources import expand
+    from serve.core.inputs import expand
+    from serve.core.pipeline import Pipeline, PipelineConfig
+    from serve.engines.base import LLMSpec, Sampling, engine_class
+    from serve.outputs.jsonl import FileSink
+    from serve.reports.progress import Progress
     from serve.vllm_caption import parser
     from vlv.checkpoints.folder import Checkpoint
 

@@ -1,4 +1,6 @@
-"""Tables and figures for benchmarks.report, as HTML and SVG that need nothing else. Lines are serve.bench_page's."""
+"""Tables and figures for benchmarks.report, as HTML and SVG that need nothing else. Lines are
+serve.reports.bench_page's.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import html
 import math
 from collections.abc import Iterable
 
-from serve.bench_page import INKS, short
+from serve.reports.bench_page import INKS, short
 
 WIDTH = 420
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.charts import bars, lanes, roofline, table
-from serve.bench_page import conditions, curves, plot
+from serve.reports.bench_page import conditions, curves, plot
 from vlv.common import html as pages
 from vlv.common.files import whole
 

@@ -90,16 +90,16 @@ async def measure(args) -> dict:
     """The three, in turns."""
     import uvicorn
 
-    from serve.fetch import Fetcher
-    from serve.limits import Admission, Keys
-    from serve.llm import LLMSpec, Sampling, engine_class
-    from serve.pipeline import Pipeline, PipelineConfig
-    from serve.progress import Progress
-    from serve.routes import Routes
-    from serve.service import Service, ServiceConfig
-    from serve.sinks import FileSink
-    from serve.sources import expand
-    from serve.worker import Bounds
+    from serve.core.inputs import expand
+    from serve.core.pipeline import Pipeline, PipelineConfig
+    from serve.core.service import Service, ServiceConfig
+    from serve.engines.base import LLMSpec, Sampling, engine_class
+    from serve.http.app import Bounds
+    from serve.http.auth import Admission, Keys
+    from serve.http.fetch import Fetcher
+    from serve.http.routes import Routes
+    from serve.outputs.jsonl import FileSink
+    from serve.reports.progress import Progress
     from vlv.checkpoints.folder import Checkpoint
     from vlv.model.captioner import clean_caption
 

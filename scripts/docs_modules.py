@@ -17,8 +17,9 @@ ROOMS = ("kernels", "vlv", "export", "serve")
 PUBLIC = (
     "vlv.model.config", "vlv.data.image", "vlv.model.encoder", "vlv.checkpoints.folder", "vlv.model.captioner",
     "vlv.diffusion.t2i", "vlv.checkpoints.published",
-    "export.runtimes.base", "export.manifest", "serve.llm", "serve.pipeline", "serve.service", "serve.sources",
-    "serve.sinks",
+    "export.runtimes.base", "export.manifest", "serve.engines.base", "serve.core.pipeline", "serve.core.service",
+    "serve.core.inputs",
+    "serve.outputs.jsonl",
 )  # fmt: skip
 GENERATED = {"modules.md", "api.md"}
 

@@ -19,8 +19,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serve.bench_page import page
 from serve.command import Misuse, Parser, debug_argument, positive, run, say
+from serve.reports.bench_page import page
 from vlv.common.command import command_line
 
 MEASURES = ("ttft", "tpot", "itl", "e2e")
@@ -92,7 +92,7 @@ async def measure(args: argparse.Namespace) -> dict:
     """The whole sweep. Raises Misuse where no server answers."""
     import aiohttp
 
-    from serve.sources import expand
+    from serve.core.inputs import expand
 
     urls = [_data_url(item.read()) for item, _ in zip(expand(args.paths), range(256), strict=False)]
     headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get("VLV_API_KEY")) else {}

@@ -21,7 +21,7 @@ from serve import ENGINES
 from vlv.common.command import Misuse, Parser, one_line, positive, say
 
 if TYPE_CHECKING:
-    from serve.llm import Engine, LLMSpec
+    from serve.engines.base import Engine, LLMSpec
     from vlv.checkpoints.folder import Checkpoint
 
 
@@ -74,7 +74,7 @@ class Model:
     def of(cls, args: argparse.Namespace) -> Model:
         """Raises Misuse where they fit neither each other nor what is on the disk; CheckpointError."""
         from export.manifest import ArtifactError, Manifest
-        from serve.llm import LLMSpec
+        from serve.engines.base import LLMSpec
         from vlv.checkpoints.folder import CheckpointError
         from vlv.checkpoints.published import resolve
 
@@ -98,7 +98,7 @@ class Model:
 
     def engine(self) -> Engine:
         """A new engine, not started. Raises OptionError for an option that it does not take."""
-        from serve.llm import Options, engine_class
+        from serve.engines.base import Options, engine_class
 
         args = self.args
         kind = engine_class(args.engine or ("remote" if args.llm_url else "vllm"))
@@ -121,10 +121,10 @@ def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
 def verdict(error: Exception) -> tuple[int, str]:
     """Exit code and sentence for an exception."""
     from export.manifest import ArtifactError
-    from serve.decode import DecodeError
-    from serve.llm import EngineError, OptionError
-    from serve.sinks import SinkError
-    from serve.sources import SourceError
+    from serve.core.decode import DecodeError
+    from serve.core.inputs import SourceError
+    from serve.engines.base import EngineError, OptionError
+    from serve.outputs.jsonl import SinkError
     from vlv.checkpoints.folder import CheckpointError
 
     if isinstance(error, Misuse | SourceError | OptionError):

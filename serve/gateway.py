@@ -62,7 +62,7 @@ class Upstream:
 
     def check_ready(self) -> None:
         """Raise Refusal 503 while vLLM does not answer."""
-        from serve.limits import Refusal
+        from serve.http.auth import Refusal
 
         if not self.ready:
             raise Refusal(503, "not_ready", "the language model does not answer", 10)
@@ -76,11 +76,11 @@ def routes(upstream: Upstream, keys, admission, bounds):
     """The application's Worker."""
     from starlette.responses import JSONResponse
 
-    from serve import api
-    from serve.incoming import read_bytes
-    from serve.limits import Refusal
-    from serve.llm import EmbedsError, EngineError
-    from serve.worker import Worker
+    from serve.engines.base import EmbedsError, EngineError
+    from serve.http import openai_api as api
+    from serve.http.app import Worker
+    from serve.http.auth import Refusal
+    from serve.http.incoming import read_bytes
 
     spec, engine = upstream.engine.spec, upstream.engine
 
@@ -128,7 +128,7 @@ def routes(upstream: Upstream, keys, admission, bounds):
 
 def wishes_of(header: str) -> dict:
     """The fields of the header. Raises Refusal for what cannot be honoured here."""
-    from serve.limits import Refusal
+    from serve.http.auth import Refusal
 
     try:
         fields = json.loads(header)
@@ -148,8 +148,8 @@ def embeds_of(content: bytes, spec):
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    from serve.limits import Refusal
-    from serve.llm import EmbedsError
+    from serve.engines.base import EmbedsError
+    from serve.http.auth import Refusal
 
     try:
         tensors = load(content)
@@ -163,11 +163,11 @@ def embeds_of(content: bytes, spec):
 
 
 async def _serve(args: argparse.Namespace) -> int:
-    from serve.limits import Admission
-    from serve.llm import LLMSpec, Options
-    from serve.metrics import Metrics
-    from serve.remote_engine import RemoteEngine
-    from serve.worker import Bounds
+    from serve.engines.base import LLMSpec, Options
+    from serve.engines.remote import RemoteEngine
+    from serve.http.app import Bounds
+    from serve.http.auth import Admission
+    from serve.http.metrics import Metrics
     from vlv.checkpoints.folder import Checkpoint, CheckpointError
 
     if not args.ckpt or not args.llm_url:

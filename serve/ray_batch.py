@@ -3,7 +3,7 @@
 SRC: files, folders, globs, .txt lists and .tar shards as for serve.vllm_caption; folders, globs and shards behind URLs
 (s3://, gs://, by fsspec); Parquet files with a column of URLs. DST: a folder, or such a URL. Decoding, encoder and
 language model are actors of a Ray cluster (--address; without it, of this machine), as many as their queues ask for.
-The same command goes on after any kill: serve/ray_store.py says how. Needs ray[data]; every node needs this package,
+The same command goes on after any kill: serve/ray/store.py says how. Needs ray[data]; every node needs this package,
 DIR and local sources.
 """
 
@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from serve.command import Misuse, Model, Parser, debug_argument, engine_arguments, model_arguments, positive, run, say
-from serve.ray_cluster import cluster_arguments, joined, on_gpu, share, span
+from serve.ray.cluster import cluster_arguments, joined, on_gpu, share, span
 
 if TYPE_CHECKING:
     from vlv.model.config import VLVConfig
@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from serve.ray_stages import ENDINGS
-    from serve.ray_store import Store, items_of, part, plan
+    from serve.ray.stages import ENDINGS
+    from serve.ray.store import Store, items_of, part, plan
 
     if not args.ckpt:
         raise Misuse("--ckpt is needed (--help shows the usage)")
@@ -93,7 +93,7 @@ def _most_images(config: VLVConfig) -> int:
 
 def _results(data: ModuleType, args: argparse.Namespace, todo: list[int]) -> Iterator[dict]:
     """Run the stages over units; yields what each unit came to."""
-    from serve.ray_stages import Decode, Encode, Write
+    from serve.ray.stages import Decode, Encode, Write
 
     context = data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from serve.command import Misuse, Model, Parser, debug_argument, positive, run, say
-from serve.ray_cluster import cluster_arguments, joined, on_gpu, share, span
+from serve.ray.cluster import cluster_arguments, joined, on_gpu, share, span
 from serve.server import EXIT_CODES, read_keys, serving_arguments
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def application(args: argparse.Namespace) -> Application:
     """The deployment: how many replicas there are, and how one is looked after."""
     from ray import serve as ray_serve
 
-    from serve.ray_replica import Replica, front
+    from serve.ray.replica import Replica, front
 
     deployment = ray_serve.deployment(ray_serve.ingress(front())(Replica))
     return deployment.options(**scaling(args, on_gpu())).bind(args)

@@ -30,7 +30,7 @@ from serve.command import (
 )
 
 if TYPE_CHECKING:
-    from serve.routes import Routes
+    from serve.http.routes import Routes
 
 EXIT_CODES = """\
 exit codes: 0 stopped by SIGTERM or Ctrl-C, with every request answered; 1 the server cannot run; 2 wrong arguments.
@@ -107,7 +107,7 @@ def in_loop(work: Callable[[argparse.Namespace], Coroutine[Any, Any, int]]) -> C
 
 
 def _new_key(args: argparse.Namespace) -> int:
-    from serve.limits import Keys, KeysError
+    from serve.http.auth import Keys, KeysError
 
     if not args.keys:
         raise Misuse("--new-key needs --keys FILE, where the key's hash is added")
@@ -128,11 +128,11 @@ async def _serve(args: argparse.Namespace) -> int:
 @contextlib.asynccontextmanager
 async def opened(args: argparse.Namespace) -> AsyncIterator[Routes]:
     """The routes around a service that loads, as the arguments say; closed at the end. Raises Misuse."""
-    from serve.fetch import Fetcher
-    from serve.limits import Admission
-    from serve.routes import Routes
-    from serve.service import Service, ServiceConfig
-    from serve.worker import Bounds
+    from serve.core.service import Service, ServiceConfig
+    from serve.http.app import Bounds
+    from serve.http.auth import Admission
+    from serve.http.fetch import Fetcher
+    from serve.http.routes import Routes
 
     if not args.ckpt:
         raise Misuse("--ckpt is needed (--help shows the usage)")
@@ -215,7 +215,7 @@ async def listen(app, args: argparse.Namespace, routes, failure: asyncio.Future,
 
 def read_keys(args: argparse.Namespace):
     """The keys of --keys; without, only this machine is let in. Raises Misuse."""
-    from serve.limits import Keys, KeysError
+    from serve.http.auth import Keys, KeysError
 
     if not (args.keys or args.no_auth or loopback(args.host)):
         raise Misuse(f"--host {args.host} lets others in: give --keys FILE (make one with --new-key), or --no-auth")

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = parser().parse_args(argv)
     if args.doctor:
-        from serve.doctor import report
+        from serve.reports.doctor import report
 
         return report()
     try:
@@ -109,12 +109,12 @@ def _caption(args: argparse.Namespace) -> int:
     model = Model.of(args)
     items = _items(args)
 
-    from serve.formats import sink_class
-    from serve.llm import Sampling
-    from serve.pipeline import Pipeline, PipelineConfig
-    from serve.progress import Progress
-    from serve.sinks import StreamSink
-    from serve.timeline import Timeline
+    from serve.core.pipeline import Pipeline, PipelineConfig
+    from serve.engines.base import Sampling
+    from serve.outputs.formats import sink_class
+    from serve.outputs.jsonl import StreamSink
+    from serve.reports.progress import Progress
+    from serve.reports.timeline import Timeline
 
     sampling = Sampling(model.max_tokens, args.temperature, args.seed, tuple(args.stop))
     config = PipelineConfig(
@@ -136,7 +136,7 @@ def _caption(args: argparse.Namespace) -> int:
         progress.show(busy, last=True)
     progress.show(progress.summary(), last=True)
     if args.gallery:
-        from serve import gallery
+        from serve.reports import gallery
 
         gallery.write(Path(args.gallery), model.checkpoint, _items(args), sink.journal_path)
     if progress.failed:
@@ -147,7 +147,7 @@ def _caption(args: argparse.Namespace) -> int:
 
 
 def _items(args: argparse.Namespace):
-    from serve.sources import expand, part_of
+    from serve.core.inputs import expand, part_of
 
     items = expand(args.paths)
     return part_of(items, *args.shard) if args.shard else items
@@ -190,7 +190,7 @@ def _run(pipeline, items) -> None:
 
 def _count(args: argparse.Namespace, progress) -> None:
     """Count the input beside the run, for the time left."""
-    from serve.sources import SourceError
+    from serve.core.inputs import SourceError
 
     with contextlib.suppress(SourceError):
         progress.total = sum(1 for _ in itertools.islice(_items(args), args.limit))

@@ -30,12 +30,12 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    from serve.vllm_config import ARCHITECTURE, CaptionerConfig
+    from serve.vllm_model.config import ARCHITECTURE, CaptionerConfig
 
     AutoConfig.register(CaptionerConfig.model_type, CaptionerConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         # by name: vLLM imports it only for a folder of ours
-        ModelRegistry.register_model(ARCHITECTURE, f"serve.vllm_model:{ARCHITECTURE}")
+        ModelRegistry.register_model(ARCHITECTURE, f"serve.vllm_model.model:{ARCHITECTURE}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,8 +74,8 @@ def _write(args: argparse.Namespace) -> int:
 
 def write(checkpoint, out: Path, force: bool = False) -> None:
     """Write the folder of a checkpoint. Raises CheckpointError."""
-    from serve.llm import LLMSpec, load_tokenizer
-    from serve.vllm_config import ARCHITECTURE, CaptionerConfig
+    from serve.engines.base import LLMSpec, load_tokenizer
+    from serve.vllm_model.config import ARCHITECTURE, CaptionerConfig
     from vlv.common.files import fresh_folder, link_tree, write_json
 
     spec = LLMSpec.of(checkpoint)

@@ -55,7 +55,7 @@ def test_without_privilege(pods, name):
 
 
 def test_the_server_takes_its_options_and_the_probes_its_routes(pods):
-    from serve.worker import Worker
+    from serve.http.app import Worker
 
     (container,) = pods["server"]["containers"]
     assert container["args"][0] == "serve.server"

@@ -50,17 +50,17 @@ def test_the_source_archive_can_be_set_up_and_tested(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"pyproject.toml", "setup.py", "Makefile", "README.md", "requirements/cpu.lock", "scripts/setup.sh"}
-    assert needed | {"serve/web/app.js", "tests/conftest.py", "docs/serving.md"} <= names
+    assert needed | {"serve/http/web/app.js", "tests/conftest.py", "docs/serving.md"} <= names
 
 
 def test_imports_and_data_are_the_wheels(installed, clean_venv):
     code = """
-import json, export.runtimes.base, kernels.window_attention, serve.page, serve.server, vlv.model.encoder,
+import json, export.runtimes.base, kernels.window_attention, serve.http.page, serve.server, vlv.model.encoder,
 vlv.data.scenes
 vlv.data.scenes.render(vlv.data.scenes.sample(0))
 import kernels.runtime.tuning
-print(json.dumps([m.__file__ for m in (export.runtimes.base, kernels, serve.page, vlv.model.encoder)] +
-[serve.page.PAGE]))
+print(json.dumps([m.__file__ for m in (export.runtimes.base, kernels, serve.http.page, vlv.model.encoder)] +
+[serve.http.page.PAGE]))
 """
     *files, page = json.loads(installed("-c", code))
     assert all(Path(file).is_relative_to(clean_venv) for file in files), files

@@ -154,7 +154,7 @@ def test_a_reasoning_model_gets_its_own_fields(files, server, tmp_path):
 def test_over_our_own_server(files, tmp_path, captioning_checkpoint, capsys):
     """Our server's language model writes captions and no grades: the wire works, and the judge says so."""
     pytest.importorskip("uvicorn")
-    from serve.transformers_engine import TransformersEngine
+    from serve.engines.transformers import TransformersEngine
     from tests.serve.serving import Running
     from vlv.checkpoints.folder import Checkpoint
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pyarrow import Table, parquet
 
-from serve.ray_store import Store, items_of, plan, unit_items
+from serve.ray.store import Store, items_of, plan, unit_items
 from vlv.data.image import ImageError
 
 CLOUDS = {

@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from serve import ray_serve
-from serve.llm import EngineError
-from serve.ray_replica import Replica
+from serve.engines.base import EngineError
+from serve.ray.replica import Replica
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +82,7 @@ def test_a_replica_that_cannot_load_says_why(flags, monkeypatch):
     async def fails(service) -> None:
         raise EngineError("no memory")
 
-    monkeypatch.setattr("serve.service.Service._keep_engine", fails)
+    monkeypatch.setattr("serve.core.service.Service._keep_engine", fails)
     with pytest.raises(EngineError, match="no memory"):
         asyncio.run(Replica.__new__(Replica).__init__(ray_serve.parser().parse_args(flags)))
 

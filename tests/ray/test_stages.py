@@ -13,9 +13,9 @@ from pyarrow import Table, parquet
 
 from serve import ray_batch
 from serve.command import Misuse
-from serve.ray_stages import Decode, Encode, Write
-from serve.ray_store import Remote, Store, items_of, part, plan, unit_items
-from serve.sources import SourceError
+from serve.core.inputs import SourceError
+from serve.ray.stages import Decode, Encode, Write
+from serve.ray.store import Remote, Store, items_of, part, plan, unit_items
 from vlv.data.image import ImageError
 from vlv.model.config import VLVConfig
 

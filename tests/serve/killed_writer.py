@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from serve.formats import ParquetSink, sink_class
-from serve.sources import Item
+from serve.core.inputs import Item
+from serve.outputs.formats import ParquetSink, sink_class
 
 
 class JsonParts(ParquetSink):

@@ -12,12 +12,12 @@ import httpx
 import uvicorn
 import uvloop
 
-from serve.fetch import Fetcher
-from serve.limits import Admission, Keys
-from serve.llm import Engine, EngineError, LLMSpec
-from serve.routes import Routes
-from serve.service import Service, ServiceConfig
-from serve.worker import Bounds
+from serve.core.service import Service, ServiceConfig
+from serve.engines.base import Engine, EngineError, LLMSpec
+from serve.http.app import Bounds
+from serve.http.auth import Admission, Keys
+from serve.http.fetch import Fetcher
+from serve.http.routes import Routes
 
 TEXT = "The image shows a cat. It is red! The image shows a cat. A dog is left of it. Its"
 CLEAN = "The image shows a cat. It is red! A dog is left of it."

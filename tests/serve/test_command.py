@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from serve.command import Misuse, Model, Parser, engine_arguments, model_arguments, run, verdict
-from serve.llm import OptionError
+from serve.engines.base import OptionError
 
 COMMANDS = ("vllm_caption", "server", "gateway", "bench", "vllm_plugin")
 

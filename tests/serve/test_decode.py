@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
-from serve.decode import DecodeError, DecodePool
-from serve.sources import Item, expand
+from serve.core.decode import DecodeError, DecodePool
+from serve.core.inputs import Item, expand
 from vlv.data.image import ImageError, load_crop
 
 SIZE = 16
@@ -86,7 +86,7 @@ def test_a_killed_process_costs_one_image(tmp_path, scene_images):
 
 
 def test_processes_that_cannot_start(monkeypatch):
-    monkeypatch.setattr("serve.decode._work", print)  # ends at once, without a word
+    monkeypatch.setattr("serve.core.decode._work", print)  # ends at once, without a word
 
     async def work(pool):
         await crop(pool, Item("a", "a.png"))
@@ -101,7 +101,7 @@ def test_a_process_that_cannot_be_replaced(monkeypatch, scene_images):
 
     async def work(pool):
         await crop(pool, item)
-        monkeypatch.setattr("serve.decode._work", print)
+        monkeypatch.setattr("serve.core.decode._work", print)
         (worker,) = pool._workers
         worker.process.kill()
         while pool._workers:
@@ -117,7 +117,7 @@ def test_no_process_outlives_a_killed_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import asyncio, sys\n"
-        "from serve.decode import DecodePool\n"
+        "from serve.core.decode import DecodePool\n"
         "async def main():\n"
         "    async with DecodePool(16, 2, 4) as pool:\n"
         "        while not all(w.ready for w in pool._workers): await asyncio.sleep(0.01)\n"
@@ -138,7 +138,7 @@ def test_no_process_outlives_a_killed_parent(tmp_path):
 
 def test_import_is_light():
     """A decode process imports this module: torch would cost each two seconds and 300 MB."""
-    code = "import sys, serve.decode, serve.vllm_caption; print('torch' in sys.modules)"
+    code = "import sys, serve.core.decode, serve.vllm_caption; print('torch' in sys.modules)"
     started = time.monotonic()
     run_ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run_.stdout.strip() == "False", run_.stderr

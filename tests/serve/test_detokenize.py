@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from serve.detokenize import Detokenizer
+from serve.engines.detokenize import Detokenizer
 
 TEXT = "A red apple. Ein Bäumchen 🍎 is left of it.\nThe end"
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve import doctor, gallery
-from serve.sinks import SinkError
-from serve.sources import expand
+from serve.core.inputs import expand
+from serve.outputs.jsonl import SinkError
+from serve.reports import doctor, gallery
 from serve.vllm_caption import main
 from vlv.checkpoints.folder import Checkpoint
 

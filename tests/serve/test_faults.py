@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.serve_faults import caption, send_all
 from benchmarks.serve_fuzz import fuzzed_images, fuzzed_requests, scene
-from serve.worker import Bounds
+from serve.http.app import Bounds
 from tests.serve.serving import Running, Scripted
 from vlv.checkpoints.folder import Checkpoint
 

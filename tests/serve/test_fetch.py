@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from serve.fetch import Fetcher, is_public
-from serve.limits import Refusal
+from serve.http.auth import Refusal
+from serve.http.fetch import Fetcher, is_public
 
 PICTURE = b"\x89PNG" + bytes(5000)
 

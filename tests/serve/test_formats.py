@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from serve import FORMATS
-from serve.formats import sidecar, sink_class
-from serve.sinks import SinkError
-from serve.sources import Item, part_of
-from serve.webdataset import sample
+from serve.core.inputs import Item, part_of
+from serve.outputs.formats import sidecar, sink_class
+from serve.outputs.jsonl import SinkError
+from serve.outputs.webdataset import sample
 from vlv.data.image import ImageError
 
 WRITER = Path(__file__).with_name("killed_writer.py")

@@ -12,12 +12,12 @@ from safetensors.torch import save
 from starlette.requests import Request
 
 from serve import gateway
-from serve.incoming import bounded
-from serve.limits import Admission, Keys
-from serve.llm import LLMSpec
-from serve.metrics import Metrics
-from serve.remote_engine import RemoteEngine
-from serve.worker import Bounds
+from serve.engines.base import LLMSpec
+from serve.engines.remote import RemoteEngine
+from serve.http.app import Bounds
+from serve.http.auth import Admission, Keys
+from serve.http.incoming import bounded
+from serve.http.metrics import Metrics
 from tests.serve.serving import Scripted
 from vlv.checkpoints.folder import Checkpoint
 

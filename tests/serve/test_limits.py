@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from serve.api import Cleaner
-from serve.limits import Admission, Key, Keys, KeysError, Refusal
+from serve.http.auth import Admission, Key, Keys, KeysError, Refusal
+from serve.http.openai_api import Cleaner
 from vlv.model.captioner import clean_caption
 
 

@@ -9,13 +9,13 @@ from collections import Counter
 
 import pytest
 
-from serve.formats import SidecarSink
-from serve.llm import Completion, EmbedsError, Engine, EngineError, LLMSpec, Sampling
-from serve.pipeline import Pipeline, PipelineConfig
-from serve.progress import Progress
-from serve.sinks import FileSink
-from serve.sources import expand
-from serve.timeline import Timeline
+from serve.core.inputs import expand
+from serve.core.pipeline import Pipeline, PipelineConfig
+from serve.engines.base import Completion, EmbedsError, Engine, EngineError, LLMSpec, Sampling
+from serve.outputs.formats import SidecarSink
+from serve.outputs.jsonl import FileSink
+from serve.reports.progress import Progress
+from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
 
 

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save
 
 from serve import gateway
-from serve.llm import EmbedsError, EngineError, LLMSpec, OptionError, Options, Sampling
-from serve.remote_engine import RemoteEngine
-from serve.transformers_engine import TransformersEngine
+from serve.engines.base import EmbedsError, EngineError, LLMSpec, OptionError, Options, Sampling
+from serve.engines.remote import RemoteEngine
+from serve.engines.transformers import TransformersEngine
 from vlv.checkpoints.folder import Checkpoint
 
 ROOT = Path(__file__).parents[2]

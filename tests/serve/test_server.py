@@ -13,8 +13,8 @@ import numpy as np
 import openai
 import pytest
 
-from serve.limits import Keys
-from serve.worker import Bounds
+from serve.http.app import Bounds
+from serve.http.auth import Keys
 from tests.serve.serving import CLEAN, TEXT, Running, Scripted
 from vlv.checkpoints.folder import Checkpoint
 

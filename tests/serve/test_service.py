@@ -7,11 +7,11 @@ import asyncio
 import pytest
 import torch
 
-from serve.decode import DecodeError
-from serve.limits import Refusal
-from serve.llm import EngineError, LLMSpec, Sampling
-from serve.service import Service, ServiceConfig
-from serve.transformers_engine import TransformersEngine
+from serve.core.decode import DecodeError
+from serve.core.service import Service, ServiceConfig
+from serve.engines.base import EngineError, LLMSpec, Sampling
+from serve.engines.transformers import TransformersEngine
+from serve.http.auth import Refusal
 from tests.serve.serving import Scripted
 from vlv.checkpoints.folder import Checkpoint
 
@@ -30,7 +30,7 @@ def test_the_encoder_is_the_one_that_is_asked_for(captioning_checkpoint, scene_i
         opened.append(given)
         return lambda crops: torch.full((len(crops), 2, 3), 7.0)
 
-    monkeypatch.setattr("serve.service.open_encoder", open_encoder)
+    monkeypatch.setattr("serve.core.service.open_encoder", open_encoder)
     config = ServiceConfig(8, 1, encoder="onnx", artifacts=tmp_path)
 
     async def embed():
@@ -53,7 +53,7 @@ def encoded(monkeypatch, spec: LLMSpec) -> list[int]:
         sizes.append(len(crops))
         return torch.zeros(len(crops), spec.queries, spec.width)
 
-    monkeypatch.setattr("serve.service.open_encoder", lambda *_: encode)
+    monkeypatch.setattr("serve.core.service.open_encoder", lambda *_: encode)
     return sizes
 
 
@@ -99,7 +99,7 @@ def test_pictures_gather_while_the_language_model_is_full(captioning_checkpoint,
 def test_a_service_that_cannot_decode_gives_up(captioning_checkpoint, monkeypatch):
     """It refuses, and whoever runs it learns why it has to end."""
     checkpoint = Checkpoint.open(captioning_checkpoint)
-    monkeypatch.setattr("serve.decode._work", print)  # ends at once
+    monkeypatch.setattr("serve.core.decode._work", print)  # ends at once
 
     async def run():
         service = Service(checkpoint, lambda: Scripted(LLMSpec.of(checkpoint), 10, 8), ServiceConfig(workers=1))

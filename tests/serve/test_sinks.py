@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from serve.sinks import FileSink, IdSet, SinkError
-from serve.sources import Item
+from serve.core.inputs import Item
+from serve.outputs.jsonl import FileSink, IdSet, SinkError
 
 ITEM = Item("a", "/absent")
 
@@ -123,7 +123,7 @@ def test_a_line_that_does_not_fit_is_taken_back(output):
     """The file may grow to 1000 bytes: what fits stays, nothing is torn."""
     script = (
         "import resource, sys\n"
-        "from serve.sinks import FileSink, SinkError\n"
+        "from serve.outputs.jsonl import FileSink, SinkError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "sink = FileSink(sys.argv[1], 'm')\n"
         "try:\n"

@@ -10,7 +10,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from serve.sources import SourceError, expand
+from serve.core.inputs import SourceError, expand
 from vlv.data.image import ImageError
 
 

@@ -17,12 +17,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from serve.llm import EmbedsError, LLMSpec, Options, Sampling
-from serve.pipeline import Pipeline, PipelineConfig
-from serve.progress import Progress
-from serve.sinks import FileSink
-from serve.sources import expand
-from serve.vllm_engine import VllmEngine
+from serve.core.inputs import expand
+from serve.core.pipeline import Pipeline, PipelineConfig
+from serve.engines.base import EmbedsError, LLMSpec, Options, Sampling
+from serve.engines.vllm import VllmEngine
+from serve.outputs.jsonl import FileSink
+from serve.reports.progress import Progress
 from vlv.checkpoints.folder import Checkpoint
 
 TOKENS = 48
@@ -127,7 +127,7 @@ def test_greedy_tokens_equal_transformers(vllm, loop, embeds, reference):
 
 
 def test_captioner_and_both_engines_agree(vllm, loop, checkpoint, embeds, pixels, reference):
-    from serve.transformers_engine import TransformersEngine
+    from serve.engines.transformers import TransformersEngine
     from vlv.model.captioner import Captioner
 
     async def generate():

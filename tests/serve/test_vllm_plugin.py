@@ -133,7 +133,7 @@ def test_mistakes_are_one_sentence(captioning_checkpoint, folder, tmp_path, caps
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.40.1.dev3+g1234567"])
 def test_another_vllm_is_refused_and_can_be_tried(monkeypatch, version):
-    from serve.vllm_config import ANYWAY, TESTED, VersionError, require_tested
+    from serve.vllm_model.config import ANYWAY, TESTED, VersionError, require_tested
 
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__=version))
     with pytest.raises(VersionError, match=f"{TESTED[0]}.*{version[:4]}.*{ANYWAY}=1"):

@@ -28,7 +28,7 @@ SMALL = ["--min-side", "32", "--min-words", "1", "--repetition", "1", "--size", 
 @pytest.fixture(scope="module")
 def server(captioning_checkpoint):
     """The address of our server, in a thread."""
-    from serve.transformers_engine import TransformersEngine
+    from serve.engines.transformers import TransformersEngine
     from tests.serve.serving import Running
     from vlv.checkpoints.folder import Checkpoint
 

@@ -8,8 +8,8 @@ import re
 import httpx
 import pytest
 
-from serve.limits import Keys
-from serve.page import HEADERS, PAGE
+from serve.http.auth import Keys
+from serve.http.page import HEADERS, PAGE
 from tests.serve.serving import CLEAN, Running, Scripted
 from tests.web.browser import Browser, chromium
 from vlv.checkpoints.folder import Checkpoint
@@ -264,8 +264,8 @@ def test_a_checkpoint_that_cannot_draw(random_checkpoint, scene_images):
 
     import numpy as np
 
-    from serve.limits import Refusal
-    from serve.painter import Drawing, Painter
+    from serve.http.auth import Refusal
+    from serve.http.reconstructor import Drawing, Painter
 
     painter = Painter(Checkpoint.open(random_checkpoint))
     with pytest.raises(Refusal, match="no text-to-image model") as refused:
@@ -284,8 +284,8 @@ def test_a_painter_that_is_busy_or_has_no_memory(drawing_checkpoint, monkeypatch
 
     import torch
 
-    from serve.limits import Refusal
-    from serve.painter import WAITING, Drawing, Painter
+    from serve.http.auth import Refusal
+    from serve.http.reconstructor import WAITING, Drawing, Painter
 
     painter, go = Painter(Checkpoint.open(drawing_checkpoint)), threading.Event()
 

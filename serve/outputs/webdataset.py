@@ -13,9 +13,9 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from serve.formats import captions_of
-from serve.sinks import FolderSink, SinkError, append, explained, json_bytes
-from serve.sources import Item, is_image
+from serve.core.inputs import Item, is_image
+from serve.outputs.formats import captions_of
+from serve.outputs.jsonl import FolderSink, SinkError, append, explained, json_bytes
 
 BLOCK = tarfile.BLOCKSIZE
 SHARD_BYTES = 1 << 30  # a shard that has grown beyond is followed by the next

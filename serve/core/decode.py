@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from serve.sources import Item
+from serve.core.inputs import Item
 from vlv.data.image import MAX_PIXELS, ImageError, load_crop
 
 _Job = tuple[Item, int, asyncio.Future]  # an item, its slot, and the promise of an answer

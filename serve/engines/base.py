@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.detokenize import Detokenizer
+from serve.engines.detokenize import Detokenizer
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.common.command import one_line
 
@@ -223,13 +223,13 @@ def load_tokenizer(folder: Path):
 def engine_class(name: str) -> type[Engine]:
     """The engine class of one of serve.ENGINES."""
     if name == "vllm":
-        from serve.vllm_engine import VllmEngine
+        from serve.engines.vllm import VllmEngine
 
         return VllmEngine
     if name == "remote":
-        from serve.remote_engine import RemoteEngine
+        from serve.engines.remote import RemoteEngine
 
         return RemoteEngine
-    from serve.transformers_engine import TransformersEngine
+    from serve.engines.transformers import TransformersEngine
 
     return TransformersEngine

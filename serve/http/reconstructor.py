@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serve.limits import Refusal
+from serve.http.auth import Refusal
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.data.image import png
 

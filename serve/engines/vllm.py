@@ -22,8 +22,8 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.guard import Guard
-from serve.llm import Engine, EngineError, OptionError, Sampling
+from serve.engines.base import Engine, EngineError, OptionError, Sampling
+from serve.engines.child_reaper import Guard
 from vlv.common.command import one_line
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, they leave shared memory to clean up
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-FEW_CORES = 4  # where serve.vllm_executor is the faster
+FEW_CORES = 4  # where serve.engines.vllm_executor is the faster
 CPU_BLOCK = 32  # tokens a block of vLLM's CPU cache: the fewest that its kernels take
 
 
@@ -93,7 +93,7 @@ class VllmEngine(Engine):
             device = {"dtype": "float32", "enforce_eager": True, "block_size": CPU_BLOCK}
             device["kv_cache_memory_bytes"] = self._cache_bytes()
             if self.encoder_threads:
-                from serve.vllm_executor import SharedCoresExecutor
+                from serve.engines.vllm_executor import SharedCoresExecutor
 
                 device["distributed_executor_backend"] = SharedCoresExecutor
         arguments = AsyncEngineArgs(

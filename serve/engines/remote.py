@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from serve.llm import EmbedsError, Engine, EngineError, OptionError, Sampling
+from serve.engines.base import EmbedsError, Engine, EngineError, OptionError, Sampling
 from vlv.common.command import one_line
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from serve.vllm_config import CaptionerConfig
+from serve.vllm_model.config import CaptionerConfig
 from vlv.data.image import MAX_PIXELS, centre
 from vlv.model.config import VLVConfig
 from vlv.model.encoder import VLVEncoder

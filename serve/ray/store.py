@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from serve.command import Misuse
-from serve.sources import SHARDS, Item, SourceError, expand, image_members, is_image
+from serve.core.inputs import SHARDS, Item, SourceError, expand, image_members, is_image
 from vlv.common.files import whole
 from vlv.data.image import ImageError
 
@@ -102,7 +102,8 @@ def part(unit: int, ending: str = "") -> str:
 
 
 def items_of(paths: list[str], column: str) -> Iterator[Item]:
-    """The images of paths (as serve.sources), of folders, globs and shards behind URLs, and of Parquet files of URLs.
+    """The images of paths (as serve.core.inputs), of folders, globs and shards behind URLs, and of Parquet files of
+    URLs.
 
     Raises SourceError or Misuse.
     """
@@ -182,7 +183,7 @@ def plan(store: Store, items: Iterable[Item], terms: dict, size: int) -> int:
 
 def _once(items: Iterable[Item]) -> Iterator[Item]:
     """Each id once, as its first mention has it."""
-    from serve.sinks import IdSet
+    from serve.outputs.jsonl import IdSet
 
     seen = IdSet()
     return (item for item in items if seen.add(item.id))

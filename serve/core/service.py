@@ -18,12 +18,12 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.decode import DecodeError, DecodePool, default_workers
-from serve.limits import Refusal
-from serve.llm import Completion, EmbedsError, Engine, EngineError, Sampling
-from serve.metrics import Metrics
-from serve.pipeline import open_encoder
-from serve.sources import Item
+from serve.core.decode import DecodeError, DecodePool, default_workers
+from serve.core.inputs import Item
+from serve.core.pipeline import open_encoder
+from serve.engines.base import Completion, EmbedsError, Engine, EngineError, Sampling
+from serve.http.auth import Refusal
+from serve.http.metrics import Metrics
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data.image import ImageError
 

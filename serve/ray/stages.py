@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from serve.command import Model
-from serve.ray_store import Store, part, unit_items
-from serve.webdataset import END, sample
+from serve.outputs.webdataset import END, sample
+from serve.ray.store import Store, part, unit_items
 from vlv.data.image import ImageError
 
 Batch = dict[str, Any]
@@ -27,7 +27,7 @@ class Decode:
     """Plans to crops, in processes of the actor's own: a file that kills its decoder costs that image."""
 
     def __init__(self, args: argparse.Namespace):
-        from serve.decode import DecodePool
+        from serve.core.decode import DecodePool
 
         self._store = Store(args.output)
         self._loop, workers = asyncio.new_event_loop(), args.workers or 1
@@ -64,7 +64,7 @@ class Encode:
     """Crops to embeddings."""
 
     def __init__(self, args: argparse.Namespace):
-        from serve.pipeline import open_encoder
+        from serve.core.pipeline import open_encoder
 
         self._most = args.prompt_batch
         self._encoder = open_encoder(Model.of(args).checkpoint, args.encoder, args.artifacts)
@@ -120,7 +120,7 @@ class Write:
     async def _caption(self, batch: Batch, row: int) -> dict | ImageError:
         import torch
 
-        from serve.llm import EmbedsError, Sampling
+        from serve.engines.base import EmbedsError, Sampling
         from vlv.model.captioner import clean_caption
 
         if batch["kind"][row]:

@@ -12,14 +12,14 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from serve import api
-from serve.fetch import Fetcher
-from serve.incoming import all_of, read_form, read_json
-from serve.limits import Admission, Keys, Place, Refusal
-from serve.page import HEADERS, PAGE
-from serve.painter import Drawing, Painter
-from serve.service import Service
-from serve.worker import Bounds, Worker
+from serve.core.service import Service
+from serve.http import openai_api as api
+from serve.http.app import Bounds, Worker
+from serve.http.auth import Admission, Keys, Place, Refusal
+from serve.http.fetch import Fetcher
+from serve.http.incoming import all_of, read_form, read_json
+from serve.http.page import HEADERS, PAGE
+from serve.http.reconstructor import Drawing, Painter
 
 
 class Routes(Worker):

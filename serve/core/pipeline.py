@@ -20,11 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from serve.decode import DecodePool, default_workers
-from serve.llm import EmbedsError, Engine, Sampling
-from serve.progress import Progress
-from serve.sources import Item
-from serve.timeline import Timeline
+from serve.core.decode import DecodePool, default_workers
+from serve.core.inputs import Item
+from serve.engines.base import EmbedsError, Engine, Sampling
+from serve.reports.progress import Progress
+from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data.image import ImageError
 

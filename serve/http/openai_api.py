@@ -9,8 +9,8 @@ import time
 import uuid
 from dataclasses import dataclass
 
-from serve.limits import Refusal
-from serve.llm import Completion, Sampling
+from serve.engines.base import Completion, Sampling
+from serve.http.auth import Refusal
 from vlv.model.captioner import clean_caption
 
 IGNORED = {"user", "metadata", "store", "messages", "model", "images", "stream", "stream_options"}

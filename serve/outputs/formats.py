@@ -13,8 +13,8 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from serve.sinks import FileSink, FolderSink, SinkError, explained, json_bytes
-from serve.sources import Item
+from serve.core.inputs import Item
+from serve.outputs.jsonl import FileSink, FolderSink, SinkError, explained, json_bytes
 from vlv.common.files import whole
 from vlv.data.image import ImageError
 
@@ -25,7 +25,7 @@ COCO_HEAD = b'{"info": {"description": "VLV captions'
 def sink_class(name: str) -> type[FileSink]:
     """The sink class of a format's name. Raises SinkError where a package for it is missing."""
     if name == "webdataset":
-        from serve.webdataset import WebDatasetSink
+        from serve.outputs.webdataset import WebDatasetSink
 
         return WebDatasetSink
     if name == "parquet":

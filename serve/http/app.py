@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from serve import api
-from serve.incoming import bounded, until_gone
-from serve.limits import Admission, Keys, Refusal
+from serve.http import openai_api as api
+from serve.http.auth import Admission, Keys, Refusal
+from serve.http.incoming import bounded, until_gone
 
 GONE = 499  # nobody reads this answer: the client has closed the connection
 

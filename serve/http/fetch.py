@@ -19,7 +19,7 @@ import aiohttp
 import yarl
 from aiohttp.abc import AbstractResolver
 
-from serve.limits import Refusal
+from serve.http.auth import Refusal
 
 REDIRECTS = 3
 

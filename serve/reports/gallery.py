@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from serve.sinks import explained
-from serve.sources import Item
+from serve.core.inputs import Item
+from serve.outputs.jsonl import explained
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.common import html as pages
 from vlv.common.files import whole

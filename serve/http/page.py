@@ -1,6 +1,6 @@
 """The page at `/` of the server: pictures in, captions out, in a browser.
 
-serve/web/ holds its markup, style and script; they go out as one document that loads nothing else, so it works
+serve/http/web/ holds its markup, style and script; they go out as one document that loads nothing else, so it works
 offline. The content security policy names style and script by their hashes: nothing else runs, whatever a caption or a
 file name may hold."""
 
@@ -10,7 +10,7 @@ import base64
 import hashlib
 from importlib.resources import files
 
-_WEB = files("serve").joinpath("web")
+_WEB = files("serve.http").joinpath("web")
 
 
 def _hashed(name: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from serve.llm import Engine, EngineError, Sampling
+from serve.engines.base import Engine, EngineError, Sampling
 from vlv.common.command import one_line
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 """Where captions go: JSON lines, each written whole, so that a run can be killed and taken up again.
 
 A sink takes `caption(record, item)` and `error(record)`, holds in `finished` the ids of earlier runs and of this
-one, and is closed at the end. The other formats (serve/formats.py, serve/webdataset.py) build on this file's.
+one, and is closed at the end. The other formats (serve/outputs/formats.py, serve/outputs/webdataset.py) build on this
+file's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from serve.sources import Item
+from serve.core.inputs import Item
 from vlv.common.command import why
 
 HEAD = b'{"id": "'  # of every record; what begins otherwise is somebody else's file

@@ -13,7 +13,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from serve.limits import Refusal
+from serve.http.auth import Refusal
 
 TEXTS = ("model", "stop", "user")  # form fields that are text; the others are read as JSON
 

@@ -13,7 +13,7 @@ import json
 import time
 from pathlib import Path
 
-from serve.sinks import explained
+from serve.outputs.jsonl import explained
 
 
 class Timeline:

@@ -1,0 +1,1 @@
+"""The captioning service: inputs, decode processes, encoder batches, the pipeline."""

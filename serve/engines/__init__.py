@@ -1,0 +1,1 @@
+"""Language-model engines that continue prompt embeddings: vLLM, transformers, a remote server."""

@@ -1,0 +1,1 @@
+"""The HTTP server: routes, OpenAI requests and answers, authentication, admission, the page."""

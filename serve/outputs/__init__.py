@@ -1,0 +1,1 @@
+"""Where captions are written: JSON lines, text files, COCO, Parquet, WebDataset."""

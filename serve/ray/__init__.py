@@ -1,0 +1,1 @@
+"""Captioning on a Ray cluster: batch stages, and replicas of the server."""

@@ -1,0 +1,1 @@
+"""Progress, timeline, gallery, the doctor, and benchmark pages."""

@@ -1,0 +1,1 @@
+"""VLV as one of vLLM's multimodal models."""
