@@ -158,7 +158,7 @@ def test_a_shard_that_loses_an_image_and_is_written_again(args, pictures):
 
 
 def test_the_page_says_how_many_images_a_unit_may_have():
-    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "scale.md").read_text()
     assert f"with the published 3B checkpoint {ray_batch._most_images(VLVConfig()):,} images" in page
 
 

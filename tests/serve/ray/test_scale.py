@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.scale import Plan, simulate
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_without_losses_it_is_a_division():

@@ -19,7 +19,7 @@ ray = pytest.importorskip("ray", reason='ray is not installed: python -m pip ins
 import psutil  # noqa: E402
 from pyarrow import parquet  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from kernels.linear import Linear
-from tests.train import toy_run
+from tests.vlv.train import toy_run
 from vlv.train.anomaly import PATIENCE, Guard
 from vlv.train.trainer import Trainer
 
-ROOT, SCRIPT = Path(__file__).parents[2], Path(toy_run.__file__)
+ROOT, SCRIPT = Path(__file__).parents[3], Path(toy_run.__file__)
 ALONE = [sys.executable, str(SCRIPT)]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
 TWO_RESTARTED = [*TWO[:3], "--max-restarts", "2", "--monitor-interval", "0.1", *TWO[3:]]

@@ -11,7 +11,7 @@ import pytest
 from serve.http.auth import Keys
 from serve.http.page import HEADERS, PAGE
 from tests.serve.serving import CLEAN, Running, Scripted
-from tests.web.browser import Browser, chromium
+from tests.serve.web.browser import Browser, chromium
 from vlv.checkpoints.folder import Checkpoint
 
 DONE = "cards.length && cards.every(card => card.record || card.failed)"

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import published_encoder as published
 from tests.vlv.agreement import random_weights, relative_error
-from tests.vlv.test_davit import SMALL
+from tests.vlv.model.test_davit import SMALL
 from vlv.model.bottleneck import Bart, ClipText
 from vlv.model.config import PRESETS, VLVConfig
 from vlv.model.encoder import VLVEncoder

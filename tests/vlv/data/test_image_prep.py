@@ -12,7 +12,7 @@ from PIL import Image
 from kernels.upsample_normalize import bicubic_matrix, upsample_normalize
 from vlv.model.encoder import IMAGENET_MEAN, IMAGENET_STD
 
-PHOTOS = Path(__file__).parents[3] / "shared" / "images"
+PHOTOS = Path(__file__).parents[4] / "shared" / "images"
 
 
 def through_pillow(crop: np.ndarray, target: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from serve import ray_serve
 from serve.engines.base import EngineError
 from serve.ray.replica import Replica
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from serve.reports.progress import Progress
 from vlv.checkpoints.folder import Checkpoint
 
 TOKENS = 48
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Shared(VllmEngine):

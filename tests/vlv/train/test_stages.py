@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.train.conftest import NARROW
+from tests.vlv.train.conftest import NARROW
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.data import scene_batches as data
 from vlv.data import scenes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train.toy_run import CONFIG, MODEL
+from tests.vlv.train.toy_run import CONFIG, MODEL
 from vlv.data.loader import MicroBatches, Order, Pictures, batches
 from vlv.data.sources import open_sources
 from vlv.train.parallel import World

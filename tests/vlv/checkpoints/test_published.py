@@ -217,7 +217,7 @@ def test_hub_ids_come_from_the_cache_or_fail_in_one_sentence(weights: Weights, t
     snapshot = tmp_path / "hub" / "models--someone--model" / "snapshots" / "abc"
     shutil.copytree(SLIM, snapshot, ignore=lambda *_: ["weights.safetensors"])
     (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    (snapshot.parents[2] / "refs" / "main").write_text("abc")
     torch.save(weights, snapshot / "model.pt")
     assert convert(published.fetch("someone/model"), tmp_path / "out").can == ["caption", "to-published"]
 

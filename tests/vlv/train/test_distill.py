@@ -21,7 +21,7 @@ from vlv.distill.duplicates import Duplicates, content_hash, difference_hash
 from vlv.distill.quality import Limits, caption_problem, image_problem, repetition, tidy
 from vlv.train import distill
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMALL = ["--min-side", "32", "--min-words", "1", "--repetition", "1", "--size", "0", "--max-tokens", "40"]
 
 

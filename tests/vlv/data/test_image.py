@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlv.data.image import ImageError, load_crop
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:

@@ -26,7 +26,7 @@ from serve.engines.remote import RemoteEngine
 from serve.engines.transformers import TransformersEngine
 from vlv.checkpoints.folder import Checkpoint
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOKENS, COUNT = 32, 8
 QUERIES = Checkpoint.open(ROOT / "assets/vlv-tiny").config.queries
 
