@@ -32,9 +32,9 @@ from export import graphs, onnx, trace
 from export.components import PEAK, PRECISIONS, Batch, tolerance
 from export.manifest import Manifest
 from export.quantize import precision as quantize
-from export.runtimes.base import open_engine
+from export.runtimes.base import open_runtime
 from export.runtimes.onnxruntime import flushed, session_options
-from export.verification.inputs import NOISE, Probes
+from export.verification.inputs import NOISE, VerificationInputs
 from export.verification.verifier import Captions, compare
 from vlv.checkpoints import random_weights
 from vlv.checkpoints.folder import Checkpoint
@@ -185,7 +185,7 @@ def speed(preset: str, work: Path, batch: int, repeats: int, vino: str | None) -
 def captions(work: Path) -> dict:
     """Of greedy captions of unseen scenes and, apart, of noise: the tokens that each precision keeps."""
     checkpoint = Checkpoint.open(BUNDLED)
-    probes = Probes(checkpoint, SCENES + NOISE, seed=SEED)
+    probes = VerificationInputs(checkpoint, SCENES + NOISE, seed=SEED)
     noise = np.random.default_rng(SEED).integers(0, 256, (16, *probes.pictures.shape[1:]), np.uint8)
     sets = {"scenes": probes.pictures[:-NOISE], "noise": torch.from_numpy(noise)}
     prompts = {name: _encode(probes.reference, pictures) for name, pictures in sets.items()}
@@ -203,7 +203,7 @@ def captions(work: Path) -> dict:
             "embeddings": figures["outputs"]["prompts"],
             "refused_without_allow_drift": figures["problems"],
         }
-        engine = open_engine("onnx", folder, checkpoint)
+        engine = open_runtime("onnx", folder, checkpoint)
         for name, pictures in sets.items():
             entry[name] = reference[name].agreement(_encode(engine, pictures))
         result[precision] = entry

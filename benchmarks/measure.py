@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks import machine, report
 from vlv.common.command import Parser, positive, say
-from vlv.common.files import whole
+from vlv.common.files import atomic_write
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {error}")
         return 1
     page = args.output / "report.html"
-    with whole(page) as file:
+    with atomic_write(page) as file:
         content = report.page(files["load"], files["trace"], files["bench"], files["artifacts"])
         file.write_text(content, encoding="utf-8")
     print(page)

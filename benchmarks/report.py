@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.charts import bars, lanes, roofline, table
 from serve.reports.bench_page import conditions, curves, plot
 from vlv.common import html as pages
-from vlv.common.files import whole
+from vlv.common.files import atomic_write
 
 FOLDER = Path(__file__).parent
 
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: there is no {given}", file=sys.stderr)
             return 2
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with whole(args.output) as file:
+    with atomic_write(args.output) as file:
         file.write_text(page(args.load, args.trace, args.bench, args.artifacts), encoding="utf-8")
     print(args.output)
     return 0

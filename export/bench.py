@@ -80,9 +80,9 @@ def _engines(args: argparse.Namespace, checkpoint) -> tuple[dict, dict[str, str]
 
 
 def _open(name: str, artifacts: Path, checkpoint):
-    from export.runtimes.base import TorchEngine, open_engine
+    from export.runtimes.base import TorchRuntime, open_runtime
 
-    engine = TorchEngine(checkpoint, compiled=True) if name == COMPILED else open_engine(name, artifacts, checkpoint)
+    engine = TorchRuntime(checkpoint, compiled=True) if name == COMPILED else open_runtime(name, artifacts, checkpoint)
     engine.encode(_pictures(checkpoint, 1))  # a damaged artifact, or a machine without a compiler, says so here
     return engine
 
@@ -98,10 +98,10 @@ def _pictures(checkpoint, batch: int):
 def _measure(engines: dict, checkpoint, batch: int, repeats: int) -> list[dict]:
     """One row a runtime that takes the batch."""
     from export.components import PEAK, tolerance
-    from export.runtimes.base import TorchEngine
+    from export.runtimes.base import TorchRuntime
     from export.verification.verifier import compare
 
-    pictures, reference = _pictures(checkpoint, batch), TorchEngine(checkpoint, "cpu")
+    pictures, reference = _pictures(checkpoint, batch), TorchRuntime(checkpoint, "cpu")
     expected, graph = reference.encode(pictures), reference.session("encoder").graph
     rows, able = [], {}
     for name, engine in engines.items():

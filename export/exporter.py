@@ -17,7 +17,7 @@ from export.quantize import precision as quantize
 from export.quantize import qdq
 from export.runtimes.base import sampling_settings
 from export.runtimes.onnxruntime import OrtSession
-from export.verification.inputs import NOISE, Probes
+from export.verification.inputs import NOISE, VerificationInputs
 from export.verification.verifier import Verifier, hopeless
 from vlv.checkpoints.folder import Checkpoint
 
@@ -41,9 +41,9 @@ class Exporter:
         photos for the ranges of activations, by default as many scenes as are checked.
         """
         self.checkpoint, self.manifest, self.made = checkpoint, manifest, made
-        self.probes = Probes(checkpoint, probes, images)
+        self.probes = VerificationInputs(checkpoint, probes, images)
         count = len(calibrate) + NOISE if calibrate else probes
-        self._calibration = Probes(checkpoint, count, calibrate, CALIBRATION, self.probes.reference)
+        self._calibration = VerificationInputs(checkpoint, count, calibrate, CALIBRATION, self.probes.reference)
         self.verifier = Verifier(checkpoint, self.probes, captions)
         self._ranges = {}  # of activations, by component: the same whichever blocks stay exact
 

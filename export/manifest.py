@@ -21,12 +21,13 @@ from pathlib import Path
 
 from export.components import COMPONENTS, Batch, Port
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.common.command import UserError
 
 FORMAT = 1
 NAME = "manifest.json"
 
 
-class ArtifactError(ValueError):
+class ArtifactError(UserError, ValueError):
     """An artifact that is missing, damaged, or made from something else; the message gives the remedy."""
 
 

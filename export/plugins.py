@@ -30,7 +30,7 @@ from export.graphs import load
 from export.manifest import Artifact, ArtifactError
 from export.quantize.precision import DTYPES
 from export.runtimes.onnxruntime import OrtSession
-from export.verification.inputs import NOISE, Probes
+from export.verification.inputs import NOISE, VerificationInputs
 from export.verification.verifier import compare
 from kernels.tensorrt.onnx_nodes import DOMAIN, FLOATS, OPERATIONS
 from kernels.tensorrt.plugin import PluginKernel, plugin_kernels
@@ -125,7 +125,7 @@ def _require_twins(checkpoint: Checkpoint, graph: Artifact, longest: int, file: 
         onnx.save(inline_local_functions(onnx.load(file, load_external_data=False)), file)
     sessions = [OrtSession.on_cpu(replace(graph, files={one.name: {}}), one.parent) for one in (file, plain)]
     allowed = tolerance(graph.precision, len(graph.blocks), longest)
-    for inputs in Probes(checkpoint, PROBES).inputs(graph.component):
+    for inputs in VerificationInputs(checkpoint, PROBES).inputs(graph.component):
         few = {p.name: inputs[p.name][: graph.profile.most] if p.batched else inputs[p.name] for p in graph.inputs}
         found, expected = (session(**few) for session in sessions)
         for name, value in expected.items():

@@ -30,9 +30,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _engine(args: argparse.Namespace, checkpoint):
-    from export.runtimes.base import open_engine
+    from export.runtimes.base import open_runtime
 
-    return open_engine(args.backend, args.artifacts, checkpoint)
+    return open_runtime(args.backend, args.artifacts, checkpoint)
 
 
 if __name__ == "__main__":

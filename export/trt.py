@@ -75,11 +75,11 @@ def _build_all(args: argparse.Namespace) -> int:
 
 
 def _wants_plugins(asked: str, runtime: str, precision: str) -> bool:
-    """Whether an engine gets our kernels. Says why not where they were asked for. Raises RuntimeMissing."""
+    """Whether an engine gets our kernels. Says why not where they were asked for. Raises RuntimeUnavailable."""
     from importlib.util import find_spec
 
     from export.plugins import HALF
-    from export.runtimes.base import RuntimeMissing
+    from export.runtimes.base import RuntimeUnavailable
 
     built = find_spec("triton") is not None
     if runtime == "rtx" or precision in QUANTIZED:
@@ -88,7 +88,7 @@ def _wants_plugins(asked: str, runtime: str, precision: str) -> bool:
             cli.say(f"--plugins on: {reason}, so the engine is built from the plain graph")
         return False
     if asked == "on" and not built:
-        raise RuntimeMissing("--plugins on: our kernels are built by Triton, which is not here: pip install triton")
+        raise RuntimeUnavailable("--plugins on: our kernels are built by Triton, which is not here: pip install triton")
     return asked == "on" or (asked == "auto" and built and precision in HALF)
 
 

@@ -55,14 +55,14 @@ def _verify(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from export.manifest import ArtifactError, Manifest
-    from export.runtimes.base import open_engine
-    from export.verification.inputs import Probes
+    from export.runtimes.base import open_runtime
+    from export.verification.inputs import VerificationInputs
     from export.verification.verifier import Verifier
 
     checkpoint = cli.checkpoint(args.ckpt)
     manifest = Manifest.open(args.artifacts)
-    engine = open_engine(args.runtime, args.artifacts, checkpoint)
-    verifier = Verifier(checkpoint, Probes(checkpoint, args.probes, args.images), args.captions)
+    engine = open_runtime(args.runtime, args.artifacts, checkpoint)
+    verifier = Verifier(checkpoint, VerificationInputs(checkpoint, args.probes, args.images), args.captions)
     checked = []
     for name in COMPONENTS:
         if name_of(name, engine.runtime, engine.target) in manifest.artifacts:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from export.components import RUNTIMES
 from serve import ENGINES
-from vlv.common.command import Misuse, Parser, one_line, positive, say
+from vlv.common.command import Misuse, Parser, UserError, one_line, positive, say
 
 if TYPE_CHECKING:
-    from serve.engines.base import Engine, LLMSpec
+    from serve.engines.base import LLMEngine, LLMSpec
     from vlv.checkpoints.folder import Checkpoint
 
 
@@ -57,7 +57,7 @@ def debug_argument(shows: str = "tracebacks") -> Parser:
     return p
 
 
-class ListenError(RuntimeError):
+class ListenError(UserError, RuntimeError):
     """The address cannot be listened at."""
 
 
@@ -96,7 +96,7 @@ class Model:
             raise Misuse(f"--max-tokens: {error}") from error
         return cls(args, checkpoint, spec, max_tokens)
 
-    def engine(self) -> Engine:
+    def engine(self) -> LLMEngine:
         """A new engine, not started. Raises OptionError for an option that it does not take."""
         from serve.engines.base import Options, engine_class
 

@@ -61,11 +61,11 @@ class Upstream:
             self.failure.set_exception(error)
 
     def check_ready(self) -> None:
-        """Raise Refusal 503 while vLLM does not answer."""
-        from serve.http.auth import Refusal
+        """Raise ApiError 503 while vLLM does not answer."""
+        from serve.http.auth import ApiError
 
         if not self.ready:
-            raise Refusal(503, "not_ready", "the language model does not answer", 10)
+            raise ApiError(503, "not_ready", "the language model does not answer", 10)
 
     async def close(self) -> None:
         self._task.cancel()
@@ -73,18 +73,18 @@ class Upstream:
 
 
 def routes(upstream: Upstream, keys, admission, bounds):
-    """The application's Worker."""
+    """The application's CaptionApp."""
     from starlette.responses import JSONResponse
 
     from serve.engines.base import EmbedsError, EngineError
     from serve.http import openai_api as api
-    from serve.http.app import Worker
-    from serve.http.auth import Refusal
+    from serve.http.app import CaptionApp
+    from serve.http.auth import ApiError
     from serve.http.incoming import read_bytes
 
     spec, engine = upstream.engine.spec, upstream.engine
 
-    class Gateway(Worker):
+    class Gateway(CaptionApp):
         """Embeddings in, token ids out, in the form of OpenAI's completions."""
 
         def app(self):
@@ -115,9 +115,9 @@ def routes(upstream: Upstream, keys, admission, bounds):
                         self.metrics.tokens.inc(len(ids))
                         yield ids
             except EmbedsError as error:
-                raise Refusal(400, "invalid_request", str(error)) from error
+                raise ApiError(400, "invalid_request", str(error)) from error
             except EngineError as error:
-                raise Refusal(503, "engine", "the language model does not answer", 10) from error
+                raise ApiError(503, "engine", "the language model does not answer", 10) from error
 
         async def models(self, _):
             entry = {"id": "vlv", "object": "model", "accepts": "safetensors", "max_tokens": engine.max_tokens}
@@ -127,29 +127,29 @@ def routes(upstream: Upstream, keys, admission, bounds):
 
 
 def wishes_of(header: str) -> dict:
-    """The fields of the header. Raises Refusal for what cannot be honoured here."""
-    from serve.http.auth import Refusal
+    """The fields of the header. Raises ApiError for what cannot be honoured here."""
+    from serve.http.auth import ApiError
 
     try:
         fields = json.loads(header)
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
-        raise Refusal(400, "invalid_request", f"the header {HEADER} is no JSON object")
+        raise ApiError(400, "invalid_request", f"the header {HEADER} is no JSON object")
     if others := sorted(fields.keys() - WISHES):
-        raise Refusal(400, "invalid_request", f"{HEADER} holds {', '.join(sorted(WISHES))}, not {others[0][:40]}")
+        raise ApiError(400, "invalid_request", f"{HEADER} holds {', '.join(sorted(WISHES))}, not {others[0][:40]}")
     if not isinstance(fields.get("stream", False), bool):
-        raise Refusal(400, "invalid_request", "stream must be true or false")
+        raise ApiError(400, "invalid_request", "stream must be true or false")
     return fields
 
 
 def embeds_of(content: bytes, spec):
-    """The tensor of a request's body, checked. Raises Refusal."""
+    """The tensor of a request's body, checked. Raises ApiError."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     from serve.engines.base import EmbedsError
-    from serve.http.auth import Refusal
+    from serve.http.auth import ApiError
 
     try:
         tensors = load(content)
@@ -158,7 +158,7 @@ def embeds_of(content: bytes, spec):
         spec.check(tensors["embeds"])
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         told = str(error) if isinstance(error, EmbedsError) else "the body is no safetensors"
-        raise Refusal(400, "invalid_request", told) from error
+        raise ApiError(400, "invalid_request", told) from error
     return tensors["embeds"]
 
 

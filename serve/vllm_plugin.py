@@ -76,7 +76,7 @@ def write(checkpoint, out: Path, force: bool = False) -> None:
     """Write the folder of a checkpoint. Raises CheckpointError."""
     from serve.engines.base import LLMSpec, load_tokenizer
     from serve.vllm_model.config import ARCHITECTURE, CaptionerConfig
-    from vlv.common.files import fresh_folder, link_tree, write_json
+    from vlv.common.files import atomic_folder, link_tree, write_json
 
     spec = LLMSpec.of(checkpoint)
     tokenizer = load_tokenizer(checkpoint.llm)
@@ -91,7 +91,7 @@ def write(checkpoint, out: Path, force: bool = False) -> None:
     }
     if "quantization_config" in llm:
         config["quantization_config"] = llm["quantization_config"]
-    with fresh_folder(out, _bytes_to_copy(checkpoint, out), force) as made:
+    with atomic_folder(out, _bytes_to_copy(checkpoint, out), force) as made:
         for file in (checkpoint.encoder_file, checkpoint.folder / "vlv.json"):
             _link(file, made / file.name)
         link_tree(checkpoint.llm, made / "llm")

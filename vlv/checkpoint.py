@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from vlv.checkpoints.folder import Checkpoint, CheckpointError
-from vlv.common.command import Parser
+from vlv.checkpoints.folder import Checkpoint
+from vlv.common.command import Parser, UserError
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         described = Checkpoint.open(args.folder).describe()
-    except (CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)

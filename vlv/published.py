@@ -15,9 +15,8 @@ import json
 import sys
 from pathlib import Path
 
-from vlv.checkpoints.folder import CheckpointError
 from vlv.checkpoints.published import fetch
-from vlv.common.command import Parser
+from vlv.common.command import Parser, UserError
 from vlv.model.config import PRESETS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,7 +47,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped; nothing was written to --out", file=sys.stderr)
         sys.exit(130)
-    except (CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)

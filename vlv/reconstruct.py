@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from vlv.checkpoints.folder import CheckpointError
 from vlv.common.command import Parser, hush
 from vlv.data.image import EXTENSIONS, ImageError, load_crop, png
-from vlv.diffusion.reconstruction import CaptionDrawer, Drawer, TorchDrawer
+from vlv.diffusion.reconstruction import CaptionReconstructor, Reconstructor, TorchReconstructor
 from vlv.diffusion.samplers import SAMPLERS
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 COLUMNS = 8  # pictures a row of a grid without originals
 
 
-def open_torch(args: argparse.Namespace, checkpoint: Checkpoint) -> Drawer:
+def open_torch(args: argparse.Namespace, checkpoint: Checkpoint) -> Reconstructor:
     """PyTorch's drawer for --t2i (default: the checkpoint's own) and --device."""
-    return TorchDrawer(checkpoint.load_encoder(), args.t2i or checkpoint.t2i, args.device)
+    return TorchReconstructor(checkpoint.load_encoder(), args.t2i or checkpoint.t2i, args.device)
 
 
-Open = Callable[[argparse.Namespace, "Checkpoint"], Drawer]
+Open = Callable[[argparse.Namespace, "Checkpoint"], Reconstructor]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -192,7 +192,7 @@ def _from_captions(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], lis
         raise ValueError(
             f"{args.captions} holds no records with an id and a caption, as serve.vllm_caption writes them"
         )
-    drawer = CaptionDrawer(Path(args.t2i or resolve(args.ckpt).t2i), args.device)
+    drawer = CaptionReconstructor(Path(args.t2i or resolve(args.ckpt).t2i), args.device)
     pictures = []
     for i in range(0, len(records), args.batch):
         print(f"drawing {i} of {len(records)}", file=sys.stderr, flush=True)

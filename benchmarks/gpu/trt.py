@@ -25,9 +25,9 @@ from benchmarks import machine
 from export import bench, onnx, trt, verify
 from export.components import OLDEST_FP8, PEAK, tolerance
 from export.manifest import ArtifactError
-from export.runtimes.base import Session, TorchEngine, open_engine
+from export.runtimes.base import Session, TorchRuntime, open_runtime
 from export.runtimes.tensorrt_library import LIBRARIES, device_target
-from export.verification.inputs import Probes
+from export.verification.inputs import VerificationInputs
 from export.verification.verifier import compare
 from vlv.checkpoints.folder import Checkpoint
 
@@ -38,11 +38,11 @@ PSNR = 30.0  # dB that a half-precision reconstruction must reach; float32 reach
 
 def reconstruction(word: str, out: Path, checkpoint: Checkpoint) -> dict:
     """PSNR of 50 steps against float32 PyTorch on this GPU's host, at equal seeds."""
-    pictures = Probes(checkpoint, 4).pictures[:2]
-    reference = TorchEngine(checkpoint, "cpu")
+    pictures = VerificationInputs(checkpoint, 4).pictures[:2]
+    reference = TorchRuntime(checkpoint, "cpu")
     context = reference.context(pictures)
     expected = reference.reconstruct(context, seed=1).float()
-    found = open_engine(word, out, checkpoint).reconstruct(context, seed=1).float().cpu()
+    found = open_runtime(word, out, checkpoint).reconstruct(context, seed=1).float().cpu()
     psnr = 10 * torch.tensor(255**2 / max((found - expected).square().mean().item(), 1e-9)).log10().item()
     return {"psnr": psnr, "passed": psnr > PSNR}
 
@@ -66,8 +66,8 @@ def against_plain(
 
     Outputs that differ by more than the precision explains for each of the two fail, and no time is told.
     """
-    engines = [open_engine(word, folder, checkpoint) for folder in (ours, plain)]
-    probes, result = Probes(checkpoint, 4), {"passed": True}
+    engines = [open_runtime(word, folder, checkpoint) for folder in (ours, plain)]
+    probes, result = VerificationInputs(checkpoint, 4), {"passed": True}
     for component in components:
         sessions = [engine.session(component) for engine in engines]
         artifact, inputs = engines[0].manifest.find(component), probes.inputs(component)[0]

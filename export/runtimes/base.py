@@ -1,10 +1,11 @@
 """Run an export with any runtime: the same two calls, whatever is behind them.
 
-    engine = open_engine("onnx", artifacts="out/vlv", checkpoint=checkpoint)
+    engine = open_runtime("onnx", artifacts="out/vlv", checkpoint=checkpoint)
     prompts = engine.encode(images)          # uint8 [B, 3, S, S] -> [B, N, H]
     pictures = engine.reconstruct(engine.context(images))      # 50 steps -> uint8 [B, 3, S, S]
 
-An Engine keeps a Session a component; a Session runs one graph. A runtime is one kind of Session: PyTorch here, ONNX
+An EncoderRuntime keeps a Session a component; a Session runs one graph. A runtime is one kind of Session: PyTorch
+here, ONNX
 Runtime in engine_ort.py, TensorRT and TensorRT-RTX in engine_trt.py.
 """
 
@@ -24,7 +25,7 @@ from export.manifest import ArtifactError, Manifest, source_hash
 from vlv.checkpoints.folder import Checkpoint
 
 
-class RuntimeMissing(ArtifactError):
+class RuntimeUnavailable(ArtifactError):
     """The library or the device for a runtime is not here; the message says how to get it."""
 
 
@@ -64,7 +65,7 @@ class Session(ABC):
         return batch
 
 
-class Engine(ABC):
+class EncoderRuntime(ABC):
     """Encodes and reconstructs with one runtime; sessions are made when first needed."""
 
     word: str
@@ -157,7 +158,7 @@ class TorchSession(Session):
         return dict(zip(self.graph.outputs, (found,) if isinstance(found, Tensor) else found, strict=True))
 
 
-class TorchEngine(Engine):
+class TorchRuntime(EncoderRuntime):
     """PyTorch, on the GPU in bfloat16 where there is one, else on the CPU in float32."""
 
     word = "torch"
@@ -186,7 +187,7 @@ class TorchEngine(Engine):
         return sampling_settings(self.checkpoint)
 
 
-class ArtifactEngine(Engine):
+class ArtifactRuntime(EncoderRuntime):
     """An engine over an artifact folder. With a checkpoint, its artifacts must have been made from its weights."""
 
     runtime = "onnx"
@@ -224,14 +225,16 @@ class ArtifactEngine(Engine):
         return self.manifest.sampling
 
 
-def open_engine(word: str, artifacts: str | Path | None = None, checkpoint: Checkpoint | None = None) -> Engine:
+def open_runtime(
+    word: str, artifacts: str | Path | None = None, checkpoint: Checkpoint | None = None
+) -> EncoderRuntime:
     """The engine of a word of RUNTIMES. Raises ArtifactError or ValueError."""
     if word not in RUNTIMES:
         raise ValueError(f"no runtime {word!r}; there are {', '.join(RUNTIMES)}")
     if word == "torch":
         if checkpoint is None:
             raise ValueError("the runtime torch runs a checkpoint: name one")
-        return TorchEngine(checkpoint)
+        return TorchRuntime(checkpoint)
     if artifacts is None:
         raise ValueError(f"the runtime {word} runs exported artifacts: name their folder")
     if word.startswith("onnx"):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from export.manifest import Artifact
 from export.quantize.bf16_upcast import widen
-from export.runtimes.base import ArtifactEngine, RuntimeMissing, Session
+from export.runtimes.base import ArtifactRuntime, RuntimeUnavailable, Session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -130,7 +130,7 @@ def _widened(file: Path) -> Iterator[Path]:
         twin.unlink(missing_ok=True)
 
 
-class OrtEngine(ArtifactEngine):
+class OrtRuntime(ArtifactRuntime):
     """ONNX Runtime on the CPU."""
 
     word = "onnx"
@@ -142,14 +142,16 @@ class OrtEngine(ArtifactEngine):
         try:
             import onnxruntime
         except ImportError as error:
-            raise RuntimeMissing(
+            raise RuntimeUnavailable(
                 "ONNX Runtime is not installed: python -m pip install --no-deps -r requirements/cpu.lock"
             ) from error
         have = onnxruntime.get_available_providers()
         if self.provider not in have:
-            raise RuntimeMissing(f"this ONNX Runtime has no {self.provider} (it has {', '.join(have)}): {_GPU_WHEEL}")
+            raise RuntimeUnavailable(
+                f"this ONNX Runtime has no {self.provider} (it has {', '.join(have)}): {_GPU_WHEEL}"
+            )
         if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeMissing(f"the runtime {self.word} needs a CUDA device, and PyTorch sees none: use onnx")
+            raise RuntimeUnavailable(f"the runtime {self.word} needs a CUDA device, and PyTorch sees none: use onnx")
         super().__init__(artifacts, checkpoint)
 
     def providers(self, artifact: Artifact) -> list:
@@ -160,7 +162,7 @@ class OrtEngine(ArtifactEngine):
         return OrtSession(artifact, self.manifest.folder, self.providers(artifact), self.device, self.graphs)
 
 
-class OrtCudaEngine(OrtEngine):
+class OrtCudaRuntime(OrtRuntime):
     """ONNX Runtime on CUDA, replaying a CUDA graph a batch size."""
 
     word = "onnx-cuda"
@@ -172,7 +174,7 @@ class OrtCudaEngine(OrtEngine):
         return [(self.provider, {"device_id": 0, "enable_cuda_graph": "1"})]
 
 
-class OrtTensorRTEngine(OrtEngine):
+class OrtTensorRTRuntime(OrtRuntime):
     """ONNX Runtime's TensorRT provider; its engines are cached beside the artifacts."""
 
     word = "onnx-trt"
@@ -197,4 +199,4 @@ class OrtTensorRTEngine(OrtEngine):
         return [(self.provider, settings), ("CUDAExecutionProvider", {"device_id": 0})]
 
 
-ENGINES = {engine.word: engine for engine in (OrtEngine, OrtCudaEngine, OrtTensorRTEngine)}
+ENGINES = {engine.word: engine for engine in (OrtRuntime, OrtCudaRuntime, OrtTensorRTRuntime)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from export.manifest import Artifact, ArtifactError
-from export.runtimes.base import ArtifactEngine, RuntimeMissing, Session
+from export.runtimes.base import ArtifactRuntime, RuntimeUnavailable, Session
 from export.runtimes.tensorrt_library import LIBRARIES, Library, Log, device_target
 
 
@@ -54,7 +54,7 @@ def _padded(x: Tensor, size: int) -> Tensor:
     return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
 
 
-class RtxEngine(ArtifactEngine):
+class RtxRuntime(ArtifactRuntime):
     """TensorRT-RTX."""
 
     word = runtime = "rtx"
@@ -64,7 +64,9 @@ class RtxEngine(ArtifactEngine):
         self.library.load()
         self.target = device_target()
         if not self.target:
-            raise RuntimeMissing(f"the runtime {self.word} needs a CUDA device, and there is none: use onnx or torch")
+            raise RuntimeUnavailable(
+                f"the runtime {self.word} needs a CUDA device, and there is none: use onnx or torch"
+            )
         self.device = torch.device("cuda", 0)
         super().__init__(artifacts, checkpoint)
 
@@ -74,7 +76,7 @@ class RtxEngine(ArtifactEngine):
         return TrtSession(self.library, artifact, self.manifest.folder / artifact.main_file, self.device)
 
 
-class TrtEngine(RtxEngine):
+class TrtRuntime(RtxRuntime):
     """TensorRT."""
 
     word = runtime = "trt"
@@ -92,7 +94,7 @@ def refit(library: Library, artifact: Artifact, engine_file: Path, graph: Path) 
     """An engine of the same graph with the weights of `graph`, serialized. Raises ArtifactError; needs the GPU."""
     trt = library.load()
     if device_target() != artifact.target:
-        raise RuntimeMissing(
+        raise RuntimeUnavailable(
             f"--refit loads the engine, which takes its GPU ({artifact.target}): build without it instead"
         )
     _require_builder(library, artifact)
@@ -108,4 +110,4 @@ def refit(library: Library, artifact: Artifact, engine_file: Path, graph: Path) 
     return bytes(engine.serialize())
 
 
-ENGINES = {engine.word: engine for engine in (RtxEngine, TrtEngine)}
+ENGINES = {engine.word: engine for engine in (RtxRuntime, TrtRuntime)}

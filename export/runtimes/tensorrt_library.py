@@ -12,7 +12,7 @@ from types import ModuleType
 
 from export.components import Batch, Port
 from export.manifest import ArtifactError
-from export.runtimes.base import RuntimeMissing
+from export.runtimes.base import RuntimeUnavailable
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Library:
     install: str
 
     def load(self) -> ModuleType:
-        """The module. Raises RuntimeMissing."""
+        """The module. Raises RuntimeUnavailable."""
         reason = "it is not installed"
         for name in self.modules:
             try:
@@ -35,11 +35,11 @@ class Library:
                     reason = str(error)
             except (ImportError, OSError) as error:  # bindings without their library
                 reason = str(error)
-        raise RuntimeMissing(f"{self.title} cannot be loaded ({reason}): {self.install}")
+        raise RuntimeUnavailable(f"{self.title} cannot be loaded ({reason}): {self.install}")
 
     @property
     def builder(self) -> str:
-        """Name and version, as the manifest keeps them. Raises RuntimeMissing."""
+        """Name and version, as the manifest keeps them. Raises RuntimeUnavailable."""
         return f"{self.title} {self.load().__version__}"
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from export.runtimes.base import TorchEngine
+from export.runtimes.base import TorchRuntime
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data.image import ImageError, load_crop
 
@@ -23,7 +23,7 @@ NOISE = 2  # of the pictures, how many are noise
 STEPS = (981.0, 501.0, 1.0)
 
 
-class Probes:
+class VerificationInputs:
     """Inputs by component, made when first asked for."""
 
     def __init__(
@@ -32,13 +32,13 @@ class Probes:
         count: int = 8,
         images: Sequence[Path] = (),
         seed: int = 0,
-        reference: TorchEngine | None = None,
+        reference: TorchRuntime | None = None,
     ):
         """count pictures, the last NOISE of them noise; the others are `images`, and held-out scenes after them.
 
         reference: the checkpoint's, where it has been opened already.
         """
-        self.reference = reference or TorchEngine(checkpoint, "cpu")
+        self.reference = reference or TorchRuntime(checkpoint, "cpu")
         self.pictures = _pictures(checkpoint.config.image_size, count, images, seed)
         self.seed = seed
         scenes = max(0, count - NOISE - len(images))

@@ -17,7 +17,7 @@ from torch import Tensor
 from export.components import PEAK, tolerance
 from export.manifest import Artifact
 from export.runtimes.base import Session
-from export.verification.inputs import NOISE, Probes
+from export.verification.inputs import NOISE, VerificationInputs
 from export.verification.layer_drift import drift
 from vlv.checkpoints.folder import Checkpoint
 
@@ -74,7 +74,7 @@ def compare(found: Tensor, expected: Tensor) -> dict[str, float]:
 class Verifier:
     """Checks sessions of one checkpoint's components; references and captions are computed once."""
 
-    def __init__(self, checkpoint: Checkpoint, probes: Probes, captions: bool = True):
+    def __init__(self, checkpoint: Checkpoint, probes: VerificationInputs, captions: bool = True):
         self.checkpoint, self.probes = checkpoint, probes
         self._with_captions = captions and "caption" in checkpoint.can
         self._captions: Captions | None = None

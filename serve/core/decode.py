@@ -21,13 +21,14 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from serve.core.inputs import Item
+from vlv.common.command import UserError
 from vlv.data.image import MAX_PIXELS, ImageError, load_crop
 
 _Job = tuple[Item, int, asyncio.Future]  # an item, its slot, and the promise of an answer
 WINDOW = 2  # items at a process: the one it decodes, and the next, so that it does not wait for us
 
 
-class DecodeError(RuntimeError):
+class DecodeError(UserError, RuntimeError):
     """Decode processes cannot be started at all."""
 
 
@@ -63,7 +64,7 @@ def _crops(memory, slots: int, size: int) -> np.ndarray:
     return np.frombuffer(memory, np.uint8).reshape(slots, 3, size, size)
 
 
-class _Worker:
+class DecodeWorker:
     """One process, our end of its pipe, and what it has not answered yet (oldest first)."""
 
     def __init__(self, context, *args):
@@ -131,7 +132,7 @@ class DecodePool:
         return await answer
 
     def _start(self) -> None:
-        worker = _Worker(self._context, self._max_pixels, *self._args)
+        worker = DecodeWorker(self._context, self._max_pixels, *self._args)
         self._workers.append(worker)
         asyncio.get_running_loop().add_reader(worker.pipe.fileno(), self._readable, worker)
 
@@ -145,7 +146,7 @@ class DecodePool:
             with contextlib.suppress(OSError):  # it has died: its pipe ends, and _died deals the job again
                 worker.pipe.send(job[:2])
 
-    def _readable(self, worker: _Worker) -> None:
+    def _readable(self, worker: DecodeWorker) -> None:
         try:
             answer = worker.pipe.recv()
         except (EOFError, OSError):
@@ -157,7 +158,7 @@ class DecodePool:
             self._deal()
         worker.ready = True
 
-    def _died(self, worker: _Worker) -> None:
+    def _died(self, worker: DecodeWorker) -> None:
         """The oldest unanswered item is to blame; the others go to another process."""
         asyncio.get_running_loop().remove_reader(worker.pipe.fileno())
         worker.pipe.close()

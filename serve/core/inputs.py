@@ -15,13 +15,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vlv.common.command import why
+from vlv.common.command import Misuse, why
 from vlv.data.image import EXTENSIONS, ImageError
 
 LISTS, SHARDS, COMPRESSED = (".txt",), (".tar",), (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 
 
-class SourceError(ValueError):
+class SourceError(Misuse):
     """An argument that leads to no images; the message says which and why."""
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from serve.core.decode import DecodePool, default_workers
 from serve.core.inputs import Item
-from serve.engines.base import EmbedsError, Engine, Sampling
+from serve.engines.base import EmbedsError, LLMEngine, Sampling
 from serve.reports.progress import Progress
 from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
@@ -49,7 +49,7 @@ class TorchEncoder:
     """Crops to prompt embeddings with PyTorch, on the GPU where there is one."""
 
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None):
-        """Load the weights; `threads` as Engine.encoder_threads. Raises CheckpointError."""
+        """Load the weights; `threads` as LLMEngine.encoder_threads. Raises CheckpointError."""
         import torch
 
         if threads:
@@ -73,9 +73,9 @@ class ArtifactEncoder:
 
     def __init__(self, checkpoint: Checkpoint, word: str, artifacts: Path | None):
         """Check the artifact and load it. Raises ArtifactError."""
-        from export.runtimes.base import open_engine
+        from export.runtimes.base import open_runtime
 
-        self._engine = open_engine(word, artifacts, checkpoint)
+        self._engine = open_runtime(word, artifacts, checkpoint)
         self._most = self._engine.max_batch  # loads it
 
     def __call__(self, crops):
@@ -97,7 +97,7 @@ class Pipeline:
     """One run over `items`: every image ends as a caption or as an error in the sink."""
 
     def __init__(
-        self, checkpoint: Checkpoint, engine: Engine, sink, config: PipelineConfig, progress: Progress, timeline=None
+        self, checkpoint: Checkpoint, engine: LLMEngine, sink, config: PipelineConfig, progress: Progress, timeline=None
     ):
         """`timeline`: where the stages' times go, for what the run was waiting for."""
         self.checkpoint, self.engine, self.sink = checkpoint, engine, sink

@@ -21,8 +21,8 @@ from pathlib import Path
 from serve.core.decode import DecodeError, DecodePool, default_workers
 from serve.core.inputs import Item
 from serve.core.pipeline import open_encoder
-from serve.engines.base import Completion, EmbedsError, Engine, EngineError, Sampling
-from serve.http.auth import Refusal
+from serve.engines.base import Completion, EmbedsError, EngineError, LLMEngine, Sampling
+from serve.http.auth import ApiError
 from serve.http.metrics import Metrics
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data.image import ImageError
@@ -45,7 +45,9 @@ class ServiceConfig:
 class Service:
     """The stages around one engine, for any number of requests on one event loop."""
 
-    def __init__(self, checkpoint: Checkpoint, make_engine: Callable[[], Engine], config: ServiceConfig, metrics=None):
+    def __init__(
+        self, checkpoint: Checkpoint, make_engine: Callable[[], LLMEngine], config: ServiceConfig, metrics=None
+    ):
         self.checkpoint, self.config, self.metrics = checkpoint, config, metrics or Metrics()
         self._make, self.engine = make_engine, make_engine()
         self.ready, self.failure = False, asyncio.get_running_loop().create_future()
@@ -87,14 +89,14 @@ class Service:
             self.failure.set_exception(error)
 
     async def crop(self, content: bytes):
-        """An image file's pixels as the encoder takes them: uint8 [3, S, S]. Raises Refusal."""
+        """An image file's pixels as the encoder takes them: uint8 [3, S, S]. Raises ApiError."""
         slot = await self._slot(content)
         crop = self._pool.crops[slot].copy()
         self._pool.release(slot)
         return crop
 
     async def embed(self, content: bytes):
-        """An image file's prompt embeddings [queries, llm_width]. Raises Refusal."""
+        """An image file's prompt embeddings [queries, llm_width]. Raises ApiError."""
         slot = await self._slot(content)
         answer = asyncio.get_running_loop().create_future()
         self._crops.put_nowait((slot, answer))
@@ -102,7 +104,7 @@ class Service:
             return await answer
 
     async def _slot(self, content: bytes) -> int:
-        """Decode into a slot of the pool. Raises Refusal."""
+        """Decode into a slot of the pool. Raises ApiError."""
         with self.metrics.stage("decode"):
             decoding = asyncio.create_task(self._decode(content, await self._pool.slot()))
             try:
@@ -120,11 +122,11 @@ class Service:
         except ImageError as error:
             self._pool.release(slot)
             self.metrics.images.labels(error.kind).inc()
-            raise Refusal(400, "image", f"the image cannot be used: {error}") from error
+            raise ApiError(400, "image", f"the image cannot be used: {error}") from error
         except DecodeError as error:
             self._pool.release(slot)
             self._give_up(error)
-            raise Refusal(503, "decode", "images cannot be decoded any more: the server ends", 30) from error
+            raise ApiError(503, "decode", "images cannot be decoded any more: the server ends", 30) from error
         except BaseException:
             self._pool.release(slot)
             raise
@@ -158,7 +160,7 @@ class Service:
                     answer.set_result(row.clone())
 
     async def caption(self, embeds, sampling: Sampling) -> Completion:
-        """Continue embeddings. Raises Refusal; cancelling it cancels the request in the engine."""
+        """Continue embeddings. Raises ApiError; cancelling it cancels the request in the engine."""
         async with self._writes():
             completion = await self.engine.generate(embeds, sampling)
         self.metrics.tokens.inc(len(completion.token_ids))
@@ -183,11 +185,11 @@ class Service:
             self.metrics.images.labels("captioned").inc()
         except EmbedsError as error:
             self.metrics.images.labels("encoder").inc()
-            raise Refusal(400, "image", f"the image cannot be captioned: {error}") from error
+            raise ApiError(400, "image", f"the image cannot be captioned: {error}") from error
         except EngineError as error:
             self.ready = self.ready and await self.engine.healthy()
             told = "did not answer" if engine.alive else "has died and is being started again"
-            raise Refusal(503, "engine", f"the language model {told}", 30) from error
+            raise ApiError(503, "engine", f"the language model {told}", 30) from error
         finally:
             self._write(-1)
 
@@ -196,9 +198,9 @@ class Service:
         (self._room.set if self._writing <= self.engine.in_flight else self._room.clear)()
 
     def check_ready(self) -> None:
-        """Raise Refusal 503 while no captions can be written."""
+        """Raise ApiError 503 while no captions can be written."""
         if not self.ready:
-            raise Refusal(503, "not_ready", "the models are being loaded, or do not answer", 10)
+            raise ApiError(503, "not_ready", "the models are being loaded, or do not answer", 10)
 
     async def _keep_engine(self) -> None:
         """Start the engine, and again whenever it has died."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from serve.engines.detokenize import Detokenizer
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
-from vlv.common.command import one_line
+from vlv.common.command import Misuse, UserError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 FLAGS = {"lora": "lora", "tensor_parallel": "tensor-parallel", "url": "llm-url"}  # of Options
 
 
-class EngineError(RuntimeError):
+class EngineError(UserError, RuntimeError):
     """The engine does not start, or has died: no request can be answered."""
 
 
-class OptionError(ValueError):
+class OptionError(Misuse):
     """An option that an engine does not take."""
 
 
-class EmbedsError(ValueError):
+class EmbedsError(UserError, ValueError):
     """One request's embeddings cannot be continued; other requests are unharmed."""
 
 
@@ -128,7 +128,7 @@ class Options:
         return f"{model}+{digest.hexdigest()[:8]}"
 
 
-class Engine(ABC):
+class LLMEngine(ABC):
     """Continues prompt embeddings; any number of requests at a time, on one event loop."""
 
     name: str
@@ -220,12 +220,12 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
-def engine_class(name: str) -> type[Engine]:
+def engine_class(name: str) -> type[LLMEngine]:
     """The engine class of one of serve.ENGINES."""
     if name == "vllm":
-        from serve.engines.vllm import VllmEngine
+        from serve.engines.vllm import VLLMEngine
 
-        return VllmEngine
+        return VLLMEngine
     if name == "remote":
         from serve.engines.remote import RemoteEngine
 

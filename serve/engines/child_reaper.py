@@ -6,7 +6,7 @@ import contextlib
 import subprocess
 
 
-class Guard:
+class ChildProcessReaper:
     """Kills an engine's processes when this one is killed: they would stay, with the model in memory, for good.
 
     A shell that reads process ids until our end of its pipe closes, which the kernel does for us.

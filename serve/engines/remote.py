@@ -1,4 +1,4 @@
-"""A language model elsewhere behind the Engine signature: --engine remote --llm-url URL.
+"""A language model elsewhere behind the LLMEngine signature: --engine remote --llm-url URL.
 
 The URL is that of a stock `vllm serve LLM --enable-prompt-embeds`, which takes pickled tensors and therefore only
 trusted callers, or of a `serve.gateway`, which takes safetensors. Embeddings travel as bfloat16: queries x width x
@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from serve.engines.base import EmbedsError, Engine, EngineError, OptionError, Sampling
+from serve.engines.base import EmbedsError, EngineError, LLMEngine, OptionError, Sampling
 from vlv.common.command import one_line
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers that another attempt may b
 KEY = "VLV_API_KEY"  # environment variable with the key that the server asks for
 
 
-class RemoteEngine(Engine):
+class RemoteEngine(LLMEngine):
     """Requests to a server that has the language model; the tokenizer is the checkpoint's, here."""
 
     name = "remote"

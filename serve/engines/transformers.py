@@ -1,4 +1,4 @@
-"""transformers' `generate` behind the Engine signature: the plain reference."""
+"""transformers' `generate` behind the LLMEngine signature: the plain reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from serve.engines.base import Engine, EngineError, Sampling
+from serve.engines.base import EngineError, LLMEngine, Sampling
 from vlv.common.command import one_line
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class _Job:
         return self.sampling.max_tokens, self.sampling.temperature
 
 
-class TransformersEngine(Engine):
+class TransformersEngine(LLMEngine):
     """Batches of what waits at the moment, at most `in_flight` together."""
 
     name = "transformers"

@@ -1,4 +1,4 @@
-"""vLLM behind the Engine signature: one AsyncLLM fed with prompt embeddings."""
+"""vLLM behind the LLMEngine signature: one AsyncLLM fed with prompt embeddings."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.engines.base import Engine, EngineError, OptionError, Sampling
-from serve.engines.child_reaper import Guard
+from serve.engines.base import EngineError, LLMEngine, OptionError, Sampling
+from serve.engines.child_reaper import ChildProcessReaper
 from vlv.common.command import one_line
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ FEW_CORES = 4  # where serve.engines.vllm_executor is the faster
 CPU_BLOCK = 32  # tokens a block of vLLM's CPU cache: the fewest that its kernels take
 
 
-class VllmEngine(Engine):
+class VLLMEngine(LLMEngine):
     """Continuous batching by vLLM, in its own processes."""
 
     name = "vllm"
@@ -47,7 +47,7 @@ class VllmEngine(Engine):
         self._lora = None
         self._lora_rank = lora_rank(self.options.lora) if self.options.lora else None
         self._engine, self._logs, self._failed, self._closed = None, None, False, False
-        self._guard, self._others = Guard(), None
+        self._guard, self._others = ChildProcessReaper(), None
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()

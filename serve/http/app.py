@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from serve.http import openai_api as api
-from serve.http.auth import Admission, Keys, Refusal
+from serve.http.auth import Admission, ApiError, Keys
 from serve.http.incoming import bounded, until_gone
 
 GONE = 499  # nobody reads this answer: the client has closed the connection
@@ -44,7 +44,7 @@ class Events(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
 
-class Worker:
+class CaptionApp:
     """An application whose `service` has `ready`, `check_ready` and `metrics`; `draining` refuses what is new."""
 
     def __init__(self, service, keys: Keys, admission: Admission, bounds: Bounds):
@@ -66,12 +66,12 @@ class Worker:
                 with self.admission.body() as grow:
                     request = bounded(request, self.bounds.body_bytes, grow)
                     response = await until_gone(request, self._admitted(request, work_on))
-            except Refusal as refusal:
+            except ApiError as refusal:
                 response = self.refused(refusal)
             except ClientDisconnect:
                 response = Response(status_code=GONE)
             except TimeoutError:
-                response = self.refused(Refusal(504, "deadline", f"not done within {self.bounds.deadline:g} s"))
+                response = self.refused(ApiError(504, "deadline", f"not done within {self.bounds.deadline:g} s"))
             except Exception:  # _unexpected answers
                 self.metrics.requests.labels(path, 500).inc()
                 raise
@@ -82,7 +82,7 @@ class Worker:
 
     async def _admitted(self, request: Request, work_on: Callable) -> Response:
         if self.draining:
-            raise Refusal(503, "draining", "the server is being shut down", 5)
+            raise ApiError(503, "draining", "the server is being shut down", 5)
         key = self.keys.find(request.headers.get("authorization"))
         self.service.check_ready()
         deadline = asyncio.get_running_loop().time() + self.bounds.deadline
@@ -100,10 +100,10 @@ class Worker:
             async with aclosing(content), asyncio.timeout_at(deadline):
                 async for event in content:
                     yield event
-        except Refusal as refusal:
+        except ApiError as refusal:
             yield api.event(api.error_body(refusal))
         except TimeoutError:
-            yield api.event(api.error_body(Refusal(504, "deadline", "the deadline has passed")))
+            yield api.event(api.error_body(ApiError(504, "deadline", "the deadline has passed")))
 
     async def health(self, _) -> Response:
         """GET /health: the process answers."""
@@ -119,7 +119,7 @@ class Worker:
         """GET /metrics"""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    def refused(self, refusal: Refusal) -> Response:
+    def refused(self, refusal: ApiError) -> Response:
         """A refusal as an answer."""
         self.metrics.refused.labels(refusal.kind).inc()
         headers = {}
@@ -131,7 +131,7 @@ class Worker:
 
     async def _http_error(self, _, error: HTTPException) -> Response:
         """No such route or method."""
-        return JSONResponse(api.error_body(Refusal(error.status_code, "http", error.detail)), error.status_code)
+        return JSONResponse(api.error_body(ApiError(error.status_code, "http", error.detail)), error.status_code)
 
     async def _unexpected(self, _, error: Exception) -> Response:
-        return JSONResponse(api.error_body(Refusal(500, "internal", "an unexpected error: see the server's log")), 500)
+        return JSONResponse(api.error_body(ApiError(500, "internal", "an unexpected error: see the server's log")), 500)

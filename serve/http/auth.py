@@ -1,8 +1,8 @@
 """Who may ask, how often, and how much at a time: API keys, rates, and admission to the server.
 
 keys = Keys.load("keys.json")            # hashes only: the keys themselves are shown once, when they are made
-key = keys.find(bearer)                  # raises Refusal 401
-with admission.enter(key) as place:      # raises Refusal 429 or 503, with Retry-After
+key = keys.find(bearer)                  # raises ApiError 401
+with admission.enter(key) as place:      # raises ApiError 429 or 503, with Retry-After
     place.take(images - 1)
 """
 
@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vlv.common.command import why
+from vlv.common.command import UserError, why
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """A request that is not answered: HTTP status, kind, one sentence, and perhaps when to come again."""
 
     def __init__(self, status: int, kind: str, message: str, retry_after: float | None = None):
@@ -31,7 +31,7 @@ class Refusal(Exception):
         self.status, self.kind, self.retry_after = status, kind, retry_after
 
 
-class KeysError(ValueError):
+class KeysError(UserError, ValueError):
     """A key file that cannot be used; the message says why."""
 
 
@@ -95,7 +95,7 @@ class Keys:
             if hmac.compare_digest(key.sha256, digest):
                 found = key
         if found is None or scheme.lower() != "bearer":
-            raise Refusal(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
+            raise ApiError(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
         return found
 
 
@@ -123,24 +123,24 @@ def _sha256(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-class Place:
+class AdmissionLease:
     """What an admitted request holds, counted in images."""
 
     def __init__(self, admission: Admission, key: Key):
         self._admission, self._key, self.images = admission, key, 0
 
     def take(self, images: int) -> None:
-        """Hold `images` more. Raises Refusal where the key or the server has no room for them."""
+        """Hold `images` more. Raises ApiError where the key or the server has no room for them."""
         admission, key = self._admission, self._key
         most = min(key.concurrent, key.per_minute, admission.capacity)
         if self.images + images > most:  # coming again would not help
-            raise Refusal(400, "too_many", f"{self.images + images} captions in one request: at most {most} here")
+            raise ApiError(400, "too_many", f"{self.images + images} captions in one request: at most {most} here")
         if key.active + images > key.concurrent:
-            raise Refusal(429, "too_many_at_once", f"more than {key.concurrent} images at a time for this key", 1)
+            raise ApiError(429, "too_many_at_once", f"more than {key.concurrent} images at a time for this key", 1)
         if admission.active + images > admission.capacity:
-            raise Refusal(503, "overloaded", "the server is at its capacity", admission.retry_after())
+            raise ApiError(503, "overloaded", "the server is at its capacity", admission.retry_after())
         if wait := key.draw(images, time.monotonic()):
-            raise Refusal(429, "rate_limit", f"more than {key.per_minute} images a minute for this key", wait)
+            raise ApiError(429, "rate_limit", f"more than {key.per_minute} images a minute for this key", wait)
         self.images += images
         key.active += images
         admission.active += images
@@ -159,9 +159,9 @@ class Admission:
         return max(1.0, self._seconds / 2)
 
     @contextmanager
-    def enter(self, key: Key) -> Iterator[Place]:
+    def enter(self, key: Key) -> Iterator[AdmissionLease]:
         """A place for a request of one image, for now; given back at the end whatever happens."""
-        place, start = Place(self, key), time.monotonic()
+        place, start = AdmissionLease(self, key), time.monotonic()
         place.take(1)
         try:
             yield place
@@ -172,13 +172,13 @@ class Admission:
 
     @contextmanager
     def body(self) -> Iterator[Callable[[int], None]]:
-        """Room for a request's body: call it with each piece's length. Raises Refusal 503 where there is none."""
+        """Room for a request's body: call it with each piece's length. Raises ApiError 503 where there is none."""
         arrived = 0
 
         def grow(length: int) -> None:
             nonlocal arrived
             if self.bytes + length > self.max_bytes:
-                raise Refusal(503, "overloaded", "the server holds as many requests as it can", self.retry_after())
+                raise ApiError(503, "overloaded", "the server holds as many requests as it can", self.retry_after())
             arrived += length
             self.bytes += length
 

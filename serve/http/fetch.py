@@ -19,13 +19,13 @@ import aiohttp
 import yarl
 from aiohttp.abc import AbstractResolver
 
-from serve.http.auth import Refusal
+from serve.http.auth import ApiError
 
 REDIRECTS = 3
 
 
 class Fetcher:
-    """`await fetcher.get(url)` -> the file's content. Raises Refusal 400."""
+    """`await fetcher.get(url)` -> the file's content. Raises ApiError 400."""
 
     def __init__(self, hosts: tuple[str, ...] = (), max_bytes: int = 20 << 20, seconds: float = 10, private=False):
         """`hosts`: `images.example.org`, `*.example.org`, with a port `host:8080`; `private` takes inner addresses."""
@@ -105,7 +105,7 @@ class Fetcher:
             )
         return self._session
 
-    def _too_large(self) -> Refusal:
+    def _too_large(self) -> ApiError:
         return _no(f"the image file has more than {self._max_bytes >> 20} MiB")
 
     async def close(self) -> None:
@@ -152,5 +152,5 @@ def _matches(entry: str, host: str) -> bool:
     return host.endswith(entry[1:].lower()) if entry.startswith("*.") else host == entry.lower()
 
 
-def _no(message: str) -> Refusal:
-    return Refusal(400, "image_url", message)
+def _no(message: str) -> ApiError:
+    return ApiError(400, "image_url", message)

@@ -13,7 +13,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from serve.http.auth import Refusal
+from serve.http.auth import ApiError
 
 TEXTS = ("model", "stop", "user")  # form fields that are text; the others are read as JSON
 
@@ -21,9 +21,9 @@ TEXTS = ("model", "stop", "user")  # form fields that are text; the others are r
 def bounded(request: Request, most: int, grow: Callable[[int], None]) -> Request:
     """The request with a body of at most `most` bytes, each piece of which is given to `grow` as it comes.
 
-    Raises Refusal 413, at once where the length is announced.
+    Raises ApiError 413, at once where the length is announced.
     """
-    too_large = Refusal(413, "too_large", f"the request has more than {most >> 20} MiB")
+    too_large = ApiError(413, "too_large", f"the request has more than {most >> 20} MiB")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > most:
         raise too_large
@@ -67,34 +67,34 @@ async def _gone(request: Request) -> None:
 
 
 async def read_json(request: Request, seconds: float) -> dict:
-    """The body as a JSON object. Raises Refusal."""
+    """The body as a JSON object. Raises ApiError."""
     try:
         body = json.loads(await _arrive(request, request.body(), seconds))
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, "invalid_request", "the request's body is no JSON") from error
+        raise ApiError(400, "invalid_request", "the request's body is no JSON") from error
     if not isinstance(body, dict):
-        raise Refusal(400, "invalid_request", "the request's body must be a JSON object")
+        raise ApiError(400, "invalid_request", "the request's body must be a JSON object")
     return body
 
 
 async def read_bytes(request: Request, seconds: float) -> bytes:
-    """The body as it is. Raises Refusal."""
+    """The body as it is. Raises ApiError."""
     return await _arrive(request, request.body(), seconds)
 
 
 async def read_form(
     request: Request, seconds: float, most: int
 ) -> tuple[list[tuple[str | None, Coroutine[Any, Any, bytes]]], dict]:
-    """A multipart form's files, as name and content to await, and its other fields. Raises Refusal."""
+    """A multipart form's files, as name and content to await, and its other fields. Raises ApiError."""
     form = request.form(max_files=most, max_fields=32, max_part_size=1 << 16)
     try:
         items = (await _arrive(request, form, seconds)).multi_items()
     except (MultiPartException, HTTPException) as error:
         told = error.message if isinstance(error, MultiPartException) else error.detail
-        raise Refusal(400, "invalid_request", f"the form cannot be read: {told}") from error
+        raise ApiError(400, "invalid_request", f"the form cannot be read: {told}") from error
     files = [(value.filename, value.read()) for _, value in items if isinstance(value, UploadFile)]
     if not files:
-        raise Refusal(400, "invalid_request", f"the form holds no file: send 1 to {most} files")
+        raise ApiError(400, "invalid_request", f"the form holds no file: send 1 to {most} files")
     return files, {name: _value(name, value) for name, value in items if isinstance(value, str)}
 
 
@@ -110,7 +110,7 @@ async def _arrive(request: Request, receiving: Awaitable, seconds: float):
         async with asyncio.timeout(seconds):
             content = await receiving
     except TimeoutError as error:
-        raise Refusal(408, "slow_request", f"the request did not arrive within {seconds:g} s") from error
+        raise ApiError(408, "slow_request", f"the request did not arrive within {seconds:g} s") from error
     request.state.arrived.set()
     return content
 

@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass
 
 from serve.engines.base import Completion, Sampling
-from serve.http.auth import Refusal
+from serve.http.auth import ApiError
 from vlv.model.captioner import clean_caption
 
 IGNORED = {"user", "metadata", "store", "messages", "model", "images", "stream", "stream_options"}
@@ -18,7 +18,7 @@ DEFAULTS = {"top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs
 
 
 @dataclass(frozen=True)
-class Wish:
+class CaptionParams:
     """How a request wants its captions."""
 
     sampling: Sampling
@@ -27,8 +27,8 @@ class Wish:
     as_json: bool = False  # the content is a JSON object {"caption": ...}
 
 
-def wish(body: dict, most_tokens: int) -> Wish:
-    """Read a request's decoding fields. Raises Refusal for what cannot be honoured, rather than ignore it."""
+def wish(body: dict, most_tokens: int) -> CaptionParams:
+    """Read a request's decoding fields. Raises ApiError for what cannot be honoured, rather than ignore it."""
     body = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
     limits = [body.pop(name) for name in ("max_completion_tokens", "max_tokens") if name in body]
     tokens = _whole(limits[0] if limits else min(300, most_tokens), "max_tokens", 1, most_tokens)
@@ -50,7 +50,7 @@ def wish(body: dict, most_tokens: int) -> Wish:
     for name, value in body.items():
         if name not in DEFAULTS or value != DEFAULTS[name]:
             raise _no(f"{name} is not supported here: leave it out")
-    return Wish(Sampling(tokens, float(temperature), seed, tuple(stop)), count, raw, as_json)
+    return CaptionParams(Sampling(tokens, float(temperature), seed, tuple(stop)), count, raw, as_json)
 
 
 def _response_format(wanted) -> bool:
@@ -93,7 +93,7 @@ def urls_of(body: dict, name: str, most: int) -> list[str]:
     return urls
 
 
-def finished(completions: list[Completion], wanted: Wish) -> list[tuple[str, Completion]]:
+def finished(completions: list[Completion], wanted: CaptionParams) -> list[tuple[str, Completion]]:
     """Texts with their completions; of equal texts the first."""
     texts: dict[str, Completion] = {}
     for completion in completions:
@@ -105,7 +105,7 @@ def usage(prompt: int, tokens: int) -> dict:
     return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
 
-def chat(model: str, texts: list[tuple[str, Completion]], wanted: Wish, prompt: int, tokens: int) -> dict:
+def chat(model: str, texts: list[tuple[str, Completion]], wanted: CaptionParams, prompt: int, tokens: int) -> dict:
     """A chat.completion."""
     choices = [
         {
@@ -174,7 +174,7 @@ def embeddings(model: str, rows: list, encoding: str, shape: tuple[int, int]) ->
     return {"object": "list", "model": model, "data": data, "usage": tokens}
 
 
-def error_body(refusal: Refusal) -> dict:
+def error_body(refusal: ApiError) -> dict:
     """An error as OpenAI's clients read it."""
     kind = "invalid_request_error" if refusal.status < 500 else "server_error"
     return {"error": {"message": str(refusal), "type": kind, "param": None, "code": refusal.kind}}
@@ -185,8 +185,8 @@ def _head(kind: str, model: str) -> dict:
     return {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
 
-def _no(message: str) -> Refusal:
-    return Refusal(400, "invalid_request", message)
+def _no(message: str) -> ApiError:
+    return ApiError(400, "invalid_request", message)
 
 
 def _shown(value) -> str:

@@ -1,6 +1,6 @@
 """Pictures drawn from embeddings, for a server: the checkpoint's text-to-image model, loaded when first asked for.
 
-    painter = Painter(checkpoint)
+    painter = ReconstructionService(checkpoint)
     drawn = await painter.paint(crops, Drawing(guidance=2.0))    # one crop: its reconstruction; two: their mixture
     drawn.png, drawn.prompts                                     # the picture's file, embeddings [queries, llm_width]
 
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serve.http.auth import Refusal
+from serve.http.auth import ApiError
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.data.image import png
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from vlv.diffusion.reconstruction import TorchDrawer
+    from vlv.diffusion.reconstruction import TorchReconstructor
 
 MIXES = ("blend", "splice")
 WAITING = 16  # drawings that may wait for the one that is being drawn
@@ -42,7 +42,7 @@ class Drawing:
 
     @classmethod
     def of(cls, body: dict) -> Drawing:
-        """Read a request's fields. Raises Refusal."""
+        """Read a request's fields. Raises ApiError."""
         known = {name: body[name] for name in cls.__dataclass_fields__ if body.get(name) is not None}
         drawing = cls(**known)
         if unknown := sorted(body.keys() - cls.__dataclass_fields__.keys() - {"model", "images"}):
@@ -68,16 +68,16 @@ class Drawn:
     prompts: Tensor
 
 
-class Painter:
+class ReconstructionService:
     """Draws for one server, a picture at a time."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self._thread, self._waiting = ThreadPoolExecutor(1, "painter"), 0
-        self._drawer: TorchDrawer | None = None
+        self._drawer: TorchReconstructor | None = None
 
     @property
-    def hindrance(self) -> str:
+    def unavailable_reason(self) -> str:
         """Why nothing can be drawn here; empty where it can."""
         try:
             _ = self.checkpoint.t2i
@@ -86,11 +86,11 @@ class Painter:
         return "" if importlib.util.find_spec("diffusers") else "diffusers is not installed: pip install diffusers"
 
     async def paint(self, crops: list[np.ndarray], drawing: Drawing) -> Drawn:
-        """One or two crops, uint8 [3, S, S] each -> what is drawn from their embeddings. Raises Refusal."""
-        if self.hindrance:
-            raise Refusal(501, "no_drawing", self.hindrance)
+        """One or two crops, uint8 [3, S, S] each -> what is drawn from their embeddings. Raises ApiError."""
+        if self.unavailable_reason:
+            raise ApiError(501, "no_drawing", self.unavailable_reason)
         if self._waiting > WAITING:
-            raise Refusal(503, "overloaded", f"{self._waiting} pictures are being drawn already", 5)
+            raise ApiError(503, "overloaded", f"{self._waiting} pictures are being drawn already", 5)
         self._waiting += 1
         try:
             # where the request ends before its turn, the executor drops it
@@ -102,11 +102,11 @@ class Painter:
         import numpy as np
         import torch
 
-        from vlv.diffusion.reconstruction import TorchDrawer
+        from vlv.diffusion.reconstruction import TorchReconstructor
         from vlv.reconstruct import mix
 
         try:
-            drawer = self._drawer = self._drawer or TorchDrawer.of(self.checkpoint)
+            drawer = self._drawer = self._drawer or TorchReconstructor.of(self.checkpoint)
             with torch.inference_mode():
                 contexts = drawer.context(torch.from_numpy(np.stack(crops)))
                 context = contexts[0]
@@ -117,9 +117,9 @@ class Painter:
                 picture = drawer.reconstruct(context[None], drawing.steps, drawing.guidance, drawing.seed)[0]
                 prompts = drawer.encoder.prompts(context).cpu()
         except torch.OutOfMemoryError as error:
-            raise Refusal(503, "no_memory", "the device has no memory left for the text-to-image model") from error
+            raise ApiError(503, "no_memory", "the device has no memory left for the text-to-image model") from error
         return Drawn(png(picture.cpu().numpy()), prompts)
 
 
-def _no(message: str) -> Refusal:
-    return Refusal(400, "invalid_request", message)
+def _no(message: str) -> ApiError:
+    return ApiError(400, "invalid_request", message)

@@ -14,22 +14,22 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from serve.core.service import Service
 from serve.http import openai_api as api
-from serve.http.app import Bounds, Worker
-from serve.http.auth import Admission, Keys, Place, Refusal
+from serve.http.app import Bounds, CaptionApp
+from serve.http.auth import Admission, AdmissionLease, ApiError, Keys
 from serve.http.fetch import Fetcher
 from serve.http.incoming import all_of, read_form, read_json
 from serve.http.page import HEADERS, PAGE
-from serve.http.reconstructor import Drawing, Painter
+from serve.http.reconstructor import Drawing, ReconstructionService
 
 
-class Routes(Worker):
+class Routes(CaptionApp):
     """The application around a service."""
 
     def __init__(
         self, service: Service, model: str, keys: Keys, admission: Admission, fetcher: Fetcher, bounds: Bounds
     ):
         super().__init__(service, keys, admission, bounds)
-        self.model, self.fetcher, self.painter = model, fetcher, Painter(service.checkpoint)
+        self.model, self.fetcher, self.painter = model, fetcher, ReconstructionService(service.checkpoint)
         self.queries, self.width = service.engine.spec.queries, service.engine.spec.width
 
     def app(self) -> Starlette:
@@ -38,14 +38,14 @@ class Routes(Worker):
         work["/v1/reconstructions"] = self.draw
         return self.application(work, {"/v1/models": self.models, "/": self.page})
 
-    async def chat(self, request: Request, place: Place):
+    async def chat(self, request: Request, place: AdmissionLease):
         """POST /v1/chat/completions"""
         body = await read_json(request, self.bounds.body_seconds)
         self._check_model(body)
         start = time.monotonic()
         url, wanted = api.image_of(body.get("messages")), api.wish(body, self.service.engine.max_tokens)
         if body.get("stream") and (wanted.count > 1 or wanted.as_json):
-            raise Refusal(400, "invalid_request", "stream goes with n = 1 and response_format text")
+            raise ApiError(400, "invalid_request", "stream goes with n = 1 and response_format text")
         place.take(wanted.count - 1)
         embeds = await self.service.embed(await self.fetcher.get(url))
         if body.get("stream"):
@@ -56,7 +56,7 @@ class Routes(Worker):
         tokens = sum(len(c.token_ids) for c in completions)
         return api.chat(self.model, api.finished(completions, wanted), wanted, self.queries, tokens)
 
-    async def _stream(self, embeds, wanted: api.Wish, with_usage: bool, start: float) -> AsyncGenerator[bytes]:
+    async def _stream(self, embeds, wanted: api.CaptionParams, with_usage: bool, start: float) -> AsyncGenerator[bytes]:
         chunks, cleaner, tokens, silent = api.Chunks(self.model), api.Cleaner(), 0, True
 
         def said(text: str) -> bytes:
@@ -80,13 +80,13 @@ class Routes(Worker):
             yield chunks.usage(self.queries, tokens)
         yield api.DONE
 
-    async def _write(self, embeds, wanted: api.Wish) -> list:
+    async def _write(self, embeds, wanted: api.CaptionParams) -> list:
         """The captions of one image, each from a seed of its own."""
         first = wanted.sampling
         draws = [replace(first, seed=first.seed + i) for i in range(wanted.count)]
         return await all_of([self.service.caption(embeds, draw) for draw in draws])
 
-    async def captions(self, request: Request, place: Place) -> dict:
+    async def captions(self, request: Request, place: AdmissionLease) -> dict:
         """POST /v1/captions: multipart files, or JSON {"images": [url, ...]}; one result an image, in order."""
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             sources, body = await read_form(request, self.bounds.body_seconds, self.bounds.images)
@@ -110,7 +110,7 @@ class Routes(Worker):
         result = {"index": index} | ({"filename": name} if name else {})
         try:
             completions = await self._write(await self.service.embed(await content), wanted)
-        except Refusal as refusal:
+        except ApiError as refusal:
             if refusal.status != 400:
                 raise
             return result | api.error_body(refusal)
@@ -119,13 +119,13 @@ class Routes(Worker):
         tokens = sum(len(c.token_ids) for c in completions)
         return {**result, "caption": text, **more, "tokens": tokens, "finish_reason": first.finish_reason}
 
-    async def embed(self, request: Request, place: Place) -> dict:
+    async def embed(self, request: Request, place: AdmissionLease) -> dict:
         """POST /v1/embeddings: `input` is one image URL or several."""
         body = await read_json(request, self.bounds.body_seconds)
         self._check_model(body)
         urls, encoding = api.urls_of(body, "input", self.bounds.images), body.get("encoding_format") or "float"
         if encoding not in ("float", "base64") or body.get("dimensions") is not None:
-            raise Refusal(400, "invalid_request", "encoding_format must be float or base64, and dimensions left out")
+            raise ApiError(400, "invalid_request", "encoding_format must be float or base64, and dimensions left out")
         place.take(len(urls) - 1)
 
         async def one(url: str):
@@ -134,7 +134,7 @@ class Routes(Worker):
         rows = await all_of([one(url) for url in urls])
         return api.embeddings(self.model, rows, encoding, (self.queries, self.width))
 
-    async def draw(self, request: Request, place: Place) -> dict:
+    async def draw(self, request: Request, place: AdmissionLease) -> dict:
         """POST /v1/reconstructions: what one image's embeddings hold, drawn; of two their mixture, with a caption."""
         body = await read_json(request, self.bounds.body_seconds)
         self._check_model(body)
@@ -158,11 +158,11 @@ class Routes(Worker):
     async def models(self, request: Request) -> Response:
         try:
             self.keys.find(request.headers.get("authorization"))
-        except Refusal as refusal:
+        except ApiError as refusal:
             return self.refused(refusal)
         entry = {"id": self.model, "object": "model", "created": 0, "owned_by": "vlv"}
         shape = {"queries": self.queries, "width": self.width, "max_tokens": self.service.engine.max_tokens}
-        draws = {"reconstructs": not self.painter.hindrance}
+        draws = {"reconstructs": not self.painter.unavailable_reason}
         return JSONResponse({"object": "list", "data": [{**entry, **shape, **draws}]})
 
     async def page(self, _) -> Response:
@@ -170,4 +170,4 @@ class Routes(Worker):
 
     def _check_model(self, body: dict) -> None:
         if body.get("model") not in (None, self.model):
-            raise Refusal(404, "model_not_found", f"there is no such model here; there is {self.model}")
+            raise ApiError(404, "model_not_found", f"there is no such model here; there is {self.model}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from serve.core.inputs import Item
 from serve.outputs.jsonl import FileSink, FolderSink, SinkError, explained, json_bytes
-from vlv.common.files import whole
+from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
 
 ROWS = 10_000  # captions in one Parquet part
@@ -70,7 +70,7 @@ class SidecarSink(FileSink):
 
     def _write(self, record: dict) -> None:
         text = sidecar(record["path"])
-        with explained(text), whole(text) as file:
+        with explained(text), atomic_write(text) as file:
             file.write_text(_text(record))
 
 
@@ -113,7 +113,7 @@ class CocoSink(FileSink):
 
     def close(self) -> None:
         try:
-            with explained(self.path), whole(self.path) as path, open(path, "wb") as file:
+            with explained(self.path), atomic_write(self.path) as path, open(path, "wb") as file:
                 file.write(COCO_HEAD + b', model %s"}, ' % self.model.encode())
                 file.write(b'"images": [')
                 file.writelines(_joined(self._images()))
@@ -176,7 +176,7 @@ class ParquetSink(FolderSink):
     def _seal(self) -> None:
         """Pending lines to a part."""
         part = self.path / f"part-{self._next:05}{self.suffix}"
-        with explained(part), whole(part) as file:
+        with explained(part), atomic_write(part) as file:
             self.write_part(file, list(self._journal.records()))
         self._journal.clear()
         self._next, self._pending = self._next + 1, 0

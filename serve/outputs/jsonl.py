@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from serve.core.inputs import Item
-from vlv.common.command import why
+from vlv.common.command import UserError, why
 
 HEAD = b'{"id": "'  # of every record; what begins otherwise is somebody else's file
 
 
-class SinkError(OSError):
+class SinkError(UserError, OSError):
     """The output cannot be written or read; the message says which and what to do."""
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from serve.command import Misuse
 from serve.core.inputs import SHARDS, Item, SourceError, expand, image_members, is_image
-from vlv.common.files import whole
+from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
 
 HEADERS = 1 << 16  # bytes that are fetched at a time while a shard is listed
@@ -61,7 +61,7 @@ class Store:
         path = f"{self._root}/{name}"
         if "file" in self._fs.protocol:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with whole(Path(path), among_many=True) as file:
+            with atomic_write(Path(path), shared=True) as file:
                 file.write_bytes(content)
         else:  # an object store shows an object once it is whole
             self._fs.pipe_file(path, content)

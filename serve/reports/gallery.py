@@ -18,7 +18,7 @@ from serve.core.inputs import Item
 from serve.outputs.jsonl import explained
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.common import html as pages
-from vlv.common.files import whole
+from vlv.common.files import atomic_write
 from vlv.data.image import ImageError, load_crop
 
 BATCH = 16  # reconstructions at once
@@ -63,7 +63,7 @@ def write(
     body = "\n".join([f'<p class="about">{about}</p>', "<main>", *cards, "</main>"])
     with explained(page):
         page.parent.mkdir(parents=True, exist_ok=True)
-        with whole(page) as file:
+        with atomic_write(page) as file:
             file.write_text(pages.page("VLV captions", body, style), encoding="utf-8", errors="replace")
 
 
@@ -84,9 +84,9 @@ def _reconstruct(checkpoint: Checkpoint, crops: np.ndarray, steps: int) -> tuple
     try:
         import torch
 
-        from vlv.diffusion.reconstruction import TorchDrawer
+        from vlv.diffusion.reconstruction import TorchReconstructor
 
-        drawer = TorchDrawer.of(checkpoint)
+        drawer = TorchReconstructor.of(checkpoint)
     except CheckpointError:
         return [], f"{len(crops)} images. This checkpoint has no text-to-image model (t2i/): no reconstructions."
     except ModuleNotFoundError as error:

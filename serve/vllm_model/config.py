@@ -6,12 +6,14 @@ import os
 
 from transformers import AutoConfig, PretrainedConfig
 
+from vlv.common.command import UserError
+
 ARCHITECTURE = "VLVForCaptioning"
 TESTED = ("0.32",)  # minor versions of vLLM, whose classes for multimodal models change between them
 ANYWAY = "VLV_ANY_VLLM"  # environment variable: 1 tries another version
 
 
-class VersionError(ValueError):
+class VersionError(UserError, ValueError):
     """This vLLM is none that the plugin was tested with."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from export import onnx
-from export.verification.inputs import Probes
+from export.verification.inputs import VerificationInputs
 from vlv.checkpoints.folder import Checkpoint
 
 BUNDLED = Path(__file__).parents[2] / "assets" / "vlv-tiny"
@@ -21,8 +21,8 @@ def checkpoint() -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def probes(checkpoint) -> Probes:
-    return Probes(checkpoint, 6)
+def probes(checkpoint) -> VerificationInputs:
+    return VerificationInputs(checkpoint, 6)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch
 from export import onnx, trace
 from export.manifest import ArtifactError, Manifest, digest
 from export.quantize import precision as quantize
-from export.runtimes.base import open_engine
+from export.runtimes.base import open_runtime
 from export.runtimes.onnxruntime import OrtSession
 from tests.export.conftest import BUNDLED, LIMITS
 
@@ -68,7 +68,7 @@ def test_damaged_weights_are_refused(apart, damage):
         else:
             file.unlink()
         with pytest.raises(ArtifactError, match=rf"{file.name} (is|has) .*make it again: python -m export.onnx"):
-            open_engine("onnx", apart).session("context_kv")
+            open_runtime("onnx", apart).session("context_kv")
     finally:
         file.write_bytes(before)
 

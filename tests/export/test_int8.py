@@ -16,7 +16,7 @@ from export.components import COMPONENTS, Batch
 from export.exporter import Exporter
 from export.manifest import Artifact, Manifest
 from export.quantize import precision as quantize
-from export.verification.inputs import Probes
+from export.verification.inputs import VerificationInputs
 from export.verification.verifier import compare
 from tests.export.toy import Toy, export, scaled
 
@@ -167,7 +167,7 @@ def test_ranges_are_calibrated_on_the_photos_given(tmp_path, capsys):
 
 def test_one_picture_at_a_time_is_the_same_as_all(checkpoint, probes):
     """Each picture's rows, conditional and unconditional, with what is not batched beside them."""
-    few = Probes(checkpoint, 4)
+    few = VerificationInputs(checkpoint, 4)
     for component in ("encoder", "unet"):
         session, whole = probes.reference.session(component), few.inputs(component)
         parts = list(few.single(component))

@@ -10,7 +10,7 @@ import pytest
 
 from export.components import Batch, Component, tolerance
 from export.manifest import Artifact, ArtifactError, Manifest, source_hash
-from export.runtimes.base import open_engine
+from export.runtimes.base import open_runtime
 from vlv.checkpoints.folder import Checkpoint
 
 
@@ -23,7 +23,7 @@ def edit(folder, change) -> None:
 def refused(folder, component="encoder", checkpoint=None) -> str:
     """The sentence with which an engine refuses the folder."""
     with pytest.raises(ArtifactError) as caught:
-        open_engine("onnx", folder, checkpoint).session(component)
+        open_runtime("onnx", folder, checkpoint).session(component)
     return str(caught.value)
 
 

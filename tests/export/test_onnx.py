@@ -17,9 +17,9 @@ import torch
 from export import onnx, verify
 from export.components import COMPONENTS, Batch, Port
 from export.manifest import Artifact, ArtifactError, Manifest
-from export.runtimes.base import TorchEngine, open_engine
+from export.runtimes.base import TorchRuntime, open_runtime
 from export.runtimes.onnxruntime import OrtSession
-from export.verification.inputs import Probes
+from export.verification.inputs import VerificationInputs
 from tests.export.conftest import BUNDLED, LIMITS
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +68,8 @@ def test_reconstruction_is_pytorchs(artifacts, checkpoint):
     """The whole road, 50 steps: PSNR above 40 dB at equal seeds, against diffusers' own pipeline."""
     from vlv.diffusion.t2i import T2I
 
-    engine = open_engine("onnx", artifacts, checkpoint)
-    context = engine.context(Probes(checkpoint, 4).pictures[:1])
+    engine = open_runtime("onnx", artifacts, checkpoint)
+    context = engine.context(VerificationInputs(checkpoint, 4).pictures[:1])
     expected = T2I.load(checkpoint.t2i).reconstruct(context, seed=3).float()
     found = engine.reconstruct(context, seed=3).float()
     error = (found - expected).square().mean().item()
@@ -82,8 +82,8 @@ def test_any_engine_samples_as_diffusers_does(checkpoint):
     from vlv.diffusion.samplers import SAMPLERS
     from vlv.diffusion.t2i import T2I
 
-    engine, t2i = TorchEngine(checkpoint, "cpu"), T2I.load(checkpoint.t2i)
-    context = engine.context(Probes(checkpoint, 4).pictures[:2])
+    engine, t2i = TorchRuntime(checkpoint, "cpu"), T2I.load(checkpoint.t2i)
+    context = engine.context(VerificationInputs(checkpoint, 4).pictures[:2])
     for sampler in SAMPLERS:
         for guidance in (1.0, 3.0):
             expected = t2i.reconstruct(context, 3, guidance, 1, sampler).float()
@@ -91,7 +91,7 @@ def test_any_engine_samples_as_diffusers_does(checkpoint):
 
 
 def test_batches_outside_the_profile_are_refused(artifacts, checkpoint):
-    engine = open_engine("onnx", artifacts, checkpoint)
+    engine = open_runtime("onnx", artifacts, checkpoint)
     size = checkpoint.config.image_size
     assert engine.max_batch == 5 and engine.device.type == "cpu" and engine.dtype == "fp32"
     assert engine.encode(torch.zeros(5, 3, size, size, dtype=torch.uint8)).shape[0] == 5
@@ -120,7 +120,7 @@ def test_the_smallest_numbers_count_as_zero_in_sessions_alone(tmp_path):
 
 def test_fixed_buffers_hold_what_was_last_given(artifacts, checkpoint):
     """What CUDA graphs replay, here on the CPU: new inputs are taken, and the same keys and values are not again."""
-    manifest, inputs = Manifest.open(artifacts), Probes(checkpoint, 4).inputs("unet")[0]
+    manifest, inputs = Manifest.open(artifacts), VerificationInputs(checkpoint, 4).inputs("unet")[0]
     unet = manifest.checked("unet")
     plain = OrtSession.on_cpu(unet, artifacts)
     fixed = OrtSession(unet, artifacts, ["CPUExecutionProvider"], torch.device("cpu"), graphs=True)

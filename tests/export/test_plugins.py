@@ -17,7 +17,7 @@ import kernels
 from export import graphs, plugins, trace
 from export.components import COMPONENTS, PEAK, Batch, Port, tolerance
 from export.manifest import ArtifactError, Manifest, kernels_hash
-from export.runtimes.base import RuntimeMissing
+from export.runtimes.base import RuntimeUnavailable
 from export.runtimes.tensorrt import _padded
 from export.trt import _wants_plugins
 from kernels.attention import attention
@@ -197,7 +197,7 @@ def test_when_an_engine_gets_our_kernels(asked, runtime, precision, expected, sa
 def test_without_triton_it_says_so(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not _wants_plugins("auto", "trt", "fp16")
-    with pytest.raises(RuntimeMissing, match="pip install triton"):
+    with pytest.raises(RuntimeUnavailable, match="pip install triton"):
         _wants_plugins("on", "trt", "fp16")
 
 

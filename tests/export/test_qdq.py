@@ -12,7 +12,7 @@ from export.components import Batch
 from export.manifest import Manifest
 from export.quantize import qdq
 from export.quantize.precision import NotPossible, ranges
-from export.runtimes.base import RuntimeMissing
+from export.runtimes.base import RuntimeUnavailable
 from export.runtimes.onnxruntime import OrtSession
 from export.runtimes.tensorrt_library import LIBRARIES
 from export.verification.verifier import compare
@@ -112,7 +112,7 @@ def test_engines_are_built_for_gpus_that_have_it(tmp_path, capsys):
     """Floats from Ada on, integers before; what cannot be is told before anything is exported."""
     try:
         LIBRARIES["rtx"].load()
-    except RuntimeMissing as missing:
+    except RuntimeUnavailable as missing:
         pytest.skip(str(missing))
     command = ["--components", "text_encoder", "--no-captions", "--precision"]
     assert build(tmp_path, *command, "fp8", "--target", "sm86") == 2

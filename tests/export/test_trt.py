@@ -8,7 +8,7 @@ import pytest
 
 from export import trt
 from export.manifest import ArtifactError, Manifest
-from export.runtimes.base import RuntimeMissing, open_engine
+from export.runtimes.base import RuntimeUnavailable, open_runtime
 from export.runtimes.tensorrt_library import LIBRARIES
 from tests.export.conftest import BUNDLED, LIMITS
 
@@ -26,7 +26,7 @@ def build(out, *args: str) -> int:
 def rtx() -> str:
     try:
         return f"TensorRT-RTX {LIBRARIES['rtx'].load().__version__}"
-    except RuntimeMissing as missing:
+    except RuntimeUnavailable as missing:
         pytest.skip(str(missing))
 
 
@@ -79,7 +79,7 @@ def test_tensorrt_needs_its_gpu_and_its_library(artifacts, capsys):
     assert "python -m pip install" in error or "this machine has none" in error
     for word in ("rtx", "trt", "onnx-cuda", "onnx-trt"):
         with pytest.raises(ArtifactError, match=r"needs a CUDA device|pip install"):
-            open_engine(word, artifacts)
+            open_runtime(word, artifacts)
 
 
 def test_refit_needs_the_gpu(engines, capsys):

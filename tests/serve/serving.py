@@ -13,7 +13,7 @@ import uvicorn
 import uvloop
 
 from serve.core.service import Service, ServiceConfig
-from serve.engines.base import Engine, EngineError, LLMSpec
+from serve.engines.base import EngineError, LLMEngine, LLMSpec
 from serve.http.app import Bounds
 from serve.http.auth import Admission, Keys
 from serve.http.fetch import Fetcher
@@ -23,7 +23,7 @@ TEXT = "The image shows a cat. It is red! The image shows a cat. A dog is left o
 CLEAN = "The image shows a cat. It is red! A dog is left of it."
 
 
-class Scripted(Engine):
+class Scripted(LLMEngine):
     """Writes TEXT, a token every `pace` seconds; knows what is open, and dies on demand."""
 
     name = "scripted"

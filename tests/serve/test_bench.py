@@ -11,7 +11,7 @@ from tests.serve.serving import Running, Scripted
 from vlv.checkpoints.folder import Checkpoint
 
 
-class Engine(Scripted):
+class LLMEngine(Scripted):
     """20 ms a token, so a caption takes as long as it has tokens."""
 
     pace = 0.02
@@ -19,7 +19,7 @@ class Engine(Scripted):
 
 @pytest.fixture(scope="module")
 def server(captioning_checkpoint):
-    running = Running(Checkpoint.open(captioning_checkpoint), Engine, 16)
+    running = Running(Checkpoint.open(captioning_checkpoint), LLMEngine, 16)
     yield running
     running.stop()
 

@@ -10,10 +10,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlv.common.command import UserError
 from vlv.model.config import FORMAT, VLVConfig
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A folder that is no usable checkpoint; the message says what is wrong and what to do."""
 
 

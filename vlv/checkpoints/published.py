@@ -33,7 +33,7 @@ def resolve(ckpt: str | Path) -> Checkpoint:
         return Checkpoint.open(ckpt)
     from vlv.checkpoints.published_read import convert
     from vlv.checkpoints.tensor_files import weight_files
-    from vlv.common.files import Occupied
+    from vlv.common.files import OutputExists
 
     source = fetch(ckpt).resolve()
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(source)]
@@ -44,6 +44,6 @@ def resolve(ckpt: str | Path) -> Checkpoint:
         print(f"converting {ckpt} once, to {out}", file=sys.stderr)
         try:
             return convert(source, out)
-        except Occupied:  # another process was faster
+        except OutputExists:  # another process was faster
             pass
     return Checkpoint.open(out)

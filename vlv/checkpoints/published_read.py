@@ -13,7 +13,7 @@ from vlv.checkpoints import published_keys as keys
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.published_config import SMALL_FILES, Companions, infer_config, llm_config
 from vlv.checkpoints.tensor_files import Progress, Tensors, weight_files, write_safetensors
-from vlv.common.files import fresh_folder, link_tree, write_json
+from vlv.common.files import atomic_folder, link_tree, write_json
 from vlv.model.config import FORMAT
 from vlv.model.encoder import VLVEncoder
 
@@ -41,7 +41,7 @@ def convert(
     plan = _Plan(Tensors(files), beside, image_size, dtype)
     parts = (plan.encoder, plan.llm, plan.kept)
     progress = Progress("converted", sum(tensor.nbytes for part in parts for tensor in part.values()))
-    with fresh_folder(out, progress.total, force) as folder:
+    with atomic_folder(out, progress.total, force) as folder:
         write_safetensors(folder / "encoder.safetensors", plan.encoder, progress.watch(plan.make))
         if plan.llm:
             _copy_small_files(beside.llm_folder(plan.config.llm_width), folder / "llm")

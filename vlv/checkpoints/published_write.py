@@ -11,7 +11,7 @@ from torch import Tensor
 from vlv.checkpoints import published_keys as keys
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.tensor_files import Progress, Tensors, metadata, write_safetensors, write_state_dict
-from vlv.common.files import Occupied, fresh_folder, require_room
+from vlv.common.files import OutputExists, atomic_folder, require_space
 
 
 def to_published(folder: Path, out: Path, force: bool = False) -> Path:
@@ -51,13 +51,13 @@ def to_published(folder: Path, out: Path, force: bool = False) -> Path:
     if out.suffix not in (".pt", ".bin"):
         everything = {name: plan[shared.get(name, name)] for name in back}
         size = sum(tensor.nbytes for tensor in everything.values())
-        with fresh_folder(out, size, force) as made:
+        with atomic_folder(out, size, force) as made:
             write_safetensors(made / "model.safetensors", everything, lambda name: produce(shared.get(name, name)))
         return out
     if out.exists() and not force:
-        raise Occupied(f"{out} exists: choose another --out, or replace it with --force")
+        raise OutputExists(f"{out} exists: choose another --out, or replace it with --force")
     out.parent.mkdir(parents=True, exist_ok=True)
-    require_room(out.parent, progress.total)
+    require_space(out.parent, progress.total)
     partial = out.with_name(f".{out.name}.partial")
     try:
         write_state_dict(partial, list(back), plan, produce, shared)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlv.checkpoints.folder import Checkpoint
 from vlv.checkpoints.tensor_files import Produce, Progress, write_safetensors
-from vlv.common.files import fresh_folder, write_json
+from vlv.common.files import atomic_folder, write_json
 from vlv.model.config import FORMAT, PRESETS, VLVConfig
 from vlv.model.encoder import VLVEncoder
 
@@ -72,7 +72,7 @@ def write(preset: str, folder: Path, dtype: str = "bfloat16", force: bool = Fals
         vision = VLVEncoder(config).to(kind).state_dict()
     llm_config, llm = llm_plan(preset, kind)
     progress = Progress("made up", sum(tensor.nbytes for part in (vision, llm) for tensor in part.values()))
-    with fresh_folder(folder, progress.total, force) as made:
+    with atomic_folder(folder, progress.total, force) as made:
         write_safetensors(made / "encoder.safetensors", vision, progress.watch(maker(vision)))
         (made / "llm").mkdir()
         llm_config.save_pretrained(made / "llm")

@@ -1,4 +1,19 @@
-"""What the commands of all rooms share: how arguments are refused, and what they say. Imports nothing heavy."""
+"""Run a command: refuse bad arguments, turn errors into one sentence, choose the exit code. Imports nothing heavy.
+
+A command file is thin: a parser, and one call into a library that takes typed arguments.
+
+    def parser() -> Parser:
+        return Parser(prog="python -m vlv.x", description=__doc__)
+    def main(argv=None) -> int:
+        return run_command(work, parser().parse_args(argv))      # work(args) -> exit code or None
+
+| exit code | meaning                                               |
+|-----------|-------------------------------------------------------|
+| 0         | done                                                  |
+| 1         | it failed, or some of its inputs did                  |
+| 2         | wrong arguments (`Misuse`)                            |
+| 130       | stopped by Ctrl-C; what was written is kept           |
+"""
 
 from __future__ import annotations
 
@@ -6,52 +21,110 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable
+
+DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+EXIT_CODES = "exit codes: 0 done; 1 it failed, or some of its inputs did; 2 wrong arguments; 130 stopped by Ctrl-C."
+
+INSTALL = {
+    "torchmetrics": "pip install --no-deps torchmetrics lightning-utilities",
+    "pycocoevalcap": "pip install --no-deps pycocoevalcap",
+    "ray": 'pip install "ray[data,serve]"',
+    "onnxruntime": "pip install onnx onnxscript onnxruntime",
+    "vllm": "pip install vllm, or without a GPU: pip install --no-deps -r requirements/cpu.lock",
+}  # --no-deps where the dependencies would bring another build of torch
 
 
-class Misuse(ValueError):
-    """Arguments that cannot be meant."""
+class UserError(Exception):
+    """An error whose message is written for the user: the value, what was expected, the remedy."""
+
+    exit_code = FAILED
+
+
+class Misuse(UserError, ValueError):
+    """Raised for arguments that cannot be used."""
+
+    exit_code = MISUSED
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence, and whose description and epilog keep their lines."""
+    """Parse arguments; errors are one sentence, and description and epilog keep their line breaks."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str):
-        self.exit(2, f"error: {message} (--help shows the usage)\n")
+        self.exit(MISUSED, f"error: {message} (--help shows the usage)\n")
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
+    """Parse an argument that must be a positive integer."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
 
 
+def debug_argument(shows: str = "tracebacks") -> Parser:
+    """Return a parent parser with --debug."""
+    p = Parser(add_help=False)
+    p.add_argument("--debug", action="store_true", help=f"show {shows}")
+    return p
+
+
+def run_command(
+    work: Callable[[argparse.Namespace], int | None],
+    args: argparse.Namespace,
+    interrupted: str = "stopped; what is finished is kept, and the same command continues from there",
+) -> int:
+    """Return the exit code of `work(args)`; an error becomes one sentence on stderr, or a traceback with --debug."""
+    try:
+        return work(args) or DONE
+    except KeyboardInterrupt:
+        say(interrupted)
+        return INTERRUPTED
+    except Exception as error:
+        if getattr(args, "debug", False):
+            raise
+        code, sentence = explain(error)
+        say(f"error: {sentence}")
+        return code
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Return the exit code and the sentence for an error."""
+    if isinstance(error, UserError):
+        return error.exit_code, " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").split(".")[0]
+        return FAILED, f"{package} is not installed: {INSTALL.get(package, f'pip install {package}')}"
+    if isinstance(error, OSError) and error.errno:
+        return FAILED, str(error)
+    return FAILED, f"{one_line(error)} (unexpected: --debug shows where)"
+
+
 def say(text: str) -> None:
-    """One line to stderr."""
+    """Print one line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def command_line(module: str) -> str:
-    """What this process was started with, for a file that tells what made it."""
+    """Return the command of this process, for a file that records what made it."""
     return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
 def why(error: OSError) -> str:
-    """What the system says of an error, without its number and the path."""
+    """Return the system's reason for an error, without its number and path."""
     return os.strerror(error.errno) if error.errno else str(error)
 
 
 def one_line(error: BaseException, length: int = 300) -> str:
-    """An exception's type and message as one line of at most about `length` characters."""
+    """Return an exception's type and message as one line of at most about `length` characters."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= length else text[:length] + "…"
 
 
 def hush() -> None:
-    """Keep transformers' notes on torchvision and its bars of loading off the screen."""
+    """Silence transformers' warnings about torchvision and its loading bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlv.common.command import why
+from vlv.common.command import UserError, why
 
 MAX_PIXELS = 178_956_970  # Pillow's own refusal: 2/3 of a GiB as RGBA
 
@@ -35,7 +35,7 @@ _UPRIGHT = {
 }
 
 
-class ImageError(ValueError):
+class ImageError(UserError, ValueError):
     """A file that gives no picture.
 
     `kind` is one of missing, unreadable, empty, format, damaged, too-large; the message says more.

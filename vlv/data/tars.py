@@ -9,7 +9,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vlv.common.files import whole
+from vlv.common.files import atomic_write
 from vlv.data.image import EXTENSIONS
 from vlv.data.sources import Sample, is_url, need, open_file, text_of
 
@@ -51,7 +51,7 @@ def _index(file: str) -> Index:
         return json.loads(kept.read_text())
     found = _scan(file)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with whole(kept, among_many=True) as file:
+    with atomic_write(kept, shared=True) as file:
         file.write_text(json.dumps(found))
     return found
 

@@ -1,4 +1,6 @@
-"""What draws pictures with a text-to-image model: from embeddings (TorchDrawer), and from captions (CaptionDrawer)."""
+"""What draws pictures with a text-to-image model: from embeddings (TorchReconstructor), and from captions
+(CaptionReconstructor).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from vlv.model.encoder import VLVEncoder
 
 
-class Drawer(Protocol):
+class Reconstructor(Protocol):
     """What draws from embeddings: PyTorch here, and every engine of the room that exports."""
 
     def context(self, images: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ class Drawer(Protocol):
         ...
 
 
-class TorchDrawer:
+class TorchReconstructor:
     """An encoder and a diffusers folder, as PyTorch runs them."""
 
     def __init__(self, encoder: VLVEncoder, folder: Path, device: str, dtype: torch.dtype | None = None):
@@ -41,7 +43,7 @@ class TorchDrawer:
         self.reconstruct = T2I.load(folder, dtype or torch.float32).to(device).reconstruct
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> TorchDrawer:
+    def of(cls, checkpoint: Checkpoint) -> TorchReconstructor:
         """A checkpoint's own models, in bfloat16 on a GPU where there is one. Raises CheckpointError without t2i/."""
         import torch
 
@@ -59,7 +61,7 @@ class TorchDrawer:
             return self.encoder.context(images.to(self.encoder.device))
 
 
-class CaptionDrawer:
+class CaptionReconstructor:
     """Any diffusers text-to-image folder, the way the paper judges captions: it draws what they say."""
 
     def __init__(self, folder: Path, device: str):

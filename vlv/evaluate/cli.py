@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vlv.common import command
 from vlv.common.command import Misuse, say
-from vlv.common.files import whole
+from vlv.common.files import atomic_write
 
 INSTALL = {
     "torchmetrics": "pip install --no-deps torchmetrics lightning-utilities",
@@ -75,5 +75,5 @@ def write(found: dict, out: Path | None, show: bool = True) -> None:
 def write_text(text: str, out: Path) -> None:
     """Write a file whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole(out) as file:
+    with atomic_write(out) as file:
         file.write_text(text, encoding="utf-8")

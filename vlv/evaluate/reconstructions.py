@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from vlv.common.command import say
-from vlv.common.files import whole
+from vlv.common.files import atomic_write
 from vlv.data.image import png
-from vlv.diffusion.reconstruction import CaptionDrawer, TorchDrawer
+from vlv.diffusion.reconstruction import CaptionReconstructor, TorchReconstructor
 
 # a part of the set -> its pictures, uint8 [B, 3, S, S]
 Draw = Callable[[slice], Tensor]
@@ -38,7 +38,7 @@ def draw_all(folder: Path, names: list[str], batch: int, settings: dict, draw: D
             continue
         say(f"drawing {i} of {len(names)} into {folder}")
         for file, picture in zip(files, draw(part).cpu().numpy(), strict=True):
-            with whole(file) as path:
+            with atomic_write(file) as path:
                 path.write_bytes(png(picture))
 
 
@@ -60,7 +60,7 @@ def from_images(folder: Path, encoder, crops: Draw, device: str):
 
     `mixed`: each token is another image's, by turns within the batch; what is left then is what chance gives.
     """
-    drawer = TorchDrawer(encoder, folder, device)
+    drawer = TorchReconstructor(encoder, folder, device)
 
     @torch.inference_mode()
     def draw(part: slice, mixed: bool, seed: int, **options) -> Tensor:
@@ -76,7 +76,7 @@ def from_images(folder: Path, encoder, crops: Draw, device: str):
 
 def from_captions(folder: Path, captions: list[str], device: str):
     """Draw from captions with any diffusers text-to-image folder: draw(part, mixed, steps, guidance, seed, sampler)."""
-    drawer = CaptionDrawer(folder, device)
+    drawer = CaptionReconstructor(folder, device)
 
     def draw(part: slice, mixed: bool, seed: int, **options) -> Tensor:
         texts = captions[part]

@@ -9,7 +9,7 @@ WINDOW = 128  # recent gradient norms
 PATIENCE = 10  # steps left out in a row
 
 
-class Guard:
+class AnomalyDetector:
     """Judges each step by its loss and gradient norm, which all processes see alike. Its state is plain JSON."""
 
     def __init__(self, spike: float, norms: list[float] = (), skipped: int = 0, in_a_row: int = 0):

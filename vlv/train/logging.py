@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlv.common.command import Misuse
-from vlv.common.files import whole
+from vlv.common.files import atomic_write
 
 Sink = Callable[[int, dict], None]
 KINDS = ("none", "wandb", "tensorboard", "trackio")
@@ -31,7 +31,7 @@ def open_log(kind: str, run: Path, name: str, config: dict, step: int) -> Sink:
     if file.exists():
         # what has no end was left unfinished by a killed run
         lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        with whole(file) as rewritten:
+        with atomic_write(file) as rewritten:
             rewritten.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
     send = _sender(kind, run, name, config, step)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlv.common.files import whole
+from vlv.common.files import atomic_write
 from vlv.train.presets import LoopConfig
 
 
@@ -109,14 +109,14 @@ class Loop:
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
         }
-        with whole(self.state_file) as file:
+        with atomic_write(self.state_file) as file:
             torch.save(state, file)
         self.write_log(self.run_dir)
 
     def write_log(self, folder: Path) -> None:
         """`<name>.json` (settings and loss history) and `<name>.png` (the loss curve) into `folder`."""
         log = {"stage": self.name, "config": asdict(self.config), "torch": torch.__version__, "history": self.history}
-        with whole(folder / f"{self.name}.json") as file:
+        with atomic_write(folder / f"{self.name}.json") as file:
             file.write_text(json.dumps(log, indent=1))
         plot(self.history, self.name, folder / f"{self.name}.png")
 
@@ -156,6 +156,6 @@ def plot(history: list[dict], name: str, path: Path) -> None:
     axis.set(xlabel="step", yscale="log", title=name)
     axis.legend()
     figure.tight_layout()
-    with whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)

@@ -123,7 +123,7 @@ def latents(t2i: T2I, pool: int, run: Path) -> torch.Tensor:
     """
     import torch
 
-    from vlv.common.files import whole
+    from vlv.common.files import atomic_write
     from vlv.data import scene_batches as data
 
     digest = hashlib.sha256(f"{pool} {t2i.vae.config.scaling_factor}".encode())
@@ -137,7 +137,7 @@ def latents(t2i: T2I, pool: int, run: Path) -> torch.Tensor:
                 t2i.encode_images(data.images(range(i, min(i + 256, pool))).to(t2i.vae.device)).half().cpu()
                 for i in range(0, pool, 256)
             ]
-        with whole(path) as file:
+        with atomic_write(path) as file:
             torch.save(torch.cat(parts), file)
     return torch.load(path, weights_only=True, mmap=True)
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from vlv.train.anomaly import Guard
+from vlv.train.anomaly import AnomalyDetector
 from vlv.train.checkpointing import Saves
 from vlv.train.config import TrainConfig
 from vlv.train.logging import open_log
@@ -48,7 +48,7 @@ class Trainer:
         )
         self.ema = [p.detach().clone() for p in self.params] if config.ema else []
         self.step, self.images, self.seconds, self.gpu_seconds = 0, 0, 0.0, 0.0
-        self.replaced, self.guard = 0, Guard(config.spike)
+        self.replaced, self.guard = 0, AnomalyDetector(config.spike)
         if world.first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         self.saves = Saves(self.run_dir, name, config.keep, world)
@@ -181,5 +181,5 @@ class Trainer:
         )  # fmt: skip
         self.step, self.images, self.replaced = progress["step"], progress["images"], progress["replaced"]
         self.seconds, self.gpu_seconds = progress["seconds"], progress["gpu_seconds"]
-        self.guard = Guard(self.config.spike, **progress["guard"])
+        self.guard = AnomalyDetector(self.config.spike, **progress["guard"])
         self.say(f"resuming at step {self.step} of {self.config.steps}")

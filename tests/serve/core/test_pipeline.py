@@ -11,7 +11,7 @@ import pytest
 
 from serve.core.inputs import expand
 from serve.core.pipeline import Pipeline, PipelineConfig
-from serve.engines.base import Completion, EmbedsError, Engine, EngineError, LLMSpec, Sampling
+from serve.engines.base import Completion, EmbedsError, EngineError, LLMEngine, LLMSpec, Sampling
 from serve.outputs.formats import SidecarSink
 from serve.outputs.jsonl import FileSink
 from serve.reports.progress import Progress
@@ -19,7 +19,7 @@ from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
 
 
-class Fake(Engine):
+class Fake(LLMEngine):
     """Says how long the embeddings are; remembers how many requests were open at a time."""
 
     name = "fake"

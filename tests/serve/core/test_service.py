@@ -11,7 +11,7 @@ from serve.core.decode import DecodeError
 from serve.core.service import Service, ServiceConfig
 from serve.engines.base import EngineError, LLMSpec, Sampling
 from serve.engines.transformers import TransformersEngine
-from serve.http.auth import Refusal
+from serve.http.auth import ApiError
 from tests.serve.serving import Scripted
 from vlv.checkpoints.folder import Checkpoint
 
@@ -106,7 +106,7 @@ def test_a_service_that_cannot_decode_gives_up(captioning_checkpoint, monkeypatc
         await service.start()
         try:
             for _ in range(2):
-                with pytest.raises(Refusal) as refused:
+                with pytest.raises(ApiError) as refused:
                     await service.embed(b"")
                 assert refused.value.status == 503 and not service.ready
             with pytest.raises(DecodeError, match="did not start"):
@@ -169,7 +169,7 @@ def test_a_request_that_fails_alone_costs_no_other(captioning_checkpoint):
             await until(lambda: service._writing)
             for well in (True, False):
                 Choosy.well = well
-                with pytest.raises(Refusal, match="did not answer"):
+                with pytest.raises(ApiError, match="did not answer"):
                     await service.caption(embeds, Sampling(20, seed=1))
                 assert service.ready == well
             await asyncio.sleep(1)

@@ -20,7 +20,7 @@ pytest.importorskip("vllm")
 from serve.core.inputs import expand
 from serve.core.pipeline import Pipeline, PipelineConfig
 from serve.engines.base import EmbedsError, LLMSpec, Options, Sampling
-from serve.engines.vllm import VllmEngine
+from serve.engines.vllm import VLLMEngine
 from serve.outputs.jsonl import FileSink
 from serve.reports.progress import Progress
 from vlv.checkpoints.folder import Checkpoint
@@ -29,7 +29,7 @@ TOKENS = 48
 ROOT = Path(__file__).parents[3]
 
 
-class Shared(VllmEngine):
+class Shared(VLLMEngine):
     """An engine that a pipeline neither starts nor closes."""
 
     async def start(self) -> None:
@@ -56,11 +56,11 @@ def loop():
 @pytest.fixture(scope="module")
 def vllm(checkpoint, loop):
     engine = Shared(LLMSpec.of(checkpoint), TOKENS, 32)
-    loop(VllmEngine.start(engine))
+    loop(VLLMEngine.start(engine))
     yield engine
     children = psutil.Process().children(recursive=True)
     workers = [p for p in children if "VLLM" in "".join(p.cmdline())]
-    loop(VllmEngine.close(engine))
+    loop(VLLMEngine.close(engine))
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive, "vLLM's processes outlive close()"
 
@@ -189,7 +189,7 @@ def test_a_lora_adapter_gives_the_captions_of_merged_weights(loop, checkpoint, e
         inputs_embeds=embeds[:16], attention_mask=torch.ones(16, embeds.shape[1], dtype=torch.long),
         max_new_tokens=TOKENS, do_sample=False, pad_token_id=0,
     ).tolist()  # fmt: skip
-    engine = VllmEngine(LLMSpec.of(checkpoint), TOKENS, 16, options=Options(lora=tmp_path))
+    engine = VLLMEngine(LLMSpec.of(checkpoint), TOKENS, 16, options=Options(lora=tmp_path))
 
     async def generate():
         try:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from serve.http.auth import Admission, Key, Keys, KeysError, Refusal
+from serve.http.auth import Admission, ApiError, Key, Keys, KeysError
 from serve.http.openai_api import Cleaner
 from vlv.model.captioner import clean_caption
 
@@ -20,7 +20,7 @@ def test_keys_are_kept_as_hashes(tmp_path):
     assert [found.find(f"Bearer {key}").name for key in keys] == ["a", "b"]
     assert found.find(f"bearer  {keys[0]} ").per_minute == 5
     for wrong in (None, "", "Bearer", "Bearer ", keys[0], f"Basic {keys[0]}", f"Bearer {keys[0]}x", "Bearer \udcff"):
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(ApiError) as refused:
             found.find(wrong)
         assert refused.value.status == 401
     assert Keys().find(None).name == "anybody"
@@ -52,13 +52,13 @@ def test_places_come_back_whatever_happens():
     with pytest.raises(ZeroDivisionError), admission.enter(key) as place:
         place.take(2)
         assert (admission.active, key.active) == (3, 3)
-        with pytest.raises(Refusal) as refused, admission.enter(key):
+        with pytest.raises(ApiError) as refused, admission.enter(key):
             pass
         assert refused.value.status == 429
-        with pytest.raises(Refusal, match="4 captions in one request: at most 3 here") as refused:
+        with pytest.raises(ApiError, match="4 captions in one request: at most 3 here") as refused:
             place.take(1)
         assert refused.value.status == 400
-        with admission.enter(Key("b")) as other, pytest.raises(Refusal) as refused:
+        with admission.enter(Key("b")) as other, pytest.raises(ApiError) as refused:
             other.take(1)
         assert refused.value.status == 503 and refused.value.retry_after >= 1
         raise ZeroDivisionError
@@ -69,7 +69,7 @@ def test_bodies_have_room_for_so_much_together():
     admission = Admission(4, max_bytes=100)
     with admission.body() as one:
         one(60)
-        with pytest.raises(Refusal) as refused, admission.body() as other:
+        with pytest.raises(ApiError) as refused, admission.body() as other:
             other(40)
             other(1)
         assert refused.value.status == 503 and admission.bytes == 60
@@ -80,7 +80,7 @@ def test_bodies_have_room_for_so_much_together():
 def test_what_is_refused_costs_no_rate():
     admission, key = Admission(1), Key("a", per_minute=2)
     for _ in range(10):
-        with admission.enter(Key("b")), pytest.raises(Refusal), admission.enter(key):
+        with admission.enter(Key("b")), pytest.raises(ApiError), admission.enter(key):
             pass
     with admission.enter(key) as place:
         assert place.images == 1

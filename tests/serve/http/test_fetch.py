@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from serve.http.auth import Refusal
+from serve.http.auth import ApiError
 from serve.http.fetch import Fetcher, is_public
 
 PICTURE = b"\x89PNG" + bytes(5000)
@@ -79,7 +79,7 @@ def get(url: str, *hosts: str, private: bool = True, **options):
         fetcher = Fetcher(hosts, **{"max_bytes": 1 << 20, "seconds": 1, **options}, private=private)
         try:
             return await fetcher.get(url)
-        except Refusal as refusal:
+        except ApiError as refusal:
             assert refusal.status == 400
             return str(refusal)
         finally:

@@ -12,13 +12,13 @@ from tests.serve.serving import Running, Scripted
 from vlv.checkpoints.folder import Checkpoint
 
 
-class Engine(Scripted):
+class LLMEngine(Scripted):
     """Counters of this module's server."""
 
 
 @pytest.fixture(scope="module")
 def server(captioning_checkpoint):
-    running = Running(Checkpoint.open(captioning_checkpoint), Engine)
+    running = Running(Checkpoint.open(captioning_checkpoint), LLMEngine)
     yield running
     running.stop()
 
@@ -45,7 +45,7 @@ def test_the_first_text_counts_from_the_request(server, ask, monkeypatch):
         return await embed(content)
 
     monkeypatch.setattr(server.service, "embed", slow)
-    monkeypatch.setattr(Engine, "pace", 0.05)
+    monkeypatch.setattr(LLMEngine, "pace", 0.05)
     before = metric(server, "vlv_first_token_seconds_sum")
     assert ask(stream=True).status_code == 200
     assert 0.3 + 5 * 0.05 < metric(server, "vlv_first_token_seconds_sum") - before < 4

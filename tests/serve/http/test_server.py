@@ -19,7 +19,7 @@ from tests.serve.serving import CLEAN, TEXT, Running, Scripted
 from vlv.checkpoints.folder import Checkpoint
 
 
-class Engine(Scripted):
+class LLMEngine(Scripted):
     """Counters of this module's server."""
 
 
@@ -36,7 +36,7 @@ def keys(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(captioning_checkpoint, keys):
     bounds = Bounds(deadline=4, body_seconds=1, body_bytes=2 << 20, images=4)
-    running = Running(Checkpoint.open(captioning_checkpoint), Engine, 6, Keys.load(keys[0]), None, bounds)
+    running = Running(Checkpoint.open(captioning_checkpoint), LLMEngine, 6, Keys.load(keys[0]), None, bounds)
     yield running
     running.stop()
 
@@ -44,8 +44,8 @@ def server(captioning_checkpoint, keys):
 @pytest.fixture
 def pace():
     """Set the engine's seconds a token for one test."""
-    yield lambda seconds: setattr(Engine, "pace", seconds)
-    Engine.pace = 0.001
+    yield lambda seconds: setattr(LLMEngine, "pace", seconds)
+    LLMEngine.pace = 0.001
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def message(url: str) -> list[dict]:
 def idle(server) -> bool:
     """Wait until nothing is being written and every place is free."""
     for _ in range(100):
-        if Engine.running == 0 and server.routes.admission.active == 0:
+        if LLMEngine.running == 0 and server.routes.admission.active == 0:
             return True
         time.sleep(0.02)
     return False
@@ -283,10 +283,10 @@ def test_overload_is_refused_at_once(post, picture, pace, server):
 
 def test_the_deadline_cancels_the_caption(post, picture, pace, server):
     pace(0.5)
-    before = Engine.cancelled
+    before = LLMEngine.cancelled
     answer = post("/v1/captions", json={"images": [picture]})
     assert answer.status_code == 504 and "not done within 4 s" in answer.text and idle(server)
-    assert Engine.cancelled == before + 1
+    assert LLMEngine.cancelled == before + 1
     answer = post("/v1/chat/completions", json={"messages": message(picture), "stream": True, "raw": True})
     assert answer.status_code == 200 and "deadline" in answer.text and "[DONE]" not in answer.text and idle(server)
 
@@ -294,13 +294,13 @@ def test_the_deadline_cancels_the_caption(post, picture, pace, server):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_place(server, keys, picture, pace, stream):
     pace(0.1)
-    before, headers = Engine.cancelled, {"Authorization": f"Bearer {keys[1]['main']}"}
+    before, headers = LLMEngine.cancelled, {"Authorization": f"Bearer {keys[1]['main']}"}
     body = {"messages": message(picture), "stream": stream, "raw": True}
     url, leaving = server.url + "/v1/chat/completions", (httpx.ReadTimeout, KeyboardInterrupt)
     with pytest.raises(leaving), httpx.stream("POST", url, json=body, headers=headers, timeout=1) as answer:
         next(answer.iter_lines())
         raise KeyboardInterrupt  # read one line, and leave
-    assert idle(server) and Engine.cancelled == before + 1
+    assert idle(server) and LLMEngine.cancelled == before + 1
 
 
 def test_an_engine_that_dies_is_started_again(server, post, picture, pace):
@@ -308,13 +308,13 @@ def test_an_engine_that_dies_is_started_again(server, post, picture, pace):
     answers = []
     asking = threading.Thread(target=lambda: answers.append(post("/v1/captions", json={"images": [picture]})))
     asking.start()
-    while not Engine.running:
+    while not LLMEngine.running:
         time.sleep(0.01)
-    starts, server.service.engine.dead = Engine.starts, True
+    starts, server.service.engine.dead = LLMEngine.starts, True
     asking.join()
     assert answers[0].status_code == 503 and "Retry-After" in answers[0].headers
     for _ in range(100):
-        if server.is_ready() and Engine.starts == starts + 1:
+        if server.is_ready() and LLMEngine.starts == starts + 1:
             break
         time.sleep(0.05)
     pace(0.001)

@@ -18,7 +18,7 @@ DONE = "cards.length && cards.every(card => card.record || card.failed)"
 DRAWN = "[...document.querySelectorAll('.drawn img')].filter(i => i.src && !i.className).length"
 
 
-class Engine(Scripted):
+class LLMEngine(Scripted):
     """Counters of this module's server."""
 
     most = 0
@@ -31,7 +31,7 @@ class Engine(Scripted):
 
 @pytest.fixture(scope="module")
 def server(drawing_checkpoint):
-    running = Running(Checkpoint.open(drawing_checkpoint), Engine)
+    running = Running(Checkpoint.open(drawing_checkpoint), LLMEngine)
     yield running
     running.stop()
 
@@ -65,13 +65,13 @@ def test_one_document_without_outside_resources():
 
 
 def test_captions_stream_and_download(page, scene_images):
-    Engine.pace = 0.03
+    LLMEngine.pace = 0.03
     try:
         page.upload("#files", [scene_images / "00.png"])
         page.wait("cards[0].text.textContent.includes('cat.')")
         assert page.run("cards[0].record") is None and page.run("cards[0].node.ariaBusy") == "true"  # it is streaming
     finally:
-        Engine.pace = 0.001
+        LLMEngine.pace = 0.001
     page.wait(DONE)
     assert page.run("cards[0].text.textContent") == CLEAN
     assert page.run("cards[0].picture.naturalWidth") > 0
@@ -92,12 +92,12 @@ def test_captions_stream_and_download(page, scene_images):
 
 def test_fifty_files_and_a_broken_one(page, scene_images, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture at all")
-    Engine.most = 0
+    LLMEngine.most = 0
     page.upload("#files", [*sorted(scene_images.glob("*.png"))[:49], tmp_path / "broken.png"])
     page.wait(DONE, 60)
     assert page.run("at('done').textContent") == "49 of 50" and page.run("at('failed').textContent") == "1"
     assert page.run(f"cards.filter(card => card.text.textContent === {json.dumps(CLEAN)}).length") == 49
-    assert 1 < Engine.most <= page.run("AT_ONCE")
+    assert 1 < LLMEngine.most <= page.run("AT_ONCE")
     toast = page.run("document.querySelector('#toasts p').textContent")
     assert "broken.png: the image cannot be used" in toast and "not recognised as an image" in toast
     assert page.run("document.querySelector('#toasts').role") == "alert"
@@ -190,7 +190,7 @@ def test_a_name_or_caption_is_never_markup(page, scene_images, tmp_path):
 
 def test_asks_for_a_key_and_waits_where_the_server_is_full(browser, drawing_checkpoint, scene_images, tmp_path):
     key = Keys.add(tmp_path / "keys.json", "me", concurrent=1)
-    guarded = Running(Checkpoint.open(drawing_checkpoint), Engine, keys=Keys.load(tmp_path / "keys.json"))
+    guarded = Running(Checkpoint.open(drawing_checkpoint), LLMEngine, keys=Keys.load(tmp_path / "keys.json"))
     try:
         browser.open(guarded.url)
         browser.wait("!at('lock').hidden")
@@ -264,11 +264,11 @@ def test_a_checkpoint_that_cannot_draw(random_checkpoint, scene_images):
 
     import numpy as np
 
-    from serve.http.auth import Refusal
-    from serve.http.reconstructor import Drawing, Painter
+    from serve.http.auth import ApiError
+    from serve.http.reconstructor import Drawing, ReconstructionService
 
-    painter = Painter(Checkpoint.open(random_checkpoint))
-    with pytest.raises(Refusal, match="no text-to-image model") as refused:
+    painter = ReconstructionService(Checkpoint.open(random_checkpoint))
+    with pytest.raises(ApiError, match="no text-to-image model") as refused:
         asyncio.run(painter.paint([np.zeros((3, 64, 64), np.uint8)], Drawing()))
     assert refused.value.status == 501
 
@@ -284,25 +284,25 @@ def test_a_painter_that_is_busy_or_has_no_memory(drawing_checkpoint, monkeypatch
 
     import torch
 
-    from serve.http.auth import Refusal
-    from serve.http.reconstructor import WAITING, Drawing, Painter
+    from serve.http.auth import ApiError
+    from serve.http.reconstructor import WAITING, Drawing, ReconstructionService
 
-    painter, go = Painter(Checkpoint.open(drawing_checkpoint)), threading.Event()
+    painter, go = ReconstructionService(Checkpoint.open(drawing_checkpoint)), threading.Event()
 
     def full(checkpoint):
         go.wait(20)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("vlv.diffusion.reconstruction.TorchDrawer.of", full)
+    monkeypatch.setattr("vlv.diffusion.reconstruction.TorchReconstructor.of", full)
 
     async def ask():
         first = [asyncio.create_task(painter.paint([], Drawing())) for _ in range(WAITING + 1)]
         await asyncio.sleep(0)
-        with pytest.raises(Refusal, match="pictures are being drawn already") as refused:
+        with pytest.raises(ApiError, match="pictures are being drawn already") as refused:
             await painter.paint([], Drawing())
         assert refused.value.status == 503 and refused.value.retry_after
         go.set()
         return await asyncio.gather(*first, return_exceptions=True)
 
     answers = asyncio.run(ask())
-    assert {(type(a), a.status, a.kind) for a in answers} == {(Refusal, 503, "no_memory")}
+    assert {(type(a), a.status, a.kind) for a in answers} == {(ApiError, 503, "no_memory")}

@@ -16,7 +16,7 @@ from tests.vlv.official import Weights, sharded, untied
 from vlv.checkpoints.folder import CheckpointError
 from vlv.checkpoints.published_keys import LLM, TABLES
 from vlv.checkpoints.published_read import convert
-from vlv.common.files import Occupied
+from vlv.common.files import OutputExists
 
 
 def test_problems_are_listed_by_name_and_nothing_is_written(weights: Weights, source: Path):
@@ -129,7 +129,7 @@ def test_an_occupied_place_is_left_alone_unless_forced(weights: Weights, source:
     torch.save(weights, source / "model.pt")
     (source / "out").mkdir()
     (source / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(Occupied, match="--force"):
+    with pytest.raises(OutputExists, match="--force"):
         convert(source, source / "out")
     assert (source / "out" / "thesis.txt").read_text() == "mine"
     convert(source, source / "out", force=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 from kernels.linear import Linear
 from tests.vlv.train import toy_run
-from vlv.train.anomaly import PATIENCE, Guard
+from vlv.train.anomaly import PATIENCE, AnomalyDetector
 from vlv.train.trainer import Trainer
 
 ROOT, SCRIPT = Path(__file__).parents[3], Path(toy_run.__file__)
@@ -183,12 +183,12 @@ def test_a_step_that_is_not_finite_changes_nothing(captioned, tmp_path, monkeypa
 
 
 def test_the_guard_sees_what_stands_out_and_gives_up_in_the_end():
-    guard = Guard(spike=5)
+    guard = AnomalyDetector(spike=5)
     for step in range(40):
         assert guard.reason_to_skip(step, 1.0, 1 + step % 3) is None
     assert "over 5 times the recent median 2" in guard.reason_to_skip(40, 1.0, 11.0)
     assert guard.reason_to_skip(41, 1.0, 9.0) is None and guard.in_a_row == 0
-    again = Guard(5, **json.loads(json.dumps(guard.state())))
+    again = AnomalyDetector(5, **json.loads(json.dumps(guard.state())))
     for step in range(PATIENCE - 1):
         assert again.reason_to_skip(step, float("nan"), 1.0) == "the loss is nan"
     with pytest.raises(FloatingPointError, match=r"10 steps in a row were left out, the last at step 9.* lower --lr$"):
