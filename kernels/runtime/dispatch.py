@@ -1,4 +1,4 @@
-"""Where an operation runs: fused on CUDA, by its plain PyTorch reference everywhere else.
+"""Decide where an operation runs: its fused kernel on CUDA, its plain PyTorch reference everywhere else.
 
 VLV_KERNELS in the environment, read once at import:
     auto        (default) Triton's kernels for CUDA tensors; the references for all others, and while exporting
@@ -20,7 +20,7 @@ from torch import Tensor
 MODES = ("auto", "reference", "interpret")
 MODE = os.environ.get("VLV_KERNELS", "auto")
 if MODE not in MODES:
-    raise ValueError(f"VLV_KERNELS is {MODE!r}; it may be one of {', '.join(MODES)}")
+    raise ValueError(f"VLV_KERNELS is {MODE!r}, expected one of {', '.join(MODES)}")
 if MODE == "interpret":
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
 INTERPRET = MODE != "reference" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +31,7 @@ _as_nodes = False
 
 
 def fused(x: Tensor, *others: Tensor) -> bool:
-    """Whether an operation on these tensors goes to its kernel. Traceable; its answer is a constant of the graph."""
+    """Return True if the fused kernel should run. Traceable; the answer is a constant of the graph."""
     if torch.compiler.is_exporting():
         return _as_nodes and x.dtype in _DTYPES
     if not _enabled:
@@ -45,7 +45,7 @@ def fused(x: Tensor, *others: Tensor) -> bool:
 
 @contextmanager
 def references() -> Iterator[None]:
-    """Within, every operation runs by its reference: what a kernel is compared with."""
+    """Run every operation by its reference, which a kernel is compared with."""
     global _enabled
     before, _enabled = _enabled, False
     try:
@@ -56,9 +56,7 @@ def references() -> Iterator[None]:
 
 @contextmanager
 def as_nodes() -> Iterator[None]:
-    """Within, an exported graph keeps the operations as nodes (kernels.tensorrt.onnx_nodes), where a kernel could run
-    them.
-    """
+    """Keep the operations as nodes of an exported graph (kernels.tensorrt.onnx_nodes) where a kernel could run them."""
     global _as_nodes
     before, _as_nodes = _as_nodes, True
     try:
