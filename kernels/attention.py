@@ -26,12 +26,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 
     The result's memory is [B, M, heads, d], so merging the heads afterwards copies nothing.
     """
-    if (
-        fused(q, k, v)
-        and 16 <= q.shape[-1] <= 256
-        and k.shape[2] > 0
-        and not (q.device.type == "cuda" and reference_is_faster("attention", q.device.index))
-    ):
+    m, n, d = q.shape[2], k.shape[2], q.shape[3]
+    shape = f"m{m}n{n}d{d}{' causal' if causal else ''}"
+    if fused("attention", q, k, v, fits=16 <= d <= 256 and n > 0) and not reference_is_faster("attention", shape, q):
         return attention_op(q, k, v, causal)[0]
     return attention_reference(q, k, v, causal)
 

@@ -28,7 +28,7 @@ def channel_attention_reference(qkv: Tensor, groups: int) -> Tensor:
 
 def channel_attention(qkv: Tensor, groups: int) -> Tensor:
     """Compute `channel_attention_reference`, fused on CUDA: q and k are read once, then v once; sums are float32."""
-    if fused(qkv) and qkv.shape[-1] // 3 // groups <= 128:
+    if fused("channel_attention", qkv, fits=qkv.shape[-1] // 3 // groups <= 128):
         return channel_attention_op(qkv, groups)
     return channel_attention_reference(qkv, groups)
 

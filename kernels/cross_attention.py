@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernels.runtime.dispatch import fused
 from kernels.runtime.launch import launch
 from kernels.runtime.tiles import LOG2_E, cdiv, power_of_two, strides, two_blocks
+from kernels.runtime.tuning import reference_is_faster
 
 MAX_KEYS = 160  # that fit on the chip beside the queries
 
@@ -24,7 +25,12 @@ def cross_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute `cross_attention_reference`, fused on CUDA for up to 160 keys. The kernel has no gradient."""
     needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if fused(q, k, v) and not needs_gradient and 16 <= q.shape[-1] <= 256 and 0 < k.shape[1] <= MAX_KEYS:
+    m, n, d = q.shape[1], k.shape[1], q.shape[3]
+    if (
+        not needs_gradient
+        and fused("cross_attention", q, k, v, fits=16 <= d <= 256 and 0 < n <= MAX_KEYS)
+        and not reference_is_faster("cross_attention", f"m{m}n{n}d{d}", q)
+    ):
         return cross_attention_op(q, k, v)
     return cross_attention_reference(q, k, v)
 

@@ -9,6 +9,7 @@ from torch.nn.functional import conv2d, layer_norm
 from kernels.runtime.dispatch import fused
 from kernels.runtime.launch import launch
 from kernels.runtime.tiles import cdiv, power_of_two, strides, sum_dtype
+from kernels.runtime.tuning import reference_is_faster
 
 CHUNK = 256  # pixels whose part of a weight's gradient one program sums
 CHANNELS = 128  # of the filter's gradient, in one program
@@ -29,7 +30,10 @@ def dwconv_norm(
     x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """Compute `dwconv_norm_reference`, fused on CUDA: the map is read once and written twice."""
-    if fused(x, weight, bias, norm_weight, norm_bias) and x.shape[-1] <= 4096:
+    c = x.shape[-1]
+    if fused("dwconv_norm", x, weight, bias, norm_weight, norm_bias, fits=c <= 4096) and not reference_is_faster(
+        "dwconv_norm", f"c{c}", x
+    ):
         return dwconv_norm_op(x, weight, bias, norm_weight, norm_bias, eps)
     return dwconv_norm_reference(x, weight, bias, norm_weight, norm_bias, eps)
 

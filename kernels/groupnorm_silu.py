@@ -9,6 +9,7 @@ from torch.nn.functional import group_norm, silu
 from kernels.runtime.dispatch import fused
 from kernels.runtime.launch import launch
 from kernels.runtime.tiles import cdiv, power_of_two, sum_dtype
+from kernels.runtime.tuning import reference_is_faster
 
 CHUNK = 8192  # elements of a group that one program takes
 MAX_SPLITS = 64  # chunks that a group is split into at most
@@ -27,7 +28,12 @@ def groupnorm_silu(
 ) -> Tensor:
     """Compute `groupnorm_silu_reference`, fused on CUDA, in x's memory format. The kernel has no gradient."""
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
-    if fused(x, weight, bias) and not needs_gradient:
+    shape = f"c{x.shape[1]}p{x.shape[2] * x.shape[3]}"
+    if (
+        not needs_gradient
+        and fused("groupnorm_silu", x, weight, bias)
+        and not reference_is_faster("groupnorm_silu", shape, x)
+    ):
         return groupnorm_silu_op(x, groups, weight, bias, eps, activation)
     return groupnorm_silu_reference(x, groups, weight, bias, eps, activation)
 

@@ -57,7 +57,8 @@ def upsample_normalize(
 ) -> Tensor:
     """Compute `upsample_normalize_reference`, fused on CUDA where T >= S: equal levels, only the result is written."""
     target, size = resize.shape
-    if fused(resize, pixels, mean, std) and resize.dtype == torch.float32 and size <= target < 2**14:
+    fits = resize.dtype == torch.float32 and size <= target < 2**14
+    if fused("upsample_normalize", resize, pixels, mean, std, fits=fits):
         return upsample_normalize_op(pixels, resize, mean, std, dtype)
     return upsample_normalize_reference(pixels, resize, mean, std, dtype)
 

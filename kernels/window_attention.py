@@ -37,7 +37,8 @@ def window_attention_reference(qkv: Tensor, bias: Tensor, heads: int, window: in
 
 def window_attention(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
     """Compute `window_attention_reference`, fused on CUDA: the map is not copied, and padding is never stored."""
-    if fused(qkv, bias) and 16 <= qkv.shape[-1] // 3 // heads <= 128 and 4 <= window <= 16:
+    fits = 16 <= qkv.shape[-1] // 3 // heads <= 128 and 4 <= window <= 16
+    if fused("window_attention", qkv, bias, fits=fits):
         return window_attention_op(qkv, bias, heads, window)
     return window_attention_reference(qkv, bias, heads, window)
 

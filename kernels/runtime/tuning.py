@@ -2,8 +2,8 @@
 
 kernels/tuned.json holds one entry per architecture ("sm90", from `python -m kernels.occupancy`, labelled
 untested) and one per GPU by name ("NVIDIA H200", written by `python -m benchmarks.gpu.kernels --tune`). A node
-reads it and never tunes by itself. The entry of a GPU may also list under "reference" the operations whose plain
-PyTorch measured faster there.
+reads it and never tunes by itself. Under "reference" an entry lists the operations and classes of shapes ("*": all) for
+which plain PyTorch measured faster, "eager" or "compiled".
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 FILE = Path(__file__).parents[1] / "tuned.json"
 
@@ -112,15 +113,29 @@ def next_smaller(kernel: str, shape: str, device: torch.device) -> tuple[dict[st
     return split(_by_size(kernel)[at])
 
 
-def reference_is_faster(op: str, index: int) -> bool:
-    """Return True if PyTorch measured faster on this GPU, or, if it was never measured, by its architecture's entry."""
+def reference_is_faster(op: str, shape: str, x: Tensor) -> bool:
+    """Return True if PyTorch measured faster than the kernel of `op` for this class of shapes, on x's GPU.
+
+    Eager and compiled PyTorch have lists of their own. A GPU that was never measured follows its architecture's entry.
+    While a graph with nodes is exported, a runtime's plugins decide instead.
+    """
+    if x.device.type != "cuda" or torch.jit.is_tracing():
+        return False
+    return _listed(op, shape, x.device.index or 0, torch.compiler.is_compiling())
+
+
+def _listed(op: str, shape: str, index: int, compiled: bool) -> bool:
+    if torch.compiler.is_exporting():
+        return False
     name, architecture = _names(index)
     known = [entry for entry in (name, architecture, ALIKE.get(architecture)) if entry in table()]
-    return bool(known) and op in table()[known[0]].get("reference", [])
+    lists = table()[known[0]].get("reference", {}) if known else {}
+    shapes = lists.get("compiled" if compiled else "eager", {}).get(op, [])
+    return shape in shapes or "*" in shapes
 
 
 # what torch.compiler.assume_constant_result sets, without the second that importing its compiler takes
-reference_is_faster._dynamo_marked_constant = True
+_listed._dynamo_marked_constant = True
 
 
 @contextmanager
