@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "architecture.svg"
-ROOMS = {
+PACKAGES = {
     "kernels": "ops of encoder and UNet: references, Triton",
     "vlv": "the model, its checkpoints, its images",
     "export": "ONNX, TensorRT, TensorRT-RTX; engines",
@@ -24,17 +24,17 @@ WIDTH, HEIGHT, GAP_X, GAP_Y, EDGE = 220, 52, 70, 26, 16
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the rooms, by its dotted name."""
+    """Every module of the packages, by its dotted name."""
     found = {}
-    for room in ROOMS:
-        for path in sorted((ROOT / room).rglob("*.py")):
+    for package_name in PACKAGES:
+        for path in sorted((ROOT / package_name).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
 def package(name: str, known: dict[str, Path]) -> str:
-    """The package that a module is drawn as: its own, or its room where that is no package of ours."""
+    """The package that a module is drawn as: its own, or its top-level package where that is no package of ours."""
     while name not in known or known[name].name != "__init__.py":
         if "." not in name:
             return name
@@ -73,7 +73,7 @@ def graph() -> dict[str, set[str]]:
 def columns(edges: dict[str, set[str]]) -> list[list[str]]:
     """The packages from left to right: each as far left as what it imports lets it be.
 
-    Packages that import each other share a column, as parts of one whole (a room and its subpackages).
+    Packages that import each other share a column, as parts of one whole (a package and its subpackages).
     """
 
     def reached(start: str) -> set[str]:
@@ -118,7 +118,7 @@ def svg(edges: dict[str, set[str]]) -> str:
         for other in sorted(edges[name]):
             parts.append(_arrow(rows[name], rows[other]))
     for name, (x, y) in sorted(rows.items()):
-        about = ROOMS.get(name, "")
+        about = PACKAGES.get(name, "")
         parts.append(
             f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="8" fill="#eef3fb" stroke="#5b7fb5"/>'
         )

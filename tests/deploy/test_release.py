@@ -33,14 +33,16 @@ def installed(clean_venv, wheel):
     return python
 
 
-def test_the_wheel_holds_the_rooms_and_their_data(wheel, tree):
+def test_the_wheel_holds_the_packages_and_their_data(wheel, tree):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info" not in name}
     # not kernels: Hugging Face's library has kernels/__init__.py, and one would overwrite the other
     assert top == {"_vlv", "vlv.pth", "optimum"}
     assert not [name for name in names if name.startswith("optimum/") and name.endswith("__init__.py")]  # a namespace
-    rooms = ("vlv", "export", "serve", "optimum", "kernels")
-    kept = [str(path.relative_to(tree)) for room in rooms for path in (tree / room).rglob("*") if path.is_file()]
+    packages = ("vlv", "export", "serve", "optimum", "kernels")
+    kept = [
+        str(path.relative_to(tree)) for package in packages for path in (tree / package).rglob("*") if path.is_file()
+    ]
     there = {name.removeprefix("_vlv/") for name in names}
     assert not [name for name in kept if name not in there]
     assert "_vlv/vlv/assets/OFL.txt" in names  # the glyphs' licence goes where they go

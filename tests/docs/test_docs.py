@@ -23,7 +23,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 by_page = pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-ROOMS = ("kernels", "vlv", "export", "serve", "benchmarks")
+PACKAGES = ("kernels", "vlv", "export", "serve", "benchmarks")
 OUTSIDE = {
     "pip",
     "docker",
@@ -81,7 +81,7 @@ def options_of_vllm() -> set[str]:
 
 def parse(module: str, words: list[str]) -> None:
     """Raise AssertionError where a command's parser refuses the words, say because one is missing."""
-    if importlib.util.find_spec(module) is None or module.split(".")[0] not in ROOMS:
+    if importlib.util.find_spec(module) is None or module.split(".")[0] not in PACKAGES:
         return
     if parser := getattr(importlib.import_module(module), "parser", None):
         with contextlib.redirect_stderr(io.StringIO()) as told:
@@ -147,8 +147,8 @@ def test_quick_commands_run(command, tmp_path):
 def messages() -> list[str]:
     """Every text in the code, with … for what is filled in."""
     found = set()
-    for room in ROOMS[:-1]:
-        for path in (ROOT / room).rglob("*.py"):
+    for package in PACKAGES[:-1]:
+        for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
                     found.add("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
