@@ -21,11 +21,11 @@ RECONSTRUCTED = "[...document.querySelectorAll('.reconstruction img')].filter(i 
 class LLMEngine(Scripted):
     """Counters of this module's server."""
 
-    most = 0
+    max_running = 0
 
     async def tokens(self, embeds, sampling, every):
         async for ids in super().tokens(embeds, sampling, every):
-            type(self).most = max(self.most, self.running)
+            type(self).max_running = max(self.max_running, self.running)
             yield ids
 
 
@@ -92,12 +92,12 @@ def test_captions_stream_and_download(page, scene_images):
 
 def test_fifty_files_and_a_broken_one(page, scene_images, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    LLMEngine.most = 0
+    LLMEngine.max_running = 0
     page.upload("#files", [*sorted(scene_images.glob("*.png"))[:49], tmp_path / "broken.png"])
     page.wait(DONE, 60)
     assert page.run("at('done').textContent") == "49 of 50" and page.run("at('failed').textContent") == "1"
     assert page.run(f"cards.filter(card => card.text.textContent === {json.dumps(CLEAN)}).length") == 49
-    assert 1 < LLMEngine.most <= page.run("MAX_CAPTIONS")
+    assert 1 < LLMEngine.max_running <= page.run("MAX_CAPTIONS")
     toast = page.run("document.querySelector('#toasts p').textContent")
     assert "broken.png: the image cannot be used" in toast and "not recognised as an image" in toast
     assert page.run("document.querySelector('#toasts').role") == "alert"
