@@ -4,7 +4,7 @@
     python -m benchmarks.serve_faults --parts fuzz_images,fuzz_requests --fuzz 500 --engine transformers -o try.json
 
 Parts: `fuzz_images`, `fuzz_requests` send mutated files and requests; `slow` clients that never finish; `workers` and
-`engine` kill processes; `soak` offers 1.5 times the capacity. After each part a valid request must be answered as before.
+`engine` kill processes; `soak` offers 1.5 times the capacity. Each ends with a valid request, answered as before.
 """
 
 from __future__ import annotations
