@@ -23,8 +23,8 @@ from serve.http.errors import ApiError, invalid_request
 from serve.http.fetch import Fetcher
 from serve.http.incoming import gather_or_cancel, read_form, read_json
 from serve.http.listener import ListenConfig, listen
-from serve.http.page import HEADERS, PAGE
 from serve.http.reconstructor import ReconstructionParams, ReconstructionService
+from serve.http.web.page import HEADERS, PAGE
 from vlv.common.command import Misuse
 
 

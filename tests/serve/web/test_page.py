@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serve.http.auth import Keys
-from serve.http.page import HEADERS, PAGE
+from serve.http.web.page import HEADERS, PAGE
 from tests.serve.serving import CLEAN, Running, Scripted
 from tests.serve.web.browser import Browser, chromium
 from vlv.checkpoints.folder import Checkpoint

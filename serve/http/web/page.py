@@ -10,7 +10,7 @@ import base64
 import hashlib
 from importlib.resources import files
 
-_WEB = files("serve.http").joinpath("web")
+_WEB = files("serve.http.web")
 
 
 def _hashed(name: str) -> tuple[str, str]:
