@@ -57,21 +57,12 @@ def test_the_source_archive_can_be_set_up_and_tested(sdist):
 
 def test_imports_and_data_are_the_wheels(installed, clean_venv):
     code = """
-<<<<<<< HEAD
-import json, export.runtimes.base, kernels.window_attention, serve.http.page, serve.server, vlv.model.encoder
+import json, export.runtimes.base, kernels.window_attention, serve.http.web.page, serve.server, vlv.model.encoder
 import vlv.data.scenes
 vlv.data.scenes.render(vlv.data.scenes.sample(0))
 import kernels.runtime.tuning
-print(json.dumps([m.__file__ for m in (export.runtimes.base, kernels, serve.http.page, vlv.model.encoder)]
-                 + [serve.http.page.PAGE]))
-=======
-import json, export.runtimes.base, kernels.window_attention, serve.http.web.page, serve.server, vlv.model.encoder,
-vlv.data.scenes
-vlv.data.scenes.render(vlv.data.scenes.sample(0))
-import kernels.runtime.tuning
-print(json.dumps([m.__file__ for m in (export.runtimes.base, kernels, serve.http.web.page, vlv.model.encoder)] +
-[serve.http.web.page.PAGE]))
->>>>>>> http
+print(json.dumps([m.__file__ for m in (export.runtimes.base, kernels, serve.http.web.page, vlv.model.encoder)]
+                 + [serve.http.web.page.PAGE]))
 """
     *files, page = json.loads(installed("-c", code))
     assert all(Path(file).is_relative_to(clean_venv) for file in files), files
