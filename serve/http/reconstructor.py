@@ -102,8 +102,7 @@ class ReconstructionService:
         import numpy as np
         import torch
 
-        from vlv.diffusion.reconstruction import TorchReconstructor
-        from vlv.reconstruct import mix
+        from vlv.diffusion.reconstruction import TorchReconstructor, mix
 
         try:
             drawer = self._drawer = self._drawer or TorchReconstructor.of(self.checkpoint)
