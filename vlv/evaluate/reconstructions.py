@@ -80,7 +80,7 @@ def from_captions(folder: Path, captions: list[str], device: str):
 
     def draw(part: slice, mixed: bool, seed: int, **options) -> Tensor:
         texts = captions[part]
-        return drawer.draw(texts, seed=seeds(seed, part, len(texts)), **options)
+        return drawer.reconstruct(texts, seed=seeds(seed, part, len(texts)), **options)
 
     return draw
 
