@@ -1,6 +1,6 @@
-"""Pictures from pictures through any runtime: python -m export.reconstruct PICTURES --ckpt DIR -o out --backend onnx
+"""Reconstruct images through any runtime: python -m export.reconstruct IMAGES --ckpt DIR -o out --backend onnx
 
-vlv.reconstruct with an engine of this room behind it: the same flags, samplers, interpolation and mixing.
+The command vlv.reconstruct with a runtime of this package: the same flags, samplers, interpolation and mixing.
 
     python -m export.reconstruct cat.jpg dog.jpg --ckpt DIR -o out --backend onnx --artifacts artifacts
     python -m export.reconstruct cat.jpg dog.jpg --ckpt DIR -o out --backend rtx --artifacts artifacts --interpolate 7
@@ -17,20 +17,22 @@ from vlv import reconstruct
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     p = reconstruct.parser("python -m export.reconstruct", __doc__)
-    p.add_argument("--backend", choices=RUNTIMES, default="onnx", help="what runs the encoder and the drawing (onnx)")
-    p.add_argument("--artifacts", type=Path, metavar="DIR", help="what an export wrote; torch needs none")
+    p.add_argument("--backend", choices=RUNTIMES, default="onnx", help="runtime of all components (onnx)")
+    p.add_argument("--artifacts", type=Path, metavar="DIR", help="the folder that an export wrote; torch needs none")
     args = reconstruct.arguments(p, argv)
     if args.captions or args.t2i or args.device != p.get_default("device"):
-        p.error("--captions, --t2i and --device are vlv.reconstruct's: a backend has its device and draws from images")
+        p.error(
+            "--captions, --t2i and --device are vlv.reconstruct's: a backend has its own device, and starts from images"
+        )
     if (args.artifacts is None) != (args.backend == "torch"):
         p.error(f"--backend {args.backend} {'takes no' if args.artifacts else 'needs'} --artifacts")
-    return reconstruct.run(args, _engine)
+    return reconstruct.run(args, _open)
 
 
-def _engine(args: argparse.Namespace, checkpoint):
-    from export.runtimes.base import open_runtime
+def _open(args: argparse.Namespace, checkpoint):
+    from export.runtimes.factory import open_runtime
 
     return open_runtime(args.backend, args.artifacts, checkpoint)
 
