@@ -41,7 +41,7 @@ class PipelineConfig:
     limit: int | None = None  # only the first images of the input
     raw: bool = False  # captions as the model wrote them, without the clean-up
     captions: int = 1  # drawn for each image; what is drawn twice counts once
-    encoder: str = "torch"  # a runtime of export.runtimes.base
+    encoder: str = "torch"  # a word of export.runtimes.factory
     artifacts: Path | None = None  # folder of the exported encoder, for all but torch
 
 
@@ -69,11 +69,11 @@ class TorchEncoder:
 
 
 class ArtifactEncoder:
-    """The same from an exported encoder, with one of export.runtimes.base's runtimes."""
+    """The same from an exported encoder, with one of export.runtimes.factory's runtimes."""
 
     def __init__(self, checkpoint: Checkpoint, word: str, artifacts: Path | None):
         """Check the artifact and load it. Raises ArtifactError."""
-        from export.runtimes.base import open_runtime
+        from export.runtimes.factory import open_runtime
 
         self._engine = open_runtime(word, artifacts, checkpoint)
         self._most = self._engine.max_batch  # loads it

@@ -38,7 +38,7 @@ class ServiceConfig:
     batch: int = 32  # images the encoder takes at once
     workers: int | None = None  # decode processes; None: default_workers()
     max_pixels: int = 50_000_000  # of a picture, as its header announces it
-    encoder: str = "torch"  # a runtime of export.runtimes.base
+    encoder: str = "torch"  # a word of export.runtimes.factory
     artifacts: Path | None = None  # folder of the exported encoder, for all but torch
 
 
