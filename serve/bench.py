@@ -19,9 +19,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serve.command import Misuse, Parser, debug_argument, positive, run, say
 from serve.reports.bench_page import page
-from vlv.common.command import command_line
+from vlv.common.command import Misuse, Parser, command_line, debug_argument, positive, run_command, say
 
 MEASURES = ("ttft", "tpot", "itl", "e2e")
 
@@ -59,7 +58,7 @@ def _rates(text: str) -> tuple[float, ...]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run(_bench, parser().parse_args(argv))
+    return run_command(_bench, parser().parse_args(argv))
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -17,8 +17,9 @@ import sys
 import urllib.parse
 from contextlib import aclosing
 
-from serve.command import Misuse, Parser, debug_argument, model_arguments, run
+from serve.command import model_arguments
 from serve.server import EXIT_CODES, in_loop, listen, listening_arguments, loopback, read_keys
+from vlv.common.command import Misuse, Parser, debug_argument, run_command
 
 HEADER = "x-vlv-sampling"
 WISHES = {"max_tokens", "temperature", "seed", "stream"}  # what it may hold
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run(in_loop(_serve), parser().parse_args(argv))
+    return run_command(in_loop(_serve), parser().parse_args(argv))
 
 
 class Upstream:

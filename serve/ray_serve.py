@@ -13,9 +13,10 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from serve.command import Misuse, Model, Parser, debug_argument, positive, run, say
+from serve.command import open_model
 from serve.ray.cluster import cluster_arguments, joined, on_gpu, share, span
 from serve.server import EXIT_CODES, read_keys, serving_arguments
+from vlv.common.command import Parser, debug_argument, positive, run_command, say
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run(_serve, parser().parse_args(argv))
+    return run_command(_serve, parser().parse_args(argv))
 
 
 def build(options: dict[str, Any]) -> Application:
@@ -89,16 +90,14 @@ def scaling(args: argparse.Namespace, gpus: bool) -> dict[str, Any]:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    if not args.ckpt:
-        raise Misuse("--ckpt is needed (--help shows the usage)")
     read_keys(args)
-    Model.of(args).engine()  # refused here, in one sentence, and not by every replica
+    open_model(args).engine()  # refused here, in one sentence, and not by every replica
 
     def stop(number: int, _) -> None:
         say(f"{signal.Signals(number).name}: no new requests; those that run are finished (at most {args.drain} s)")
         raise KeyboardInterrupt
 
-    with joined(args, "serve") as ray_serve:
+    with joined("serve", args.address, args.cpus, args.debug) as ray_serve:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         with contextlib.suppress(KeyboardInterrupt):

@@ -16,21 +16,16 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.command import (
-    ListenError,
-    Misuse,
-    Model,
-    Parser,
-    debug_argument,
-    engine_arguments,
-    model_arguments,
-    positive,
-    run,
-    say,
-)
+from serve.command import engine_arguments, model_arguments, open_model
+from vlv.common.command import Misuse, Parser, UserError, debug_argument, positive, run_command, say
 
 if TYPE_CHECKING:
     from serve.http.routes import Routes
+
+
+class ListenError(UserError, RuntimeError):
+    """Raised where the address cannot be listened at."""
+
 
 EXIT_CODES = """\
 exit codes: 0 stopped by SIGTERM or Ctrl-C, with every request answered; 1 the server cannot run; 2 wrong arguments.
@@ -92,11 +87,11 @@ def serving_arguments() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = parser().parse_args(argv)
-    return run(_new_key if args.new_key else in_loop(_serve), args)
+    return run_command(_new_key if args.new_key else in_loop(_serve), args)
 
 
 def in_loop(work: Callable[[argparse.Namespace], Coroutine[Any, Any, int]]) -> Callable[[argparse.Namespace], int]:
-    """A coroutine function as `run` takes it, on uvloop: asyncio's own loop costs more for each connection."""
+    """A coroutine function as `run_command` takes it, on uvloop: asyncio's own loop costs more for each connection."""
 
     def running(args: argparse.Namespace) -> int:
         import uvloop
@@ -128,16 +123,15 @@ async def _serve(args: argparse.Namespace) -> int:
 @contextlib.asynccontextmanager
 async def opened(args: argparse.Namespace) -> AsyncIterator[Routes]:
     """The routes around a service that loads, as the arguments say; closed at the end. Raises Misuse."""
-    from serve.core.service import Service, ServiceConfig
+    from serve.core.service import ServiceConfig
     from serve.http.app import Bounds
     from serve.http.auth import Admission
     from serve.http.fetch import Fetcher
     from serve.http.routes import Routes
+    from serve.http.service import Service
 
-    if not args.ckpt:
-        raise Misuse("--ckpt is needed (--help shows the usage)")
     keys = read_keys(args)
-    model = Model.of(args)
+    model = open_model(args)
     config = ServiceConfig(args.prompt_batch, args.workers, args.max_pixels, args.encoder, args.artifacts)
     service = Service(model.checkpoint, model.engine, config)
     fetcher = Fetcher(tuple(args.image_host), args.max_image << 20)

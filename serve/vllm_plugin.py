@@ -18,8 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from serve.command import Misuse, Parser, debug_argument, run, say
-from vlv.common.command import why
+from vlv.common.command import Misuse, Parser, debug_argument, run_command, say, why
 
 # a chat's text is not read; what every chat becomes is the picture in it
 CHAT_TEMPLATE = "{# VLV reads the picture alone, and no text. #}"
@@ -53,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run(_write, parser().parse_args(argv))
+    return run_command(_write, parser().parse_args(argv))
 
 
 def _write(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import time
 import uuid
 from dataclasses import dataclass
 
+from serve.core.record import distinct_texts
 from serve.engines.base import Completion, Sampling
 from serve.http.auth import ApiError
 from vlv.model.captioner import clean_caption
@@ -95,10 +96,7 @@ def urls_of(body: dict, name: str, most: int) -> list[str]:
 
 def finished(completions: list[Completion], wanted: CaptionParams) -> list[tuple[str, Completion]]:
     """Texts with their completions; of equal texts the first."""
-    texts: dict[str, Completion] = {}
-    for completion in completions:
-        texts.setdefault(completion.text if wanted.raw else clean_caption(completion.text), completion)
-    return list(texts.items())
+    return list(distinct_texts(completions, wanted.raw).items())
 
 
 def usage(prompt: int, tokens: int) -> dict:

@@ -12,7 +12,6 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from serve.core.service import Service
 from serve.http import openai_api as api
 from serve.http.app import Bounds, CaptionApp
 from serve.http.auth import Admission, AdmissionLease, ApiError, Keys
@@ -20,6 +19,7 @@ from serve.http.fetch import Fetcher
 from serve.http.incoming import all_of, read_form, read_json
 from serve.http.page import HEADERS, PAGE
 from serve.http.reconstructor import Drawing, ReconstructionService
+from serve.http.service import Service
 
 
 class Routes(CaptionApp):

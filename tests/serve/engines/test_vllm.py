@@ -17,8 +17,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from serve.core.inputs import expand
 from serve.core.pipeline import Pipeline, PipelineConfig
+
+from serve.core.inputs import expand
 from serve.engines.base import EmbedsError, LLMSpec, Options, Sampling
 from serve.engines.vllm import VLLMEngine
 from serve.outputs.jsonl import FileSink
