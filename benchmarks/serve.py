@@ -95,8 +95,9 @@ async def measure(args) -> dict:
     from serve.core.service import ServiceConfig
     from serve.engines.base import LLMSpec, Sampling
     from serve.engines.factory import engine_class
+    from serve.http.admission import Admission
     from serve.http.app import Bounds
-    from serve.http.auth import Admission, Keys
+    from serve.http.auth import Keys
     from serve.http.fetch import Fetcher
     from serve.http.routes import Routes
     from serve.http.service import Service

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from export.components import RUNTIMES
 from serve import ENGINES
-from vlv.common.command import Misuse, Parser, positive
+from vlv.common.command import Parser, positive
 
 if TYPE_CHECKING:
     from serve.core.model import Model
@@ -43,6 +43,4 @@ def open_model(args: argparse.Namespace) -> Model:
     """Return the Model that model_arguments and engine_arguments describe. Raises Misuse, CheckpointError."""
     from serve.core.model import Model, ModelOptions
 
-    if not args.ckpt:
-        raise Misuse("--ckpt is needed (--help shows the usage)")
     return Model.of(ModelOptions(**{name: getattr(args, name) for name in ModelOptions.__dataclass_fields__}))

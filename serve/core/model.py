@@ -17,7 +17,7 @@ from vlv.common.command import Misuse
 class ModelOptions:
     """What the arguments of serve.command say about the models; a field is an argument."""
 
-    ckpt: str  # checkpoint folder, published weights, or a hub id
+    ckpt: str | None  # checkpoint folder, published weights, or a hub id
     max_tokens: int | None = None  # longest caption; None: 300, or what fits
     in_flight: int = 256  # captions that are decoded together
     engine: str | None = None  # one of serve.ENGINES; None: vllm, or remote with llm_url
@@ -43,6 +43,8 @@ class Model:
     @classmethod
     def of(cls, options: ModelOptions) -> Model:
         """Check options. Raises Misuse if they fit neither each other nor what is on the disk; CheckpointError."""
+        if not options.ckpt:
+            raise Misuse("--ckpt is needed (--help shows the usage)")
         try:
             checkpoint = resolve(options.ckpt)
         except CheckpointError as error:

@@ -8,7 +8,7 @@ from contextlib import aclosing, contextmanager
 from serve.core.decode import DecodeError
 from serve.core.service import CaptionService, ServiceConfig
 from serve.engines.base import Completion, EmbedsError, EngineError, LLMEngine, Sampling
-from serve.http.auth import ApiError
+from serve.http.errors import ApiError
 from serve.http.metrics import Metrics
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data.image import ImageError

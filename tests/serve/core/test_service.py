@@ -11,7 +11,7 @@ from serve.core.decode import DecodeError
 from serve.core.service import ServiceConfig
 from serve.engines.base import EngineError, LLMSpec, Sampling
 from serve.engines.transformers import TransformersEngine
-from serve.http.auth import ApiError
+from serve.http.errors import ApiError
 from serve.http.service import Service
 from tests.serve.serving import Scripted
 from vlv.checkpoints.folder import Checkpoint
