@@ -9,6 +9,7 @@ import time
 import uuid
 from dataclasses import dataclass
 
+from serve.core.record import distinct_texts
 from serve.engines.base import Completion, Sampling
 from serve.http.errors import ApiError, invalid_request
 from vlv.model.captioner import clean_caption
@@ -97,10 +98,7 @@ def image_urls(body: dict, name: str, max_images: int) -> list[str]:
 
 def unique_texts(completions: list[Completion], params: CaptionParams) -> list[tuple[str, Completion]]:
     """Return texts with their completions; of equal texts only the first."""
-    texts: dict[str, Completion] = {}
-    for completion in completions:
-        texts.setdefault(completion.text if params.raw else clean_caption(completion.text), completion)
-    return list(texts.items())
+    return list(distinct_texts(completions, params.raw).items())
 
 
 def usage(prompt: int, tokens: int) -> dict:
