@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 RETRIES = 5  # of one request
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers that another attempt may better
+GREEDY = Sampling()
+PASSED_ON = ("top_p", "top_k", "min_p", "min_tokens", "ignore_eos")  # fields of Sampling that vLLM calls alike
 KEY = "VLV_API_KEY"  # environment variable with the key that the server asks for
 
 
@@ -100,25 +102,32 @@ class RemoteEngine(LLMEngine):
         import torch
 
         embeds = embeds.to(torch.bfloat16).contiguous()
+        more = {name: getattr(sampling, name) for name in PASSED_ON if getattr(sampling, name) != getattr(GREEDY, name)}
         if self._gateway:
             from safetensors.torch import save
 
-            wish = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "seed": sampling.seed}
+            fields = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "seed": sampling.seed}
+            fields |= more
             return {
                 "url": f"{self._base}/generate",
                 "data": save({"embeds": embeds}),
                 "headers": {
                     "Content-Type": "application/octet-stream",
-                    "X-VLV-Sampling": json.dumps(wish | {"stream": every}),
+                    "X-VLV-Sampling": json.dumps(fields | {"stream": every}),
                 },
             }
         stream = io.BytesIO()
         torch.save(embeds, stream)
         body = {
-            "model": self._model, "prompt_embeds": base64.b64encode(stream.getvalue()).decode(), "stream": every,
-            "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "stop_token_ids": [self.end],
+            "model": self._model,
+            "prompt_embeds": base64.b64encode(stream.getvalue()).decode(),
+            "stream": every,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "stop_token_ids": [] if sampling.ignore_eos else [self.end],
             "return_token_ids": True,
-        }  # fmt: skip
+            **more,
+        }
         return {
             "url": f"{self._base}/completions",
             "json": body | ({"seed": sampling.seed} if body["temperature"] else {}),
