@@ -13,10 +13,10 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from serve.command import Model
+from serve.command import open_model
 from serve.ray.cluster import cluster_arguments, joined, on_gpu, share, span
 from serve.server import EXIT_CODES, config_from, serving_arguments
-from vlv.common.command import Misuse, Parser, debug_argument, positive, run_command, say
+from vlv.common.command import Parser, debug_argument, positive, run_command, say
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -95,16 +95,15 @@ def scaling(args: argparse.Namespace, gpus: bool) -> dict[str, Any]:
 def _serve(args: argparse.Namespace) -> int:
     from serve.http.auth import read_keys
 
-    if not args.ckpt:
-        raise Misuse("--ckpt is needed (--help shows the usage)")
+    # refused here in one sentence, not by every replica
     read_keys(args.keys, args.no_auth, args.host)
-    Model.of(args).engine()  # refused here in one sentence, not by every replica
+    open_model(args).engine()
 
     def stop(number: int, _) -> None:
         say(f"{signal.Signals(number).name}: no new requests; those that run are finished (at most {args.drain} s)")
         raise KeyboardInterrupt
 
-    with joined(args, "serve") as ray_serve:
+    with joined("serve", args.address, args.cpus, args.debug) as ray_serve:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         with contextlib.suppress(KeyboardInterrupt):

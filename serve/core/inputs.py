@@ -1,7 +1,7 @@
-"""What to caption: files, folders, globs, lists and tar shards, as a lazy stream of items.
+"""List the images of files, folders, globs, lists and tar shards, as a lazy stream of items.
 
-Memory does not grow with the number of images: only the listing of the folder being read is held.
-The order is that of the arguments, sorted by name within a folder.
+Memory does not grow with the number of images: only the listing of the folder that is being read is held. The order is
+that of the arguments, sorted by name within a folder.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from dataclasses import dataclass
 
 from vlv.common.command import Misuse, why
 from vlv.data.image import EXTENSIONS, ImageError
+from vlv.data.image_files import is_image
 
 LISTS, SHARDS, COMPRESSED = (".txt",), (".tar",), (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 
 
 class SourceError(Misuse):
-    """An argument that leads to no images; the message says which and why."""
+    """Raised for an argument that leads to no images; the message says which one and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image, or (`problem`) something that should have been one or more.
+    """One image, or (with `problem`) a source whose images cannot be listed.
 
     `id` is the path as the arguments give it, for a member of a tar shard `shard.tar/member`.
     `path` is the file that holds the bytes: all of it, or `length` bytes from `offset`.
@@ -39,11 +40,11 @@ class Item:
     length: int | None = None
     problem: str | None = None
 
-    def __reduce__(self):  # every image is pickled once, and the dataclass's own way takes several times as long
-        return Item, (self.id, self.path, self.offset, self.length, self.problem)
+    def __reduce__(self):  # every image is pickled once, and the dataclass's own method is several times slower
+        return type(self), (self.id, self.path, self.offset, self.length, self.problem)
 
     def read(self) -> bytes:
-        """The image file's content. Raises ImageError."""
+        """Return the image file's content. Raises ImageError."""
         if self.problem:
             raise ImageError("unreadable", self.problem)
         try:
@@ -60,10 +61,10 @@ class Item:
 
 
 def expand(paths: Sequence[str]) -> Iterator[Item]:
-    """The images of files, folders (recursive), globs, .txt lists of paths and .tar shards, in order.
+    """Yield the images of files, folders (recursive), globs, .txt lists of paths and .tar shards, in order.
 
-    Hidden files and folders are left out of folders and globs. Raises SourceError at once where a
-    path does not exist or all of them together hold no image.
+    Hidden files and folders are left out of folders and globs. Raises SourceError at once if a path does not exist or
+    all of them together hold no image.
     """
     for path in paths:
         if not os.path.lexists(path) and not glob.has_magic(path):
@@ -79,7 +80,7 @@ def expand(paths: Sequence[str]) -> Iterator[Item]:
 
 
 def part_of(items: Iterator[Item], part: int, parts: int) -> Iterator[Item]:
-    """The items of one of `parts` workers (`part` from 1), by their ids: files that come or go move no others."""
+    """Return the items of one of `parts` workers (`part` from 1), by their ids: new files move no others."""
     return (item for item in items if zlib.crc32(os.fsencode(item.id)) % parts == part - 1)
 
 
@@ -92,7 +93,7 @@ def _argument(path: str) -> Iterator[Item]:
 
 
 def _entry(path: str, named: bool) -> Iterator[Item]:
-    """A folder's, a shard's or a file's items; a file that is not `named` needs an image's extension."""
+    """Yield the items of a folder, shard or file; a file that is not `named` needs the extension of an image."""
     if os.path.isdir(path):
         yield from _folder(path)
     elif path.lower().endswith(SHARDS):
@@ -101,13 +102,8 @@ def _entry(path: str, named: bool) -> Iterator[Item]:
         yield Item(path, os.path.abspath(path))
 
 
-def is_image(name: str) -> bool:
-    """Whether a file's name ends as an image's."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
 def _folder(path: str, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
-    """A folder's images and shards, recursively; a link that leads back to a parent is not followed."""
+    """Yield a folder's images and shards, recursively; a link that leads back to a parent is not followed."""
     try:
         status = os.stat(path)
         with os.scandir(path) as entries:
@@ -129,7 +125,7 @@ def _folder(path: str, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[It
 
 
 def _name(entry: os.DirEntry) -> str | None:
-    """An entry's name if it matters, with a slash behind that of a folder: all that is held of ten million files."""
+    """Return the name of an image, shard or folder (with a slash), else None: the names are all that is held."""
     name = entry.name
     try:
         if name.startswith("."):
@@ -142,7 +138,7 @@ def _name(entry: os.DirEntry) -> str | None:
 
 
 def _glob(pattern: str) -> Iterator[str]:
-    """The paths that match, sorted folder by folder; `**` stands for any depth, none included."""
+    """Yield the paths that match, sorted folder by folder; `**` matches any depth, also none."""
     root = os.sep if pattern.startswith(os.sep) else ""
     return _match(root, [p for p in pattern.split(os.sep) if p])
 
@@ -173,12 +169,12 @@ def _match(base: str, parts: list[str]) -> Iterator[str]:
 
 
 def _list(path: str) -> Iterator[Item]:
-    """The files named in a text file, one a line; relative ones from the current folder, as arguments are."""
+    """Yield the files named in a text file, one a line; relative ones from the current folder, as arguments are."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as lines:
             for line in lines:
                 if name := line.rstrip("\r\n"):
-                    # not looked up here: a list may be long and its disk slow; a missing file is an error of its own
+                    # not checked here: a list may be long and its disk slow; a missing file is an error of its own
                     name = os.path.normpath(name)
                     yield from _shard(name) if name.lower().endswith(SHARDS) else [Item(name, os.path.abspath(name))]
     except OSError as error:
@@ -186,7 +182,7 @@ def _list(path: str) -> Iterator[Item]:
 
 
 def _shard(path: str) -> Iterator[Item]:
-    """The images of a tar shard (WebDataset): only headers are read here."""
+    """Yield the images of a tar shard (WebDataset); only headers are read here."""
     where = os.path.abspath(path)
     try:
         with tarfile.open(path, "r:") as shard:
@@ -197,7 +193,7 @@ def _shard(path: str) -> Iterator[Item]:
 
 
 def image_members(shard: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members that are images, by their names; only headers are read. Raises OSError, tarfile.TarError."""
+    """Yield the members whose names are those of images; only headers are read. Raises OSError, tarfile.TarError."""
     while (member := shard.next()) is not None:
         shard.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would remember every header
         hidden = os.path.basename(member.name).startswith(".")

@@ -1,12 +1,13 @@
-"""Language-model engines that continue prompt embeddings, behind one signature.
+"""The interface of the language-model engines, which continue prompt embeddings.
 
     engine = engine_class("vllm")(LLMSpec.of(checkpoint), max_tokens=300, in_flight=64)
     await engine.start()
     completion = await engine.generate(embeds, Sampling())      # embeds: [queries, llm_width]
-    async for piece in engine.stream(embeds, Sampling()): ...    # the same, as it is written
+    async for piece in engine.stream(embeds, Sampling()): ...    # the same, in pieces
     await engine.close()
 
-Nothing heavy is imported before `start`."""
+serve.engines.factory chooses the class.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +18,27 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import AutoTokenizer
 
 from serve.engines.detokenize import Detokenizer
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.common.command import Misuse, UserError, one_line
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
 FLAGS = {"lora": "lora", "tensor_parallel": "tensor-parallel", "url": "llm-url"}  # of Options
 
 
 class EngineError(UserError, RuntimeError):
-    """The engine does not start, or has died: no request can be answered."""
+    """Raised when the engine does not start or has died: no request can be answered."""
 
 
 class OptionError(Misuse):
-    """An option that an engine does not take."""
+    """Raised for an option that an engine does not take."""
 
 
 class EmbedsError(UserError, ValueError):
-    """One request's embeddings cannot be continued; other requests are unharmed."""
+    """Raised when the embeddings of one request cannot be continued; other requests are not affected."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the language model wrote, or a piece of it; `token_ids` without the end token."""
+    """A caption, or a piece of one; `token_ids` without the end token."""
 
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop": it ended the caption itself, or came to a `stop`; "length": cut at max_tokens
+    finish_reason: str  # "stop": at an end token or a `stop` text; "length": cut at max_tokens
     logprobs: list[dict[int, float]] | None = None  # per token: its id and the alternatives' -> log probability
 
 
@@ -78,7 +77,7 @@ class Tokens(list[int]):
 
 @dataclass(frozen=True)
 class LLMSpec:
-    """What an engine has to know of a checkpoint's language model before loading it."""
+    """What an engine has to know about a checkpoint's language model before it loads it."""
 
     folder: Path
     queries: int  # prompt embeddings a request
@@ -88,7 +87,7 @@ class LLMSpec:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> LLMSpec:
-        """Read llm/config.json and hold it against the encoder's. Raises CheckpointError."""
+        """Read llm/config.json and compare it with the encoder's. Raises CheckpointError."""
         file = checkpoint.llm / "config.json"
         try:
             config = json.loads(file.read_text())
@@ -104,15 +103,15 @@ class LLMSpec:
             )
         return cls(checkpoint.llm, checkpoint.config.queries, width, positions, 2 * layers * kv_heads * head)
 
-    def max_tokens(self, wanted: int | None, default: int = 300) -> int:
-        """`wanted`, or the default cut to what fits. Raises ValueError where `wanted` does not fit."""
-        most = self.positions - self.queries
-        if wanted is not None and not 0 < wanted <= most:
+    def max_tokens(self, requested: int | None, default: int = 300) -> int:
+        """Return `requested`, or the default cut to what fits. Raises ValueError if `requested` does not fit."""
+        limit = self.positions - self.queries
+        if requested is not None and not 0 < requested <= limit:
             raise ValueError(
-                f"{wanted} tokens a caption: this model takes 1 to {most} "
+                f"{requested} tokens a caption: this model takes 1 to {limit} "
                 f"({self.positions} positions less {self.queries} prompt embeddings)"
             )
-        return wanted or min(default, most)
+        return requested or min(default, limit)
 
     def check(self, embeds: Tensor) -> None:
         """Raise EmbedsError unless `embeds` is a finite float tensor [queries, width]."""
@@ -127,29 +126,29 @@ class LLMSpec:
 
 @dataclass(frozen=True)
 class Options:
-    """What only some engines can do; an engine refuses what it cannot."""
+    """What only some engines can do; an engine refuses the options that it does not take."""
 
     lora: Path | None = None  # a PEFT adapter's folder
     tensor_parallel: int = 1  # devices that share the language model
     url: str | None = None  # of the server that runs the language model
 
-    def mark(self, model: str) -> str:
-        """A checkpoint's hash, marked with that of the adapter where there is one: their captions differ."""
+    def model_id(self, checkpoint_hash: str) -> str:
+        """Return the id that records carry: the checkpoint's hash, and the hash of the adapter if there is one."""
         if self.lora is None:
-            return model
+            return checkpoint_hash
         digest = hashlib.sha256()
         for file in sorted(self.lora.glob("adapter_*")):
             digest.update(file.name.encode() + file.read_bytes())
-        return f"{model}+{digest.hexdigest()[:8]}"
+        return f"{checkpoint_hash}+{digest.hexdigest()[:8]}"
 
 
 class LLMEngine(ABC):
-    """Continues prompt embeddings; any number of requests at a time, on one event loop."""
+    """Continue prompt embeddings, for any number of requests at a time on one event loop."""
 
     name: str
-    takes: frozenset[str] = frozenset()  # of Options
+    takes: frozenset[str] = frozenset()  # fields of Options
     has_logprobs = False
-    encoder_threads: int | None = None  # left to PyTorch's encoder beside it; None: as PyTorch chooses
+    encoder_threads: int | None = None  # for the encoder in PyTorch beside it; None: as PyTorch chooses
 
     def __init__(
         self, spec: LLMSpec, max_tokens: int, in_flight: int, debug: bool = False, options: Options | None = None
@@ -158,7 +157,10 @@ class LLMEngine(ABC):
 
         Raises OptionError for an option that this engine does not take.
         """
-        self.spec, self.max_tokens, self.in_flight, self.debug = spec, max_tokens, in_flight, debug
+        self.spec = spec
+        self.max_tokens = max_tokens
+        self.in_flight = in_flight
+        self.debug = debug
         self.options = options or Options()
         for field in fields(Options):
             if field.name not in self.takes and getattr(self.options, field.name) != field.default:
@@ -170,18 +172,18 @@ class LLMEngine(ABC):
 
     @abstractmethod
     def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
-        """Continue embeds [queries, width]: new token ids as they come, or (not `every`) perhaps all at the end.
+        """Continue embeds [queries, width] and yield new token ids: as they come if `every`, else perhaps at the end.
 
         The end token may be the last. Closing the generator cancels the request. Raises EmbedsError or EngineError.
         """
 
     @property
     def alive(self) -> bool:
-        """Whether it can still answer, once it has started; where not, it has to be started again."""
+        """True if it can still answer after its start; if False, it has to be started again."""
         return True
 
     async def healthy(self) -> bool:
-        """Whether it answers now."""
+        """Return True if it answers now."""
         return self.alive
 
     @abstractmethod
@@ -209,7 +211,7 @@ class LLMEngine(ABC):
         return Completion(text, ids, "stop" if stopped else "length", kept)
 
     async def stream(self, embeds: Tensor, sampling: Sampling) -> AsyncGenerator[Completion]:
-        """As `generate`, in pieces as they come; only the last one has a finish_reason."""
+        """Continue embeds and yield pieces as they come; only the last one has a finish_reason."""
         text = Detokenizer(self._tokenizer, None if sampling.ignore_eos else self.end, sampling.stop)
         async with aclosing(self.tokens(embeds, sampling, every=True)) as steps:
             async for step in steps:
@@ -232,28 +234,11 @@ class LLMEngine(ABC):
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a language model's folder. Raises CheckpointError."""
-    from transformers import AutoTokenizer
-
+    """Return the tokenizer of a language model's folder. Raises CheckpointError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no tokenizer: {one_line(error)}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes up an empty one for some models
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers invents an empty one for some models
         raise CheckpointError(f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json there")
     return tokenizer
-
-
-def engine_class(name: str) -> type[LLMEngine]:
-    """The engine class of one of serve.ENGINES."""
-    if name == "vllm":
-        from serve.engines.vllm import VLLMEngine
-
-        return VLLMEngine
-    if name == "remote":
-        from serve.engines.remote import RemoteEngine
-
-        return RemoteEngine
-    from serve.engines.transformers import TransformersEngine
-
-    return TransformersEngine

@@ -1,12 +1,12 @@
-"""Tokens to text while they come: whole characters only, ended by the end token or a stop string."""
+"""Decode tokens to text as they come: complete characters only, up to the end token or a stop string."""
 
 from __future__ import annotations
 
 
 class Detokenizer:
-    """One caption. `push` new ids, read the text that is certain; `ended` once it is complete.
+    """Decode one caption: `push` new ids and get the text that is certain; `ended` is True once it is complete.
 
-    Text that may be the beginning of a stop string is held back until it is clear.
+    Text that may begin a stop string is held back until that is decided.
     """
 
     def __init__(self, tokenizer, end: int | None, stop: tuple[str, ...] = ()):
@@ -17,7 +17,7 @@ class Detokenizer:
         self.ended = False
 
     def push(self, ids: list[int]) -> tuple[str, list[int]]:
-        """The text that the new ids make certain, and those of them that belong to the caption."""
+        """Return the text that the new ids make certain, and the ids that belong to the caption."""
         kept, pieces = [], []
         for token in ids:
             if self.ended:
@@ -31,7 +31,7 @@ class Detokenizer:
         return "".join(pieces), kept
 
     def rest(self) -> str:
-        """What is held back, once no more will come."""
+        """Return the text that is held back, when no more ids will come."""
         held, self._held = self._held, ""
         return held
 
@@ -47,5 +47,5 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
+    """Return how many characters at the end of `text` begin `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""A language model elsewhere behind the LLMEngine signature: --engine remote --llm-url URL.
+"""The engine that sends requests to a server with the language model: --engine remote --llm-url URL.
 
 The URL is that of a stock `vllm serve LLM --enable-prompt-embeds`, which takes pickled tensors and therefore only
 trusted callers, or of a `serve.gateway`, which takes safetensors. Embeddings travel as bfloat16: queries x width x
@@ -16,13 +16,14 @@ import os
 import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+
+import aiohttp
+import torch
+from safetensors.torch import save
+from torch import Tensor
 
 from serve.engines.base import EmbedsError, EngineError, LLMEngine, OptionError, Sampling
 from vlv.common.command import one_line
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RETRIES = 5  # of one request
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers that another attempt may better
@@ -44,8 +45,6 @@ class RemoteEngine(LLMEngine):
             raise OptionError("--engine remote needs --llm-url, the server that runs the language model")
 
     async def start(self) -> None:
-        import aiohttp
-
         self._load_tokenizer()
         headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY)) else {}
         connector = aiohttp.TCPConnector(limit=self.in_flight, keepalive_timeout=60)
@@ -64,8 +63,6 @@ class RemoteEngine(LLMEngine):
 
     async def _first_answer(self) -> dict:
         """The server's model, as soon as it answers."""
-        import aiohttp
-
         deadline = asyncio.get_running_loop().time() + self.patience
         while True:
             try:
@@ -94,18 +91,14 @@ class RemoteEngine(LLMEngine):
                             yield self._step(json.loads(line[6:]))
                 else:
                     yield self._step(await answer.json())
-            except (OSError, ValueError, LookupError, TypeError, self._client_error()) as error:
+            except (OSError, ValueError, LookupError, TypeError, aiohttp.ClientError) as error:
                 raise EngineError(f"the language model at {self._base} broke off: {one_line(error)}") from error
 
     def _request(self, embeds: Tensor, sampling: Sampling, every: bool) -> dict:
         """Arguments of the POST."""
-        import torch
-
         embeds = embeds.to(torch.bfloat16).contiguous()
         more = {name: getattr(sampling, name) for name in PASSED_ON if getattr(sampling, name) != getattr(GREEDY, name)}
         if self._gateway:
-            from safetensors.torch import save
-
             fields = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "seed": sampling.seed}
             fields |= more
             return {
@@ -149,7 +142,7 @@ class RemoteEngine(LLMEngine):
             limited = False
             try:
                 answer = await self._session.post(**request)
-            except (OSError, self._client_error()) as error:
+            except (OSError, aiohttp.ClientError) as error:
                 problem, wait = one_line(error), None
             else:
                 if answer.status == 200:
@@ -172,21 +165,13 @@ class RemoteEngine(LLMEngine):
                 await asyncio.sleep(pause * random.uniform(0.8, 1.2))
         raise EngineError(f"the language model at {self._base} cannot be reached: {problem}")
 
-    @staticmethod
-    def _client_error() -> type[Exception]:
-        import aiohttp
-
-        return aiohttp.ClientError
-
     async def healthy(self) -> bool:
         """Whether the server answers now, on a connection of its own: the others may all be taken."""
-        import aiohttp
-
         try:
             url = self._base.removesuffix("/v1") + "/health"
             async with asyncio.timeout(5), aiohttp.request("GET", url) as answer:
                 return answer.status == 200
-        except (OSError, TimeoutError, self._client_error()):
+        except (OSError, TimeoutError, aiohttp.ClientError):
             return False
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""transformers' `generate` behind the LLMEngine signature: the plain reference."""
+"""The engine that runs transformers' `generate`: the reference."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from serve.engines.base import EngineError, LLMEngine, Sampling
-from vlv.common.command import one_line
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from vlv.common.command import hush, one_line
+from vlv.common.device import choose_device, inference_dtype
 
 
 @dataclass
 class _Job:
-    """One request; `steps` takes its new tokens, then None or what went wrong."""
+    """One request; `steps` gets its new tokens, then None or an error."""
 
     embeds: Tensor
     sampling: Sampling
     steps: asyncio.Queue = field(default_factory=asyncio.Queue)
-    over: bool = False  # it has all its tokens, or nobody waits for them any more
+    over: bool = False  # it has all its tokens, or was cancelled
 
     @property
     def settings(self) -> Sampling:
-        """What all requests of a batch share; seeds may differ, since a batch draws from one generator."""
+        """Return what all requests of a batch share; seeds may differ, since a batch draws from one generator."""
         return replace(self.sampling, seed=0, stop=())
 
 
 class TransformersEngine(LLMEngine):
-    """Batches of what waits at the moment, at most `in_flight` together."""
+    """Decode batches of the requests that wait, at most `in_flight` together."""
 
     name = "transformers"
 
@@ -47,13 +48,11 @@ class TransformersEngine(LLMEngine):
         self._task = asyncio.create_task(self._serve())
 
     def _load(self) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, logging
-
-        logging.disable_progress_bar()  # stderr has one of its own
+        hush()  # stderr has a progress line of its own
         self._load_tokenizer()
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        self._llm = AutoModelForCausalLM.from_pretrained(self.spec.folder, dtype=dtype).to(device).eval()
+        device = choose_device()
+        llm = AutoModelForCausalLM.from_pretrained(self.spec.folder, dtype=inference_dtype(device))
+        self._llm = llm.to(device).eval()
 
     async def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
         self.spec.check(embeds)
@@ -93,9 +92,6 @@ class TransformersEngine(LLMEngine):
 
     def _generate(self, loop: asyncio.AbstractEventLoop, jobs: list[_Job]) -> None:
         """Decode one batch, and hand every step to the event loop."""
-        import torch
-        from transformers import GenerationConfig
-
         sampling = jobs[0].sampling
         prompt = torch.stack([job.embeds for job in jobs]).to(self._llm.device, self._llm.dtype)
         torch.manual_seed(sampling.seed)

@@ -1,4 +1,7 @@
-"""vLLM behind the LLMEngine signature: one AsyncLLM fed with prompt embeddings."""
+"""The engine that runs vLLM: one AsyncLLM that gets prompt embeddings.
+
+vllm is imported late: its environment variables have to be set before.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,13 @@ import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from serve.engines.base import EngineError, LLMEngine, OptionError, Sampling, Tokens
 from serve.engines.child_reaper import ChildProcessReaper
 from vlv.common.command import one_line
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, they leave shared memory to clean up
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -48,7 +50,7 @@ class VLLMEngine(LLMEngine):
         self._lora = None
         self._lora_rank = lora_rank(self.options.lora) if self.options.lora else None
         self._engine, self._logs, self._failed, self._closed = None, None, False, False
-        self._guard, self._others = ChildProcessReaper(), None
+        self._reaper, self._others = ChildProcessReaper(), None
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -73,14 +75,13 @@ class VLLMEngine(LLMEngine):
             with _diverted(self._logs) if self._logs else contextlib.nullcontext():
                 thread.start()
                 while not booted.done():
-                    self._guard.watch(self._processes())
+                    self._reaper.watch(self._processes())
                     await asyncio.wait({booted}, timeout=0.2)
                 booted.result()
         except Exception as error:
             raise EngineError(self._explain("vLLM does not start", error)) from error
 
     def _boot(self):
-        import torch
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -228,7 +229,7 @@ class VLLMEngine(LLMEngine):
             gc.collect()  # or its destructor would run, and fail, when the interpreter ends
         for process in self._processes():  # still booting, when it listens to nothing softer
             process.kill()
-        self._guard.dismiss()
+        self._reaper.dismiss()
         if self._logs is not None:
             os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)  # ours: the next process must not look for it
             if not self._failed:

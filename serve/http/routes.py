@@ -7,14 +7,14 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp
 
-from serve.command import Model
-from serve.core.service import Service, ServiceConfig
+from serve.core.model import Model, ModelOptions
+from serve.core.record import distinct_texts
+from serve.core.service import ServiceConfig
 from serve.engines.base import Completion
 from serve.http import openai_api as api
 from serve.http.admission import Admission, AdmissionLease
@@ -25,25 +25,14 @@ from serve.http.fetch import Fetcher
 from serve.http.incoming import gather_or_cancel, merge, read_bytes, read_fields, read_form, read_json
 from serve.http.listener import ListenConfig, listen
 from serve.http.reconstructor import ReconstructionParams, ReconstructionService
+from serve.http.service import Service
 from serve.http.web.page import DOCS, HEADERS, OPENAPI, PAGE
-from vlv.common.command import Misuse
 
 
 @dataclass(frozen=True)
-class ServerConfig(ListenConfig):
+class ServerConfig(ListenConfig, ModelOptions):
     """The models of a captioning server, and what its requests may cost. Sizes are in MiB."""
 
-    ckpt: str | None = None  # checkpoint folder, published weights, or a hub id
-    max_tokens: int | None = None  # longest caption; None: 300, or what fits
-    in_flight: int = 256  # captions written together
-    engine: str | None = None
-    llm_url: str | None = None
-    lora: Path | None = None
-    tensor_parallel: int = 1
-    encoder: str = "torch"
-    artifacts: Path | None = None
-    prompt_batch: int = 32  # images per encoder batch
-    workers: int | None = None  # decode processes
     model_name: str | None = None  # None: the checkpoint folder's name
     queue: int | None = None  # images that may wait; None: those that can be captioned within the deadline
     image_host: tuple[str, ...] = ()  # hosts from which images are fetched
@@ -182,7 +171,7 @@ class Routes(CaptionApp):
             if error.status != 400:
                 raise
             return result | api.error_body(error)
-        texts = list(dict.fromkeys(api.caption_text(completion, params) for completion in completions))
+        texts = list(distinct_texts(completions, params.raw))
         tokens = sum(len(c.token_ids) for c in completions)
         more = {"captions": texts} if params.count > 1 else {}
         result |= {"caption": texts[0], **more, "tokens": tokens}
@@ -265,10 +254,8 @@ async def _awaitable(content: bytes) -> bytes:
 @asynccontextmanager
 async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
     """Start the service, which loads its models in the background, and close it at the end. Raises Misuse."""
-    if not config.ckpt:
-        raise Misuse("--ckpt is needed (--help shows the usage)")
     keys = read_keys(config.keys, config.no_auth, config.host)
-    model = Model.of(config)  # pyright: ignore[reportArgumentType]
+    model = Model.of(config)
     stages = ServiceConfig(config.prompt_batch, config.workers, config.max_pixels, config.encoder, config.artifacts)
     service = Service(model.checkpoint, model.engine, stages)
     fetcher = Fetcher(tuple(config.image_host), config.max_image << 20)

@@ -12,13 +12,14 @@ import httpx
 import uvicorn
 import uvloop
 
-from serve.core.service import Service, ServiceConfig
+from serve.core.service import ServiceConfig
 from serve.engines.base import EngineError, LLMEngine, LLMSpec
 from serve.http.admission import Admission
 from serve.http.app import Bounds
 from serve.http.auth import Keys
 from serve.http.fetch import Fetcher
 from serve.http.routes import Routes
+from serve.http.service import Service
 
 TEXT = "The image shows a cat. It is red! The image shows a cat. A dog is left of it. Its"
 CLEAN = "The image shows a cat. It is red! A dog is left of it."

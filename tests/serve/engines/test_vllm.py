@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from serve.core.inputs import expand
-from serve.core.pipeline import Pipeline, PipelineConfig
+from serve.core.run import CaptionRun, RunConfig
 from serve.engines.base import EmbedsError, LLMSpec, Options, Sampling
 from serve.engines.vllm import VLLMEngine
 from serve.outputs.jsonl import FileSink
@@ -232,9 +232,9 @@ def test_files_to_captions(vllm, loop, checkpoint, scene_images, tmp_path, refer
     """The whole road: files on disk, decode processes, encoder, vLLM, records."""
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     sink, progress = FileSink(tmp_path / "c.jsonl", checkpoint.hash), Progress()
-    config = PipelineConfig(Sampling(TOKENS), prompt_batch=8, workers=1)
+    config = RunConfig(Sampling(TOKENS), prompt_batch=8, workers=1)
     paths = [str(scene_images), str(tmp_path / "broken.jpg")]
-    loop(Pipeline(checkpoint, vllm, sink, config, progress).run(expand(paths)))
+    loop(CaptionRun(checkpoint, vllm, sink, config, progress).run(expand(paths)))
     sink.close()
     records = {r["id"]: r for r in map(json.loads, (tmp_path / "c.jsonl").read_text().splitlines())}
     assert (progress.captioned, progress.failed) == (64, 1)

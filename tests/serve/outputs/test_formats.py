@@ -16,7 +16,8 @@ from PIL import Image
 
 from serve import FORMATS
 from serve.core.inputs import Item, part_of
-from serve.outputs.formats import sidecar, sink_class
+from serve.outputs.factory import sink_class
+from serve.outputs.formats import sidecar
 from serve.outputs.jsonl import SinkError
 from serve.outputs.webdataset import sample
 from vlv.data.image import ImageError

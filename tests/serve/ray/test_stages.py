@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ import pytest
 from pyarrow import Table, parquet
 
 from serve import ray_batch
-from serve.command import Misuse
 from serve.core.inputs import SourceError
 from serve.ray.stages import Decode, Encode, Write
 from serve.ray.store import Remote, Store, items_of, part, plan, unit_items
+from vlv.common.command import Misuse
 from vlv.data.image import ImageError
 from vlv.model.config import VLVConfig
 
@@ -97,10 +98,10 @@ def test_a_store_in_memory_as_object_stores_are():
         store.read("part-000001.parquet")
 
 
-def test_the_stages_one_after_another(args, pictures, captioning_checkpoint):
+def test_the_stages_one_after_another(args, options, pictures, captioning_checkpoint):
     store = Store(args.output)
     assert plan(store, items_of(args.paths, "url"), {}, args.unit) == 4
-    decode, encode, write = Decode(args), Encode(args), Write(args)
+    decode, encode, write = Decode(options), Encode(options), Write(options)
     try:
         results = [write(encode(decode({"unit": np.array([unit])}))) for unit in range(4)]
         again = write(encode(decode({"unit": np.array([3])})))  # as after a worker's death: the same file
@@ -130,11 +131,11 @@ def captions_of(pictures: Path, checkpoint: Path) -> set[str]:
     return set(captioner.captions(crops, max_new_tokens=60))
 
 
-def test_a_shard_that_loses_an_image_and_is_written_again(args, pictures):
+def test_a_shard_that_loses_an_image_and_is_written_again(args, options, pictures):
     """An image that is gone since it was decoded is an error, and none any more once the unit is done again."""
-    args.format, output = "webdataset", Path(args.output)
+    options, output = replace(options, format="webdataset"), Path(args.output)
     plan(Store(args.output), items_of(args.paths, "url"), {}, args.unit)
-    decode, encode, write = Decode(args), Encode(args), Write(args)
+    decode, encode, write = Decode(options), Encode(options), Write(options)
     gone, content = pictures / "01.png", (pictures / "01.png").read_bytes()
     try:
         batch = encode(decode({"unit": np.array([0])}))
@@ -159,7 +160,7 @@ def test_a_shard_that_loses_an_image_and_is_written_again(args, pictures):
 
 def test_the_page_says_how_many_images_a_unit_may_have():
     page = (Path(__file__).parents[3] / "docs" / "scale.md").read_text()
-    assert f"with the published 3B checkpoint {ray_batch._most_images(VLVConfig()):,} images" in page
+    assert f"with the published 3B checkpoint {ray_batch.max_images(VLVConfig()):,} images" in page
 
 
 def test_refused_in_one_sentence(command, capsys, tmp_path):
