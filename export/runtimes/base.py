@@ -116,7 +116,7 @@ class EncoderRuntime(ABC):
         """
         from vlv.diffusion.scheduler import make_scheduler
 
-        schedule, guided = make_scheduler(sampler, self.sampling["scheduler"]), guidance > 1
+        schedule, guided = make_scheduler(sampler, self.sampling["scheduler"], steps), guidance > 1
         schedule.set_timesteps(steps)
         draws = [torch.Generator().manual_seed(seed) for _ in context]
         noise = torch.stack([torch.randn(self.sampling["latents"], generator=draw) for draw in draws])
