@@ -94,8 +94,9 @@ async def measure(args) -> dict:
     from serve.core.pipeline import Pipeline, PipelineConfig
     from serve.core.service import Service, ServiceConfig
     from serve.engines.base import LLMSpec, Sampling, engine_class
+    from serve.http.admission import Admission
     from serve.http.app import Bounds
-    from serve.http.auth import Admission, Keys
+    from serve.http.auth import Keys
     from serve.http.fetch import Fetcher
     from serve.http.routes import Routes
     from serve.outputs.jsonl import FileSink

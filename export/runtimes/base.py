@@ -114,9 +114,9 @@ class EncoderRuntime(ABC):
 
         The keys and values of the context are computed once and serve all steps.
         """
-        from vlv.diffusion.samplers import scheduler
+        from vlv.diffusion.scheduler import make_scheduler
 
-        schedule, guided = scheduler(sampler, self.sampling["scheduler"]), guidance > 1
+        schedule, guided = make_scheduler(sampler, self.sampling["scheduler"]), guidance > 1
         schedule.set_timesteps(steps)
         draws = [torch.Generator().manual_seed(seed) for _ in context]
         noise = torch.stack([torch.randn(self.sampling["latents"], generator=draw) for draw in draws])

@@ -1,4 +1,4 @@
-"""What this machine has, what is missing for which purpose, and the command that installs it."""
+"""Report what this machine has, which packages are missing for which purpose, and how to install them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd
 
 @dataclass(frozen=True)
 class Need:
-    """A package by its import name, the distributions that provide it, and what it is for."""
+    """A package: its import name, the distributions that provide it, and its purpose."""
 
     module: str
     distributions: tuple[str, ...]
@@ -72,12 +72,12 @@ def report() -> int:
 
 
 def _line(need: Need, gpu: bool) -> bool:
-    """Print one package's state; True where it can be used."""
+    """Print one package's state; return True if it can be used."""
     found = _installed(need.distributions)
     if found is None:
         print(f"{need.module:<18}{'missing':<16}for {need.purpose}: {_command(need, gpu)}")
         return False
-    # only what captioning needs is really imported: the rest would take long
+    # only what captioning needs is imported: the rest would take long
     problem = _import_error(need.module) if need.required else None
     state = f"does not import: {problem}" if problem else f"for {need.purpose}"
     print(f"{need.module:<18}{found:<16}{state}")
@@ -101,7 +101,7 @@ def _command(need: Need, gpu: bool) -> str:
 
 
 def _import_error(module: str) -> str | None:
-    """The last line of a failed import, tried in a process of its own; None where it works."""
+    """Return the last line of an import that fails in a separate process; None if it succeeds."""
     run = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, errors="replace")
     return None if run.returncode == 0 else (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
 
@@ -140,7 +140,7 @@ def _memory() -> str:
 
 
 def _gpus() -> list[str]:
-    """One line a CUDA device, as torch sees them."""
+    """Return one line per CUDA device, as torch reports them."""
     try:
         import torch
     except Exception:

@@ -55,7 +55,7 @@ def test_without_privilege(pods, name):
 
 
 def test_the_server_takes_its_options_and_the_probes_its_routes(pods):
-    from serve.http.app import Worker
+    from serve.http.app import CaptionApp
 
     (container,) = pods["server"]["containers"]
     assert container["args"][0] == "serve.server"
@@ -65,7 +65,7 @@ def test_the_server_takes_its_options_and_the_probes_its_routes(pods):
     assert pods["server"]["terminationGracePeriodSeconds"] > args.drain + sleep
     paths = {container[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "readiness", "liveness")}
     assert paths == {"/ready", "/health"}
-    assert Worker.ready.__doc__.startswith("GET /ready") and Worker.health.__doc__.startswith("GET /health")
+    assert CaptionApp.ready.__doc__.startswith("GET /ready") and CaptionApp.health.__doc__.startswith("GET /health")
     assert container["livenessProbe"]["httpGet"]["path"] == "/health"  # a server that loads is not killed
 
 

@@ -1,4 +1,4 @@
-"""A server in this process around an engine that needs no model: for the tests of HTTP."""
+"""Run a server in this process around an engine that needs no model: for the tests of HTTP."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import uvloop
 
 from serve.core.service import Service, ServiceConfig
 from serve.engines.base import EngineError, LLMEngine, LLMSpec
+from serve.http.admission import Admission
 from serve.http.app import Bounds
-from serve.http.auth import Admission, Keys
+from serve.http.auth import Keys
 from serve.http.fetch import Fetcher
 from serve.http.routes import Routes
 
@@ -24,7 +25,7 @@ CLEAN = "The image shows a cat. It is red! A dog is left of it."
 
 
 class Scripted(LLMEngine):
-    """Writes TEXT, a token every `pace` seconds; knows what is open, and dies on demand."""
+    """Write TEXT, a token every `pace` seconds; count open requests, and die on demand."""
 
     name = "scripted"
     pace, running, cancelled, dead, starts = 0.001, 0, 0, False, 0
@@ -58,7 +59,7 @@ class Scripted(LLMEngine):
 
 
 class Running:
-    """A server in a thread of its own."""
+    """Run a server in a thread."""
 
     def __init__(self, checkpoint, engine, capacity=64, keys=None, fetcher=None, bounds=None):
         self.engine, self._ready = engine, threading.Event()

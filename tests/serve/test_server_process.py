@@ -1,4 +1,4 @@
-"""The server as a process: refusals at its start, one whole life with a real checkpoint, and SIGTERM in mid-caption."""
+"""Test the server as a process: errors at its start, captions of a real checkpoint, and SIGTERM while it captions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def server(captioning_checkpoint):
-    """A server process with the reference engine, once it is ready."""
+    """Start a server process with the reference engine, and wait until it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,11 +46,11 @@ def server(captioning_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def picture(scene_images):
+def image(scene_images):
     return "data:image/png;base64," + base64.b64encode((scene_images / "00.png").read_bytes()).decode()
 
 
-def test_answers_while_it_loads_and_captions_like_the_captioner(server, captioning_checkpoint, picture, scene_images):
+def test_answers_while_it_loads_and_captions_like_the_captioner(server, captioning_checkpoint, image, scene_images):
     import torch
 
     from vlv.checkpoints.folder import Checkpoint
@@ -58,7 +58,7 @@ def test_answers_while_it_loads_and_captions_like_the_captioner(server, captioni
     from vlv.model.captioner import Captioner
 
     assert set(server.states) == {503, 200}
-    answer = httpx.post(server.url + "/v1/captions", json={"images": [picture], "max_tokens": 40}, timeout=60).json()
+    answer = httpx.post(server.url + "/v1/captions", json={"images": [image], "max_tokens": 40}, timeout=60).json()
     captioner = Captioner.load(Checkpoint.open(captioning_checkpoint))
     crop = torch.from_numpy(load_crop(scene_images / "00.png", captioner.encoder.config.image_size))[None]
     assert answer["captions"][0]["caption"] == captioner.captions(crop, max_new_tokens=40)[0]
@@ -81,12 +81,12 @@ def test_a_client_that_never_finishes_its_head(server, before):
         assert slow.recv(100) == b"" and 1 < time.monotonic() - start < 8  # closed after --body-seconds
 
 
-def test_sigterm_finishes_what_runs(server, picture):
+def test_sigterm_finishes_what_runs(server, image):
     """A request that is being answered gets its captions; then the process ends with 0."""
     answers = []
 
     def ask():
-        body = {"images": [picture] * 2, "max_tokens": 100, "temperature": 2, "n": 3}
+        body = {"images": [image] * 2, "max_tokens": 100, "temperature": 2, "n": 3}
         answers.append(httpx.post(server.url + "/v1/captions", json=body, timeout=60))
 
     asking = threading.Thread(target=ask)
@@ -103,7 +103,7 @@ def test_sigterm_finishes_what_runs(server, picture):
         httpx.get(server.url + "/health")
 
 
-def test_what_a_server_is_not_started_with(captioning_checkpoint, tmp_path, capsys):
+def test_arguments_that_are_refused(captioning_checkpoint, tmp_path, capsys):
     (tmp_path / "keys.json").write_text("[1]")
     for args, words in {
         (): "error: --ckpt is needed",

@@ -1,4 +1,4 @@
-"""VLV as one of vLLM's own models: the folder, the entry point, and the tokens of a real engine."""
+"""Test VLV as one of vLLM's own models: the folder, the entry point, and the tokens of a real engine."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import pytest
 pytest.importorskip("vllm")
 
 from serve import vllm_plugin
+from serve.vllm_model.folder import write
 from vlv.checkpoints.folder import Checkpoint
 
 SCENES = 16
 
 
 @pytest.fixture(scope="module")
-def pictures(scene_images, tmp_path_factory) -> list[Path]:
+def images(scene_images, tmp_path_factory) -> list[Path]:
     """Scenes, and the first of them stored as a camera, a paint program and a website would."""
     from PIL import Image
 
@@ -44,14 +45,14 @@ def folder(captioning_checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(folder, pictures, tmp_path_factory) -> dict:
+def answers(folder, images, tmp_path_factory) -> dict:
     """What tests/serve/plugin_user.py was answered."""
     here = tmp_path_factory.mktemp("elsewhere")
     script, found, log = Path(__file__).with_name("plugin_user.py"), here / "answers.json", here / "log"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"VLLM_NO_USAGE_STATS": "1"}
     with log.open("w") as file:
         run = subprocess.run(
-            [sys.executable, script, folder, found, *pictures], cwd=here, env=env, stdout=file, stderr=file, timeout=400
+            [sys.executable, script, folder, found, *images], cwd=here, env=env, stdout=file, stderr=file, timeout=400
         )
     assert run.returncode == 0, log.read_text()[-3000:]
     return json.loads(found.read_text())
@@ -62,7 +63,7 @@ def test_vllm_finds_the_plugin():
     assert found == ["serve.vllm_plugin:register"], "this project is not installed here: run `make setup`"
 
 
-def test_captions_are_those_of_our_own_road(captioning_checkpoint, pictures, answers):
+def test_captions_equal_those_of_our_captioner(captioning_checkpoint, images, answers):
     import numpy as np
     import torch
 
@@ -70,12 +71,12 @@ def test_captions_are_those_of_our_own_road(captioning_checkpoint, pictures, ans
     from vlv.model.captioner import Captioner
 
     checkpoint = Checkpoint.open(captioning_checkpoint)
-    crops = np.stack([load_crop(picture, checkpoint.config.image_size) for picture in pictures])
+    crops = np.stack([load_crop(image, checkpoint.config.image_size) for image in images])
     expected = Captioner.load(checkpoint).generate(torch.from_numpy(crops), max_new_tokens=300)
     ends = [tokens[-1] for tokens in answers["tokens"]]
     assert len(set(ends)) == 1  # the end token, which our own engines leave out
     assert [tokens[:-1] for tokens in answers["tokens"]] == expected
-    assert len({tuple(tokens) for tokens in expected}) > SCENES / 2  # the captions do depend on the pictures
+    assert len({tuple(tokens) for tokens in expected}) > SCENES / 2  # the captions do depend on the images
 
 
 def test_text_is_ignored_and_arrays_and_chats_are_taken(answers):
@@ -105,7 +106,7 @@ def test_a_quantised_language_model_is_announced(captioning_checkpoint, tmp_path
     config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     file.unlink()  # a hard link of the checkpoint's own
     file.write_text(json.dumps(config))
-    vllm_plugin.write(Checkpoint.open(tmp_path / "ckpt"), tmp_path / "out")
+    write(Checkpoint.open(tmp_path / "ckpt"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == {"quant_method": "fp8"}
 
 

@@ -1,4 +1,4 @@
-"""Pages that need nothing but a browser: one look for galleries, reports and benchmarks, by day and by night."""
+"""Build self-contained HTML pages in one style, light and dark, for galleries, reports and benchmarks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ svg { color: var(--soft); } svg text { fill: currentColor; font-size: 11px; }
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """A whole document; `style` is what this page has beyond STYLE."""
+    """Return an HTML document; `style` is CSS after STYLE. `title` is escaped, `body` is HTML."""
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">

@@ -1,4 +1,4 @@
-"""The report of what is installed, and the page of captions."""
+"""Test the report of what is installed, and the page of captions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_gallery_with_reconstructions(random_checkpoint, captioned, tmp_path):
     gallery.write(page, Checkpoint.open(folder), *captioned, count=3, steps=2)
     text = page.read_text()
     assert text.count("<article>") == 2 and text.count("<figcaption>reconstruction") == 2
-    assert "frozen text-to-image model draws from the 32 embeddings of width 128" in text
+    assert "frozen text-to-image model from the 32 embeddings of width 128" in text
 
 
 def test_gallery_that_cannot_be_written(random_checkpoint, captioned, tmp_path):

@@ -123,7 +123,7 @@ class FromCaptions(ImageSet):
         self._reconstructor = CaptionReconstructor(t2i, device)
 
     def generate(self, part: slice, guidance: float, mixed: bool) -> Tensor:
-        return self._reconstructor.draw(self._captions[part], **self._options(part, guidance))
+        return self._reconstructor.reconstruct(self._captions[part], **self._options(part, guidance))
 
 
 def crops(files: list[Path], size: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""The page at `/` of the server: pictures in, captions out, in a browser.
+"""Build the page at `/` of the server: images in, captions out, in a browser.
 
-serve/http/web/ holds its markup, style and script; they go out as one document that loads nothing else, so it works
-offline. The content security policy names style and script by their hashes: nothing else runs, whatever a caption or a
-file name may hold."""
+serve/http/web/ holds its markup, style and script; they are sent as one document that loads nothing else, so that it
+works offline. The content security policy names style and script by their hashes: no other script runs, whatever a
+caption or a file name contains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import base64
 import hashlib
 from importlib.resources import files
 
-_WEB = files("serve.http").joinpath("web")
+_WEB = files("serve.http.web")
 
 
 def _hashed(name: str) -> tuple[str, str]:
