@@ -18,7 +18,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_
 from vlv.evaluate.results import EvaluationError
 
 # characters at which Java ends a line; a caption is one line
-_LINE_ENDS = dict.fromkeys(map(ord, "\n\r\v\f\x85\u2028\u2029"), " ")
+_LINE_ENDS = dict.fromkeys(map(ord, "\n\r\v\f\u2028\u2029"), " ")
 
 
 def find_java() -> str:
