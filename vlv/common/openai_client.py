@@ -48,6 +48,10 @@ class NoAnswer(UserError, RuntimeError):
     """Raised where one question has no usable answer."""
 
 
+class TokenLimitError(NoAnswer):
+    """Raised where the server refuses the number of tokens that an answer may have."""
+
+
 class _BadReply(Exception):
     """A reply with status 200 that holds no answer; `repeat`: the server says that it is a passing error."""
 
@@ -134,8 +138,11 @@ class ChatClient:
                 return _answer(reply.content)
             except openai.APIStatusError as error:
                 status, headers = error.status_code, error.response.headers
+                if error.code == "unsupported_parameter" and not self.config.reasoning:
+                    raise ServerError(f"{self.config.url} needs --reasoning: {error}", fatal=True) from error
                 if status in REFUSED:
-                    raise NoAnswer(f"the server refuses the question: {error}") from error
+                    kind = TokenLimitError if re.search(r"max_(completion_)?tokens", str(error)) else NoAnswer
+                    raise kind(f"the server refuses the question: {error}") from error
                 problem = f"{self.config.url} answers {status}: {error}"
                 hopeless = not (status in REPEATED or status >= 500) or error.code == "insufficient_quota"
                 if hopeless or attempt >= self.config.retries:

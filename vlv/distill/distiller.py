@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vlv.common.command import UserError, say
 from vlv.common.jsonl import cut_torn_line, read_records
-from vlv.common.openai_client import Answer, ChatClient, NoAnswer, ServerError, final_text, image_url
+from vlv.common.openai_client import Answer, ChatClient, NoAnswer, ServerError, TokenLimitError, final_text, image_url
 from vlv.data.image import MAX_PIXELS, centre, decode, file_ending
 from vlv.data.sources import Sample, Source
 from vlv.distill.config import DistillConfig
@@ -194,8 +194,10 @@ class Distiller:
             self.tally.failed += 1
             text = f"{type(error.__cause__ or error).__name__}: {error}"[:500]
             self.output.write(self.output.errors, {"id": job.record["id"], "error": text})
-            if getattr(error, "fatal", False):
-                url = self.config.client.url
+            url, tokens = self.config.client.url, self.config.max_tokens
+            if isinstance(error, TokenLimitError):  # every image would meet it
+                self.stop = DistillError(f"{url} refuses --max-tokens {tokens}, choose a smaller one ({error})")
+            elif getattr(error, "fatal", False):
                 self.stop = DistillError(f"{url} gives no answers ({error}): what is written stays")
             return
         self.tally.answers += 1

@@ -163,6 +163,16 @@ def test_a_quota_that_is_used_up_is_not_asked_again(server, tmp_path):
     assert len(server.asked) == 1
 
 
+def test_a_model_that_takes_no_max_tokens_needs_a_flag(server, tmp_path):
+    """OpenAI's reasoning models, in their words."""
+    text = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    error = {"message": text, "type": "invalid_request_error", "param": "max_tokens", "code": "unsupported_parameter"}
+    server.answer = lambda body: (400, error) if "max_tokens" in body else "1"
+    with pytest.raises(ServerError, match="needs --reasoning"):
+        ask(server, tmp_path)
+    assert len(server.asked) == 1 and ask(server, tmp_path, reasoning=True)[0] == {"one": 1}
+
+
 def test_twenty_questions_without_an_answer_end_the_run(server, tmp_path):
     server.answer = lambda _: (400, "not this one")
     questions = [Question(str(i), f"Number {i}?", "Count.", 20) for i in range(50)]
