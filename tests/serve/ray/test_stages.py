@@ -166,8 +166,8 @@ def test_the_page_says_how_many_images_a_unit_may_have():
 def test_refused_in_one_sentence(command, capsys, tmp_path):
     for change, words in {
         ("--ckpt", "/absent"): "error: --ckpt: no checkpoint at /absent",
-        ("--llms", "3-1"): "'3-1' is neither a number of actors",
-        ("--llm-gpu", "2"): "'2' is no share of a GPU",
+        ("--llms", "3-1"): "expected a number of actors such as 2, or a range such as 1-8, got '3-1'",
+        ("--llm-gpu", "2"): "expected a share of a GPU above 0 and up to 1, got '2'",
         ("--unit", "1000000"): "error: --unit 1000000: with this checkpoint at most",
     }.items():
         try:
