@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 NAME = "vlv"
+QUEUE = 128  # requests that wait at a replica and at a proxy, without --queue
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,6 +71,7 @@ def application(args: argparse.Namespace) -> Application:
 def scaling(args: argparse.Namespace, gpus: bool) -> dict[str, Any]:
     """Return a deployment's options for Ray Serve."""
     low, high = args.replicas
+    queue = QUEUE if args.queue is None else args.queue
     size = args.tensor_parallel
     return {
         "name": "server",
@@ -81,8 +83,8 @@ def scaling(args: argparse.Namespace, gpus: bool) -> dict[str, Any]:
             "target_ongoing_requests": args.target,
             "upscale_delay_s": 10,  # loading takes long enough
         },
-        "max_ongoing_requests": args.in_flight + args.queue,
-        "max_queued_requests": args.queue,  # at a proxy; beyond it, 503
+        "max_ongoing_requests": args.in_flight + queue,
+        "max_queued_requests": queue,  # at a proxy; beyond it, 503
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
         "graceful_shutdown_timeout_s": args.drain,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -49,6 +49,12 @@ class Sampling:
     temperature: float = 0.0  # 0: greedy
     seed: int = 0  # of the random draws where the temperature is above 0
     stop: tuple[str, ...] = ()  # the caption ends before the first of these
+    top_p: float = 1.0  # sample from the smallest set of tokens with this probability
+    top_k: int = 0  # sample from so many tokens; 0: all
+    min_p: float = 0.0  # smallest probability of a token, relative to that of the likeliest
+    min_tokens: int = 0  # the end token is not sampled before these
+    ignore_eos: bool = False  # write max_tokens whatever comes
+    logprobs: int | None = None  # log probabilities of each token and of so many alternatives (vllm)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,15 @@ class Completion:
     text: str
     token_ids: list[int]
     finish_reason: str  # "stop": at an end token or a `stop` text; "length": cut at max_tokens
+    logprobs: list[dict[int, float]] | None = None  # per token: its id and the alternatives' -> log probability
+
+
+class Tokens(list[int]):
+    """New token ids of one step, with their log probabilities if the request asked for them."""
+
+    def __init__(self, ids: Iterable[int], logprobs: list[dict[int, float]] | None = None):
+        super().__init__(ids)
+        self.logprobs = logprobs
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,7 @@ class LLMEngine(ABC):
 
     name: str
     takes: frozenset[str] = frozenset()  # fields of Options
+    has_logprobs = False
     encoder_threads: int | None = None  # for the encoder in PyTorch beside it; None: as PyTorch chooses
 
     def __init__(
@@ -180,29 +196,37 @@ class LLMEngine(ABC):
             async with aclosing(self.stream(embeds, sampling)) as chunks:
                 parts = [chunk async for chunk in chunks]
             ids = [i for part in parts for i in part.token_ids]
-            return Completion("".join(part.text for part in parts), ids, parts[-1].finish_reason)
-        ids = []
+            logprobs = None if sampling.logprobs is None else [p for part in parts for p in part.logprobs or []]
+            return Completion("".join(part.text for part in parts), ids, parts[-1].finish_reason, logprobs)
+        ids, logprobs = [], []
         async with aclosing(self.tokens(embeds, sampling, every=False)) as steps:
             async for step in steps:
                 ids += step
-        stopped = self.end in ids
+                logprobs += getattr(step, "logprobs", None) or []
+        stopped = self.end in ids and not sampling.ignore_eos
         if stopped:
             ids = ids[: ids.index(self.end)]
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return Completion(text, ids, "stop" if stopped else "length")
+        kept = None if sampling.logprobs is None else logprobs[: len(ids)]
+        return Completion(text, ids, "stop" if stopped else "length", kept)
 
     async def stream(self, embeds: Tensor, sampling: Sampling) -> AsyncGenerator[Completion]:
         """Continue embeds and yield pieces as they come; only the last one has a finish_reason."""
-        text = Detokenizer(self._tokenizer, self.end, sampling.stop)
+        text = Detokenizer(self._tokenizer, None if sampling.ignore_eos else self.end, sampling.stop)
         async with aclosing(self.tokens(embeds, sampling, every=True)) as steps:
             async for step in steps:
                 piece, ids = text.push(step)
+                logprobs = None if sampling.logprobs is None else (getattr(step, "logprobs", None) or [])[: len(ids)]
                 if text.ended:
-                    yield Completion(piece, ids, "stop")
+                    yield Completion(piece, ids, "stop", logprobs)
                     return
                 if ids:
-                    yield Completion(piece, ids, "")
+                    yield Completion(piece, ids, "", logprobs)
         yield Completion(text.rest(), [], "length")
+
+    def token_text(self, token: int) -> str:
+        """Return the text of one token."""
+        return self._tokenizer.decode([token])
 
     def _load_tokenizer(self) -> None:
         self._tokenizer = load_tokenizer(self.spec.folder)

@@ -9,7 +9,7 @@ class Detokenizer:
     Text that may begin a stop string is held back until that is decided.
     """
 
-    def __init__(self, tokenizer, end: int, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer, end: int | None, stop: tuple[str, ...] = ()):
         from tokenizers.decoders import DecodeStream
 
         self._step, self._tokenizer = DecodeStream(skip_special_tokens=True).step, tokenizer.backend_tokenizer

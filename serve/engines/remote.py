@@ -27,6 +27,8 @@ from vlv.common.command import one_line
 
 RETRIES = 5  # of one request
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers that another attempt may better
+GREEDY = Sampling()
+PASSED_ON = ("top_p", "top_k", "min_p", "min_tokens", "ignore_eos")  # fields of Sampling that vLLM calls alike
 KEY = "VLV_API_KEY"  # environment variable with the key that the server asks for
 
 
@@ -95,8 +97,10 @@ class RemoteEngine(LLMEngine):
     def _request(self, embeds: Tensor, sampling: Sampling, every: bool) -> dict:
         """Arguments of the POST."""
         embeds = embeds.to(torch.bfloat16).contiguous()
+        more = {name: getattr(sampling, name) for name in PASSED_ON if getattr(sampling, name) != getattr(GREEDY, name)}
         if self._gateway:
             fields = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "seed": sampling.seed}
+            fields |= more
             return {
                 "url": f"{self._base}/generate",
                 "data": save({"embeds": embeds}),
@@ -113,8 +117,9 @@ class RemoteEngine(LLMEngine):
             "stream": every,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
-            "stop_token_ids": [self.end],
+            "stop_token_ids": [] if sampling.ignore_eos else [self.end],
             "return_token_ids": True,
+            **more,
         }
         return {
             "url": f"{self._base}/completions",

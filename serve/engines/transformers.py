@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ class _Job:
     over: bool = False  # it has all its tokens, or was cancelled
 
     @property
-    def settings(self) -> tuple:
+    def settings(self) -> Sampling:
         """Return what all requests of a batch share; seeds may differ, since a batch draws from one generator."""
-        return self.sampling.max_tokens, self.sampling.temperature
+        return replace(self.sampling, seed=0, stop=())
 
 
 class TransformersEngine(LLMEngine):
@@ -96,9 +96,16 @@ class TransformersEngine(LLMEngine):
         prompt = torch.stack([job.embeds for job in jobs]).to(self._llm.device, self._llm.dtype)
         torch.manual_seed(sampling.seed)
         # a fresh configuration: that of the checkpoint may hold penalties, top-k or beams
-        draws = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0} if sampling.temperature else {}
+        draws = {}
+        if sampling.temperature:
+            draws = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+            draws |= {"top_p": sampling.top_p, "min_p": sampling.min_p or None}
         config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens, eos_token_id=self.end, pad_token_id=self.end, **draws
+            max_new_tokens=sampling.max_tokens,
+            min_new_tokens=sampling.min_tokens or None,
+            eos_token_id=None if sampling.ignore_eos else self.end,
+            pad_token_id=self.end,
+            **draws,
         )
 
         def after_step(ids: Tensor, _, **__) -> Tensor:
@@ -116,7 +123,7 @@ class TransformersEngine(LLMEngine):
         for job, token in zip(jobs, step, strict=True):
             if not job.over:
                 job.steps.put_nowait([token])
-                if token == self.end:  # the rest of its row is padding
+                if token == self.end and not job.sampling.ignore_eos:  # the rest of its row is padding
                     job.over = True
                     job.steps.put_nowait(None)
 

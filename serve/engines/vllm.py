@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from serve.engines.base import EngineError, LLMEngine, OptionError, Sampling
+from serve.engines.base import EngineError, LLMEngine, OptionError, Sampling, Tokens
 from serve.engines.child_reaper import ChildProcessReaper
 from vlv.common.command import one_line
 
@@ -42,6 +42,7 @@ class VLLMEngine(LLMEngine):
 
     name = "vllm"
     takes = frozenset({"lora", "tensor_parallel"})
+    has_logprobs = True
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -186,7 +187,13 @@ class VLLMEngine(LLMEngine):
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed if sampling.temperature > 0 else None,
-            stop_token_ids=[self.end],
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            min_tokens=sampling.min_tokens,
+            ignore_eos=sampling.ignore_eos,
+            logprobs=sampling.logprobs,
+            stop_token_ids=[] if sampling.ignore_eos else [self.end],
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if every else RequestOutputKind.FINAL_ONLY,
         )
@@ -196,7 +203,10 @@ class VLLMEngine(LLMEngine):
         try:
             async with aclosing(request) as outputs:
                 async for output in outputs:
-                    yield list(output.outputs[0].token_ids)
+                    completion = output.outputs[0]
+                    steps = completion.logprobs
+                    logprobs = steps and [{i: entry.logprob for i, entry in step.items()} for step in steps]
+                    yield Tokens(completion.token_ids, logprobs)
         except Exception as error:
             raise EngineError(self._explain("vLLM's engine has died", error)) from error
 

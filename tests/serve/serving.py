@@ -62,8 +62,8 @@ class Scripted(LLMEngine):
 class Running:
     """Run a server in a thread."""
 
-    def __init__(self, checkpoint, engine, capacity=64, keys=None, fetcher=None, bounds=None):
-        self.engine, self._ready = engine, threading.Event()
+    def __init__(self, checkpoint, engine, capacity=64, keys=None, fetcher=None, bounds=None, cors=()):
+        self.cors, self.engine = cors, engine
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -82,6 +82,7 @@ class Running:
             checkpoint, lambda: self.engine(LLMSpec.of(checkpoint), 100, 8), ServiceConfig(8, 1, 1_000_000)
         )
         self.routes = Routes(self.service, "tiny", keys, Admission(capacity), fetcher, bounds)
+        self.routes.cors = self.cors
         self._server = uvicorn.Server(uvicorn.Config(self.routes.app(), port=self.port, log_level="error"))
         await self.service.start()
         await self._server.serve()
