@@ -181,7 +181,9 @@ def test_webdataset(images, tmp_path):
 def test_a_sample_is_named_by_what_it_holds():
     """Whatever an id ends in: a tar member's name is short, and no other member has it."""
     for name, ending in {"a.JPG": ".jpg", "a.json": ".jpg", "http://b/a.png?" + "x" * 200: ".jpg"}.items():
-        with tarfile.open(fileobj=io.BytesIO(sample("0", b"\xff\xd8\xff pixels", {"id": name, "caption": "A."}))) as shard:
+        with tarfile.open(
+            fileobj=io.BytesIO(sample("0", b"\xff\xd8\xff pixels", {"id": name, "caption": "A."}))
+        ) as shard:
             assert shard.getnames() == [f"0{ending}", "0.txt", "0.json"]
 
 

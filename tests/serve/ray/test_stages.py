@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from pyarrow import Table, parquet
 
 from serve import ray_batch
-from serve.core.inputs import SourceError
+from serve.core.inputs import Item, SourceError
 from serve.ray.stages import Decode, Encode, Write
 from serve.ray.store import Remote, Store, items_of, part, plan, unit_items
 from vlv.common.command import Misuse
@@ -32,6 +33,19 @@ def test_the_plan_names_each_image_once(pictures, tmp_path):
     assert plan(store, items_of(sources, "url"), {"model": "a"}, 4) == 4
     with pytest.raises(Misuse, match="DST was begun with model a, and this is b: choose another DST"):
         plan(store, iter([]), {"model": "b"}, 4)
+
+
+def subclasses(cls: type) -> list[type]:
+    return [cls, *(found for child in cls.__subclasses__() for found in subclasses(child))]
+
+
+@pytest.mark.parametrize("kind", subclasses(Item))
+def test_every_kind_of_item_stays_what_it_is_in_another_process(kind):
+    """An item travels to decode processes and to Ray's workers; there it has to know how it is read."""
+    assert len(subclasses(Item)) >= 2
+    for item in (kind("id", "path"), kind("id", "path", 512, 90, "a problem")):
+        copy = pickle.loads(pickle.dumps(item))
+        assert type(copy) is kind and copy == item
 
 
 def test_a_plan_that_was_killed_is_made_again(pictures, tmp_path):
