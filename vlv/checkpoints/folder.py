@@ -150,16 +150,45 @@ def save(folder: str | Path, encoder: VLVEncoder, dtype: torch.dtype | None = No
     return Checkpoint(folder, encoder.config)
 
 
-def _describe_file(folder: Path, file: Path) -> dict:
-    """Return a safetensors file's size, parameters by dtype, and SHA-256. Raises CheckpointError."""
+def read_json(file: Path) -> dict:
+    """Return a JSON file's content, {} where there is no such file. Raises CheckpointError where it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not readable as JSON ({error}): copy it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object: copy it again")
+    return content
+
+
+def safetensors_header(file: Path) -> dict[str, dict]:
+    """Return name -> {"dtype", "shape", "data_offsets"} of a safetensors file. Raises CheckpointError where damaged.
+
+    Reads the header only, and checks that the file is as long as the header says.
+    """
     try:
         with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        counts: dict[str, int] = {}
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: copy it again") from error
+            length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError("the file is shorter than its header")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if any(not {"dtype", "shape"} <= tensor.keys() for tensor in header.values()):
+            raise ValueError("a tensor has no dtype or shape")
+        if file.stat().st_size != 8 + length + end:
+            raise ValueError("the file is not as long as its header says")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file ({error}): copy it again") from error
+    return header
+
+
+def _describe_file(folder: Path, file: Path) -> dict:
+    """Return a safetensors file's size, parameters by dtype, and SHA-256. Raises CheckpointError."""
+    counts: dict[str, int] = {}
+    for tensor in safetensors_header(file).values():
+        counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
     name = str(file.relative_to(folder))
     return {"file": name, "bytes": file.stat().st_size, "parameters": counts, "sha256": sha256(file)}
