@@ -303,8 +303,9 @@ def test_the_log(capsys):
         asyncio.run(run())
         return capsys.readouterr().err.splitlines()
 
-    (line,) = log(False, "/fine", "/ready", "/x%0Aforged")
-    assert re.fullmatch(r"\S+Z 127.0.0.1 GET /x\\nforged 400 \d+ms id=[0-9a-f]{32}: not so", line)
+    first, second = log(False, "/fine", "/ready", "/x", "/x%0Aforged")
+    assert re.fullmatch(r"\S+Z 127.0.0.1 GET /x 400 \d+ms id=[0-9a-f]{32}: not so", first)
+    assert re.fullmatch(r"\S+Z 127.0.0.1 GET /x\\nforged 404 \d+ms id=[0-9a-f]{32}", second)
     assert [line.split()[3] for line in log(True, "/fine", "/ready", "/x")] == ["/fine", "/ready", "/x"]
     lines = log(False, *["/x"] * 3 * MAX_LINES)
     assert MAX_LINES <= len(lines) <= 2 * MAX_LINES + 1  # in one second, or at the end of one
