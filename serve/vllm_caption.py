@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import math
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from serve import FORMATS
 from serve.command import engine_arguments, model_arguments, open_model
-from vlv.common.command import Misuse, Parser, debug_argument, positive, run_command, say
+from vlv.common.command import Misuse, Parser, debug_argument, hush, positive, run_command, say
 
 if TYPE_CHECKING:
     from serve.core.run import CaptionRun
@@ -62,7 +63,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gallery", metavar="HTML", help="also write a page of image | reconstruction | caption")
     p.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
     p.add_argument("--doctor", action="store_true", help="report what is installed and what is missing, and stop")
+    p.add_argument(
+        "--plan", metavar="CKPT", help="GPU memory by captions in flight and cost; CKPT or a preset; and stop"
+    )
+    p.add_argument("--gpu-memory", type=_amount, metavar="GB", help="with --plan: memory of the GPU, to see what fits")
+    p.add_argument("--price", type=_amount, metavar="USD", help="with --plan: price of the GPU for an hour")
     return p
+
+
+def _amount(text: str) -> float:
+    try:
+        if (value := float(text)) > 0 and math.isfinite(value):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
 
 
 def _temperature(text: str) -> float:
@@ -92,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         from serve.reports.doctor import report
 
         return report()
+    if args.plan:
+        return run_command(_plan, args)
     try:
         return run_command(_caption, args)
     except Stopped as stopped:
@@ -99,6 +116,14 @@ def main(argv: list[str] | None = None) -> int:
         say(f"stopped by {number.name}: what is captioned so far is kept, and the same command continues from there")
         # not sys.exit: it would wait for the threads that load or encode at this moment
         os._exit(128 + number)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    hush()  # before transformers is imported, which warns of torchvision
+
+    from serve.reports.capacity import report
+
+    print(report(args.plan, args.gpu_memory, args.price, args.max_tokens or 300))
 
 
 def _caption(args: argparse.Namespace) -> int:

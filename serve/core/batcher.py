@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.runtimes.base import open_runtime
+from export.runtimes.factory import open_runtime
 from serve.core.decode import DecodePool
 from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint

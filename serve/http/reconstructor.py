@@ -99,7 +99,7 @@ class ReconstructionService:
             self._waiting -= 1
 
     def _run(self, crops: list[np.ndarray], params: ReconstructionParams) -> Reconstruction:
-        from vlv.diffusion.reconstruction import TorchReconstructor  # needs diffusers, which is optional
+        from vlv.diffusion.reconstruction import TorchReconstructor, mix  # needs diffusers, which is optional
 
         try:
             model = self._reconstructor = self._reconstructor or TorchReconstructor.of(self.checkpoint)
@@ -109,8 +109,7 @@ class ReconstructionService:
                 if len(contexts) == 2 and params.mix == "blend":
                     context = torch.lerp(contexts[0], contexts[1], params.share)
                 elif len(contexts) == 2:
-                    first = round((1 - params.share) * len(context))
-                    context = torch.cat([contexts[0, :first], contexts[1, first:]])
+                    context = mix(contexts[0], contexts[1], 1 - params.share)
                 image = model.reconstruct(context[None], params.steps, params.guidance, params.seed)[0]
                 prompts = model.encoder.prompts(context).cpu()
         except torch.OutOfMemoryError as error:

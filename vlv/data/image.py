@@ -1,4 +1,4 @@
-"""Image files to uint8 crops: the one place where pixels are prepared.
+"""Decode image files to uint8 crops: the only module that opens and prepares images.
 
 The crop equals torchvision's `Resize(size)` and `CenterCrop(size)` of the published preprocessing
 pixel by pixel. Imports only Pillow and numpy, so that a decode process starts fast.
@@ -36,10 +36,7 @@ _UPRIGHT = {
 
 
 class ImageError(UserError, ValueError):
-    """A file that gives no picture.
-
-    `kind` is one of missing, unreadable, empty, format, damaged, too-large; the message says more.
-    """
+    """Raised for a file that cannot be decoded; `kind` is missing, unreadable, empty, format, damaged or too-large."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -53,14 +50,14 @@ def load_crop(source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXEL
     """Decode a file (path or content), turn it upright, make it RGB, resize its short side, crop the centre.
 
     Returns uint8 [3, size, size]. Transparency is laid on white, 16-bit greys are scaled, an animation
-    gives its first frame. Pictures of more than `max_pixels` are refused before they are decoded.
+    gives its first frame. Images of more than `max_pixels` are refused before they are decoded.
     Raises ImageError.
     """
     content = source if isinstance(source, bytes) else _read(source)
     if not content:
         raise ImageError("empty", "the file is empty (0 bytes)")
     with warnings.catch_warnings():
-        # Pillow warns of odd metadata and of big pictures; here a picture is usable or an ImageError
+        # Pillow warns of odd metadata and of large images; here an image is usable or an ImageError
         warnings.simplefilter("ignore")
         image = _open(content, max_pixels)
         try:
@@ -72,10 +69,10 @@ def load_crop(source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXEL
     return np.ascontiguousarray(np.asarray(centre(image, size, max_pixels)).transpose(2, 0, 1))
 
 
-def png(picture: np.ndarray) -> bytes:
-    """A picture, uint8 [3, H, W], as the content of a PNG file."""
+def png(image: np.ndarray) -> bytes:
+    """Encode an RGB image uint8 [3, H, W] as the content of a PNG file."""
     file = io.BytesIO()
-    Image.fromarray(picture.transpose(1, 2, 0)).save(file, "png")
+    Image.fromarray(image.transpose(1, 2, 0)).save(file, "png")
     return file.getvalue()
 
 
@@ -125,23 +122,23 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits, 32 bits or floats to 8 bits; Pillow's own conversion would clip them at 255."""
+    """Scale grey values of 16 bits, 32 bits or floats to 8 bits; Pillow's own conversion would clip them at 255."""
     values = np.asarray(image).astype(np.float64)
     low, high = values.min(), values.max()
     if image.mode != "F" and low >= 0 and high <= 65535:
         low, high = 0, 65535
     elif not np.isfinite(values).all():
-        raise ImageError("damaged", "the picture has values that are not finite")
+        raise ImageError("damaged", "the image has values that are not finite")
     return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
 
 
 def centre(image: Image.Image, size: int, max_pixels: int) -> Image.Image:
-    """torchvision's Resize(size) and CenterCrop(size), with its rounding."""
+    """Resize the short side to `size` and crop the centre, with torchvision's rounding."""
     short, long = sorted(image.size)
     scaled = int(size * long / short)
     width, height = (size, scaled) if image.width <= image.height else (scaled, size)
     if width * height > max_pixels:
-        # a picture as thin as a thread: resize only what the crop keeps, or it would not fit in memory
+        # an extreme aspect ratio: resize only what the crop keeps, or it would not fit in memory
         left, top = (image.width - short) / 2, (image.height - short) / 2
         return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short))
     if image.size != (width, height):

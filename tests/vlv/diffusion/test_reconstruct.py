@@ -14,6 +14,8 @@ from PIL import Image
 from vlv import reconstruct
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data import scenes
+from vlv.diffusion.reconstruct_files import unique_names
+from vlv.diffusion.reconstruction import interpolate, mix
 from vlv.diffusion.samplers import SAMPLERS
 from vlv.diffusion.t2i import T2I
 
@@ -82,8 +84,8 @@ def test_interpolation_begins_and_ends_with_the_images(pair, bundled, tmp_path):
 
 def test_mixing_takes_tokens_from_both():
     first, second = torch.zeros(8, 2), torch.ones(8, 2)
-    assert reconstruct.mix(first, second, 0.25)[:, 0].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
-    assert reconstruct.interpolate(first, second, 3)[1].unique().tolist() == [0.5]
+    assert mix(first, second, 0.25)[:, 0].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert interpolate(first, second, 3)[1].unique().tolist() == [0.5]
 
 
 def test_mixing_draws_one_picture(pair, bundled, tmp_path):
@@ -102,7 +104,7 @@ def test_from_captions(bundled, tmp_path):
 
 
 def test_every_picture_has_a_name_of_its_own():
-    assert reconstruct._unique(["a", "a-2", "a", "grid", "a"]) == ["a", "a-2", "a-3", "grid-2", "a-4"]
+    assert unique_names(["a", "a-2", "a", "grid", "a"]) == ["a", "a-2", "a-3", "grid-2", "a-4"]
 
 
 def test_only_what_would_be_overwritten_is_refused(pair, bundled, tmp_path, capsys):

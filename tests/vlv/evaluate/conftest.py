@@ -64,7 +64,7 @@ def server():
 @pytest.fixture(scope="session")
 def scene_net(tmp_path_factory):
     """A transformers folder with a small ResNet that a few steps on scenes have trained."""
-    from vlv.evaluate import scene_net
+    from vlv.evaluate.synthetic import scene_net
 
     folder = tmp_path_factory.mktemp("scene-net")
     scene_net.save(scene_net.train(steps=30, batch=32), folder)

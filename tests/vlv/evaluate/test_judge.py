@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from vlv.common import openai_client as chat
-from vlv.evaluate import judge
+from vlv.common.openai_client import THOUGHTS
 from vlv.evaluate.__main__ import main
+from vlv.evaluate.judges import captions as judge
 from vlv.evaluate.metrics.statistics import bootstrap, wilson
 
 KEYS = ["00", "01", "02", "03"]
@@ -118,10 +118,9 @@ def test_a_server_that_is_no_chat_server(files, server, tmp_path):
     assert code == 1 and len(found["failures"]) == 2
 
 
-def test_nobody_listens(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(chat, "RETRIES", 0)
+def test_nobody_listens(files, tmp_path, capsys):
     words = ["judge", *files, "--url", "http://127.0.0.1:9/v1", "--model", "m", "-o", str(tmp_path / "o.json")]
-    assert main(words) == 1
+    assert main([*words, "--retries", "0"]) == 1
     assert "error: http://127.0.0.1:9/v1 cannot be used: Connection error" in capsys.readouterr().err
 
 
@@ -148,7 +147,7 @@ def test_a_reasoning_model_gets_its_own_fields(files, server, tmp_path):
     server.answer = fair
     assert run(files, server, tmp_path, "--reasoning", "--limit", "1", "--mode", "rubric")[0] == 0
     body = server.asked[0][2]
-    assert body["max_completion_tokens"] > chat.THOUGHTS and not {"temperature", "max_tokens"} & set(body)
+    assert body["max_completion_tokens"] > THOUGHTS and not {"temperature", "max_tokens"} & set(body)
 
 
 def test_over_our_own_server(files, tmp_path, captioning_checkpoint, capsys):
@@ -190,7 +189,7 @@ def test_misuse(files, options, message, capsys):
 def test_a_file_that_is_no_journal_stays_as_it_is(files, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("a line without an end")
     words = ["judge", *files, "--url", "http://127.0.0.1:1", "--model", "m", "--journal", str(tmp_path / "notes.txt")]
-    assert main(words) == 2 and "no journal of answers: choose another --journal" in capsys.readouterr().err
+    assert main(words) == 2 and "is no journal of answers: choose another --journal" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "a line without an end"
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from vlv.evaluate import vqa
 from vlv.evaluate.__main__ import main
+from vlv.evaluate.judges import vqa
 from vlv.evaluate.metrics.vqa_accuracy import CONTRACTIONS, accuracy, normalise
 
 
@@ -158,4 +158,4 @@ def test_an_empty_answer_counts_as_wrong_and_is_told(words, server, tmp_path):
 
 def test_image_numbers(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"id": "x/COCO_val2014_000000000042.jpg", "caption": "a"}\n')
-    assert vqa.by_number(tmp_path / "c.jsonl") == {42: "a"}
+    assert vqa.captions_by_number(tmp_path / "c.jsonl") == {42: "a"}

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -194,29 +195,29 @@ def test_an_answer_without_choices_is_told_and_tried_again(photos, moody, tmp_pa
     assert len(records(tmp_path / "data.errors.jsonl")) == 1 and len(records(tmp_path / "data.jsonl")) == 9
 
 
-def test_an_answer_that_cannot_be_written_stops_the_run(photos, moody, tmp_path, monkeypatch):
+def test_an_answer_that_cannot_be_written_stops_the_run(photos, moody, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("vlv.distill.distiller.Output.write", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        ask(photos, moody, tmp_path / "data.jsonl")
+    assert ask(photos, moody, tmp_path / "data.jsonl") == 1
+    assert "No space left on device" in capsys.readouterr().err
     assert Moody.calls == 1  # no further image is paid for
 
 
 def test_it_stops_when_the_money_is_spent(photos, moody, tmp_path, capsys):
     out = tmp_path / "data.jsonl"
-    with pytest.raises(ValueError, match=r"\$0\.33 are spent, --max-cost is 0\.3"):
-        ask(photos, moody, out, "--price", "1", "1", "--max-cost", "0.3")
+    assert ask(photos, moody, out, "--price", "1", "1", "--max-cost", "0.3") == 1
+    assert "$0.33 are spent, --max-cost is 0.3" in capsys.readouterr().err
     assert len(records(out)) == 3
     with pytest.raises(SystemExit):
         ask(photos, moody, out, "--max-cost", "0.3")
 
 
-def test_a_wrong_key_stops_at_once(photos, moody, tmp_path):
+def test_a_wrong_key_stops_at_once(photos, moody, tmp_path, capsys):
     Moody.failures = dict.fromkeys(range(1, 50), 401)
-    with pytest.raises(ValueError, match=r"gives no answers .*401"):
-        ask(photos, moody, tmp_path / "data.jsonl")
+    assert ask(photos, moody, tmp_path / "data.jsonl") == 1
+    assert re.search(r"gives no answers .*401", capsys.readouterr().err)
     assert Moody.calls < 4
 
 
@@ -241,7 +242,7 @@ def test_near_duplicates(scene_images, tmp_path):
     for name, (kind, image) in files.items():
         image.save(tmp_path / name, kind)
         content = (tmp_path / name).read_bytes()
-        found[name] = seen.of(content_hash(content), difference_hash(content))
+        found[name] = seen.find(content_hash(content), difference_hash(content))
         seen.add(name, content_hash(content), difference_hash(content))
     assert found == {"a": None, "b": "a", "c": "a", "d": None, "e": None, "f": None}
 
@@ -253,7 +254,7 @@ def test_every_pair_within_the_distance_is_found():
     for _ in range(300):
         bits = rng.choice(64, 4, replace=False)
         near = base ^ sum(1 << int(b) for b in bits[:3])
-        assert seen.of("y", near) == "a" and seen.of("y", near ^ (1 << int(bits[3]))) is None
+        assert seen.find("y", near) == "a" and seen.find("y", near ^ (1 << int(bits[3]))) is None
 
 
 def test_what_a_caption_must_be():

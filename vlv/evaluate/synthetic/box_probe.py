@@ -33,8 +33,10 @@ class Probe(nn.Module):
         return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def fit(contexts: Tensor, boxes: Tensor, there: Tensor, steps: int = 600, batch: int = 128, lr: float = 3e-3) -> Probe:
-    """Train a probe on embeddings [B, N, C], boxes [B, K, 4] and which kinds are there [B, K]; always the same."""
+def fit(
+    contexts: Tensor, boxes: Tensor, present: Tensor, steps: int = 600, batch: int = 128, lr: float = 3e-3
+) -> Probe:
+    """Train a probe on embeddings [B, N, C], boxes [B, K, 4] and which kinds are present [B, K]; deterministic."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         probe = Probe(contexts, boxes.shape[1])
@@ -43,7 +45,7 @@ def fit(contexts: Tensor, boxes: Tensor, there: Tensor, steps: int = 600, batch:
         for _ in range(steps):
             chosen = torch.randint(len(contexts), (batch,))
             error = (probe(contexts[chosen]) - boxes[chosen]).abs().sum(-1)
-            loss = error[there[chosen]].mean()
+            loss = error[present[chosen]].mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

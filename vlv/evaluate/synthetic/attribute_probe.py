@@ -17,7 +17,7 @@ CONTENTS = 1 + len(scenes.KINDS) * len(scenes.SIZES)  # of a quadrant: 0 is empt
 
 
 def labels(things: list[scenes.Scene]) -> Tensor:
-    """int64 [B, 5]: what each quadrant holds (0 or 1 + 2 * kind + size), and the background's number."""
+    """Return int64 [B, 5]: what each quadrant holds (0 or 1 + 2 * kind + size), and the background's number."""
     rows = torch.zeros(len(things), QUADRANTS + 1, dtype=torch.long)
     for row, scene in zip(rows, things, strict=True):
         row[-1] = list(scenes.BACKGROUNDS).index(scene.background)
@@ -27,17 +27,17 @@ def labels(things: list[scenes.Scene]) -> Tensor:
     return rows
 
 
-def compare(said: Tensor, truth: Tensor) -> dict[str, float]:
-    """Shares of scenes in which a claim is right; both int64 [B, 5] as `labels` gives them.
+def compare(predicted: Tensor, truth: Tensor) -> dict[str, float]:
+    """Return the shares of scenes in which a claim is right; both int64 [B, 5] as `labels` gives them.
 
     objects: exactly the kinds that are there; places: and each in its quadrant; sizes: and each of its size;
     background; everything: all of these at once.
     """
     kinds = lambda rows: (rows[:, :-1] + 1) // len(scenes.SIZES)  # noqa: E731  0 is empty
-    objects = (kinds(said).sort(1).values == kinds(truth).sort(1).values).all(1)
-    places = (kinds(said) == kinds(truth)).all(1)
-    sizes = (said[:, :-1] == truth[:, :-1]).all(1)
-    background = said[:, -1] == truth[:, -1]
+    objects = (kinds(predicted).sort(1).values == kinds(truth).sort(1).values).all(1)
+    places = (kinds(predicted) == kinds(truth)).all(1)
+    sizes = (predicted[:, :-1] == truth[:, :-1]).all(1)
+    background = predicted[:, -1] == truth[:, -1]
     right = {"objects": objects, "places": places, "sizes": sizes, "background": background}
     right["everything"] = sizes & background
     return {name: flags.float().mean().item() for name, flags in right.items()}
@@ -58,13 +58,13 @@ class Probe(nn.Module):
         return list(logits.split([CONTENTS] * QUADRANTS + [len(scenes.BACKGROUNDS)], dim=1))
 
     @torch.inference_mode()
-    def says(self, contexts: Tensor) -> Tensor:
-        """The likeliest labels: int64 [B, 5]."""
+    def predict(self, contexts: Tensor) -> Tensor:
+        """Return the likeliest labels: int64 [B, 5]."""
         return torch.stack([logits.argmax(1) for logits in self(contexts)], dim=1)
 
 
 def fit(contexts: Tensor, truth: Tensor, epochs: int = 20, batch: int = 256, lr: float = 1e-3) -> Probe:
-    """Train a probe on embeddings [B, N, C] and their labels [B, 5]; the same every time."""
+    """Train a probe on embeddings [B, N, C] and their labels [B, 5]; deterministic."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         probe = Probe(contexts)
