@@ -20,10 +20,9 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from vlv.common.command import Parser
+from vlv.common.command import Parser, run_command
 from vlv.distill.distiller import Distiller, Tally
 from vlv.distill.quality import Limits
-from vlv.train.cli import run
 
 # asks for what the paper's asks for (appendix A, figure 7), in words of our own
 PROMPT = (
@@ -95,4 +94,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run_command(lambda _: main(), argparse.Namespace(debug="--debug" in sys.argv)))
