@@ -16,7 +16,7 @@ from kernels.runtime.dispatch import references
 from vlv.checkpoints import random_weights
 from vlv.model.config import PRESETS, DaViTConfig
 from vlv.model.encoder import VLVEncoder
-from vlv.train.memory_plan import SD21_UNET
+from vlv.train.initialize import SD21_UNET
 
 TOY = replace(
     PRESETS["tiny"], image_size=16, encoder_layers=1, decoder_layers=1, context_layers=1,
