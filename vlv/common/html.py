@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable, Sequence
 
 STYLE = """\
 :root { color-scheme: light dark; --ink: #1c1c1e; --soft: #6b6b70; --ground: #f5f5f7; --card: #fff; --line: #d8d8dc; }
@@ -35,3 +36,10 @@ def page(title: str, body: str, style: str = "") -> str:
 {body}
 </html>
 """
+
+
+def html_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Return rows of cells under their head as an HTML table; all text is escaped."""
+    heads = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in head)
+    lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
+    return f"<table><tr>{heads}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

@@ -29,10 +29,20 @@ EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .pnm".split()
 )
 
-# what vision-language APIs take, by the first bytes
-_WEB_TYPES = {
-    b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png", b"RIFF": "image/webp", b"GIF8": "image/gif",
-}  # fmt: skip
+# of each of FORMATS, one of EXTENSIONS; Pillow calls a JPEG file of several images MPO
+_ENDINGS = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "DIB": ".bmp",
+    "TIFF": ".tif",
+    "AVIF": ".avif",
+    "JPEG2000": ".jp2",
+    "PPM": ".ppm",
+}
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -60,15 +70,12 @@ class ImageError(UserError, ValueError):
 def load_crop(
     source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False
 ) -> np.ndarray:
-    """Decode a file (path or content), turn it upright, make it RGB, resize its short side, crop the centre.
+    """Decode a file (path or content) as `decode` does, resize its short side, crop the centre.
 
-    Returns uint8 [3, size, size]. Transparency is laid on white, deeper samples are scaled to 8 bits, an animation
-    gives its first frame. Colours of an ICC profile are converted to sRGB, unless `ignore_icc`, which is the published
-    behaviour; images without a profile, or with sRGB's, give the same crop either way. Images of more than
-    `max_pixels` are refused before they are decoded. Raises ImageError.
+    Returns uint8 [3, size, size]. Raises ImageError.
     """
     with _quiet():
-        image = _decode(source, max_pixels)
+        image = _load(source, max_pixels)
         profile = None if ignore_icc else image.info.get("icc_profile")
         transform = None if image.has_transparency_data else srgb_transform(profile, image.mode)
         if transform is None:
@@ -78,27 +85,42 @@ def load_crop(
     return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))
 
 
-def open_rgb(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False) -> Image.Image:
-    """Decode a file (path or content) to an upright RGB image of its full size, like `load_crop`. Raises ImageError."""
+def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False) -> Image.Image:
+    """Decode a file (path or content), turn it upright, make it RGB.
+
+    Transparency is laid on white, deeper samples are scaled to 8 bits, an animation gives its first frame. Colours of
+    an ICC profile are converted to sRGB, unless `ignore_icc`, which is the published behaviour; images without a
+    profile, or with sRGB's, give the same pixels either way. Images of more than `max_pixels` are refused before they
+    are decoded. Raises ImageError.
+    """
     with _quiet():
-        image = _decode(source, max_pixels)
+        image = _load(source, max_pixels)
         return _rgb(image, None if ignore_icc else image.info.get("icc_profile"))
 
 
-def web_image(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, bytes]:
-    """Return the media type and content of an image as vision-language APIs take it: JPEG, PNG, WebP or GIF.
+def web_image(content: bytes) -> tuple[str, bytes]:
+    """Return an image's media type and content as any web service takes it.
 
-    The type follows from the content, whatever the file's name. BMP, TIFF, AVIF, JPEG 2000 and PPM become PNG: upright,
-    RGB and sRGB. Raises ImageError where the content is no image.
+    JPEG, PNG, WebP and GIF stay as they are, by their content and not by a name; other formats become PNG, upright, in
+    sRGB. Raises ImageError.
     """
-    for start, kind in _WEB_TYPES.items():
-        if content.startswith(start) and (kind != "image/webp" or content[8:12] == b"WEBP"):
-            with _quiet():
-                _open(content, max_pixels)
-            return kind, content
-    file = io.BytesIO()
-    open_rgb(content, max_pixels).save(file, "png")
-    return "image/png", file.getvalue()
+    if content.startswith(SIGNATURE):
+        return "image/png", content
+    if content.startswith(START):
+        return "image/jpeg", content
+    if content.startswith((b"GIF87a", b"GIF89a")):
+        return "image/gif", content
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return "image/webp", content
+    return "image/png", png(np.asarray(decode(content)).transpose(2, 0, 1))
+
+
+def file_ending(content: bytes) -> str:
+    """Return the file name's ending for an image file's content, such as ".jpg". Raises ImageError."""
+    for start, ending in ((SIGNATURE, ".png"), *((magic, ".tif") for magic in MAGIC)):
+        if content.startswith(start):  # Pillow cannot open every file of these that is read here
+            return ending
+    return _ENDINGS[_open(content, MAX_PIXELS).format]
 
 
 def png(image: np.ndarray) -> bytes:
@@ -116,7 +138,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _decode(source: str | Path | bytes, max_pixels: int) -> Image.Image:
+def _load(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     """Return the upright image of a file, in a mode of 8 bits. Raises ImageError."""
     content = source if isinstance(source, bytes) else _read(source)
     if not content:
@@ -125,7 +147,7 @@ def _decode(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     try:
         if content.startswith(MAGIC):
             image = decode_tiff(content, max_pixels)
-        image = image or _load(content, max_pixels)
+        image = image or _pillow(content, max_pixels)
         return _eight_bits(_upright(image))
     except ImageError:
         raise
@@ -136,7 +158,7 @@ def _decode(source: str | Path | bytes, max_pixels: int) -> Image.Image:
         raise ImageError("damaged", f"the {name} is damaged or truncated: {error}") from error
 
 
-def _load(content: bytes, max_pixels: int) -> Image.Image:
+def _pillow(content: bytes, max_pixels: int) -> Image.Image:
     """Decode with Pillow; what only Pillow's limits refuse is tried again without it. Raises ImageError."""
     try:
         return _loaded(content, max_pixels)

@@ -115,7 +115,7 @@ def fixed_context(unet: nn.Module, context: Tensor) -> Iterator[None]:
     processors = dict(unet.attn_processors)
     attentions = {f"{name}.processor": m for name, m in unet.named_modules() if hasattr(m, "is_cross_attention")}
     fixed = {n: FixedContext(m, context) for n, m in attentions.items() if is_plain_cross_attention(m)}
-    parts = fused_parts(unet) if fused(context, next(unet.parameters())) else []
+    parts = fused_parts(unet) if fused("unet", context, next(unet.parameters())) else []
     originals = [(parent, name, getattr(parent, name)) for parent, name, _ in parts]
     try:
         unet.set_attn_processor({**processors, **fixed})
