@@ -19,7 +19,7 @@ from vlv.common.command import UserError, why
 from vlv.data.decoding.color import lab_to_srgb, srgb_transform
 from vlv.data.decoding.jpeg import START, with_end_marker
 from vlv.data.decoding.png import SIGNATURE, with_transparency, without_side_data
-from vlv.data.decoding.tiff import MAGIC, TiffError, decode_tiff, scale_floats
+from vlv.data.decoding.tiff import MAGIC, TiffError, decode_tiff, scale_floats, tiff_size
 
 MAX_PIXELS = 178_956_970  # Pillow's own refusal: 2/3 of a GiB as RGBA
 
@@ -121,6 +121,21 @@ def file_ending(content: bytes) -> str:
         if content.startswith(start):  # Pillow cannot open every file of these that is read here
             return ending
     return _ENDINGS[_open(content, MAX_PIXELS).format]
+
+
+def image_size(content: bytes) -> tuple[int, int]:
+    """Return width and height in an image file's header, before it is turned upright. Raises ImageError."""
+    if content.startswith(SIGNATURE) and len(content) >= 24:
+        return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    if content.startswith(MAGIC) and (size := tiff_size(content)):
+        return size
+    return _open(content, MAX_PIXELS).size
+
+
+def read_rgba(source: str | Path | bytes) -> Image.Image:
+    """Decode a file to an upright RGBA image, without its profile. Raises ImageError."""
+    with _quiet():
+        return _load(source, MAX_PIXELS).convert("RGBA")
 
 
 def png(image: np.ndarray) -> bytes:

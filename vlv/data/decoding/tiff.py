@@ -103,6 +103,13 @@ def decode_tiff(content: bytes, max_pixels: int) -> Image.Image | None:
     return image
 
 
+def tiff_size(content: bytes) -> tuple[int, int] | None:
+    """Return width and height of the first page, None where they cannot be read."""
+    tags = _tags(content) or {}
+    size = tags.get(_WIDTH), tags.get(_HEIGHT)
+    return size if all(isinstance(side, int) for side in size) else None
+
+
 def _tags(content: bytes) -> TiffImagePlugin.ImageFileDirectory_v2 | None:
     """Return the tags of the first page, None where they cannot be read."""
     try:
@@ -145,7 +152,7 @@ def _pillow_is_right(layout: _Layout) -> bool:
     if layout.kind != _UNSIGNED:
         return False
     if layout.photometric not in _COLORS:  # palettes, YCbCr, Lab, masks
-        return True
+        return layout.bits <= 8
     color = layout.samples >= 3
     if layout.bits <= 8:
         return layout.bits in (1, 2, 4, 8) and not (layout.planar and (layout.samples == 2 or 1 in layout.extra))
