@@ -3,7 +3,8 @@
     python tests/vlv/data/pixel_cases.py          # writes expected_pixels.json anew; needs pyvips and tifffile
 
 expected_pixels.json holds what libvips shows for each file. Where libvips has no rule of its own (floats, 32 bits,
-CMYK without a profile), it holds tifffile's samples, scaled here as docs/serving.md says.
+CMYK without a profile), it holds tifffile's samples, scaled here by the table in
+vlv/data/decoding/tiff.py.
 """
 
 from __future__ import annotations
