@@ -7,15 +7,13 @@ processes and workers: so a run resumes in mid-epoch exactly, and by more or few
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlv.data.image import ImageError, load_crop
+from vlv.data.image import ImageError, image_size, load_crop
 from vlv.data.remote import DataError
 from vlv.data.samples import Source
 
@@ -108,7 +106,7 @@ class TrainingImages(Dataset):
             raise ValueError(f"its caption is a {type(caption).__name__}, expected a text: give one caption a row")
         if self.min_side or self.max_aspect:
             try:
-                short, long = sorted(Image.open(io.BytesIO(content)).size)
+                short, long = sorted(image_size(content))
             except Exception as error:
                 raise ValueError(f"no image ({error})") from error
             if short < self.min_side or (self.max_aspect and long > self.max_aspect * short):
