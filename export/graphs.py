@@ -273,14 +273,26 @@ def load(checkpoint: Checkpoint, name: str) -> Graph:
     """Load a component of a checkpoint in float32 and eval mode. Raises CheckpointError if weights are missing."""
     if COMPONENTS[name].needs == "encoder":
         return EncoderGraph(checkpoint.load_encoder()).eval()
-    t2i = T2I.load(checkpoint.t2i)
+    return _t2i_component(name, T2I.load(checkpoint.t2i)).eval().requires_grad_(False)
+
+
+def skeleton(checkpoint: Checkpoint, name: str) -> Graph:
+    """Build a component without reading its weights, on the meta device: its inputs, outputs and blocks are right."""
+    with torch.device("meta"):
+        if COMPONENTS[name].needs == "encoder":
+            return EncoderGraph(VLVEncoder(checkpoint.config))
+        return _t2i_component(name, T2I.skeleton(checkpoint.t2i))
+
+
+def _t2i_component(name: str, t2i: T2I) -> Graph:
     tokens, size = t2i.tokenizer.model_max_length, t2i.unet.config.sample_size
-    scale = 2 ** (len(t2i.vae.config.block_out_channels) - 1)
-    makers = {
-        "context_kv": lambda: ContextKV(t2i.unet, tokens),
-        "unet": lambda: UNetStep(t2i.unet, tokens),
-        "vae_decoder": lambda: VaeDecoder(t2i.vae, size),
-        "vae_encoder": lambda: VaeEncoder(t2i.vae, size * scale),
-        "text_encoder": lambda: TextEncoder(t2i.text_encoder, tokens),
-    }
-    return makers[name]().eval().requires_grad_(False)
+    if name == "context_kv":
+        return ContextKV(t2i.unet, tokens)
+    if name == "unet":
+        return UNetStep(t2i.unet, tokens)
+    if name == "vae_decoder":
+        return VaeDecoder(t2i.vae, size)
+    if name == "vae_encoder":
+        scale = 2 ** (len(t2i.vae.config.block_out_channels) - 1)
+        return VaeEncoder(t2i.vae, size * scale)
+    return TextEncoder(t2i.text_encoder, tokens)
