@@ -75,14 +75,7 @@ class Export:
     @property
     def components(self) -> tuple[str, ...]:
         """Return the components to export. Raises Misuse for one that the checkpoint lacks."""
-        has_t2i = "reconstruct" in self.checkpoint.can
-        available = [c.name for c in COMPONENTS.values() if c.needs == "encoder" or has_t2i]
-        for name in self.config.components:
-            if name not in available:
-                raise Misuse(
-                    f"--components {name}: {self.checkpoint.folder} has no t2i/, only its encoder can be exported"
-                )
-        return self.config.components or tuple(available)
+        return components_of(self.config, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -91,6 +84,16 @@ class Report:
 
     artifacts: list[Artifact]
     problems: list[str]
+
+
+def components_of(config: ExportConfig, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the components to export. Raises Misuse for one that the checkpoint lacks."""
+    has_t2i = "reconstruct" in checkpoint.can
+    available = [c.name for c in COMPONENTS.values() if c.needs == "encoder" or has_t2i]
+    for name in config.components:
+        if name not in available:
+            raise Misuse(f"--components {name}: {checkpoint.folder} has no t2i/, only its encoder can be exported")
+    return config.components or tuple(available)
 
 
 @contextmanager
