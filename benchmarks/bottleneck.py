@@ -4,8 +4,9 @@
 
 Stage 1 in small, so that it takes minutes a point on one core: vision tower and BART encoder are the checkpoint's,
 frozen; queries, BART decoder and projection start anew for each point and learn from the frozen text-to-image model's
-noise error alone, with stage 1's settings but fewer steps. Then a linear probe (vlv.evaluate.probes.attributes) reads
-objects, places, sizes and background of scenes that no training saw. Stopped at any moment, the same command goes on.
+noise error alone, with stage 1's settings but fewer steps. Then a linear probe
+(vlv.evaluate.synthetic.attribute_probe) reads objects, places, sizes and background of scenes that no training saw.
+Stopped at any moment, the same command continues.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vlv.common.command import command_line
 from vlv.data import scene_batches as data
 from vlv.data import scenes
 from vlv.diffusion.t2i import T2I
-from vlv.evaluate.probes import attributes
+from vlv.evaluate.synthetic import attribute_probe
 from vlv.model.encoder import VLVEncoder
 from vlv.train.loop import Loop
 from vlv.train.presets import STAGE1, LoopConfig
@@ -168,7 +169,7 @@ def main() -> None:
         "held-out": range(scenes.HELD_OUT, scenes.HELD_OUT + args.held_out),
     }
     memory = {name: memories(trained, seeds, run / f"memory-{name}-{len(seeds)}.pt") for name, seeds in ranges.items()}
-    truth = {name: attributes.labels([scenes.sample(s) for s in ranges[name]]) for name in ("probe", "held-out")}
+    truth = {name: attribute_probe.labels([scenes.sample(s) for s in ranges[name]]) for name in ("probe", "held-out")}
     cache = latents(t2i, args.pool, run)
     with torch.inference_mode():
         held_out = torch.cat(
@@ -192,14 +193,14 @@ def main() -> None:
             encoder, scale = fresh(trained, t2i, point.queries)
             loop = train(point, encoder, scale, t2i, memory["train"], cache, settings, run)
             read = {name: contexts_of(encoder, memory[name]) for name in ("probe", "held-out")}
-            probe = attributes.fit(read["probe"], truth["probe"])
+            probe = attribute_probe.fit(read["probe"], truth["probe"])
             found = {
                 "queries": point.queries,
                 "images": point.images,
                 "noise_error": noise(t2i, held_out, read["held-out"]),
                 "noise_error_shuffled": noise(t2i, held_out, read["held-out"].roll(1, 0)),
                 "training_noise_error": loop.history[-1]["loss"],
-                "right": attributes.compare(probe.says(read["held-out"]), truth["held-out"]),
+                "right": attribute_probe.compare(probe.predict(read["held-out"]), truth["held-out"]),
                 "interpolated_positions": point.queries > width,
                 "training_seconds": round(loop.seconds, 1),
             }

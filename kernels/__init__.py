@@ -1,10 +1,10 @@
-"""VLV's GPU operations, one a file, each with its plain PyTorch reference.
+"""GPU operations of VLV, one a file, each with its plain PyTorch reference.
 
 Hugging Face's optional library `kernels` has the same import name. Where it is installed, transformers and
-diffusers find its metadata, then `import kernels` gives them this folder. So this package stands in for that
-one too: its submodules are found behind ours, and a name that we lack comes from its `__init__.py`, run at the
-first such question. No file here may take the name of one of its modules, and there is no `__version__` here,
-by which transformers would take this package for the library; both are tested.
+diffusers find its metadata, and then `import kernels` gives them this folder. So this package also provides that
+library: its submodules are found after ours, and a name that we lack comes from its `__init__.py`, which runs at the
+first access to such a name. No file here may have the name of one of its modules, and this package has no
+`__version__`, by which transformers would take it for the library; both are tested.
 """
 
 import sys
@@ -18,7 +18,7 @@ _THEIR_NAME = f"{__name__}._huggingface"
 _loading = RLock()
 
 try:
-    # asked of its metadata, not of sys.path, where this very folder would be the answer
+    # by its metadata, not by sys.path, where this very folder would be found
     _their_init = distribution("kernels").locate_file("kernels/__init__.py")
     __path__.append(str(_their_init.parent))
 except PackageNotFoundError:
@@ -26,7 +26,7 @@ except PackageNotFoundError:
 
 
 def __getattr__(name: str):
-    """A name that this package does not define, from Hugging Face's library if it is installed."""
+    """Return a name that this package does not define from Hugging Face's library, if it is installed."""
     # `from kernels import window_attention` asks here first; AttributeError sends Python on to our file
     if _their_init is None or PathFinder.find_spec(f"{__name__}.{name}", _OURS):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

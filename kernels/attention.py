@@ -7,13 +7,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.runtime.dispatch import fused
-from kernels.runtime.launch import ALIGNMENT, launch
-from kernels.runtime.tiles import LOG2_E, power_of_two, strides, sum_dtype
+from kernels.runtime.launch import launch
+from kernels.runtime.spec import ALIGNMENT
+from kernels.runtime.tiles import LOG2_E, cdiv, power_of_two, strides, sum_dtype
 from kernels.runtime.tuning import reference_is_faster
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: q [B, heads, M, d]; k, v [B, heads, N, d] -> [B, heads, M, d].
+    """Return softmax(q k^T / sqrt(d)) v: q [B, heads, M, d]; k, v [B, heads, N, d] -> [B, heads, M, d].
 
     Causal: query i sees keys 0 to i, also where M and N differ (PyTorch's is_causal).
     """
@@ -21,22 +22,19 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """`attention_reference`, by our kernel on CUDA unless PyTorch's own measured faster there (kernels/tuned.json).
+    """Compute `attention_reference` by our kernel on CUDA, unless PyTorch measured faster there (kernels/tuned.json).
 
-    The result's memory is [B, M, heads, d], so that merging the heads afterwards costs nothing.
+    The result's memory is [B, M, heads, d], so merging the heads afterwards copies nothing.
     """
-    if (
-        fused(q, k, v)
-        and 16 <= q.shape[-1] <= 256
-        and k.shape[2] > 0
-        and not (q.device.type == "cuda" and reference_is_faster("attention", q.device.index))
-    ):
+    m, n, d = q.shape[2], k.shape[2], q.shape[3]
+    shape = f"m{m}n{n}d{d}{' causal' if causal else ''}"
+    if fused("attention", q, k, v, fits=16 <= d <= 256 and n > 0) and not reference_is_faster("attention", shape, q):
         return attention_op(q, k, v, causal)[0]
     return attention_reference(q, k, v, causal)
 
 
 def _describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can stand for these: 16-byte alignment throughout, channels side by side."""
+    """Return True if tensor descriptors can stand for these: all strides 16-byte aligned, channels contiguous."""
     return all(
         x.stride(-1) == 1
         and x.dtype != torch.float64
@@ -45,33 +43,33 @@ def _describable(*tensors: Tensor) -> bool:
     )
 
 
-def _launch(kernel: str, block: str, args: dict, q: Tensor, causal: bool | None, **constants: int) -> None:
-    """Start a kernel over blocks of `block`'s tokens ("queries, BLOCK_M")."""
+def _launch(kernel: str, tokens: int, block: str, args: dict, q: Tensor, **constants: int | bool) -> None:
+    """Launch a kernel over blocks of `tokens` tokens; `block` is the constant that holds their size."""
     batch, heads, _, head_dim = q.shape
-    flags = {} if causal is None else {"CAUSAL": causal}
+    shape = {"HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim)}
     launch(
-        f"attention.{kernel}", f"d{head_dim}", (f"cdiv({block})", "heads", "batch"), args,
-        {"HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim), **constants, **flags,
-         "DOUBLE": q.dtype == torch.float64},
-        heads=heads, batch=batch,
-    )  # fmt: skip
+        f"attention.{kernel}",
+        f"d{head_dim}",
+        lambda meta: (cdiv(tokens, meta[block]), heads, batch),
+        args,
+        {**shape, **constants, "DOUBLE": q.dtype == torch.float64},
+    )
 
 
 @torch.library.custom_op("vlv::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """The result, and the base-2 log-sums of its scores [B, heads, M]."""
-    out, logsum = _empty_result(q, k, v, causal)
-    args = {
-        "q": q, "k": k, "v": v, "out": out, "logsum": logsum, "queries": q.shape[2], "keys": k.shape[2],
-        **strides("q", q, "bhnd"), **strides("k", k, "bhnd"), **strides("v", v, "bhnd"), **strides("out", out, "bhnd"),
-        "scale": q.shape[-1] ** -0.5 * LOG2_E,
-    }  # fmt: skip
-    _launch("forward", "queries, BLOCK_M", args, q, causal, DESCRIBABLE=_describable(k, v))
+    """Return the result [B, heads, M, d] and the base-2 log-sums of its scores [B, heads, M]."""
+    out, logsum = _fake(q, k, v, causal)
+    args = {"q": q, "k": k, "v": v, "out": out, "logsum": logsum, "queries": q.shape[2], "keys": k.shape[2]}
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
+        args |= strides(name, x, "bhnd")
+    args["scale"] = q.shape[-1] ** -0.5 * LOG2_E
+    _launch("forward", q.shape[2], "BLOCK_M", args, q, CAUSAL=causal, DESCRIBABLE=_describable(k, v))
     return out, logsum
 
 
 @attention_op.register_fake
-def _empty_result(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     b, heads, m, d = q.shape
     return q.new_empty(b, m, heads, d).transpose(1, 2), q.new_empty(b, heads, m, dtype=sum_dtype(q))
 
@@ -80,32 +78,33 @@ def _empty_result(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 def attention_backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsum: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = _empty_gradients(grad, q, k, v, out, logsum, causal)
+    """Return the gradients of q, k and v."""
+    queries, keys = q.shape[2], k.shape[2]
+    grad_q, grad_k, grad_v = _fake_backward(grad, q, k, v, out, logsum, causal)
     sums = torch.empty_like(logsum)
     grad_strides = strides("grad", grad, "bhnd")
-    args = {"out": out, "grad": grad, "sums": sums, "queries": q.shape[2], **strides("out", out, "bhnd")}
-    _launch("delta", "queries, BLOCK_M", {**args, **grad_strides}, q, None)
-    shared = {
-        "q": q, "k": k, "v": v, "grad": grad, "logsum": logsum, "sums": sums, "queries": q.shape[2],
-        "keys": k.shape[2], **strides("q", q, "bhnd"), **strides("k", k, "bhnd"), **strides("v", v, "bhnd"),
-        **grad_strides, "scale": q.shape[-1] ** -0.5,
-    }  # fmt: skip
+    args = {"out": out, "grad": grad, "sums": sums, "queries": queries, **strides("out", out, "bhnd"), **grad_strides}
+    _launch("delta", queries, "BLOCK_M", args, q)
+    shared = {"q": q, "k": k, "v": v, "grad": grad, "logsum": logsum, "sums": sums, "queries": queries, "keys": keys}
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        shared |= strides(name, x, "bhnd")
+    shared |= {**grad_strides, "scale": q.shape[-1] ** -0.5}
     # the outputs are [B, tokens, heads, d] in memory
-    outputs = {"grad_k": grad_k, "grad_v": grad_v}
-    _launch("key_backward", "keys, BLOCK_N", {**shared, **outputs}, q, causal, HEADS=q.shape[1])
-    _launch("query_backward", "queries, BLOCK_M", {**shared, "grad_q": grad_q}, q, causal, HEADS=q.shape[1])
+    constants = {"CAUSAL": causal, "HEADS": q.shape[1]}
+    _launch("key_backward", keys, "BLOCK_N", {**shared, "grad_k": grad_k, "grad_v": grad_v}, q, **constants)
+    _launch("query_backward", queries, "BLOCK_M", {**shared, "grad_q": grad_q}, q, **constants)
     return grad_q, grad_k, grad_v
 
 
 @attention_backward_op.register_fake
-def _empty_gradients(
+def _fake_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsum: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     q_like, k_like, v_like = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v))
     return q_like.transpose(1, 2), k_like.transpose(1, 2), v_like.transpose(1, 2)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     q, k, v, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
@@ -115,4 +114,4 @@ def _backward(ctx, grad: Tensor, _):
     return *attention_backward_op(grad, *ctx.saved_tensors, ctx.causal), None
 
 
-attention_op.register_autograd(_backward, setup_context=_setup)
+attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,7 +1,7 @@
-"""Linear layer with an optional GELU behind it, through oneDNN where a CPU only infers.
+"""Linear layer with an optional GELU, through oneDNN for inference on a CPU.
 
 PyTorch's float32 products on a CPU go to MKL, which is slower than oneDNN on AMD processors (20 % on
-an EPYC with AVX-512), and a separate GELU reads and writes the wide hidden map once more.
+an EPYC with AVX-512), and a separate GELU reads and writes the hidden map once more.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from torch.nn import functional
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """x [..., in] times weight [out, in], plus bias [out]; then the exact (erf) GELU if asked: [..., out]."""
+    """Return x [..., in] times weight [out, in] plus bias [out], with `gelu` its exact (erf) GELU: [..., out]."""
     y = functional.linear(x, weight, bias)
     return functional.gelu(y) if gelu else y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """`linear_reference`, by oneDNN's fused kernel where it serves; the same up to the order of sums."""
-    if not _onednn_serves(x, weight):
+    """Compute `linear_reference`, by oneDNN's fused kernel where it applies; equal up to the order of sums."""
+    if not _onednn_applies(x, weight):
         return linear_reference(x, weight, bias, gelu)
     # the op that torch.compile's CPU backend emits; it has no backward
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
 
 
-def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
+def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         # a graph being traced keeps the plain, portable ops; asked first, since what follows would break it in two
@@ -39,7 +39,7 @@ def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """nn.Linear over `linear`; `gelu` appends the activation."""
+    """nn.Linear computed by `linear`; `gelu` appends the activation."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, gelu: bool = False):
         super().__init__(inputs, outputs, bias)

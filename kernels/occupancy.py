@@ -1,10 +1,9 @@
-"""Default configurations of each architecture, from how many warps its builds let a multiprocessor hold.
+"""Choose default configurations for each architecture by the number of warps that a multiprocessor can hold.
 
     python -m kernels.occupancy --target sm80,sm90       # rewrites those entries of kernels/tuned.json; no GPU needed
 
-A model, not a measurement: of the candidates in kernels.runtime.tuning the first that spills nothing and fills a
-quarter of
-the warps is taken (more rarely helps a kernel that reads long rows), else the one that spills least and fills most.
+A model, not a measurement: of the candidates in kernels.runtime.tuning it takes the first that spills nothing and fills
+a quarter of the warps (more rarely helps a kernel that reads long rows), else the one that spills least and fills most.
 The entries say "untested"; `python -m benchmarks.gpu.kernels --tune` measures on a real GPU.
 """
 
@@ -15,9 +14,11 @@ import json
 import sys
 from dataclasses import dataclass, replace
 
-from kernels.aot.build import TARGETS
+from kernels.aot.manifest import TARGETS
 from kernels.runtime.tuning import CANDIDATES, FILE, split
 
+# PyTorch's own attention is a well-tuned kernel: ours replaces it only where it measured faster
+REFERENCE = {"eager": {"attention": ["*"]}, "compiled": {"attention": ["*"]}}
 ENOUGH = 0.25  # of a multiprocessor's warps
 
 
@@ -39,18 +40,17 @@ LIMITS = {
 
 
 def occupancy(limits: Multiprocessor, warps: int, registers: int, shared: int) -> float:
-    """The share of a multiprocessor's warps that blocks of this size can fill; 0 where not even one fits."""
+    """Return the share of a multiprocessor's warps that blocks of this size can fill; 0 where not even one fits."""
     if shared + 1024 > limits.shared:
         return 0.0
-    per_warp = -(-registers * 32 // 256) * 256  # registers are given out to a warp in units of 256
+    per_warp = -(-registers * 32 // 256) * 256  # registers are allocated to a warp in units of 256
     by_registers = limits.registers // per_warp // warps
-    return min(limits.blocks, limits.warps // warps, by_registers, limits.shared // (shared + 1024)) * (
-        warps / limits.warps
-    )
+    blocks = min(limits.blocks, limits.warps // warps, by_registers, limits.shared // (shared + 1024))
+    return blocks * warps / limits.warps
 
 
 def choose(target: str) -> dict[str, dict[str, dict]]:
-    """kernel -> shape class -> the chosen configuration and its figures."""
+    """Return, by kernel and shape class, the chosen configuration and its figures."""
     from kernels.aot.cases import launches
     from kernels.aot.compile import compile_launch
 
@@ -61,7 +61,7 @@ def choose(target: str) -> dict[str, dict[str, dict]]:
         tried = []
         for candidate in CANDIDATES[start.kernel]:
             constants, options = split(candidate)
-            if constants.get("TMA"):  # descriptors lie in scratch memory, which no ahead-of-time launch has
+            if constants.get("TMA"):  # descriptors need scratch memory, which an ahead-of-time launch does not have
                 continue
             trial = replace(start, constants={**start.constants, **constants}, options=options)
             built = compile_launch(trial, int(target.removeprefix("sm")))
@@ -77,6 +77,7 @@ def choose(target: str) -> dict[str, dict[str, dict]]:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.occupancy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,8 +89,7 @@ def main() -> None:
     for target in targets:
         kernels = choose(target)
         table = json.loads(FILE.read_text()) if FILE.exists() else {}
-        # PyTorch's own attention is a well-tuned kernel: ours takes its place where it measured faster
-        table[target] = {"label": "untested: from the occupancy model", "reference": ["attention"], "kernels": kernels}
+        table[target] = {"label": "untested: from the occupancy model", "reference": REFERENCE, "kernels": kernels}
         FILE.write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Window attention that reads its windows straight from the QKV map."""
+"""Attention within windows, read directly from the QKV map."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.runtime.dispatch import fused
 from kernels.runtime.launch import launch
-from kernels.runtime.tiles import LOG2_E, power_of_two, strides, sum_dtype, two_tiles
+from kernels.runtime.tiles import LOG2_E, cdiv, power_of_two, strides, sum_dtype, two_blocks
 
 
 def window_attention_reference(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
-    """Multi-head self-attention within non-overlapping windows.
+    """Return multi-head self-attention within non-overlapping windows.
 
     qkv: [B, H, W, 3C], the packed projections of the map's tokens, `bias` included; bias: [3C].
-    Returns [B, H, W, C]. A map that is no multiple of the window is padded at the bottom and right
+    Returns [B, H, W, C]. A map whose size is no multiple of the window is padded at the bottom and right
     with tokens of value zero *before* the projection, so their QKV is the bias, and they take part
     in the softmax (Florence-2, modeling_florence2.py: WindowAttention).
     """
@@ -36,40 +36,50 @@ def window_attention_reference(qkv: Tensor, bias: Tensor, heads: int, window: in
 
 
 def window_attention(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
-    """`window_attention_reference`, fused on CUDA: no copy of the map is made, and padding is never stored."""
-    if fused(qkv, bias) and 16 <= qkv.shape[-1] // 3 // heads <= 128 and 4 <= window <= 16:
+    """Compute `window_attention_reference`, fused on CUDA: the map is not copied, and padding is never stored."""
+    fits = 16 <= qkv.shape[-1] // 3 // heads <= 128 and 4 <= window <= 16
+    if fused("window_attention", qkv, bias, fits=fits):
         return window_attention_op(qkv, bias, heads, window)
     return window_attention_reference(qkv, bias, heads, window)
 
 
-def _start(kernel: str, qkv: Tensor, bias: Tensor, heads: int, window: int, **more: Tensor | float) -> None:
+def _windows(height: int, width: int, window: int) -> int:
+    """Return the number of windows of a map."""
+    return cdiv(height, window) * cdiv(width, window)
+
+
+def _launch(kernel: str, qkv: Tensor, bias: Tensor, heads: int, window: int, args: dict, **constants: bool) -> None:
     b, h, w, c3 = qkv.shape
     head_dim = c3 // 3 // heads
+    shape = {"HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim), "WINDOW": window}
     launch(
-        f"window_attention.{kernel}", f"w{window}d{head_dim}",
-        ("windows", "heads", "batch"),
+        f"window_attention.{kernel}",
+        f"w{window}d{head_dim}",
+        lambda meta: (_windows(h, w, window), heads, b),
         {
-            "qkv": qkv, "bias": bias.contiguous(), "height": h, "width": w, "C": c3 // 3,
-            **strides("stride", qkv, "bhwc"), **more,
+            "qkv": qkv,
+            "bias": bias.contiguous(),
+            "height": h,
+            "width": w,
+            "C": c3 // 3,
+            **strides("stride", qkv, "bhwc"),
+            **args,
         },
-        {
-            "HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim), "WINDOW": window,
-            "PADDED": bool(h % window or w % window), **two_tiles(window**2),
-            **({"DOUBLE": qkv.dtype == torch.float64} if kernel == "backward" else {}),
-        },
-        windows=-(-h // window) * -(-w // window), heads=heads, batch=b,
-    )  # fmt: skip
+        {**shape, "PADDED": bool(h % window or w % window), **two_blocks(window**2), **constants},
+    )
 
 
 @torch.library.custom_op("vlv::window_attention", mutates_args=())
 def window_attention_op(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
-    out = _like_map(qkv, bias, heads, window)
-    _start("forward", qkv, bias, heads, window, out=out, scale=(qkv.shape[-1] // 3 // heads) ** -0.5 * LOG2_E)
+    """Return [B, H, W, C]."""
+    out = _fake(qkv, bias, heads, window)
+    args = {"out": out, "scale": (qkv.shape[-1] // 3 // heads) ** -0.5 * LOG2_E}
+    _launch("forward", qkv, bias, heads, window, args)
     return out
 
 
 @window_attention_op.register_fake
-def _like_map(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
+def _fake(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
     b, h, w, c3 = qkv.shape
     return qkv.new_empty(b, h, w, c3 // 3)
 
@@ -78,25 +88,24 @@ def _like_map(qkv: Tensor, bias: Tensor, heads: int, window: int) -> Tensor:
 def window_attention_backward_op(
     grad: Tensor, qkv: Tensor, bias: Tensor, heads: int, window: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of qkv, and of the bias as far as it stands for padding."""
+    """Return the gradients of qkv, and of the bias as far as it stands for padding."""
     b, h, w, c3 = qkv.shape
     padded = bool(h % window or w % window)
     grad_qkv = qkv.new_empty(qkv.shape)
-    # each window's share, summed below in a fixed order
-    padding = qkv.new_zeros(b * -(-h // window) * -(-w // window) if padded else 1, c3 // 3 * 2, dtype=sum_dtype(qkv))
-    _start(
-        "backward", qkv, bias, heads, window, grad=grad, grad_qkv=grad_qkv, padding=padding,
-        scale=(c3 // 3 // heads) ** -0.5, **strides("grad", grad, "bhwc"),
-    )  # fmt: skip
+    # each window's part, summed below in a fixed order
+    padding = qkv.new_zeros(b * _windows(h, w, window) if padded else 1, c3 // 3 * 2, dtype=sum_dtype(qkv))
+    args = {"grad": grad, "grad_qkv": grad_qkv, "padding": padding, "scale": (c3 // 3 // heads) ** -0.5}
+    args |= strides("grad", grad, "bhwc")
+    _launch("backward", qkv, bias, heads, window, args, DOUBLE=qkv.dtype == torch.float64)
     return grad_qkv, torch.cat([bias.new_zeros(c3 // 3), padding.sum(0).to(bias.dtype)])
 
 
 @window_attention_backward_op.register_fake
-def _like_inputs(grad: Tensor, qkv: Tensor, bias: Tensor, heads: int, window: int) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, qkv: Tensor, bias: Tensor, heads: int, window: int) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     qkv, bias, ctx.heads, ctx.window = inputs
     ctx.save_for_backward(qkv, bias)
 
@@ -105,4 +114,4 @@ def _backward(ctx, grad: Tensor):
     return *window_attention_backward_op(grad, *ctx.saved_tensors, ctx.heads, ctx.window), None, None
 
 
-window_attention_op.register_autograd(_backward, setup_context=_setup)
+window_attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -14,7 +14,6 @@ from benchmarks.gpu.kernels import OURS, THEIRS, Clock, eager_and_compiled, judg
 from benchmarks.published_encoder import PublishedEncoder
 from kernels.runtime.dispatch import references
 from vlv.checkpoints import random_weights
-from vlv.diffusion.unet import fixed_context
 from vlv.model.config import PRESETS, DaViTConfig
 from vlv.model.encoder import VLVEncoder
 from vlv.train.memory_plan import SD21_UNET
@@ -67,6 +66,8 @@ def unet(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: int,
     """One step of SD 2.1-base's UNet at 512 px with guidance (twice the batch), random weights."""
     from diffusers import UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
+
+    from vlv.diffusion.unet import fixed_context
 
     sizes = {"block_out_channels": (32, 32), "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 16}
     sizes |= {

@@ -16,10 +16,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from kernels.aot.build import BASELINE, DTYPES, TARGETS, build, new_spills, summary, write_manifest
+from kernels.aot.manifest import BASELINE, DTYPES, PARTS, TARGETS, new_spills, summary, write_manifest
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     targets, parts = args.target.split(","), tuple(args.parts.split(","))
-    for name, given, valid in (("target", targets, TARGETS), ("parts", parts, ("encoder", "unet", "training"))):
+    for name, given, valid in (("target", targets, TARGETS), ("parts", parts, PARTS)):
         if wrong := [one for one in given if one not in valid]:
             parser.error(f"--{name} {wrong[0]}: choose from {', '.join(valid)}")
     if args.in_turn and (args.out or args.write_baseline):
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     if find_spec("triton") is None:
         print("error: building needs Triton: pip install triton", file=sys.stderr)
         return 1
+    from kernels.aot.build import build
+
     try:
         turns = [slice(i, None, len(targets)) if args.in_turn else slice(None) for i in range(len(targets))]
         builds = {t: build(t, args.dtype, parts, args.out, turn) for t, turn in zip(targets, turns, strict=True)}

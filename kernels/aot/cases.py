@@ -1,7 +1,7 @@
 """The launches that are built ahead of time: those of the published encoder and of SD 2.1's UNet at 512 px.
 
-They are recorded by running each operation on meta tensors, so a build is exactly what the launcher will ask for.
-Training needs Triton anyway; its kernels are here once each, so that their registers and spills are watched.
+They are recorded by running each operation on meta tensors, so a build is exactly what the launcher looks up.
+Training needs Triton anyway; its kernels are listed once each, to check their registers and spills.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from kernels import dwconv_norm as dwconv
 from kernels import geglu, groupnorm_silu, upsample_normalize
 from kernels import window_attention as window
 from kernels.runtime import tuning
-from kernels.runtime.launch import Launch, recording
+from kernels.runtime.launch import recording
+from kernels.runtime.spec import Launch
 
 STAGES = ((192, 256, 8), (96, 512, 16), (48, 1024, 32), (24, 2048, 64))  # side, channels, heads of DaViT at 768 px
 UNET_HEADS, UNET_WIDTHS = (5, 10, 20), (320, 640, 1280)
@@ -34,7 +35,7 @@ def _encoder(dtype: torch.dtype) -> None:
     _run(upsample_normalize.upsample_normalize_op, *upsample, *statistics, dtype)
     for side, c, heads in STAGES:
         _run(window.window_attention_op, empty(BATCH, side, side, 3 * c), empty(3 * c), heads, 12)
-        for batch in (8, BATCH):  # their splits are one, several, and a multiple of 16: all that a build can depend on
+        for batch in (8, BATCH):  # their splits are 1, several, and a multiple of 16: all that a build can depend on
             _run(channel.channel_attention_op, empty(batch, side * side, 3 * c), heads)
         _run(dwconv.dwconv_norm_op, empty(BATCH, side, side, c), empty(c, 1, 3, 3), *[empty(c)] * 3, 1e-5)
     for queries, keys, causal in ((591, 591, False), (77, 77, True), (77, 591, False)):
@@ -77,7 +78,7 @@ def _unet(dtype: torch.dtype) -> None:
 
 
 def _run(operation, *args) -> None:
-    """The launcher itself; calling the operation on meta tensors would only give its result's shape."""
+    """Run the operation's launcher itself: called on meta tensors, the operation would only return shapes."""
     operation._init_fn(*args)
 
 
@@ -85,7 +86,7 @@ PARTS: dict[str, Callable[[torch.dtype], None]] = {"encoder": _encoder, "unet": 
 
 
 def launches(target: str | None, dtype: torch.dtype = torch.bfloat16, parts: tuple[str, ...] = tuple(PARTS)):
-    """The distinct launches of those parts, by key, with the configurations of architecture `target` ("sm90")."""
+    """Return the distinct launches of those parts, by key, in the configurations of architecture `target` ("sm90")."""
     with tuning.forced(target), recording() as record, torch.no_grad():
         for part in parts:
             PARTS[part](dtype)

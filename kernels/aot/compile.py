@@ -1,4 +1,7 @@
-"""Compiles one launch for one architecture, without a GPU, and reads what the build will need on it."""
+"""Compile one launch for one architecture, without a GPU, and read the registers and memory that it needs.
+
+Triton is imported late: it is optional, and plugins and loaders import this module without it.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernels.runtime import dispatch
-from kernels.runtime.launch import ALIGNMENT, Launch, function
+from kernels.runtime.launch import function
+from kernels.runtime.spec import ALIGNMENT, Launch
 
 
 @dataclass(frozen=True)
 class Build:
-    """A compiled launch: what kernels.aot writes to a file, and what kernels.occupancy compares."""
+    """A compiled launch: what kernels.aot writes to files, and what kernels.occupancy compares."""
 
     symbol: str  # the kernel's name in the PTX
     ptx: str
@@ -25,22 +29,28 @@ class Build:
     spills: int  # bytes of a thread in local memory
 
 
+def signature(start: Launch) -> dict[str, str]:
+    """Return the type that each argument is compiled for, in the order of the kernel's parameters."""
+    types = start.signature()
+    return {name: types[name] for name in function(start.kernel).arg_names if name in types}
+
+
 def compile_launch(start: Launch, sm: int, scratch: bool = False) -> Build:
     """Build `start` for compute capability `sm` (90 is 9.0). Raises ValueError where it cannot be built.
 
-    scratch: allow a kernel that only Triton can launch, because it needs scratch memory.
+    scratch: allow a kernel that needs scratch memory, which only Triton can launch.
     """
     if dispatch.INTERPRET:
-        raise ValueError("in Triton's interpreter nothing is compiled: unset TRITON_INTERPRET and VLV_KERNELS")
+        raise ValueError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET and VLV_KERNELS")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, signature = function(start.kernel), start.signature()
+    kernel, types = function(start.kernel), signature(start)
     kinds = dict.fromkeys(kernel.arg_names, "constexpr")
-    kinds |= {name: kind.split(":")[0] for name, kind in signature.items() if kind != "1"}
-    constants = {**start.constants, **{name: 1 for name, kind in signature.items() if kind == "1"}}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature.get(name, "").endswith(f":{ALIGNMENT}")]
+    kinds |= {name: kind.split(":")[0] for name, kind in types.items() if kind != "1"}
+    constants = {**start.constants, **{name: 1 for name, kind in types.items() if kind == "1"}}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "").endswith(f":{ALIGNMENT}")]
     source = ASTSource(kernel, kinds, constants, {(i,): [["tt.divisibility", ALIGNMENT]] for i in aligned})
     try:
         built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(start.options))
@@ -56,7 +66,7 @@ def compile_launch(start: Launch, sm: int, scratch: bool = False) -> Build:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers of a thread, bytes of it that spilled), by the cuobjdump that comes with Triton."""
+    """Return (registers of a thread, bytes that it spills), read by the cuobjdump that comes with Triton."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -1,10 +1,9 @@
-"""Launches the builds of kernels.aot through the CUDA driver, without Triton.
+"""Launch the builds of kernels.aot through the CUDA driver, without Triton.
 
     VLV_KERNELS_AOT=builds/kernels python -m serve.vllm_caption …      # operations find their builds by themselves
 
-or by hand: `Builds(folder).launch(start, stream)` with a kernels.runtime.launch.Launch. Only libcuda, which comes
-with the
-GPU's driver, is needed.
+or by hand: `Builds(folder).launch(start, stream)` with a kernels.runtime.spec.Launch. Only libcuda is needed, which
+comes with the GPU's driver.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kernels.aot.build import FORMAT, MANIFEST
-from kernels.runtime.launch import Launch
+from kernels.aot.manifest import FORMAT, MANIFEST
+from kernels.runtime.spec import Argument, Launch
 
 SCRATCH = 2  # pointers that Triton adds to a kernel's parameters; null, as no kernel here asks for scratch memory
 STATIC_SHARED = 48 * 1024  # bytes of shared memory that a block gets without asking the driver
@@ -27,10 +26,10 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
 
-def pack(signature: dict[str, str], args: dict[str, Tensor | int | float]) -> list[ctypes._SimpleCData]:
-    """The kernel's parameters in order, scratch pointers included; compiled-in ones ("1") are left out.
+def pack(signature: dict[str, str], args: dict[str, Argument]) -> list[ctypes._SimpleCData]:
+    """Return the kernel's parameters in order, scratch pointers included, compiled-in ones ("1") left out.
 
-    Raises ValueError where a value is not what the build was made for: a kernel would read elsewhere without a word.
+    Raises ValueError where a value is not what the build was made for: the kernel would read the wrong memory.
     """
     packed = []
     for name, kind in signature.items():
@@ -50,7 +49,7 @@ def pack(signature: dict[str, str], args: dict[str, Tensor | int | float]) -> li
 
 @cache
 def driver() -> ctypes.CDLL:
-    """libcuda, initialised. Raises OSError with one sentence where there is none, or no GPU."""
+    """Return libcuda, initialised. Raises OSError where there is none, or no GPU."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -69,7 +68,7 @@ def _checked(cuda: ctypes.CDLL, call: str, *args) -> None:
 
 
 class Builds:
-    """A folder of kernels.aot. Functions are loaded at their first launch and kept."""
+    """Launch the builds in a folder of kernels.aot. A function is loaded at its first launch and kept."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -83,7 +82,7 @@ class Builds:
         self._functions: dict[tuple[int, str], ctypes.c_void_p] = {}
 
     def entry(self, start: Launch, target: str) -> dict:
-        """The build for this launch. Raises KeyError naming what is missing."""
+        """Return the build for this launch. Raises KeyError naming what is missing."""
         if target not in self.targets:
             raise KeyError(f"{self.folder} has builds for {', '.join(self.targets)}, not for this GPU's {target}")
         if start.key() not in self.targets[target]:
@@ -91,14 +90,14 @@ class Builds:
         return self.targets[target][start.key()]
 
     def binary(self, entry: dict) -> bytes:
-        """The cubin, checked against the manifest before the driver sees it."""
+        """Return the cubin, checked against the manifest before the driver sees it. Raises ValueError."""
         data = (self.folder / f"{entry['file']}.cubin").read_bytes()
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise ValueError(f"{entry['file']}.cubin in {self.folder} is not the file that the manifest describes")
         return data
 
     def launch(self, start: Launch, stream: int) -> None:
-        """Start the kernel on a CUDA stream, in the current context (PyTorch's, once it has touched the GPU)."""
+        """Launch the kernel on a CUDA stream, in the current context (PyTorch's, once it has used the GPU)."""
         cuda = driver()
         context, device = ctypes.c_void_p(), ctypes.c_int()
         _checked(cuda, "cuCtxGetCurrent", ctypes.byref(context))
@@ -106,17 +105,24 @@ class Builds:
             raise RuntimeError("no CUDA context is current: use the GPU once through PyTorch first")
         _checked(cuda, "cuCtxGetDevice", ctypes.byref(device))
         entry = self.entry(start, _architecture(cuda, device.value))
-        place = (context.value, entry["file"])
-        if place not in self._functions:
-            self._functions[place] = self._load(cuda, entry)
+        loaded = (context.value, entry["file"])
+        if loaded not in self._functions:
+            self._functions[loaded] = self._load(cuda, entry)
         values = pack(entry["arguments"], start.args)
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         block = (entry["warps"] * 32, 1, 1)
         handle = ctypes.c_void_p(stream)
         _checked(
-            cuda, "cuLaunchKernel", self._functions[place], *start.blocks(), *block, entry["shared"], handle, pointers,
+            cuda,
+            "cuLaunchKernel",
+            self._functions[loaded],
+            *start.blocks(),
+            *block,
+            entry["shared"],
+            handle,
+            pointers,
             None,
-        )  # fmt: skip
+        )
 
     def _load(self, cuda: ctypes.CDLL, entry: dict) -> ctypes.c_void_p:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()

@@ -1,1 +1,1 @@
-"""How a kernel is chosen and started at run time: dispatch, launch, tuning."""
+"""Choose and launch a kernel at run time: dispatch, launch, tuning."""

@@ -1,9 +1,9 @@
-"""The tile sizes and warps of each kernel: measured on this GPU, or the default of its architecture.
+"""Choose the block sizes and warps of each kernel: measured on this GPU, or the default of its architecture.
 
 kernels/tuned.json holds one entry per architecture ("sm90", from `python -m kernels.occupancy`, labelled
 untested) and one per GPU by name ("NVIDIA H200", written by `python -m benchmarks.gpu.kernels --tune`). A node
-reads it and never tunes by itself. An entry of a GPU may also list under "reference" the operations whose plain
-PyTorch was measured to be faster there.
+reads it and never tunes by itself. Under "reference" an entry lists the operations and classes of shapes ("*": all) for
+which plain PyTorch measured faster, "eager" or "compiled".
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 FILE = Path(__file__).parents[1] / "tuned.json"
 
 
 def _choices(names: str, *rows: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations: the values of the named constants, then num_warps and num_stages."""
+    """Return configurations: the values of the named constants, then num_warps and num_stages."""
     return [dict(zip([*names.split(), "num_warps", "num_stages"], row, strict=True)) for row in rows]
 
 
-# What tuning chooses from; the first is taken where nothing is known.
+# The configurations that tuning chooses from; the first is the default.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     "window_attention.forward": _choices("BLOCK_Q", (64, 4, 1), (64, 8, 1), (32, 4, 1), (128, 8, 1)),
     "window_attention.backward": _choices("BLOCK_Q", (32, 8, 1), (16, 8, 1), (16, 4, 1)),
@@ -35,7 +36,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "dwconv_norm.forward": _choices("TILE", (4, 4, 1), (2, 4, 1), (8, 8, 1), (4, 8, 1), (16, 8, 1)),
     "dwconv_norm.norm_backward": _choices("TILE", (4, 4, 1), (2, 4, 1), (4, 8, 1)),
     "dwconv_norm.weight_backward": _choices("TILE", (16, 4, 1), (8, 4, 1), (32, 8, 1)),
-    # TMA 1: keys and values through tensor descriptors, which Hopper and later GPUs copy by themselves
+    # TMA 1: keys and values through tensor descriptors, which Hopper and later GPUs copy asynchronously
     "attention.forward": _choices(
         "BLOCK_M BLOCK_N TMA",
         (64, 64, 0, 4, 3),
@@ -56,26 +57,26 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "upsample_normalize.forward": _choices("BLOCK", (256, 4, 1), (128, 4, 1), (512, 8, 1)),
 }
 
-ALIKE = {"sm100": "sm90", "sm103": "sm90", "sm121": "sm120"}  # whose entry serves an architecture without its own
-_fitting: dict[tuple[str, str, torch.device], int] = {}  # how far down its `smaller` list a kernel had to go
+ALIKE = {"sm100": "sm90", "sm103": "sm90", "sm121": "sm120"}  # the entry of an architecture that has none of its own
+_fitting: dict[tuple[str, str, torch.device], int] = {}  # index into _by_size of a kernel that did not fit
 _forced: list[tuple[str | None, dict[str, dict[str, int]]]] = []
 
 
 @cache
 def table() -> dict:
-    """The content of tuned.json."""
+    """Return the content of tuned.json."""
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
 @cache
 def _names(index: int) -> tuple[str, str]:
-    """(name of the GPU, name of its architecture)."""
+    """Return (name of the GPU, name of its architecture)."""
     major, minor = torch.cuda.get_device_capability(index)
     return torch.cuda.get_device_name(index), f"sm{major}{minor}"
 
 
 def config(kernel: str, shape: str, device: torch.device) -> tuple[dict[str, int], dict[str, int]]:
-    """(constants, options) of `kernel` for a class of shapes such as "d32" on that device."""
+    """Return (constants, options) of `kernel` for a class of shapes such as "d32" on that device."""
     target, overrides = _forced[-1] if _forced else (None, {})
     if kernel in overrides:
         return split(overrides[kernel])
@@ -90,21 +91,21 @@ def config(kernel: str, shape: str, device: torch.device) -> tuple[dict[str, int
 
 
 def split(values: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """A configuration's (constants, options)."""
+    """Return the (constants, options) of a configuration."""
     options = {name: values[name] for name in ("num_warps", "num_stages")}
     return {name: value for name, value in values.items() if name not in options}, options
 
 
 def _by_size(kernel: str) -> list[dict[str, int]]:
-    """The candidates by falling need of shared memory, about: tiles times stages. The last is one stage of 16s."""
-    least = {"num_warps": 4, "num_stages": 1}
-    smallest = {name: least.get(name, min(value, 16)) for name, value in CANDIDATES[kernel][0].items()}
+    """Return the candidates by falling need of shared memory (blocks times stages), then one stage of blocks of 16."""
+    options = {"num_warps": 4, "num_stages": 1}
+    smallest = {name: options.get(name, min(value, 16)) for name, value in CANDIDATES[kernel][0].items()}
     needs = lambda one: prod(value for name, value in one.items() if name not in ("num_warps", "TMA"))  # noqa: E731
     return [*sorted(CANDIDATES[kernel], key=needs, reverse=True), smallest]
 
 
 def next_smaller(kernel: str, shape: str, device: torch.device) -> tuple[dict[str, int], dict[str, int]] | None:
-    """The next smaller configuration, used for these shapes from now on; None after the smallest."""
+    """Return the next smaller configuration and use it for these shapes from now on; None after the smallest."""
     at = _fitting.get((kernel, shape, device), -1) + 1
     if at == len(_by_size(kernel)):
         return None
@@ -112,20 +113,34 @@ def next_smaller(kernel: str, shape: str, device: torch.device) -> tuple[dict[st
     return split(_by_size(kernel)[at])
 
 
-def reference_is_faster(op: str, index: int) -> bool:
-    """Whether a measurement on this GPU says so; on one never measured, whether its architecture's entry does."""
+def reference_is_faster(op: str, shape: str, x: Tensor) -> bool:
+    """Return True if PyTorch measured faster than the kernel of `op` for this class of shapes, on x's GPU.
+
+    Eager and compiled PyTorch have lists of their own. A GPU that was never measured follows its architecture's entry.
+    While a graph with nodes is exported, a runtime's plugins decide instead.
+    """
+    if x.device.type != "cuda" or torch.jit.is_tracing():
+        return False
+    return _listed(op, shape, x.device.index or 0, torch.compiler.is_compiling())
+
+
+def _listed(op: str, shape: str, index: int, compiled: bool) -> bool:
+    if torch.compiler.is_exporting():
+        return False
     name, architecture = _names(index)
     known = [entry for entry in (name, architecture, ALIKE.get(architecture)) if entry in table()]
-    return bool(known) and op in table()[known[0]].get("reference", [])
+    lists = table()[known[0]].get("reference", {}) if known else {}
+    shapes = lists.get("compiled" if compiled else "eager", {}).get(op, [])
+    return shape in shapes or "*" in shapes
 
 
 # what torch.compiler.assume_constant_result sets, without the second that importing its compiler takes
-reference_is_faster._dynamo_marked_constant = True
+_listed._dynamo_marked_constant = True
 
 
 @contextmanager
 def forced(target: str | None = None, **kernels: dict[str, int]) -> Iterator[None]:
-    """Within: the defaults of architecture `target`, and for kernels given by name ("a.b" as a__b) this config."""
+    """Use the defaults of architecture `target`, and for kernels given by name ("a.b" as a__b) the given config."""
     _forced.append((target, {name.replace("__", "."): values for name, values in kernels.items()}))
     try:
         yield

@@ -1,11 +1,11 @@
-"""The operations as ONNX nodes of the domain `vlv`, which a runtime's plugins run in place of many standard ones.
+"""Export the operations as ONNX nodes of the domain `vlv`, which a runtime's plugins run.
 
     with dispatch.as_nodes():
         torch.onnx.export(module, …, dynamo=True, custom_translation_table=translations())
 
 A node has the operation's tensors as inputs and its numbers as attributes. Where an operation's tensors are transposed
-views (attention's heads), the node's are what lies in memory, and the graph's own transpositions cancel. TensorRT's
-plugins take no 8-bit pictures; in float16, which holds every grey level exactly, they take them.
+views (attention's heads), the node's have the order in memory, and the graph's own transpositions cancel. TensorRT's
+plugins take no 8-bit images; they take float16, which holds every grey level exactly.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from kernels import geglu, groupnorm_silu, upsample_normalize
 from kernels import window_attention as window
 
 DOMAIN = "vlv"
-FLOATS = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}  # ONNX's numbers of what the kernels compute in
+FLOATS = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}  # ONNX's numbers of the kernels' dtypes
 _TYPES = {"int": int, "float": float, "bool": bool, "ScalarType": FLOATS.__getitem__}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation: its registered form, its reference, and the order of a 4-axis tensor's axes in memory."""
+    """One operation: its custom op, its reference, and the order of a 4-axis tensor's axes in memory."""
 
     op: torch.library.CustomOpDef
     reference: Callable
@@ -38,7 +38,7 @@ class Operation:
 
     @cached_property
     def arguments(self) -> dict[str, Callable | None]:
-        """The names of all arguments in order; None stands for a tensor, else what makes one of the node's number."""
+        """Return the arguments in order, by name: None for a tensor, else the conversion from the node's attribute."""
         return {a.name: _TYPES.get(str(a.real_type)) for a in self.op._opoverload._schema.arguments}
 
     @property
@@ -46,14 +46,14 @@ class Operation:
         return [name for name, kind in self.arguments.items() if kind is None]
 
     def call(self, function: Callable, tensors: list, attributes: dict[str, int | float]):
-        """The function of `op`'s arguments on a node's inputs and attributes, its results as a tuple."""
+        """Call a function of `op`'s arguments on a node's inputs and attributes; return its results as a tuple."""
         given, attributes = iter(tensors), dict(attributes)
         kinds = self.arguments.items()
         found = function(*(self.laid(next(given)) if k is None else k(attributes[name]) for name, k in kinds))
         return tuple(map(self.laid, found if isinstance(found, tuple) else (found,)))
 
     def laid(self, x: torch.Tensor) -> torch.Tensor:
-        """Between an operation's tensor and its node's, either way: the order is its own inverse."""
+        """Convert between an operation's tensor and its node's, both ways: the order is its own inverse."""
         return x.permute(self.order) if x.ndim == 4 and self.order != (0, 1, 2, 3) else x
 
 
@@ -72,7 +72,7 @@ OPERATIONS = {
 
 
 def translations() -> dict[Callable, Callable]:
-    """What torch.onnx.export takes as `custom_translation_table`. Needs onnx and onnxscript."""
+    """Return the `custom_translation_table` of torch.onnx.export. Needs onnx and onnxscript."""
     return {one.op._opoverload: _translation(name, one) for name, one in OPERATIONS.items()}
 
 
@@ -86,7 +86,9 @@ def _translation(name: str, operation: Operation) -> Callable:
     floats = [f"tensor({kind})" for kind in ("float", "float16", "bfloat16")]
     letters = [f"T{i}" for i in range(len(operation.tensors) + results)]  # each may have a type of its own
     schema = OpSchema(
-        name, DOMAIN, 1,
+        name,
+        DOMAIN,
+        1,
         inputs=[OpSchema.FormalParameter(n, t) for n, t in zip(operation.tensors, letters, strict=False)],
         outputs=[OpSchema.FormalParameter(f"out_{i}", t) for i, t in enumerate(letters[len(operation.tensors) :])],
         type_constraints=[(letter, floats, "what the kernels take") for letter in letters],
@@ -94,7 +96,7 @@ def _translation(name: str, operation: Operation) -> Callable:
             OpSchema.Attribute(n, OpSchema.AttrType.FLOAT if kind is float else OpSchema.AttrType.INT, required=True)
             for n, kind in numbers.items()
         ],
-    )  # fmt: skip
+    )
     node = Op(Opset(DOMAIN, 1), name, schema)
 
     def translate(*args):

@@ -1,10 +1,10 @@
-"""Kernels as TensorRT's ahead-of-time plugins take them: PTX, launch parameters, and nothing but pointers to pass.
+"""Kernels in the form of TensorRT's ahead-of-time plugins: PTX, launch parameters, and only pointers to pass.
 
     kernels, results = plugin_kernels(lambda: window_attention_op._init_fn(qkv, bias, heads, window), [qkv, bias], 90)
 
 TensorRT's engine then needs neither Python nor Triton. Shapes are static: every size, stride and scale is compiled in,
 so a kernel's only parameters are its inputs and then its outputs, which is TensorRT's own order. An operation of two
-kernels (channel attention, GroupNorm) is two plugins, and what lies between them is a tensor of the engine's.
+kernels (channel attention, GroupNorm) is two plugins, and the tensor between them is one of the engine's.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kernels.aot.compile import compile_launch
+from kernels.aot.compile import compile_launch, signature
 from kernels.aot.load import SCRATCH
 from kernels.runtime import tuning
-from kernels.runtime.launch import Launch, recording
+from kernels.runtime.launch import recording
+from kernels.runtime.spec import Launch
 
 
 @dataclass(frozen=True)
 class PluginKernel:
-    """What a plugin's `aot_impl` returns. There are no extra scalars.
+    """What a plugin's `aot_impl` returns, without extra scalars.
 
     `inputs` and `outputs` are numbers of values: the operation's inputs come first, then every kernel's outputs.
     """
@@ -44,7 +45,7 @@ class PluginKernel:
 def plugin_kernels(
     call: Callable[[], Tensor | tuple[Tensor, ...]], inputs: list[Tensor], sm: int, ptx_version: int | None = None
 ) -> tuple[list[PluginKernel], tuple[int, ...]]:
-    """The kernels that `call` launches for compute capability `sm`, and the numbers of the values that it returns.
+    """Return the kernels that `call` launches for compute capability `sm`, and the numbers of the values it returns.
 
     call: runs the operation's launcher on `inputs`, meta tensors of the engine's shapes, such as
     `lambda: window_attention_op._init_fn(qkv, bias, 8, 12)`. ptx_version: at most what TensorRT's CUDA takes (86 is
@@ -59,17 +60,17 @@ def plugin_kernels(
 
 
 def _memory(x: Tensor) -> int:
-    """What tells the memory of one meta tensor from another's; views share it."""
+    """Return an identity of a meta tensor's memory; views share it."""
     return x.untyped_storage()._cdata
 
 
 def _kernel(start: Launch, values: dict[int, int], sm: int, ptx_version: int | None) -> PluginKernel:
-    pointers = {name: value for name, value in start.args.items() if isinstance(value, Tensor)}
+    pointers = {name: start.args[name] for name in signature(start) if isinstance(start.args[name], Tensor)}
     inputs, outputs = [], {}
     for name, x in pointers.items():
         number = values.get(_memory(x))
         if x.storage_offset() or (number is not None and outputs):
-            raise ValueError(f"{start.kernel}: {name} is no whole tensor, or an input behind the outputs")
+            raise ValueError(f"{start.kernel}: {name} is no whole tensor, or an input that follows an output")
         if number is None:
             number = values[_memory(x)] = len(values)
             outputs[number] = x
@@ -80,13 +81,22 @@ def _kernel(start: Launch, values: dict[int, int], sm: int, ptx_version: int | N
     fixed = replace(start, args=pointers, constants={**start.constants, **scalars}, options=options)
     built = compile_launch(fixed, sm)
     return PluginKernel(
-        start.kernel, built.symbol, without_scratch(built.ptx, built.symbol), tuple(inputs), tuple(outputs),
-        tuple(outputs.values()), start.blocks(), (built.warps * 32, 1, 1), built.shared, built.registers, built.spills,
-    )  # fmt: skip
+        kernel=start.kernel,
+        name=built.symbol,
+        ptx=without_scratch(built.ptx, built.symbol),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        written=tuple(outputs.values()),
+        grid=start.blocks(),
+        block=(built.warps * 32, 1, 1),
+        shared=built.shared,
+        registers=built.registers,
+        spills=built.spills,
+    )
 
 
 def without_scratch(ptx: str, symbol: str) -> str:
-    """The PTX without the two pointers to scratch memory that Triton appends, which TensorRT would not pass.
+    """Return the PTX without the two pointers to scratch memory that Triton appends, which TensorRT does not pass.
 
     Raises ValueError where the kernel reads one of them.
     """

@@ -1,4 +1,4 @@
-"""Attention with a running softmax (Dao 2023, arXiv 2307.08691): scores never leave the chip, forward or backward.
+"""Attention with a running softmax (Dao 2023, arXiv 2307.08691): scores stay on the chip, forward and backward.
 
 All tensors are [B, heads, tokens, head_dim] with any strides; log-sums [B, heads, tokens] are base 2 and contiguous.
 Grid of each kernel: blocks of tokens, heads, batch.
@@ -12,37 +12,45 @@ from kernels.triton.common import dot
 
 @triton.jit
 def _head(x, stride_b, stride_h, stride_n, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """This program's head of x: pointers to its first token's channels, which of them exist, the tokens' stride."""
-    lanes = tl.arange(0, BLOCK_D)
-    first = x + tl.program_id(2).to(tl.int64) * stride_b + tl.program_id(1).to(tl.int64) * stride_h
-    return first + lanes.to(tl.int64) * stride_d, lanes < HEAD_DIM, tl.cast(stride_n, tl.int64)
+    """Return, of this program's head of x: pointers to its first token's channels, their mask, the tokens' stride."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_head = x + tl.program_id(2).to(tl.int64) * stride_b + tl.program_id(1).to(tl.int64) * stride_h
+    return p_head + o_d.to(tl.int64) * stride_d, o_d < HEAD_DIM, tl.cast(stride_n, tl.int64)
 
 
 @triton.jit
-def _rows(head, rows, count):
-    """Tokens `rows` of a head: [rows, head_dim], zero where there are none."""
-    pointers, used, stride = head
-    places = pointers[None, :] + rows.to(tl.int64)[:, None] * stride
-    return tl.load(places, mask=(rows < count)[:, None] & used[None, :], other=0.0)
+def _load_rows(head, o_n, count):
+    """Load the tokens o_n of a head: [tokens, head_dim], zero beyond `count`."""
+    p_d, m_d, stride = head
+    p_x = p_d[None, :] + o_n.to(tl.int64)[:, None] * stride
+    return tl.load(p_x, mask=(o_n < count)[:, None] & m_d[None, :], other=0.0)
 
 
 @triton.jit
-def _store_rows(head, x, rows, count):
-    pointers, used, stride = head
-    places = pointers[None, :] + rows.to(tl.int64)[:, None] * stride
-    tl.store(places, x.to(pointers.dtype.element_ty), mask=(rows < count)[:, None] & used[None, :])
+def _store_rows(head, b_x, o_n, count):
+    p_d, m_d, stride = head
+    p_x = p_d[None, :] + o_n.to(tl.int64)[:, None] * stride
+    tl.store(p_x, b_x.to(p_d.dtype.element_ty), mask=(o_n < count)[:, None] & m_d[None, :])
 
 
 @triton.jit
 def _source(
-    x, stride_b, stride_h, stride_n, stride_d, count,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """What blocks of a head's `count` tokens are loaded from: a tensor descriptor, or pointers as in _head."""
+    x,
+    stride_b,
+    stride_h,
+    stride_n,
+    stride_d,
+    count,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Return what blocks of a head's `count` tokens are loaded from: a tensor descriptor, or pointers as in _head."""
     if TMA:
-        first = x + tl.program_id(2).to(tl.int64) * stride_b + tl.program_id(1).to(tl.int64) * stride_h
+        p_head = x + tl.program_id(2).to(tl.int64) * stride_b + tl.program_id(1).to(tl.int64) * stride_h
         source = tl.make_tensor_descriptor(
-            first, shape=[count, HEAD_DIM], strides=[tl.cast(stride_n, tl.int64), 1], block_shape=[BLOCK_N, BLOCK_D]
+            p_head, shape=[count, HEAD_DIM], strides=[tl.cast(stride_n, tl.int64), 1], block_shape=[BLOCK_N, BLOCK_D]
         )
     else:
         source = _head(x, stride_b, stride_h, stride_n, stride_d, HEAD_DIM, BLOCK_D)
@@ -50,161 +58,273 @@ def _source(
 
 
 @triton.jit
-def _block(source, start, count, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
-    """The tokens from `start` on: [BLOCK_N, head_dim], zero where there are none."""
+def _load_block(source, start, count, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
+    """Load the tokens from `start` on: [BLOCK_N, head_dim], zero beyond `count`."""
     if TMA:
-        x = source.load([start, 0])
+        b_x = source.load([start, 0])
     else:
-        x = _rows(source, start + tl.arange(0, BLOCK_N), count)
-    return x
+        b_x = _load_rows(source, start + tl.arange(0, BLOCK_N), count)
+    return b_x
 
 
 @triton.jit
 def _keys_step(
-    q, k_source, v_source, rows, start, keys, scale, out, top, total,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """The running softmax after another block of keys."""
-    columns = start + tl.arange(0, BLOCK_N)
-    k = _block(k_source, start, keys, BLOCK_N, TMA)
-    scores = dot(q, tl.trans(k)) * scale
+    b_q,
+    k_source,
+    v_source,
+    o_m,
+    start,
+    keys,
+    scale,
+    b_o,
+    row_max,
+    row_sum,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Add a block of keys to the running softmax: alpha = 2^(old row_max - new row_max); o = alpha o + p v."""
+    o_n = start + tl.arange(0, BLOCK_N)
+    b_k = _load_block(k_source, start, keys, BLOCK_N, TMA)
+    b_s = dot(b_q, tl.trans(b_k)) * scale
     if MASKED:
-        seen = (columns < keys)[None, :]
+        m_s = (o_n < keys)[None, :]
         if CAUSAL:
-            seen = seen & (rows[:, None] >= columns[None, :])
-        scores = tl.where(seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    p = tl.exp2(scores - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    v = _block(v_source, start, keys, BLOCK_N, TMA)
-    out = out * shrink[:, None] + dot(p.to(v.dtype), v)
-    return out, new_top, total * shrink + tl.sum(p, 1)
+            m_s = m_s & (o_m[:, None] >= o_n[None, :])
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(b_s, 1))
+    b_p = tl.exp2(b_s - new_max[:, None])
+    alpha = tl.exp2(row_max - new_max)
+    b_v = _load_block(v_source, start, keys, BLOCK_N, TMA)
+    b_o = b_o * alpha[:, None] + dot(b_p.to(b_v.dtype), b_v)
+    return b_o, new_max, row_sum * alpha + tl.sum(b_p, 1)
 
 
 @triton.jit
 def forward(
-    q, k, v, out, logsum, queries, keys,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, out_b, out_h, out_n, out_d, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, DOUBLE: tl.constexpr,
-    DESCRIBABLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """out and logsum of a block of queries. The scale includes log2(e). Causal: query i sees keys 0 to i."""
+    q,
+    k,
+    v,
+    out,
+    logsum,
+    queries,
+    keys,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    out_b,
+    out_h,
+    out_n,
+    out_d,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    DESCRIBABLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """out = softmax(s) v and logsum = log2(sum 2^s) of a block of queries, with s = scale q k^T.
+
+    The scale includes log2(e). Causal: query i sees keys 0 to i.
+    """
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    first = tl.program_id(0) * BLOCK_M
-    rows = first + tl.arange(0, BLOCK_M)
-    queried = _rows(_head(q, q_b, q_h, q_n, q_d, HEAD_DIM, BLOCK_D), rows, queries)
     DESCRIBED: tl.constexpr = TMA and DESCRIBABLE
+    first = tl.program_id(0) * BLOCK_M
+    o_m = first + tl.arange(0, BLOCK_M)
+    b_q = _load_rows(_head(q, q_b, q_h, q_n, q_d, HEAD_DIM, BLOCK_D), o_m, queries)
     k_source = _source(k, k_b, k_h, k_n, k_d, keys, HEAD_DIM, BLOCK_D, BLOCK_N, DESCRIBED)
     v_source = _source(v, v_b, v_h, v_n, v_d, keys, HEAD_DIM, BLOCK_D, BLOCK_N, DESCRIBED)
-    result = tl.zeros((BLOCK_M, BLOCK_D), SUM)
-    top = tl.full((BLOCK_M,), float("-inf"), SUM)
-    total = tl.zeros((BLOCK_M,), SUM)
+    b_o = tl.zeros((BLOCK_M, BLOCK_D), SUM)
+    row_max = tl.full((BLOCK_M,), float("-inf"), SUM)
+    row_sum = tl.zeros((BLOCK_M,), SUM)
     end = keys
-    whole = keys // BLOCK_N * BLOCK_N  # keys up to here need no mask
+    unmasked = keys // BLOCK_N * BLOCK_N  # keys before this one need no mask
     if CAUSAL:
         end = tl.minimum(keys, first + BLOCK_M)
-        whole = tl.minimum(keys, first) // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
-        result, top, total = _keys_step(
-            queried, k_source, v_source, rows, start, keys, scale, result, top, total,
-            BLOCK_N, CAUSAL, False, DESCRIBED,
-        )  # fmt: skip
-    for start in range(whole, end, BLOCK_N):
-        result, top, total = _keys_step(
-            queried, k_source, v_source, rows, start, keys, scale, result, top, total,
-            BLOCK_N, CAUSAL, True, DESCRIBED,
-        )  # fmt: skip
-    result = result / total[:, None]
-    _store_rows(_head(out, out_b, out_h, out_n, out_d, HEAD_DIM, BLOCK_D), result, rows, queries)
+        unmasked = tl.minimum(keys, first) // BLOCK_N * BLOCK_N
+    for start in range(0, unmasked, BLOCK_N):
+        b_o, row_max, row_sum = _keys_step(
+            b_q, k_source, v_source, o_m, start, keys, scale, b_o, row_max, row_sum, BLOCK_N, CAUSAL, False, DESCRIBED
+        )
+    for start in range(unmasked, end, BLOCK_N):
+        b_o, row_max, row_sum = _keys_step(
+            b_q, k_source, v_source, o_m, start, keys, scale, b_o, row_max, row_sum, BLOCK_N, CAUSAL, True, DESCRIBED
+        )
+    b_o = b_o / row_sum[:, None]
+    _store_rows(_head(out, out_b, out_h, out_n, out_d, HEAD_DIM, BLOCK_D), b_o, o_m, queries)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(logsum + head * queries + rows, top + tl.log2(total), mask=rows < queries)
+    tl.store(logsum + head * queries + o_m, row_max + tl.log2(row_sum), mask=o_m < queries)
 
 
 @triton.jit
 def delta(
-    out, grad, sums, queries, out_b, out_h, out_n, out_d, grad_b, grad_h, grad_n, grad_d,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOUBLE: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """sums [B, heads, tokens] = out . grad, which is the mean of the probabilities' gradient in each row."""
+    out,
+    grad,
+    sums,
+    queries,
+    out_b,
+    out_h,
+    out_n,
+    out_d,
+    grad_b,
+    grad_h,
+    grad_n,
+    grad_d,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """sums [B, heads, tokens] = sum_d out grad, the mean of the probabilities' gradient in each row."""
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o = _rows(_head(out, out_b, out_h, out_n, out_d, HEAD_DIM, BLOCK_D), rows, queries).to(SUM)
-    do = _rows(_head(grad, grad_b, grad_h, grad_n, grad_d, HEAD_DIM, BLOCK_D), rows, queries).to(SUM)
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_o = _load_rows(_head(out, out_b, out_h, out_n, out_d, HEAD_DIM, BLOCK_D), o_m, queries).to(SUM)
+    b_do = _load_rows(_head(grad, grad_b, grad_h, grad_n, grad_d, HEAD_DIM, BLOCK_D), o_m, queries).to(SUM)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sums + head * queries + rows, tl.sum(o * do, 1), mask=rows < queries)
+    tl.store(sums + head * queries + o_m, tl.sum(b_o * b_do, 1), mask=o_m < queries)
 
 
 @triton.jit
-def _probabilities(
-    q, k, do, v, logsum, sums, rows, columns, queries, keys, scale, CAUSAL: tl.constexpr
-):  # fmt: skip
-    """Probabilities and the scores' gradients of rows x columns; both are zero where nothing is attended to."""
+def _probabilities(q, k, b_do, v, logsum, sums, o_m, o_n, queries, keys, scale, CAUSAL: tl.constexpr):
+    """Return p = 2^(s - logsum) and ds = scale p (grad v^T - sums) of queries o_m and keys o_n; 0 where masked."""
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    base2 = tl.load(logsum + head * queries + rows, mask=rows < queries, other=0.0)
-    mean = tl.load(sums + head * queries + rows, mask=rows < queries, other=0.0)
-    seen = (rows < queries)[:, None] & (columns < keys)[None, :]
+    b_logsum = tl.load(logsum + head * queries + o_m, mask=o_m < queries, other=0.0)
+    mean = tl.load(sums + head * queries + o_m, mask=o_m < queries, other=0.0)
+    m_s = (o_m < queries)[:, None] & (o_n < keys)[None, :]
     if CAUSAL:
-        seen = seen & (rows[:, None] >= columns[None, :])
-    scores = tl.where(seen, dot(q, tl.trans(k)) * (scale * 1.4426950408889634), float("-inf"))
-    p = tl.exp2(scores - base2[:, None])
-    ds = p * (dot(do, tl.trans(v)) - mean[:, None]) * scale
-    return p.to(do.dtype), ds.to(q.dtype)
+        m_s = m_s & (o_m[:, None] >= o_n[None, :])
+    b_s = tl.where(m_s, dot(q, tl.trans(k)) * (scale * 1.4426950408889634), float("-inf"))
+    b_p = tl.exp2(b_s - b_logsum[:, None])
+    b_ds = b_p * (dot(b_do, tl.trans(v)) - mean[:, None]) * scale
+    return b_p.to(b_do.dtype), b_ds.to(q.dtype)
 
 
 @triton.jit
 def key_backward(
-    q, k, v, grad, logsum, sums, grad_k, grad_v, queries, keys,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, grad_b, grad_h, grad_n, grad_d, scale,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, DOUBLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """grad_k and grad_v [B, tokens, heads, head_dim], contiguous, of a block of keys: a loop over the queries."""
+    q,
+    k,
+    v,
+    grad,
+    logsum,
+    sums,
+    grad_k,
+    grad_v,
+    queries,
+    keys,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    grad_b,
+    grad_h,
+    grad_n,
+    grad_d,
+    scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad_k = sum_m ds^T q and grad_v = sum_m p^T grad of a block of keys: [B, tokens, heads, head_dim] contiguous."""
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     first = tl.program_id(0) * BLOCK_N
-    columns = first + tl.arange(0, BLOCK_N)
-    key = _rows(_head(k, k_b, k_h, k_n, k_d, HEAD_DIM, BLOCK_D), columns, keys)
-    value = _rows(_head(v, v_b, v_h, v_n, v_d, HEAD_DIM, BLOCK_D), columns, keys)
+    o_n = first + tl.arange(0, BLOCK_N)
+    b_k = _load_rows(_head(k, k_b, k_h, k_n, k_d, HEAD_DIM, BLOCK_D), o_n, keys)
+    b_v = _load_rows(_head(v, v_b, v_h, v_n, v_d, HEAD_DIM, BLOCK_D), o_n, keys)
     q_head = _head(q, q_b, q_h, q_n, q_d, HEAD_DIM, BLOCK_D)
     grad_head = _head(grad, grad_b, grad_h, grad_n, grad_d, HEAD_DIM, BLOCK_D)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), SUM)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), SUM)
+    b_dk = tl.zeros((BLOCK_N, BLOCK_D), SUM)
+    b_dv = tl.zeros((BLOCK_N, BLOCK_D), SUM)
     begin = 0
     if CAUSAL:
         begin = first // BLOCK_M * BLOCK_M
     for start in range(begin, queries, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        queried, do = _rows(q_head, rows, queries), _rows(grad_head, rows, queries)
-        p, ds = _probabilities(queried, key, do, value, logsum, sums, rows, columns, queries, keys, scale, CAUSAL)
-        dv += dot(tl.trans(p), do)
-        dk += dot(tl.trans(ds), queried)
+        o_m = start + tl.arange(0, BLOCK_M)
+        b_q, b_do = _load_rows(q_head, o_m, queries), _load_rows(grad_head, o_m, queries)
+        b_p, b_ds = _probabilities(b_q, b_k, b_do, b_v, logsum, sums, o_m, o_n, queries, keys, scale, CAUSAL)
+        b_dv += dot(tl.trans(b_p), b_do)
+        b_dk += dot(tl.trans(b_ds), b_q)
     row = tl.cast(keys, tl.int64) * HEADS * HEAD_DIM
-    _store_rows(_head(grad_k, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), dk, columns, keys)
-    _store_rows(_head(grad_v, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), dv, columns, keys)
+    _store_rows(_head(grad_k, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), b_dk, o_n, keys)
+    _store_rows(_head(grad_v, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), b_dv, o_n, keys)
 
 
 @triton.jit
 def query_backward(
-    q, k, v, grad, logsum, sums, grad_q, queries, keys,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, grad_b, grad_h, grad_n, grad_d, scale,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, DOUBLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """grad_q [B, tokens, heads, head_dim], contiguous, of a block of queries: a loop over the keys."""
+    q,
+    k,
+    v,
+    grad,
+    logsum,
+    sums,
+    grad_q,
+    queries,
+    keys,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    grad_b,
+    grad_h,
+    grad_n,
+    grad_d,
+    scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad_q = sum_n ds k of a block of queries: [B, tokens, heads, head_dim] contiguous."""
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     first = tl.program_id(0) * BLOCK_M
-    rows = first + tl.arange(0, BLOCK_M)
-    queried = _rows(_head(q, q_b, q_h, q_n, q_d, HEAD_DIM, BLOCK_D), rows, queries)
-    do = _rows(_head(grad, grad_b, grad_h, grad_n, grad_d, HEAD_DIM, BLOCK_D), rows, queries)
+    o_m = first + tl.arange(0, BLOCK_M)
+    b_q = _load_rows(_head(q, q_b, q_h, q_n, q_d, HEAD_DIM, BLOCK_D), o_m, queries)
+    b_do = _load_rows(_head(grad, grad_b, grad_h, grad_n, grad_d, HEAD_DIM, BLOCK_D), o_m, queries)
     k_head = _head(k, k_b, k_h, k_n, k_d, HEAD_DIM, BLOCK_D)
     v_head = _head(v, v_b, v_h, v_n, v_d, HEAD_DIM, BLOCK_D)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), SUM)
+    b_dq = tl.zeros((BLOCK_M, BLOCK_D), SUM)
     end = keys
     if CAUSAL:
         end = tl.minimum(keys, first + BLOCK_M)
     for start in range(0, end, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        key, value = _rows(k_head, columns, keys), _rows(v_head, columns, keys)
-        _, ds = _probabilities(queried, key, do, value, logsum, sums, rows, columns, queries, keys, scale, CAUSAL)
-        dq += dot(ds, key)
+        o_n = start + tl.arange(0, BLOCK_N)
+        b_k, b_v = _load_rows(k_head, o_n, keys), _load_rows(v_head, o_n, keys)
+        _, b_ds = _probabilities(b_q, b_k, b_do, b_v, logsum, sums, o_m, o_n, queries, keys, scale, CAUSAL)
+        b_dq += dot(b_ds, b_k)
     row = tl.cast(queries, tl.int64) * HEADS * HEAD_DIM
-    _store_rows(_head(grad_q, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), dq, rows, queries)
+    _store_rows(_head(grad_q, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), b_dq, o_m, queries)

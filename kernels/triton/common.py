@@ -1,4 +1,4 @@
-"""What several kernels share: products with wide sums, and a softmax over a row that lies in two tiles."""
+"""Device functions that several kernels share: products with float32 sums, and a softmax over two blocks of keys."""
 
 import os
 
@@ -10,7 +10,7 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def dot(a, b):
-    """a @ b summed in float32; float32 operands keep their precision (three TF32 products)."""
+    """Return a @ b summed in float32; float32 operands keep their precision (three TF32 products)."""
     if INTERPRET and a.dtype != tl.float64:  # its bfloat16 is a bit pattern, which NumPy cannot multiply
         a, b = a.to(tl.float32), b.to(tl.float32)
     if a.dtype == tl.float64:
@@ -23,34 +23,34 @@ def dot(a, b):
 
 
 @triton.jit
-def two_tile_scores(q, k0, k1, scale, valid, SECOND: tl.constexpr, MASKED: tl.constexpr):
-    """Softmax over the keys of one or two tiles: probabilities p0 and p1, not yet divided, and their sum.
+def softmax_two_blocks(b_q, b_k0, b_k1, scale, m_k, SECOND: tl.constexpr, MASKED: tl.constexpr):
+    """Return p0, p1 and row_sum: with s = scale q k^T and row_max = max_k s, p = 2^(s - row_max), row_sum = sum_k p.
 
-    q: [Q, D]; k0: [K0, D]; k1: [K1, D]. Of the last tile only `valid` keys count, if MASKED. The scale includes
-    log2(e). A row whose length is no power of two takes two tiles (144 = 128 + 16) in place of a half empty one.
+    b_q: [Q, D]; b_k0: [K0, D]; b_k1: [K1, D]. If MASKED, only the keys m_k of the last block count. The scale includes
+    log2(e). A row whose length is no power of two takes two blocks (144 = 128 + 16) in place of a half empty one.
     """
-    s0 = dot(q, tl.trans(k0)) * scale
+    b_s0 = dot(b_q, tl.trans(b_k0)) * scale
     if MASKED and not SECOND:
-        s0 = tl.where(valid[None, :], s0, float("-inf"))
-    top = tl.max(s0, 1)
-    p1 = s0
+        b_s0 = tl.where(m_k[None, :], b_s0, float("-inf"))
+    row_max = tl.max(b_s0, 1)
+    b_p1 = b_s0
     if SECOND:
-        s1 = dot(q, tl.trans(k1)) * scale
+        b_s1 = dot(b_q, tl.trans(b_k1)) * scale
         if MASKED:
-            s1 = tl.where(valid[None, :], s1, float("-inf"))
-        top = tl.maximum(top, tl.max(s1, 1))
-        p1 = tl.exp2(s1 - top[:, None])
-    p0 = tl.exp2(s0 - top[:, None])
-    total = tl.sum(p0, 1)
+            b_s1 = tl.where(m_k[None, :], b_s1, float("-inf"))
+        row_max = tl.maximum(row_max, tl.max(b_s1, 1))
+        b_p1 = tl.exp2(b_s1 - row_max[:, None])
+    b_p0 = tl.exp2(b_s0 - row_max[:, None])
+    row_sum = tl.sum(b_p0, 1)
     if SECOND:
-        total += tl.sum(p1, 1)
-    return p0, p1, total
+        row_sum += tl.sum(b_p1, 1)
+    return b_p0, b_p1, row_sum
 
 
 @triton.jit
-def two_tile_values(p0, p1, total, v0, v1, SECOND: tl.constexpr):
-    """The probabilities times the values, divided by their sum: [Q, D] in the sums' precision."""
-    out = dot(p0.to(v0.dtype), v0)
+def values_two_blocks(b_p0, b_p1, row_sum, b_v0, b_v1, SECOND: tl.constexpr):
+    """Return p v / row_sum: [Q, D] in the dtype of the sums."""
+    b_o = dot(b_p0.to(b_v0.dtype), b_v0)
     if SECOND:
-        out += dot(p1.to(v1.dtype), v1)
-    return out / total[:, None]
+        b_o += dot(b_p1.to(b_v1.dtype), b_v1)
+    return b_o / row_sum[:, None]

@@ -1,4 +1,4 @@
-"""GroupNorm in two passes: mean and squared deviation of each chunk of a group, then the map from all of them.
+"""GroupNorm in two passes: mean and squared deviation of each chunk of a group, then the norm of the map.
 
 An element of a group is numbered with its pixel inside its channel, or, for a channels-last map (INNER), with its
 channel inside its pixel, which is the order in memory.
@@ -9,76 +9,104 @@ import triton.language as tl
 
 
 @triton.jit
-def _places(e, pixels, stride_c, stride_p, PER_GROUP: tl.constexpr, INNER: tl.constexpr):
-    """Offsets (int64) of a group's elements within it, and their channels within it."""
+def _elements(o_e, pixels, stride_c, stride_p, PER_GROUP: tl.constexpr, INNER: tl.constexpr):
+    """Return the offsets (int64) of a group's elements within it, and their channels within it."""
     if INNER:
-        channel, pixel = e % PER_GROUP, e // PER_GROUP
+        channel, pixel = o_e % PER_GROUP, o_e // PER_GROUP
     else:
-        channel, pixel = e // pixels, e % pixels
+        channel, pixel = o_e // pixels, o_e % pixels
     return channel.to(tl.int64) * stride_c + pixel.to(tl.int64) * stride_p, channel
 
 
 @triton.jit
 def statistics(
-    x, part, pixels, chunk, stride_b, stride_c, stride_p,
-    PER_GROUP: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr, DOUBLE: tl.constexpr,
-):  # fmt: skip
-    """part [B, groups, splits, 2]: mean and summed squared deviation of each chunk. Grid: splits, groups, batch."""
+    x,
+    part,
+    pixels,
+    chunk,
+    stride_b,
+    stride_c,
+    stride_p,
+    PER_GROUP: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DOUBLE: tl.constexpr,
+):
+    """part [B, groups, splits, 2] = mean and sum (x - mean)^2 of each chunk. Grid: splits, groups, batch."""
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     base = x + tl.program_id(2).to(tl.int64) * stride_b + tl.program_id(1).to(tl.int64) * PER_GROUP * stride_c
     first = tl.program_id(0) * chunk
     last = tl.minimum(first + chunk, pixels * PER_GROUP)
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), SUM)
+    o_e = tl.arange(0, BLOCK)
+    b_sum = tl.zeros((BLOCK,), SUM)
     for start in range(first, last, BLOCK):
-        at, _ = _places(start + lanes, pixels, stride_c, stride_p, PER_GROUP, INNER)
-        total += tl.load(base + at, mask=start + lanes < last, other=0.0).to(SUM)
-    mean = tl.sum(total, 0) / (last - first)
-    # a second look, at memory still in the cache, keeps the digits that a difference of squares would lose
-    square = tl.zeros((BLOCK,), SUM)
+        o_x, _ = _elements(start + o_e, pixels, stride_c, stride_p, PER_GROUP, INNER)
+        b_sum += tl.load(base + o_x, mask=start + o_e < last, other=0.0).to(SUM)
+    mean = tl.sum(b_sum, 0) / (last - first)
+    # a second read, of memory still in the cache, keeps the digits that a difference of squares would lose
+    b_square = tl.zeros((BLOCK,), SUM)
     for start in range(first, last, BLOCK):
-        at, _ = _places(start + lanes, pixels, stride_c, stride_p, PER_GROUP, INNER)
-        value = tl.load(base + at, mask=start + lanes < last, other=0.0).to(SUM)
-        centred = tl.where(start + lanes < last, value - mean, 0.0)
-        square += centred * centred
-    row = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
-    row = part + (row + tl.program_id(0)) * 2
-    tl.store(row, mean)
-    tl.store(row + 1, tl.sum(square, 0))
+        o_x, _ = _elements(start + o_e, pixels, stride_c, stride_p, PER_GROUP, INNER)
+        b_x = tl.load(base + o_x, mask=start + o_e < last, other=0.0).to(SUM)
+        b_x = tl.where(start + o_e < last, b_x - mean, 0.0)
+        b_square += b_x * b_x
+    o_part = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
+    p_part = part + (o_part + tl.program_id(0)) * 2
+    tl.store(p_part, mean)
+    tl.store(p_part + 1, tl.sum(b_square, 0))
 
 
 @triton.jit
 def apply(
-    x, weight, bias, part, out, pixels, chunk, splits, stride_b, stride_c, stride_p, eps,
-    PER_GROUP: tl.constexpr, INNER: tl.constexpr, SILU: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+    x,
+    weight,
+    bias,
+    part,
+    out,
+    pixels,
+    chunk,
+    splits,
+    stride_b,
+    stride_c,
+    stride_p,
+    eps,
+    PER_GROUP: tl.constexpr,
+    INNER: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
     DOUBLE: tl.constexpr,
-):  # fmt: skip
-    """out, with x's strides, = silu(norm(x)). Grid: splits, groups, batch."""
+):
+    """out = silu(n) with n = (x - mean) / sqrt(var + eps) * weight + bias, and silu(n) = n / (1 + e^-n) if SILU.
+
+    out has x's strides. Grid: splits, groups, batch.
+    """
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    batch, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    i_b, i_g = tl.program_id(2).to(tl.int64), tl.program_id(1)
     count = pixels * PER_GROUP
-    row = part + (batch * tl.num_programs(1) + group) * splits * 2
-    split = tl.arange(0, BLOCK_S)
-    size = tl.maximum(tl.minimum(chunk, count - split * chunk), 0).to(SUM)  # elements in each chunk
-    means = tl.load(row + split * 2, mask=split < splits, other=0.0)
-    squares = tl.load(row + split * 2 + 1, mask=split < splits, other=0.0)
-    size = tl.where(split < splits, size, 0.0)
-    mean = tl.sum(means * size, 0) / count
-    off = means - mean
-    variance = (tl.sum(squares, 0) + tl.sum(off * off * size, 0)) / count
+    p_part = part + (i_b * tl.num_programs(1) + i_g) * splits * 2
+    o_s = tl.arange(0, BLOCK_S)
+    m_s = o_s < splits
+    b_size = tl.maximum(tl.minimum(chunk, count - o_s * chunk), 0).to(SUM)  # elements in each chunk
+    b_size = tl.where(m_s, b_size, 0.0)
+    b_mean = tl.load(p_part + o_s * 2, mask=m_s, other=0.0)
+    b_square = tl.load(p_part + o_s * 2 + 1, mask=m_s, other=0.0)
+    mean = tl.sum(b_mean * b_size, 0) / count
+    b_mean = b_mean - mean
+    variance = (tl.sum(b_square, 0) + tl.sum(b_mean * b_mean * b_size, 0)) / count
     scale = 1 / tl.sqrt(variance + eps)
 
-    offset = batch * stride_b + group.to(tl.int64) * PER_GROUP * stride_c
     first = tl.program_id(0) * chunk
     last = tl.minimum(first + chunk, count)
-    lanes = tl.arange(0, BLOCK)
+    o_group = i_b * stride_b + i_g.to(tl.int64) * PER_GROUP * stride_c
+    o_e = tl.arange(0, BLOCK)
     for start in range(first, last, BLOCK):
-        mask = start + lanes < last
-        at, channel = _places(start + lanes, pixels, stride_c, stride_p, PER_GROUP, INNER)
-        value = tl.load(x + offset + at, mask=mask, other=0.0).to(SUM)
-        w = tl.load(weight + group * PER_GROUP + channel, mask=mask, other=0.0).to(SUM)
-        b = tl.load(bias + group * PER_GROUP + channel, mask=mask, other=0.0).to(SUM)
-        value = (value - mean) * scale * w + b
+        m_e = start + o_e < last
+        o_x, channel = _elements(start + o_e, pixels, stride_c, stride_p, PER_GROUP, INNER)
+        b_x = tl.load(x + o_group + o_x, mask=m_e, other=0.0).to(SUM)
+        b_w = tl.load(weight + i_g * PER_GROUP + channel, mask=m_e, other=0.0).to(SUM)
+        b_b = tl.load(bias + i_g * PER_GROUP + channel, mask=m_e, other=0.0).to(SUM)
+        b_x = (b_x - mean) * scale * b_w + b_b
         if SILU:
-            value = value / (1 + tl.exp2(-1.4426950408889634 * value))
-        tl.store(out + offset + at, value.to(out.dtype.element_ty), mask=mask)
+            b_x = b_x / (1 + tl.exp2(-1.4426950408889634 * b_x))
+        tl.store(out + o_group + o_x, b_x.to(out.dtype.element_ty), mask=m_e)

@@ -16,14 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.aot import build as aot
+from kernels.aot import build, manifest
 from kernels.aot import cases as aot_cases
 from kernels.aot import load as aot_loader
 from kernels.aot.__main__ import main
-from kernels.aot.compile import compile_launch
+from kernels.aot.compile import compile_launch, signature
 from kernels.occupancy import LIMITS, occupancy
 from kernels.runtime import tuning
-from kernels.runtime.launch import Launch, grid_size
+from kernels.runtime.launch import function
+from kernels.runtime.spec import Launch
+from kernels.runtime.tiles import cdiv
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
@@ -33,7 +35,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def start(**args) -> Launch:
-    return Launch("geglu.forward", "f8", ("rows", "cdiv(width, BLOCK)"), args, {"BLOCK": 4}, {}, {"rows": 3})
+    return Launch("geglu.forward", "f8", lambda meta: (3, cdiv(args["width"], meta["BLOCK"])), args, {"BLOCK": 4}, {})
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +48,16 @@ def built(tmp_path_factory) -> Path:
         return {key: one for key, one in everything(*args).items() if one.kernel == "geglu.forward"}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aot_cases, "launches", few)
+        patch.setattr(build, "launches", few)
         assert main(["--target", "sm80,sm90", "--parts", "unet", "--out", str(out)]) == 0
     return out
 
 
 @needs_triton
 def test_manifest_describes_the_files(built):
-    manifest = json.loads((built / "manifest.json").read_text())
-    assert set(manifest["targets"]) == {"sm80", "sm90"}
-    for target, entries in manifest["targets"].items():
+    content = json.loads((built / "manifest.json").read_text())
+    assert set(content["targets"]) == {"sm80", "sm90"}
+    for target, entries in content["targets"].items():
         (entry,) = entries.values()
         assert aot_loader.Builds(built).binary(entry).startswith(b"\x7fELF")
         ptx = (built / f"{entry['file']}.ptx").read_text()
@@ -80,7 +82,7 @@ def test_damaged_build_is_refused(built, tmp_path):
 def test_missing_builds_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"python -m kernels\.aot"):
         aot_loader.Builds(tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "targets": {"sm80": {}}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT, "targets": {"sm80": {}}}))
     builds = aot_loader.Builds(tmp_path)
     with pytest.raises(KeyError, match="not for this GPU's sm90"):
         builds.entry(start(width=8), "sm90")
@@ -115,30 +117,36 @@ def test_wrong_parameters_are_refused(kind, value, message):
 
 def test_signature_follows_the_values():
     x = torch.empty(9)
-    signature = start(
-        a=x, b=x[1:], c=torch.empty(2, dtype=torch.uint8, device="meta"), n=32, m=7, one=1, s=0.5, w=2**33
-    )
-    assert signature.signature() == {
+    one = start(a=x, b=x[1:], c=torch.empty(2, dtype=torch.uint8, device="meta"), n=32, m=7, one=1, s=0.5, w=2**33)
+    assert one.signature() == {
         "a": "*fp32:16", "b": "*fp32", "c": "*u8:16", "n": "i32:16", "m": "i32", "one": "1", "s": "fp32",
         "w": "i64:16",
     }  # fmt: skip
 
 
-def test_grid_rules():
+def test_the_grid_is_a_function_of_the_constants():
     assert start(width=9).blocks() == (3, 3, 1)
-    assert grid_size(("a * b", "cdiv(a, 4)", "a // 2"), {"a": 5, "b": 3}) == (15, 2, 2)
+    one = replace(start(width=9), grid=lambda meta: (5 * meta["BLOCK"], cdiv(5, meta["BLOCK"]), 5 // 2))
+    assert one.blocks() == (20, 2, 2)
+
+
+@needs_triton
+def test_arguments_are_in_the_kernels_order():
+    for one in aot_cases.launches("sm90").values():
+        kernel = function(one.kernel)
+        assert list(signature(one)) == [name for name in kernel.arg_names if name in one.args], one.kernel
 
 
 def test_new_spills_are_named():
     found = {"a": {"spills": 8}, "b": {"spills": 4}, "c": {"spills": 0}}
-    assert aot.new_spills(found, {"a": {"spills": 8}}) == ["b spills 4 bytes of a thread, 0 before"]
+    assert manifest.new_spills(found, {"a": {"spills": 8}}) == ["b spills 4 bytes of a thread, 0 before"]
 
 
 @needs_triton
 @pytest.mark.slow
 def test_no_spills_that_were_not_there_before():
     """Every launch for one of the targets, in turn; `python -m kernels.aot --target … --check` builds all for all."""
-    command = [sys.executable, "-m", "kernels.aot", "--target", ",".join(aot.TARGETS), "--check", "--in-turn"]
+    command = [sys.executable, "-m", "kernels.aot", "--target", ",".join(manifest.TARGETS), "--check", "--in-turn"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -161,8 +169,8 @@ def test_tensor_descriptors_build_for_hopper(causal):
 
 def test_baseline_and_tuned_defaults_are_complete():
     """Every launch of the published models has its entry; a changed kernel or shape needs a new baseline."""
-    baseline, table = json.loads(aot.BASELINE.read_text()), tuning.table()
-    for target in aot.TARGETS:
+    baseline, table = json.loads(manifest.BASELINE.read_text()), tuning.table()
+    for target in manifest.TARGETS:
         assert set(baseline[target]) == set(aot_cases.launches(target)), f"python -m kernels.aot --target {target} …"
         assert not any(built["spills"] for built in baseline[target].values())
         entry = table[target]

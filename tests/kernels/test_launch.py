@@ -39,7 +39,7 @@ def start(monkeypatch):
 
     def run(device: Device) -> None:
         monkeypatch.setattr(launch, "function", lambda name: device)
-        launch.launch(KERNEL, SHAPE, ("1",), {"x": torch.empty(1)}, {})
+        launch.launch(KERNEL, SHAPE, lambda meta: (1,), {"x": torch.empty(1)}, {})
 
     return run
 

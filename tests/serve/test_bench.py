@@ -1,4 +1,4 @@
-"""serve.bench against a server whose pace is known."""
+"""Test serve.bench against a server of known speed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from serve.bench import Request, main, quantiles
+from serve.bench import main
+from serve.reports.load_test import Request, quantiles
 from tests.serve.serving import Running, Scripted
 from vlv.checkpoints.folder import Checkpoint
 
@@ -33,7 +34,7 @@ def test_a_sweep(server, scene_images, tmp_path):
     assert low["tpot"]["p50"] >= 0.02 and low["e2e"]["p50"] >= 20 * 0.02 and low["ttft"]["p50"] < low["e2e"]["p50"]
     assert low["goodput_per_second"] <= low["requests"] / 3 + 1e-3  # rounded
     assert low["cost_per_1000"] == pytest.approx(1 / low["answered_per_second"], rel=1e-2)
-    # 16 places at 0.4 s a caption: at most 40 a second, and the rest is refused rather than queued
+    # capacity 16 at 0.4 s a caption: at most 40 a second, and the rest is refused rather than queued
     assert high["statuses"]["503"] > 10 and 0 < high["answered_per_second"] <= 41
     page = (tmp_path / "b.html").read_text()
     assert page.count("<svg") == 5 and "NaN" not in page and "http" not in page.lower()

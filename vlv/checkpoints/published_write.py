@@ -1,4 +1,4 @@
-"""A converted checkpoint goes back to the published layout, bit by bit."""
+"""Write a converted checkpoint back to the published layout, bit by bit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch import Tensor
 from vlv.checkpoints import published_keys as keys
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.tensor_files import Progress, Tensors, metadata, write_safetensors, write_state_dict
-from vlv.common.files import OutputExists, atomic_folder, require_space
+from vlv.common.files import OutputExists, atomic_folder, atomic_write, require_space
 
 
 def to_published(folder: Path, out: Path, force: bool = False) -> Path:
-    """Write the published state dict: a torch file where `out` ends in .pt or .bin, else a folder with
-    model.safetensors. What was trained since replaces what was read. Raises CheckpointError."""
+    """Write the published state dict: a torch file if `out` ends in .pt or .bin, else a folder with model.safetensors.
+
+    Weights trained since the conversion replace those that were read. Raises CheckpointError.
+    """
     checkpoint = Checkpoint.open(folder)
     beside = folder / "published.safetensors"
     if not beside.is_file():
@@ -58,10 +60,6 @@ def to_published(folder: Path, out: Path, force: bool = False) -> Path:
         raise OutputExists(f"{out} exists: choose another --out, or replace it with --force")
     out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, progress.total)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        write_state_dict(partial, list(back), plan, produce, shared)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(out) as temporary:
+        write_state_dict(temporary, list(back), plan, produce, shared)
     return out

@@ -1,4 +1,4 @@
-"""Image files to uint8 crops: the one place where pixels are prepared.
+"""Decode image files to uint8 crops: the only module that opens and prepares images.
 
 The crop equals torchvision's `Resize(size)` and `CenterCrop(size)` of the published preprocessing
 pixel by pixel. Imports only Pillow and numpy, so that a decode process starts fast.
@@ -23,6 +23,21 @@ EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .pnm".split()
 )
 
+# of each of FORMATS, one of EXTENSIONS; Pillow calls a JPEG file of several images MPO
+_ENDINGS = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "DIB": ".bmp",
+    "TIFF": ".tif",
+    "AVIF": ".avif",
+    "JPEG2000": ".jp2",
+    "PPM": ".ppm",
+}
+
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,10 +51,7 @@ _UPRIGHT = {
 
 
 class ImageError(UserError, ValueError):
-    """A file that gives no picture.
-
-    `kind` is one of missing, unreadable, empty, format, damaged, too-large; the message says more.
-    """
+    """Raised for a file that cannot be decoded; `kind` is missing, unreadable, empty, format, damaged or too-large."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -50,32 +62,61 @@ class ImageError(UserError, ValueError):
 
 
 def load_crop(source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode a file (path or content), turn it upright, make it RGB, resize its short side, crop the centre.
+    """Decode a file (path or content) as `decode` does, resize its short side, crop the centre.
 
-    Returns uint8 [3, size, size]. Transparency is laid on white, 16-bit greys are scaled, an animation
-    gives its first frame. Pictures of more than `max_pixels` are refused before they are decoded.
-    Raises ImageError.
+    Returns uint8 [3, size, size]. Raises ImageError.
+    """
+    image = centre(decode(source, max_pixels), size, max_pixels)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a file (path or content), turn it upright, make it RGB.
+
+    Transparency is laid on white, 16-bit greys are scaled, an animation gives its first frame. Images of more than
+    `max_pixels` are refused before they are decoded. Raises ImageError.
     """
     content = source if isinstance(source, bytes) else _read(source)
     if not content:
         raise ImageError("empty", "the file is empty (0 bytes)")
     with warnings.catch_warnings():
-        # Pillow warns of odd metadata and of big pictures; here a picture is usable or an ImageError
+        # Pillow warns of odd metadata and of large images; here an image is usable or an ImageError
         warnings.simplefilter("ignore")
         image = _open(content, max_pixels)
         try:
-            image = _rgb(_upright(image))
+            return _rgb(_upright(image))
         except ImageError:
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error …
             raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
-    return np.ascontiguousarray(np.asarray(centre(image, size, max_pixels)).transpose(2, 0, 1))
 
 
-def png(picture: np.ndarray) -> bytes:
-    """A picture, uint8 [3, H, W], as the content of a PNG file."""
+def web_image(content: bytes) -> tuple[str, bytes]:
+    """Return an image's media type and content as any web service takes it.
+
+    JPEG, PNG, WebP and GIF stay as they are, by their content and not by a name; other formats become PNG.
+    Raises ImageError.
+    """
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png", content
+    if content.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg", content
+    if content.startswith((b"GIF87a", b"GIF89a")):
+        return "image/gif", content
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return "image/webp", content
+    return "image/png", png(np.asarray(decode(content)).transpose(2, 0, 1))
+
+
+def file_ending(content: bytes) -> str:
+    """Return the file name's ending for an image file's content, such as ".jpg". Raises ImageError."""
+    return _ENDINGS[_open(content, MAX_PIXELS).format]
+
+
+def png(image: np.ndarray) -> bytes:
+    """Encode an RGB image uint8 [3, H, W] as the content of a PNG file."""
     file = io.BytesIO()
-    Image.fromarray(picture.transpose(1, 2, 0)).save(file, "png")
+    Image.fromarray(image.transpose(1, 2, 0)).save(file, "png")
     return file.getvalue()
 
 
@@ -125,23 +166,23 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits, 32 bits or floats to 8 bits; Pillow's own conversion would clip them at 255."""
+    """Scale grey values of 16 bits, 32 bits or floats to 8 bits; Pillow's own conversion would clip them at 255."""
     values = np.asarray(image).astype(np.float64)
     low, high = values.min(), values.max()
     if image.mode != "F" and low >= 0 and high <= 65535:
         low, high = 0, 65535
     elif not np.isfinite(values).all():
-        raise ImageError("damaged", "the picture has values that are not finite")
+        raise ImageError("damaged", "the image has values that are not finite")
     return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
 
 
 def centre(image: Image.Image, size: int, max_pixels: int) -> Image.Image:
-    """torchvision's Resize(size) and CenterCrop(size), with its rounding."""
+    """Resize the short side to `size` and crop the centre, with torchvision's rounding."""
     short, long = sorted(image.size)
     scaled = int(size * long / short)
     width, height = (size, scaled) if image.width <= image.height else (scaled, size)
     if width * height > max_pixels:
-        # a picture as thin as a thread: resize only what the crop keeps, or it would not fit in memory
+        # an extreme aspect ratio: resize only what the crop keeps, or it would not fit in memory
         left, top = (image.width - short) / 2, (image.height - short) / 2
         return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short))
     if image.size != (width, height):

@@ -112,11 +112,27 @@ def test_torch_compile_sees_whole_graphs():
 
 @pytest.mark.parametrize("name, faster", [("measured", False), ("another", True)])
 def test_the_faster_attention_is_a_constant_of_the_graph(name, faster, monkeypatch):
-    table = {"sm90": {"reference": ["attention"]}, "measured": {"reference": []}}
+    table = {"sm90": {"reference": {"compiled": {"attention": ["*"]}}}, "measured": {"reference": {}}}
     monkeypatch.setattr(tuning, "table", lambda: table)
     monkeypatch.setattr(tuning, "_names", lambda index: (name, "sm90"))
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda x: x + 1 if tuning.reference_is_faster("attention", 0) else x - 1, fullgraph=True, backend="eager"
+        lambda x: x + 1 if tuning._listed("attention", "d64", 0, True) else x - 1, fullgraph=True, backend="eager"
     )
     assert compiled(torch.zeros(())) == (1 if faster else -1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_shapes_are_listed_for_eager_and_compiled_pytorch(compiled, monkeypatch):
+    listed = {"attention": ["m77n77d64 causal"], "geglu": ["*"]}
+    table = {"GPU": {"reference": {"compiled" if compiled else "eager": listed}}}
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    monkeypatch.setattr(tuning, "_names", lambda index: ("GPU", "sm90"))
+    for op, shape, mode, expected in (
+        ("attention", "m77n77d64 causal", compiled, True),
+        ("attention", "m77n77d64", compiled, False),
+        ("attention", "m77n77d64 causal", not compiled, False),
+        ("geglu", "f1280", compiled, True),
+        ("dwconv_norm", "c1024", compiled, False),
+    ):
+        assert tuning._listed(op, shape, 0, mode) is expected, (op, shape, mode)

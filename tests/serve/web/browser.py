@@ -1,8 +1,8 @@
-"""A headless Chromium, driven over its DevTools protocol: enough of it for the tests of a page.
+"""Drive a headless Chromium over its DevTools protocol: as much of it as the tests of a page need.
 
 with Browser("/usr/bin/chromium", folder) as browser:
     browser.open("http://127.0.0.1:8000/")
-    browser.upload("#files", [picture])
+    browser.upload("#files", [image])
     browser.wait("document.querySelectorAll('article').length === 1")
 """
 

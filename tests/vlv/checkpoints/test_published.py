@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.convert import identical, write_published
 from tests.vlv.official import SLIM, Weights, sharded, untied
+from vlv import published as command
 from vlv.checkpoints import published, tensor_files
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.published_keys import LLM, STAGE1, TABLES
@@ -201,7 +202,7 @@ def test_resolve_converts_once(weights: Weights, source: Path, tmp_path: Path, m
     torch.save(weights, source / "model.pt")
     first = published.resolve(source / "model.pt")
     assert first.folder.is_relative_to(tmp_path / "cache" / "vlv" / "published")
-    monkeypatch.setattr("vlv.checkpoints.published_read.convert", None)
+    monkeypatch.setattr("vlv.checkpoints.published.convert", None)
     assert published.resolve(source / "model.pt").folder == first.folder
     assert published.resolve(first.folder) == Checkpoint.open(first.folder)
 
@@ -217,32 +218,25 @@ def test_hub_ids_come_from_the_cache_or_fail_in_one_sentence(weights: Weights, t
     snapshot = tmp_path / "hub" / "models--someone--model" / "snapshots" / "abc"
     shutil.copytree(SLIM, snapshot, ignore=lambda *_: ["weights.safetensors"])
     (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[2] / "refs" / "main").write_text("abc")
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
     torch.save(weights, snapshot / "model.pt")
     assert convert(published.fetch("someone/model"), tmp_path / "out").can == ["caption", "to-published"]
 
 
-def run(*arguments: str, monkeypatch, capsys) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["vlv.published", *arguments])
-    try:
-        published.main()
-        code = 0
-    except SystemExit as end:
-        code = end.code
+def run(*arguments: str, capsys) -> tuple[int, str, str]:
+    code = command.main([*arguments])
     return code, *capsys.readouterr()
 
 
-def test_command(weights: Weights, source: Path, monkeypatch, capsys):
+def test_command(weights: Weights, source: Path, capsys):
     torch.save(weights, source / "model.pt")
-    code, out, _ = run(str(source), "--out", str(source / "out"), monkeypatch=monkeypatch, capsys=capsys)
+    code, out, _ = run(str(source), "--out", str(source / "out"), capsys=capsys)
     assert code == 0 and json.loads(out)["can"] == ["caption", "to-published"]
-    code, out, _ = run(
-        str(source / "out"), "--to-published", "--out", str(source / "b.pt"), monkeypatch=monkeypatch, capsys=capsys
-    )
+    code, out, _ = run(str(source / "out"), "--to-published", "--out", str(source / "b.pt"), capsys=capsys)
     assert code == 0 and json.loads(out) == {"published": str(source / "b.pt")}
-    code, out, err = run(str(source / "no"), "--out", str(source / "x"), monkeypatch=monkeypatch, capsys=capsys)
+    code, out, err = run(str(source / "no"), "--out", str(source / "x"), capsys=capsys)
     assert code == 1 and err.startswith("error: no checkpoint at ") and not out
-    code, _, err = run("--out", str(source / "x"), monkeypatch=monkeypatch, capsys=capsys)
+    code, _, err = run("--out", str(source / "x"), capsys=capsys)
     assert code == 2 and "either SRC or --random-weights" in err
 
 

@@ -60,7 +60,7 @@ def test_other_settings_are_not_mixed_in(tmp_path, originals, bundled, scene_net
     options = ["--ckpt", bundled, "--net", f"scenes={scene_net}", "--limit", "2", "--steps"]
     assert run(tmp_path, originals, *options, "2")[0] == 0
     assert run(tmp_path, originals, *options, "3")[0] == 1
-    assert "holds pictures of other settings" in capsys.readouterr().err
+    assert "holds images of other settings" in capsys.readouterr().err
 
 
 def test_from_captions(tmp_path, originals, bundled, scene_net, capsys):
@@ -74,7 +74,7 @@ def test_from_captions(tmp_path, originals, bundled, scene_net, capsys):
     captions["elsewhere/01.png"] = "a small bus"  # of the same name, the file says something else
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     assert run(tmp_path, originals, *options, "--steps", "2")[0] == 1
-    assert "holds pictures of other settings" in capsys.readouterr().err
+    assert "holds images of other settings" in capsys.readouterr().err
 
 
 def test_every_picture_has_its_own_noise_whatever_the_batch(tmp_path, originals, bundled, scene_net):
@@ -97,7 +97,7 @@ def test_drawings_that_are_the_originals(tmp_path, originals, scene_net, capsys)
     # float32 features give sets that are equal to the last bit
     assert row["frechet"] == pytest.approx(0, abs=1e-4) and row["cmmd"] == pytest.approx(0, abs=1e-6)
     assert run(tmp_path, originals, "--drawn", tmp_path, "--net", f"scenes={scene_net}")[0] == 1
-    assert "every original needs its drawing" in capsys.readouterr().err
+    assert "every original needs its reconstruction" in capsys.readouterr().err
 
 
 def test_lpips_of_the_command(tmp_path, originals):

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from vlv.common import openai_client as chat
-from vlv.evaluate import judge
+from vlv.common.openai_client import THOUGHTS
 from vlv.evaluate.__main__ import main
+from vlv.evaluate.judges import captions as judge
 from vlv.evaluate.metrics.statistics import bootstrap, wilson
 
 KEYS = ["00", "01", "02", "03"]
@@ -118,10 +118,9 @@ def test_a_server_that_is_no_chat_server(files, server, tmp_path):
     assert code == 1 and len(found["failures"]) == 2
 
 
-def test_nobody_listens(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(chat, "RETRIES", 0)
+def test_nobody_listens(files, tmp_path, capsys):
     words = ["judge", *files, "--url", "http://127.0.0.1:9/v1", "--model", "m", "-o", str(tmp_path / "o.json")]
-    assert main(words) == 1
+    assert main([*words, "--retries", "0"]) == 1
     assert "error: http://127.0.0.1:9/v1 cannot be used: Connection error" in capsys.readouterr().err
 
 
@@ -148,7 +147,7 @@ def test_a_reasoning_model_gets_its_own_fields(files, server, tmp_path):
     server.answer = fair
     assert run(files, server, tmp_path, "--reasoning", "--limit", "1", "--mode", "rubric")[0] == 0
     body = server.asked[0][2]
-    assert body["max_completion_tokens"] > chat.THOUGHTS and not {"temperature", "max_tokens"} & set(body)
+    assert body["max_completion_tokens"] > THOUGHTS and not {"temperature", "max_tokens"} & set(body)
 
 
 def test_over_our_own_server(files, tmp_path, captioning_checkpoint, capsys):
@@ -190,7 +189,7 @@ def test_misuse(files, options, message, capsys):
 def test_a_file_that_is_no_journal_stays_as_it_is(files, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("a line without an end")
     words = ["judge", *files, "--url", "http://127.0.0.1:1", "--model", "m", "--journal", str(tmp_path / "notes.txt")]
-    assert main(words) == 2 and "no journal of answers: choose another --journal" in capsys.readouterr().err
+    assert main(words) == 2 and "is no journal of answers: choose another --journal" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "a line without an end"
 
 
@@ -203,13 +202,58 @@ def test_captions_that_do_not_match(scene_images, tmp_path, capsys):
     assert stopped.value.code == 2 and "is not NAME=PATH" in capsys.readouterr().err
 
 
+GRADES = {"coverage": 5, "hallucination": 4, "layout": 3, "score": 2}
+PLAIN = json.dumps(GRADES)
+EXAMPLE = json.dumps(dict.fromkeys(GRADES, 0))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PLAIN,
+        f"```json\n{json.dumps(GRADES, indent=2)}\n```",
+        f"<think>The rubric wants {EXAMPLE} as its form. It is good.</think>\n{PLAIN}",
+        f"The rubric wants {EXAMPLE}.\n</think>\n\n{PLAIN}",
+        f"Following the format {EXAMPLE}, my grades are:\n```json\n{PLAIN}\n```",
+        f'{{"thoughts": "maybe {{coverage: 1}}"}} {PLAIN} {{"note": "done"}}',
+        json.dumps({"scores": GRADES, "reason": "fine {or so}"}),
+        json.dumps({k: {"score": v, "reason": "r"} for k, v in GRADES.items()}),
+        json.dumps({k: str(v) for k, v in GRADES.items()}),
+        json.dumps({k: f"{v}/6" for k, v in GRADES.items()}),
+        json.dumps({k.capitalize(): v for k, v in GRADES.items()}),
+        '{"coverage": 5/6, "hallucination": 4/6, "layout": 3/6, "score": 2/6}',
+        '{"coverage": 5, "hallucination": 4, "layout": 3, "score": 2,}',
+        "{'coverage': 5, 'hallucination': 4, 'layout': 3, 'score': 2}",
+        [{"type": "text", "text": PLAIN}],
+    ],
+)
+def test_the_same_grades_in_every_form(files, server, tmp_path, answer):
+    """What models write: thoughts, an example first, a fence, text for numbers, an object in another."""
+    server.answer = lambda body: answer
+    code, found = run(files, server, tmp_path, "--mode", "rubric", "--limit", "1")
+    assert code == 0 and {k: v["mean"] for k, v in found["rubric"]["ours"].items()} == GRADES
+    assert len(server.asked) == 2  # no caption was asked about twice
+
+
+@pytest.mark.parametrize("answer", ["<think>{}", '<think>\n{"better": 2}', "{'better': 3}", '{"better": 1.5}'])
+def test_no_verdict_from_thoughts(answer):
+    from vlv.common.openai_client import final_text
+
+    with pytest.raises(ValueError, match="JSON object"):
+        judge.parse_pair(final_text(answer))
+
+
+def test_verdicts():
+    assert judge.parse_pair('I take {"better": 1} or {"better": 2}: {"better": "0"}') == 0
+
+
 def test_grades_without_the_papers_score_are_no_answer():
     assert judge.parse_rubric('{"coverage": 4, "hallucination": 6, "layout": 3, "score": 0}')["score"] == 0
     with pytest.raises(ValueError, match='"score": 2'):
         judge.parse_rubric('{"coverage": 4, "hallucination": 6, "layout": 3}')
 
 
-@pytest.mark.parametrize("answer", ["", "none", '{"better": 3}', '{"better": true}', '{"better": "1"}', "{bad}"])
+@pytest.mark.parametrize("answer", ["", "none", '{"better": 3}', '{"better": true}', '{"better": "one"}', "{bad}"])
 def test_no_verdict(answer):
     with pytest.raises(ValueError, match="JSON object"):
         judge.parse_pair(answer)

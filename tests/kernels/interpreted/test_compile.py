@@ -1,0 +1,101 @@
+"""Custom ops under torch.compile and torch.export: a compiled graph has them, an exported graph has the references."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.geglu import geglu
+from kernels.runtime import dispatch
+from vlv.model.config import PRESETS, DaViTConfig
+from vlv.model.encoder import VLVEncoder
+
+SMALL = replace(
+    PRESETS["tiny"],
+    image_size=16,
+    encoder_layers=1,
+    decoder_layers=1,
+    context_layers=1,
+    vision=DaViTConfig((32,), (1,), (1,), (1,), (8,), (8,), (0,), (False,), 4),
+)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return VLVEncoder(SMALL).eval().requires_grad_(False)
+
+
+def ops(graph: torch.fx.Graph) -> set[str]:
+    """Return the names of our custom ops in a graph."""
+    names = (str(node.target) for node in graph.nodes if node.op == "call_function")
+    return {name.split(".")[1] for name in names if name.startswith("vlv.")}
+
+
+def test_a_compiled_encoder_has_the_custom_ops(encoder):
+    torch._dynamo.reset()
+    found, pixels = set(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+
+    def backend(module, inputs):
+        found.update(ops(module.graph))
+        return module.forward
+
+    compiled = torch.compile(encoder, fullgraph=True, backend=backend)(pixels)
+    assert found == {"upsample_normalize", "window_attention", "channel_attention", "dwconv_norm", "attention"}
+    torch.testing.assert_close(compiled, encoder(pixels), rtol=0, atol=1e-5)  # the eager linear layers are oneDNN's
+
+
+def test_an_exported_encoder_has_the_references(encoder):
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    for strict in (False, True):
+        program = torch.export.export(encoder, (pixels,), strict=strict)
+        assert not ops(program.graph)
+    with dispatch.as_nodes():
+        program = torch.export.export(encoder, (pixels,))
+        assert {"window_attention", "channel_attention", "dwconv_norm", "attention"} <= ops(program.graph)
+
+
+def test_references_inside_a_compiled_graph(encoder):
+    torch._dynamo.reset()
+    found = set()
+
+    def backend(module, inputs):
+        found.update(ops(module.graph))
+        return module.forward
+
+    with dispatch.references():
+        torch.compile(lambda x: geglu(x), fullgraph=True, backend=backend)(torch.randn(2, 8))
+    assert not found
+
+
+class OnGPU:
+    """What `fused` asks a tensor for, with the answers of one on a GPU."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, index: int = 0):
+        self.dtype, self.device = dtype, torch.device("cuda", index)
+
+
+@pytest.mark.parametrize(
+    "tensors, options, environment, reason",
+    [
+        ([OnGPU(torch.float64)], {}, {}, "no kernel computes in torch.float64"),
+        ([OnGPU(), OnGPU(index=1)], {}, {}, "several devices, expected all on cuda:0"),
+        ([OnGPU()], {"fits": False}, {}, "no kernel takes these sizes"),
+        ([OnGPU()], {}, {"MODE": "reference"}, "VLV_KERNELS=reference"),
+        ([OnGPU()], {}, {"_HAS_TRITON": False}, "pip install triton"),
+    ],
+)
+def test_a_reference_on_a_gpu_warns_once(tensors, options, environment, reason, monkeypatch):
+    monkeypatch.setattr(dispatch, "_warned", set())
+    for name, value in environment.items():
+        monkeypatch.setattr(dispatch, name, value)
+    with pytest.warns(RuntimeWarning, match=f"window_attention runs on its slower PyTorch reference.*{reason}"):
+        assert not dispatch.fused("window_attention", *tensors, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not dispatch.fused("window_attention", *tensors, **options)
+        assert dispatch.fused("window_attention", OnGPU(), OnGPU()) is not bool(environment)
+        with dispatch.references():  # asked for in code
+            monkeypatch.setattr(dispatch, "_warned", set())
+            assert not dispatch.fused("window_attention", *tensors, **options)
