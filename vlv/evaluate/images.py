@@ -14,6 +14,7 @@ Reconstructions are kept in --work; the same command continues a run that was st
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from vlv.common.command import Misuse, Parser, hush, positive, run_command
@@ -91,3 +92,7 @@ def _check(args: argparse.Namespace) -> None:
         raise Misuse("give a feature net (--net clip=DIR ...) or --lpips FILE: nothing would be measured")
     if len(dict(args.net)) < len(args.net):
         raise Misuse("two --net have the same name")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

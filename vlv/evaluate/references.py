@@ -10,6 +10,7 @@ scores, made for single sentences, reward their length little: compare systems o
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from vlv.common.command import Parser, run_command
@@ -39,3 +40,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
     rows = {name: ngrams.score({k: texts[k] for k in keys}, known) for name, texts in systems.items()}
     write_results(results_head("references", argv) | {"images": len(keys), "rows": rows}, args.out)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
