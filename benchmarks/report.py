@@ -49,14 +49,14 @@ def encoder(report: dict) -> str:
 def captions(report: dict) -> str:
     """Throughput against what one would run instead, and memory over a long run."""
     parts = report["parts"]
-    names = {"road": "this toolkit", "greedy": "transformers, greedy", "published": "published, beam 4"}
+    names = {"service": "this toolkit", "greedy": "transformers, greedy", "published": "published, beam 4"}
     rates = {names[name]: parts[name]["images_per_second"] for name in names}
     images, memory = parts["memory"]["images"], parts["memory"]["curve_mib"]
     return (
         bars("Captions a second, bundled checkpoint", rates, "/s")
         + plot(f"MiB of all processes over {images:,} images", [*range(len(memory))], {"": memory}, "sample")
         + f"<p>First caption after {parts['startup']['first_caption_seconds']:.0f} s; equal to the reference's: "
-        f"{html.escape(report['road_captions_equal_to_greedy'])}.</p>"
+        f"{html.escape(report['service_captions_equal_to_greedy'])}.</p>"
     )
 
 

@@ -91,14 +91,16 @@ async def measure(args) -> dict:
     import uvicorn
 
     from serve.core.inputs import expand
-    from serve.core.pipeline import Pipeline, PipelineConfig
-    from serve.core.service import Service, ServiceConfig
-    from serve.engines.base import LLMSpec, Sampling, engine_class
+    from serve.core.run import CaptionRun, RunConfig
+    from serve.core.service import ServiceConfig
+    from serve.engines.base import LLMSpec, Sampling
+    from serve.engines.factory import engine_class
     from serve.http.admission import Admission
     from serve.http.app import Bounds
     from serve.http.auth import Keys
     from serve.http.fetch import Fetcher
     from serve.http.routes import Routes
+    from serve.http.service import Service
     from serve.outputs.jsonl import FileSink
     from serve.reports.progress import Progress
     from vlv.checkpoints.folder import Checkpoint
@@ -138,9 +140,9 @@ async def measure(args) -> dict:
 
         async def pipeline(number: int) -> tuple[float, dict[str, str]]:
             output = Path(folder) / f"{number}.jsonl"
-            sink, config = FileSink(output, checkpoint.hash), PipelineConfig(Sampling(args.max_tokens))
+            sink, config = FileSink(output, checkpoint.hash), RunConfig(Sampling(args.max_tokens))
             start = time.perf_counter()
-            await Pipeline(checkpoint, engine, sink, config, Progress()).run(expand([str(pictures)]))
+            await CaptionRun(checkpoint, engine, sink, config, Progress()).run(expand([str(pictures)]))
             seconds = time.perf_counter() - start
             sink.close()
             records = map(json.loads, output.read_text().splitlines())

@@ -18,7 +18,7 @@ from vlv.common.command import hush, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     p = reconstruct.parser("python -m export.reconstruct", __doc__)
     p.add_argument("--backend", choices=RUNTIMES, default="onnx", help="runtime of encoder and reconstruction (onnx)")
     p.add_argument("--artifacts", type=Path, metavar="DIR", help="what an export wrote; torch needs none")
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _work(args: argparse.Namespace) -> None:
-    from export.runtimes.base import open_runtime
+    from export.runtimes.factory import open_runtime
     from vlv.checkpoints.published import resolve
     from vlv.diffusion.reconstruct_files import reconstruct_images
 

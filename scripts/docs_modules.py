@@ -17,7 +17,8 @@ PACKAGES = ("kernels", "vlv", "export", "serve")
 PUBLIC = (
     "vlv.model.config", "vlv.data.image", "vlv.model.encoder", "vlv.checkpoints.folder", "vlv.model.captioner",
     "vlv.diffusion.t2i", "vlv.checkpoints.published",
-    "export.runtimes.base", "export.manifest", "serve.engines.base", "serve.core.pipeline", "serve.core.service",
+    "export.runtimes.base", "export.runtimes.factory", "export.manifest",
+    "serve.engines.base", "serve.core.run", "serve.core.service",
     "serve.core.inputs",
     "serve.outputs.jsonl",
 )  # fmt: skip

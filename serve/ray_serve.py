@@ -13,15 +13,16 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from serve.command import Model
+from serve.command import open_model
 from serve.ray.cluster import cluster_arguments, joined, on_gpu, share, span
 from serve.server import EXIT_CODES, config_from, serving_arguments
-from vlv.common.command import Misuse, Parser, debug_argument, positive, run_command, say
+from vlv.common.command import Parser, debug_argument, positive, run_command, say
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 NAME = "vlv"
+QUEUE = 128  # requests that wait at a replica and at a proxy, without --queue
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,6 +71,7 @@ def application(args: argparse.Namespace) -> Application:
 def scaling(args: argparse.Namespace, gpus: bool) -> dict[str, Any]:
     """Return a deployment's options for Ray Serve."""
     low, high = args.replicas
+    queue = QUEUE if args.queue is None else args.queue
     size = args.tensor_parallel
     return {
         "name": "server",
@@ -81,8 +83,8 @@ def scaling(args: argparse.Namespace, gpus: bool) -> dict[str, Any]:
             "target_ongoing_requests": args.target,
             "upscale_delay_s": 10,  # loading takes long enough
         },
-        "max_ongoing_requests": args.in_flight + args.queue,
-        "max_queued_requests": args.queue,  # at a proxy; beyond it, 503
+        "max_ongoing_requests": args.in_flight + queue,
+        "max_queued_requests": queue,  # at a proxy; beyond it, 503
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
         "graceful_shutdown_timeout_s": args.drain,
@@ -93,16 +95,15 @@ def scaling(args: argparse.Namespace, gpus: bool) -> dict[str, Any]:
 def _serve(args: argparse.Namespace) -> int:
     from serve.http.auth import read_keys
 
-    if not args.ckpt:
-        raise Misuse("--ckpt is needed (--help shows the usage)")
+    # refused here in one sentence, not by every replica
     read_keys(args.keys, args.no_auth, args.host)
-    Model.of(args).engine()  # refused here in one sentence, not by every replica
+    open_model(args).engine()
 
     def stop(number: int, _) -> None:
         say(f"{signal.Signals(number).name}: no new requests; those that run are finished (at most {args.drain} s)")
         raise KeyboardInterrupt
 
-    with joined(args, "serve") as ray_serve:
+    with joined("serve", args.address, args.cpus, args.debug) as ray_serve:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         with contextlib.suppress(KeyboardInterrupt):

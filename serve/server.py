@@ -45,6 +45,14 @@ def listening_arguments() -> Parser:
     p.add_argument("--keys", type=Path, metavar="FILE", help="hashes of the API keys that are let in (see --new-key)")
     p.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
     p.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
+    p.add_argument("--access-log", action="store_true", help="log every request (without: those that fail)")
+    p.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin call the server (repeatable; '*' for all; none by default)",
+    )
     p.add_argument("--drain", type=positive, default=60, metavar="S", help="seconds to finish at SIGTERM (60)")
     return p
 
@@ -59,7 +67,12 @@ def serving_arguments() -> Parser:
     """Return a parent parser for captioning servers: the models, where they listen, and what a request may cost."""
     p = Parser(add_help=False, parents=[model_arguments(), engine_arguments(), listening_arguments()])
     p.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
-    p.add_argument("--queue", type=positive, default=128, metavar="N", help="images that may wait for their turn (128)")
+    p.add_argument(
+        "--queue",
+        type=positive,
+        metavar="N",
+        help="images that may wait for their turn (default: those that will be captioned within --deadline)",
+    )
     p.add_argument(
         "--image-host",
         action="append",

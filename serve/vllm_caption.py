@@ -1,7 +1,7 @@
 """Caption image files: python -m serve.vllm_caption PATHS... --ckpt DIR -o captions.jsonl
 
-The record of an image is appended to the output as soon as it is done, so a run that ends early,
-however it ends, goes on where it stopped when the same command is given again.
+The record of an image is appended to the output as soon as it is done, so that a run which ends early, for whatever
+reason, continues where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -10,23 +10,33 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import math
 import os
+import shlex
 import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from serve import FORMATS
-from serve.command import Misuse, Model, Parser, debug_argument, engine_arguments, model_arguments, positive, run, say
+from serve.command import engine_arguments, model_arguments, open_model
+from vlv.common.command import Misuse, Parser, debug_argument, hush, positive, run_command, say
+
+if TYPE_CHECKING:
+    from serve.core.inputs import LeftOut
+    from serve.core.model import Model
+    from serve.core.run import CaptionRun
 
 EXIT_CODES = """\
 exit codes: 0 every image of this run has a caption (what earlier runs have finished is not looked at again);
 1 the run failed, or some of its images did (see NAME.errors.jsonl); 2 wrong arguments; 130 stopped by Ctrl-C.
 """
+ENDINGS = {"coco": ".json", "parquet": ".parquet", "webdataset": ""}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. Light: neither torch nor the pipeline is imported for --help."""
+    """Return the parser. Light: neither torch nor the service is imported for --help."""
     p = Parser(
         prog="python -m serve.vllm_caption",
         description="Caption images with a VLV checkpoint, through vLLM.",
@@ -47,14 +57,31 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end captions before TEXT (repeatable)")
     p.add_argument("--limit", type=positive, metavar="N", help="only the first N images of the input")
     p.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=True,
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="skip what the output already holds (default); --no-resume starts over and keeps the old file as NAME.old",
-    )  # fmt: skip
+    )
     p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
+    p.add_argument("--strict", action="store_true", help="fail if images are left out, such as .heic or dead links")
     p.add_argument("--gallery", metavar="HTML", help="also write a page of image | reconstruction | caption")
     p.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
     p.add_argument("--doctor", action="store_true", help="report what is installed and what is missing, and stop")
+    p.add_argument(
+        "--plan", metavar="CKPT", help="GPU memory by captions in flight and cost; CKPT or a preset; and stop"
+    )
+    p.add_argument("--gpu-memory", type=_amount, metavar="GB", help="with --plan: memory of the GPU, to see what fits")
+    p.add_argument("--price", type=_amount, metavar="USD", help="with --plan: price of the GPU for an hour")
     return p
+
+
+def _amount(text: str) -> float:
+    try:
+        if (value := float(text)) > 0 and math.isfinite(value):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
 
 
 def _temperature(text: str) -> float:
@@ -63,18 +90,18 @@ def _temperature(text: str) -> float:
             return value
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 10")
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to 10, got {text!r}")
 
 
 def _shard(text: str) -> tuple[int, int]:
     part, _, parts = text.partition("/")
     if part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts):
         return int(part), int(parts)
-    raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole, such as 3/16 (from 1/16 to 16/16)")
+    raise argparse.ArgumentTypeError(f"expected a part such as 3/16 (from 1/16 to 16/16), got {text!r}")
 
 
 class Stopped(BaseException):
-    """A signal ended the run; like KeyboardInterrupt, no error."""
+    """Raised when a signal ended the run; like KeyboardInterrupt, it is no error."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,17 +110,74 @@ def main(argv: list[str] | None = None) -> int:
     if args.doctor:
         from serve.reports.doctor import report
 
-        return report()
+        return report(args.ckpt)
+    if args.plan:
+        return run_command(_plan, args)
     try:
-        return run(_caption, args)
-    except (Stopped, KeyboardInterrupt) as stopped:
-        number = stopped.args[0] if stopped.args else signal.SIGINT
-        say(f"stopped by {number.name}: what is captioned so far is kept, and the same command goes on from here")
+        return run_command(_caption, args)
+    except Stopped as stopped:
+        (number,) = stopped.args
+        say(f"stopped by {number.name}: what is captioned so far is kept, and the same command continues from there")
         # not sys.exit: it would wait for the threads that load or encode at this moment
         os._exit(128 + number)
 
 
+def _plan(args: argparse.Namespace) -> None:
+    hush()  # before transformers is imported, which warns of torchvision
+
+    from serve.reports.capacity import report
+
+    print(report(args.plan, args.gpu_memory, args.price, args.max_tokens or 300))
+
+
 def _caption(args: argparse.Namespace) -> int:
+    _check(args)
+    model = open_model(args)
+    from serve.core.inputs import LeftOut
+    from serve.core.run import CaptionRun, RunConfig
+    from serve.engines.base import Sampling
+    from serve.outputs.factory import sink_class
+    from serve.outputs.jsonl import StreamSink
+    from serve.reports import gallery
+    from serve.reports.progress import Progress
+    from serve.reports.timeline import Timeline
+
+    sampling = Sampling(model.max_tokens, args.temperature, args.seed, tuple(args.stop))
+    flags = _flags(args, model)
+    config = RunConfig(
+        sampling, args.prompt_batch, args.workers, args.limit, args.raw, args.n, args.encoder, args.artifacts, flags
+    )
+    left_out = LeftOut()
+    items = _items(args, left_out)
+    engine = model.engine()
+    if args.output == "-":
+        sink = StreamSink(_claim_stdout(), sys.stderr.fileno())
+    else:
+        model_id = engine.options.model_id(model.checkpoint.hash)
+        sink = sink_class(args.format)(_output(args), model_id, args.resume, flags)
+    progress, timeline = Progress(), Timeline(args.trace)
+    threading.Thread(target=_count, args=(args, progress), daemon=True).start()
+    try:
+        _run(CaptionRun(model.checkpoint, engine, sink, config, progress, timeline), items)
+    finally:
+        timeline.close()
+        sink.close()
+    if busy := timeline.summary():
+        progress.show(busy, last=True)
+    progress.show(progress.summary(), last=True)
+    if args.gallery:
+        gallery.write(Path(args.gallery), model.checkpoint, _items(args), sink.journal_path)
+    if line := str(left_out):
+        say(line)
+    if progress.failed:
+        where = sink.errors_path or "the lines above"
+        say(f"{progress.failed} of {progress.finished} images failed: see {where}")
+        return 1
+    return int(args.strict and bool(left_out.images or left_out.replaced))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise Misuse for arguments that do not fit together."""
     if not args.paths or not args.ckpt:
         raise Misuse("PATH and --ckpt are needed (--help shows the usage)")
     if args.n > 1 and not args.temperature:
@@ -106,64 +190,37 @@ def _caption(args: argparse.Namespace) -> int:
         raise Misuse(
             "--gallery reads the captions back from JSON lines: give -o a file, in --format jsonl, txt or coco"
         )
-    model = Model.of(args)
-    items = _items(args)
-
-    from serve.core.pipeline import Pipeline, PipelineConfig
-    from serve.engines.base import Sampling
-    from serve.outputs.formats import sink_class
-    from serve.outputs.jsonl import StreamSink
-    from serve.reports.progress import Progress
-    from serve.reports.timeline import Timeline
-
-    sampling = Sampling(model.max_tokens, args.temperature, args.seed, tuple(args.stop))
-    config = PipelineConfig(
-        sampling, args.prompt_batch, args.workers, args.limit, args.raw, args.n, args.encoder, args.artifacts
-    )
-    engine = model.engine()
-    if args.output == "-":
-        sink = StreamSink(_claim_stdout(), sys.stderr.fileno())
-    else:
-        sink = sink_class(args.format)(_output(args), engine.options.mark(model.checkpoint.hash), args.resume)
-    progress, timeline = Progress(), Timeline(args.trace)
-    threading.Thread(target=_count, args=(args, progress), daemon=True).start()
-    try:
-        _run(Pipeline(model.checkpoint, engine, sink, config, progress, timeline), items)
-    finally:
-        timeline.close()
-        sink.close()
-    if busy := timeline.summary():
-        progress.show(busy, last=True)
-    progress.show(progress.summary(), last=True)
-    if args.gallery:
-        from serve.reports import gallery
-
-        gallery.write(Path(args.gallery), model.checkpoint, _items(args), sink.journal_path)
-    if progress.failed:
-        where = sink.errors_path or "the lines above"
-        say(f"{progress.failed} of {progress.finished} images failed: see {where}")
-        return 1
-    return 0
 
 
-def _items(args: argparse.Namespace):
+def _flags(args: argparse.Namespace, model: Model) -> str:
+    """Return the flags that change captions, for the records: a run with others does not continue the output."""
+    given = {
+        "--temperature": args.temperature or None,
+        "--seed": args.seed if args.temperature and args.seed else None,
+        "-n": args.n if args.n > 1 else None,
+    }
+    words = [f"{flag} {value}" for flag, value in given.items() if value is not None]
+    words += [f"--stop {shlex.quote(text)}" for text in sorted(args.stop)]
+    return " ".join([model.flags] * bool(model.flags) + words + ["--raw"] * args.raw)
+
+
+def _items(args: argparse.Namespace, left_out: LeftOut | None = None):
     from serve.core.inputs import expand, part_of
 
-    items = expand(args.paths)
+    items = expand(args.paths, left_out)
     return part_of(items, *args.shard) if args.shard else items
 
 
 def _output(args: argparse.Namespace) -> Path:
-    """-o or its default; with --shard its name says which, since every worker has a file of its own."""
-    endings = {"coco": ".json", "parquet": ".parquet", "webdataset": ""}
-    path = Path(args.output or "captions" + endings.get(args.format, ".jsonl"))
+    """Return -o or its default; with --shard, its name tells the part, since every worker has a file of its own."""
+    path = Path(args.output or "captions" + ENDINGS.get(args.format, ".jsonl"))
     if args.shard:
         part, parts = args.shard
         path = path.with_name(f"{path.stem}-{part:0{len(str(parts))}}-of-{parts}{path.suffix}")
     return path
 
 
-def _run(pipeline, items) -> None:
+def _run(captioning: CaptionRun, items) -> None:
     """Run to the end, or to a signal: the first one stops in order, a second one at once. Raises Stopped."""
 
     async def run() -> None:
@@ -179,7 +236,7 @@ def _run(pipeline, items) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop, number)
         try:
-            await pipeline.run(items)
+            await captioning.run(items)
         except BaseException:
             if caught:
                 raise Stopped(caught[0]) from None
@@ -189,7 +246,7 @@ def _run(pipeline, items) -> None:
 
 
 def _count(args: argparse.Namespace, progress) -> None:
-    """Count the input beside the run, for the time left."""
+    """Count the input during the run, for the time left."""
     from serve.core.inputs import SourceError
 
     with contextlib.suppress(SourceError):
@@ -197,7 +254,7 @@ def _count(args: argparse.Namespace, progress) -> None:
 
 
 def _claim_stdout() -> int:
-    """A descriptor of stdout for data alone; whatever else this process or its children print goes to stderr."""
+    """Return a descriptor of stdout for data alone; what else this process or its children print goes to stderr."""
     data = os.dup(1)
     os.dup2(2, 1)
     return data

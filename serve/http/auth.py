@@ -37,10 +37,28 @@ class Key:
     _tokens: float = field(default=math.inf, compare=False)
     _updated: float = field(default=0.0, compare=False)
 
-    def consume(self, images: int, now: float) -> float:
-        """Take `images` from the token bucket of one minute's images; return the seconds to wait if it has too few."""
+    @property
+    def limited(self) -> bool:
+        """Return True for a key of a file; without a file there are no limits."""
+        return bool(self.sha256)
+
+    def rate_headers(self, now: float) -> dict[str, str]:
+        """Return OpenAI's x-ratelimit headers; a request is an image here."""
+        self._refill(now)
+        left = max(0, math.floor(self._tokens))
+        return {
+            "x-ratelimit-limit-requests": str(self.per_minute),
+            "x-ratelimit-remaining-requests": str(left),
+            "x-ratelimit-reset-requests": f"{(self.per_minute - self._tokens) * 60 / self.per_minute:.2f}s",
+        }
+
+    def _refill(self, now: float) -> None:
         self._tokens = min(self.per_minute, self._tokens + (now - self._updated) * self.per_minute / 60)
         self._updated = now
+
+    def consume(self, images: int, now: float) -> float:
+        """Take `images` from the token bucket of one minute's images; return the seconds to wait if it has too few."""
+        self._refill(now)
         if self._tokens < images:
             return (images - self._tokens) * 60 / self.per_minute
         self._tokens -= images
@@ -76,6 +94,10 @@ class Keys:
             raise KeysError(f"cannot write {path}: {why(error)}") from error
         return key
 
+    def describe(self) -> str:
+        """Return who is let in."""
+        return "no API keys" if self._keys is None else f"{len(self._keys)} API keys"
+
     def find(self, authorization: str | None) -> Key:
         """Return the key of a header `Authorization: Bearer KEY`, in the same time for every wrong one."""
         if self._keys is None:
@@ -86,7 +108,8 @@ class Keys:
             if hmac.compare_digest(key.sha256, digest):
                 found = key
         if found is None or scheme.lower() != "bearer":
-            raise ApiError(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
+            message = "a valid API key is needed: Authorization: Bearer KEY"
+            raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
         return found
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import ipaddress
+import re
 import socket
 import urllib.parse
 
@@ -37,6 +37,7 @@ class Fetcher:
 
     async def get(self, url: str) -> bytes:
         """Return the content of a data: or http(s) URL. Raises ApiError 400."""
+        url = url.strip()
         if url[:5].lower() == "data:":
             return self._data(url)
         try:
@@ -48,17 +49,18 @@ class Fetcher:
             raise _error(f"the image cannot be fetched: {type(error).__name__}") from error
 
     def _data(self, url: str) -> bytes:
-        head, comma, payload = url.partition(",")
+        head, comma, payload = url.partition("#")[0].partition(",")
         if not comma:
             raise _error("the data: URL has no comma between its type and its content")
-        if len(payload) > self._max_bytes * 4 // 3 + 4:
+        content = urllib.parse.unquote_to_bytes(payload)
+        if re.search(r";\s*base64\s*$", head, re.IGNORECASE):
+            try:
+                content = forgiving_base64(content)
+            except ValueError as error:
+                raise _error("the data: URL's content is no base64") from error
+        if len(content) > self._max_bytes:
             raise self._too_large()
-        try:
-            if head.lower().endswith(";base64"):
-                return base64.b64decode(urllib.parse.unquote(payload), validate=True)
-            return urllib.parse.unquote_to_bytes(payload)
-        except (binascii.Error, ValueError) as error:
-            raise _error("the data: URL's content is no base64") from error
+        return content
 
     async def _http(self, url: str) -> bytes:
         for _ in range(REDIRECTS + 1):
@@ -114,6 +116,19 @@ class Fetcher:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+
+
+def forgiving_base64(text: bytes) -> bytes:
+    """Decode base64 as browsers do (WHATWG Infra, "forgiving-base64 decode"). Raises ValueError.
+
+    ASCII whitespace is removed and padding may be missing.
+    """
+    text = text.translate(None, b"\t\n\f\r ")
+    if len(text) % 4 == 0:
+        text = text.removesuffix(b"==") if text.endswith(b"==") else text.removesuffix(b"=")
+    if len(text) % 4 == 1 or b"=" in text:
+        raise ValueError("wrong length or padding")
+    return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
 
 
 class PublicResolver(AbstractResolver):

@@ -14,9 +14,9 @@ from contextlib import aclosing
 
 from safetensors import SafetensorError
 from safetensors.torch import load
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 from torch import Tensor
 
 from serve.engines.base import EmbedsError, EngineError, LLMEngine, LLMSpec, Options, Sampling
@@ -25,13 +25,13 @@ from serve.http import openai_api as api
 from serve.http.admission import Admission, AdmissionLease
 from serve.http.app import Bounds, CaptionApp
 from serve.http.auth import read_keys
-from serve.http.errors import ApiError, invalid_request
+from serve.http.errors import ApiError, invalid_request, invalid_value
 from serve.http.incoming import read_bytes
 from serve.http.listener import ListenConfig, listen
 from serve.http.metrics import Metrics
 
 HEADER = "x-vlv-sampling"
-FIELDS = {"max_tokens", "temperature", "seed", "stream"}  # of HEADER
+FIELDS = {*"max_tokens temperature seed top_p top_k min_p min_tokens ignore_eos stream".split()}  # of HEADER
 WATCH = 1  # seconds between two checks of vLLM
 
 
@@ -74,7 +74,7 @@ class Gateway(CaptionApp):
         self.engine = upstream.engine
         self.spec: LLMSpec = upstream.engine.spec
 
-    def app(self) -> Starlette:
+    def app(self) -> ASGIApp:
         """Return the ASGI application."""
         return self.application({"/v1/generate": self.generate}, {"/v1/models": self.models})
 
@@ -82,13 +82,16 @@ class Gateway(CaptionApp):
         """POST /v1/generate"""
         fields = sampling_fields(request.headers.get(HEADER, "{}"))
         stream = fields.get("stream", False)
-        sampling = api.caption_params(fields, self.engine.max_tokens).sampling
+        params = api.caption_params(fields, self.engine.max_tokens)
+        if params.clamped is not None:
+            raise invalid_value("max_tokens", f"max_tokens must be an integer from 1 to {params.clamped}")
+        sampling = params.sampling
         embeds = read_embeds(await read_bytes(request, self.bounds.body_seconds), self.spec)
         if stream:
             return self._stream(embeds, sampling)
         async with aclosing(self._tokens(embeds, sampling, every=False)) as steps:
             ids = [i async for step in steps for i in step]
-        reason = "stop" if self.engine.end in ids else "length"
+        reason = "stop" if any(i in self.engine.ends for i in ids) else "length"
         return {"choices": [{"token_ids": ids, "finish_reason": reason}]}
 
     async def _stream(self, embeds: Tensor, sampling: Sampling) -> AsyncGenerator[bytes]:
@@ -152,6 +155,7 @@ async def serve_gateway(spec: LLMSpec, max_tokens: int, in_flight: int, url: str
     float32_and_header = spec.queries * spec.width * 4 + 4096
     bounds = Bounds(config.deadline, config.body_seconds, float32_and_header, 1)
     gateway = Gateway(upstream, Admission(in_flight), bounds, keys)
+    gateway.access_log, gateway.cors = config.access_log, tuple(config.cors)
     try:
         return await listen(gateway.app(), gateway, config, upstream.failure)
     finally:

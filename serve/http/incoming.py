@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from contextlib import aclosing
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -95,7 +96,12 @@ async def read_form(
     files = [(value.filename, value.read()) for _, value in items if isinstance(value, UploadFile)]
     if not files:
         raise invalid_request(f"the form holds no file: send 1 to {max_files} files")
-    return files, {name: _value(name, value) for name, value in items if isinstance(value, str)}
+    return files, read_fields((name, value) for name, value in items if isinstance(value, str))
+
+
+def read_fields(items: Iterable[tuple[str, str]]) -> dict:
+    """Return the fields of a form or of a URL's query: JSON values, or texts."""
+    return {name: _value(name, value) for name, value in items}
 
 
 def _value(name: str, text: str):
@@ -123,3 +129,39 @@ async def gather_or_cancel(work: list) -> list:
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def merge(streams: list[AsyncGenerator]) -> AsyncGenerator[tuple[int, Any]]:
+    """Yield (number of the stream, its item) in the order of arrival; the first failure ends all and is raised."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for item in stream:
+                yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, Any, Exception | None]] = asyncio.Queue()
+
+    async def forward(number: int, stream: AsyncGenerator) -> None:
+        error = None
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    queue.put_nowait((number, item, None))
+        except Exception as raised:
+            error = raised
+        queue.put_nowait((number, None, error))
+
+    tasks = [asyncio.create_task(forward(*numbered)) for numbered in enumerate(streams)]
+    try:
+        running = len(streams)
+        while running:
+            number, item, error = await queue.get()
+            if error is not None:
+                raise error
+            if item is None:
+                running -= 1
+            else:
+                yield number, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

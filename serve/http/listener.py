@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.http.app import CaptionApp
 from vlv.common.command import UserError, say
+
+WATCH = 0.2  # seconds between two checks whether the server is ready
 
 
 class ListenError(UserError, RuntimeError):
@@ -32,6 +35,8 @@ class ListenConfig:
     deadline: float = 60  # seconds for a whole request
     drain: int = 60  # seconds to finish running requests after SIGTERM
     body_seconds: float = 20  # seconds for a request to arrive
+    access_log: bool = False  # log every request, not only errors
+    cors: tuple[str, ...] = ()  # origins whose pages may call this server; "*": all
     debug: bool = False
 
 
@@ -67,6 +72,16 @@ class TimedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
 
+async def announce(app: CaptionApp, url: str, start: float) -> None:
+    """Print one line when the server is ready: since when, where, with which settings; and again after a restart."""
+    ready = False
+    while True:
+        if app.service.ready and not ready:
+            say(f"ready after {time.monotonic() - start:.1f} s at {url}: {app.describe()}")
+        ready = app.service.ready
+        await asyncio.sleep(WATCH)
+
+
 async def listen(app: ASGIApp, state: CaptionApp, config: ListenConfig, failure: asyncio.Future) -> int:
     """Serve `app` until a signal or until `failure` is set; return the exit code.
 
@@ -100,12 +115,16 @@ async def listen(app: ASGIApp, state: CaptionApp, config: ListenConfig, failure:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     failure.add_done_callback(lambda _: setattr(server, "should_exit", True))
-    say(f"listening at http://{config.host}:{config.port} (loading the models: /ready tells when they are there)")
+    url = f"http://{config.host}:{config.port}"
+    say(f"listening at {url} (loading the models: /ready tells when they are there)")
+    announcing = asyncio.create_task(announce(state, url, time.monotonic()))
     try:
         await server.serve()
     except SystemExit as error:  # raised by uvicorn if it cannot listen; its log has said why
         address = f"{config.host}:{config.port}"
         raise ListenError(f"cannot listen at {address}: another server has the port, or it is not allowed") from error
+    finally:
+        announcing.cancel()
     if failure.done():
         failure.result()
     return 0

@@ -6,45 +6,35 @@ import base64
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import ASGIApp
 
-from serve.command import Model
-from serve.core.service import Service, ServiceConfig
+from serve.core.model import Model, ModelOptions
+from serve.core.record import distinct_texts
+from serve.core.service import ServiceConfig
+from serve.engines.base import Completion
 from serve.http import openai_api as api
 from serve.http.admission import Admission, AdmissionLease
-from serve.http.app import Bounds, CaptionApp
+from serve.http.app import Bounds, CaptionApp, info_of
 from serve.http.auth import Keys, read_keys
-from serve.http.errors import ApiError, invalid_request
+from serve.http.errors import ApiError, invalid_value
 from serve.http.fetch import Fetcher
-from serve.http.incoming import gather_or_cancel, read_form, read_json
+from serve.http.incoming import gather_or_cancel, merge, read_bytes, read_fields, read_form, read_json
 from serve.http.listener import ListenConfig, listen
 from serve.http.reconstructor import ReconstructionParams, ReconstructionService
-from serve.http.web.page import HEADERS, PAGE
-from vlv.common.command import Misuse
+from serve.http.service import Service
+from serve.http.web.page import DOCS, HEADERS, OPENAPI, PAGE
 
 
 @dataclass(frozen=True)
-class ServerConfig(ListenConfig):
+class ServerConfig(ListenConfig, ModelOptions):
     """The models of a captioning server, and what its requests may cost. Sizes are in MiB."""
 
-    ckpt: str | None = None  # checkpoint folder, published weights, or a hub id
-    max_tokens: int | None = None  # longest caption; None: 300, or what fits
-    in_flight: int = 256  # captions written together
-    engine: str | None = None
-    llm_url: str | None = None
-    lora: Path | None = None
-    tensor_parallel: int = 1
-    encoder: str = "torch"
-    artifacts: Path | None = None
-    prompt_batch: int = 32  # images per encoder batch
-    workers: int | None = None  # decode processes
     model_name: str | None = None  # None: the checkpoint folder's name
-    queue: int = 128  # images that may wait
+    queue: int | None = None  # images that may wait; None: those that can be captioned within the deadline
     image_host: tuple[str, ...] = ()  # hosts from which images are fetched
     max_body: int = 64  # of one request
     max_bodies: int = 512  # of all requests together
@@ -66,7 +56,7 @@ class Routes(CaptionApp):
         self.queries = service.engine.spec.queries
         self.width = service.engine.spec.width
 
-    def app(self) -> Starlette:
+    def app(self) -> ASGIApp:
         """Return the ASGI application."""
         post = {
             "/v1/chat/completions": self.chat,
@@ -74,67 +64,98 @@ class Routes(CaptionApp):
             "/v1/embeddings": self.embed,
             "/v1/reconstructions": self.reconstruct,
         }
-        return self.application(post, {"/v1/models": self.models, "/": self.page})
+        get = {
+            "/v1/models": self.models,
+            "/v1/models/{model:path}": self.retrieve_model,
+            "/openapi.json": self.openapi,
+            "/docs": self.docs,
+            "/": self.page,
+        }
+        return self.application(post, get)
+
+    def describe(self) -> str:
+        """Return the server's settings in one line."""
+        engine, config = self.service.engine, self.service.config
+        return (
+            f"model {self.model}, language model by {engine.name}, encoder by {config.encoder}, at most "
+            f"{engine.max_tokens} tokens a caption and {engine.in_flight} captions together, {self.keys.describe()}, "
+            f"{self.bounds.deadline:g} s a request"
+        )
 
     async def chat(self, request: Request, lease: AdmissionLease):
         """POST /v1/chat/completions"""
+        start = time.monotonic()
         body = await read_json(request, self.bounds.body_seconds)
         self._check_model(body)
-        start = time.monotonic()
-        url, params = api.image_url(body.get("messages")), api.caption_params(body, self.service.engine.max_tokens)
-        if body.get("stream") and (params.count > 1 or params.as_json):
-            raise invalid_request("stream goes with n = 1 and response_format text")
-        lease.reserve(params.count - 1)
+        url, params = api.image_url(body.get("messages")), self._params(request, body)
+        stream, with_usage, usage_in_every = api.stream_options(body)
+        lease.reserve(len(params.samplings) - 1)
         embeds = await self.service.embed(await self.fetcher.get(url))
-        if body.get("stream"):
-            options = body.get("stream_options")
-            with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-            return self._stream(embeds, params, with_usage, start)
+        if stream:
+            chunks = api.Chunks(self.model, self.queries, with_usage, usage_in_every)
+            return self._stream(embeds, params, chunks, start)
         completions = await self._caption(embeds, params)
-        tokens = sum(len(c.token_ids) for c in completions)
-        return api.chat_completion(self.model, api.unique_texts(completions, params), params, self.queries, tokens)
+        return api.chat_completion(self.model, completions, params, self.queries, self.service.engine.token_text)
 
-    async def _stream(self, embeds, params: api.CaptionParams, with_usage: bool, start: float) -> AsyncGenerator[bytes]:
-        chunks, cleaner, tokens, silent = api.Chunks(self.model), api.Cleaner(), 0, True
+    async def _stream(
+        self, embeds, params: api.CaptionParams, chunks: api.Chunks, start: float
+    ) -> AsyncGenerator[bytes]:
+        """Yield the events of all choices as they come; one greedy caption is sent as every choice."""
+        samplings = params.samplings
+        texts = [api.StreamedText(params) for _ in samplings]
+        pending: list[list[dict]] = [[] for _ in samplings]  # log probabilities that no event has carried yet
+        silent = True
 
-        def text_event(text: str) -> bytes:
-            nonlocal silent
-            if silent:
-                self.metrics.first_token.observe(time.monotonic() - start)
-                silent = False
-            return chunks.event({"content": text})
+        def events(number: int, delta: dict, finish_reason: str | None = None) -> bytes:
+            content, pending[number] = pending[number], []
+            logprobs = {"content": content, "refusal": None} if content else None
+            same = range(params.count) if len(samplings) == 1 else [number]
+            return b"".join(chunks.event(index, delta, finish_reason, logprobs) for index in same)
 
-        yield chunks.event({"role": "assistant", "content": ""})
-        async with aclosing(self.service.stream(embeds, params.sampling)) as pieces:
-            async for piece in pieces:
-                tokens += len(piece.token_ids)
-                if text := piece.text if params.raw else cleaner.push(piece.text):
-                    yield text_event(text)
-                reason = piece.finish_reason
-        if not params.raw and (text := cleaner.end()):
-            yield text_event(text)
-        yield chunks.event({}, reason)
-        if with_usage:
-            yield chunks.usage(self.queries, tokens)
-        yield api.DONE
+        for number in range(len(samplings)):
+            yield events(number, {"role": "assistant", "content": ""})
+        async with aclosing(merge([self.service.stream(embeds, sampling) for sampling in samplings])) as pieces:
+            async for number, piece in pieces:
+                chunks.tokens += len(piece.token_ids)
+                if values := api.logprobs(piece, params.sampling.logprobs, self.service.engine.token_text):
+                    pending[number] += values["content"]
+                text = texts[number].push(piece.text) + (texts[number].end() if piece.finish_reason else "")
+                if text and silent:
+                    self.metrics.first_token.observe(time.monotonic() - start)
+                    silent = False
+                if text:
+                    yield events(number, {"content": text})
+                if piece.finish_reason:
+                    yield events(number, {}, piece.finish_reason)
+        yield chunks.end()
 
-    async def _caption(self, embeds, params: api.CaptionParams) -> list:
-        """Return the captions of one image, each with a seed of its own."""
-        first = params.sampling
-        samplings = [replace(first, seed=first.seed + i) for i in range(params.count)]
-        return await gather_or_cancel([self.service.caption(embeds, sampling) for sampling in samplings])
+    async def _caption(self, embeds, params: api.CaptionParams) -> list[Completion]:
+        """Return the captions of one image, one for each sampling."""
+        return await gather_or_cancel([self.service.caption(embeds, sampling) for sampling in params.samplings])
+
+    def _params(self, request: Request, body: dict) -> api.CaptionParams:
+        """Read the decoding fields; a caption that is asked to be longer than possible is said in a header."""
+        engine = self.service.engine
+        params = api.caption_params(body, engine.max_tokens, engine.has_logprobs)
+        if params.clamped is not None:
+            info_of(request).headers["X-VLV-Max-Tokens"] = str(params.clamped)
+        return params
 
     async def captions(self, request: Request, lease: AdmissionLease) -> dict:
-        """POST /v1/captions: multipart files, or JSON {"images": [url, ...]}; one result per image, in order."""
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        """POST /v1/captions: an image file, multipart files, or JSON {"images": [url, ...]}; one result per image."""
+        kind = request.headers.get("content-type", "")
+        if kind.startswith("multipart/form-data"):
             sources, body = await read_form(request, self.bounds.body_seconds, self.bounds.images)
+        elif kind.startswith(("image/", "application/octet-stream")):
+            content = await read_bytes(request, self.bounds.body_seconds)
+            sources, body = [(None, _awaitable(content))], read_fields(request.query_params.multi_items())
         else:
             body = await read_json(request, self.bounds.body_seconds)
             sources = [(None, self.fetcher.get(url)) for url in api.image_urls(body, "images", self.bounds.images)]
         try:
             self._check_model(body)
-            params = api.caption_params(body, self.service.engine.max_tokens)
-            lease.reserve(len(sources) * params.count - 1)
+            params = self._params(request, body)
+            lease.reserve(len(sources) * len(params.samplings) - 1)
         except BaseException:
             for _, content in sources:
                 content.close()  # never awaited
@@ -150,10 +171,11 @@ class Routes(CaptionApp):
             if error.status != 400:
                 raise
             return result | api.error_body(error)
-        (text, first), *others = api.unique_texts(completions, params)
-        more = {"captions": [text, *(t for t, _ in others)]} if params.count > 1 else {}
+        texts = list(distinct_texts(completions, params.raw))
         tokens = sum(len(c.token_ids) for c in completions)
-        return {**result, "caption": text, **more, "tokens": tokens, "finish_reason": first.finish_reason}
+        more = {"captions": texts} if params.count > 1 else {}
+        result |= {"caption": texts[0], **more, "tokens": tokens}
+        return result | {"finish_reason": completions[0].finish_reason}
 
     async def embed(self, request: Request, lease: AdmissionLease) -> dict:
         """POST /v1/embeddings: `input` is one image URL or a list."""
@@ -161,7 +183,7 @@ class Routes(CaptionApp):
         self._check_model(body)
         urls, encoding = api.image_urls(body, "input", self.bounds.images), body.get("encoding_format") or "float"
         if encoding not in ("float", "base64") or body.get("dimensions") is not None:
-            raise invalid_request("encoding_format must be float or base64, and dimensions left out")
+            raise invalid_value("encoding_format", "encoding_format must be float or base64, and dimensions left out")
         lease.reserve(len(urls) - 1)
 
         async def one(url: str):
@@ -187,20 +209,33 @@ class Routes(CaptionApp):
         if len(urls) == 2:  # a mixture has no caption yet
             caption_params = api.caption_params({}, self.service.engine.max_tokens)
             completion = await self.service.caption(result.prompts, caption_params.sampling)
-            ((text, _),) = api.unique_texts([completion], caption_params)
+            text = api.caption_text(completion, caption_params)
             answer |= {"caption": text, "tokens": len(completion.token_ids)}
         return answer
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
-        try:
-            self.keys.find(request.headers.get("authorization"))
-        except ApiError as error:
-            return self.error_response(error)
+        self.authenticate(request)
+        return JSONResponse({"object": "list", "data": [self._model_entry()]})
+
+    async def retrieve_model(self, request: Request) -> Response:
+        """GET /v1/models/{model}"""
+        self.authenticate(request)
+        self._check_model(request.path_params)
+        return JSONResponse(self._model_entry())
+
+    def _model_entry(self) -> dict:
         entry = {"id": self.model, "object": "model", "created": 0, "owned_by": "vlv"}
         shape = {"queries": self.queries, "width": self.width, "max_tokens": self.service.engine.max_tokens}
-        features = {"reconstructs": not self.reconstruction.unavailable_reason}
-        return JSONResponse({"object": "list", "data": [{**entry, **shape, **features}]})
+        return {**entry, **shape, "reconstructs": not self.reconstruction.unavailable_reason}
+
+    async def openapi(self, _) -> Response:
+        """GET /openapi.json: the description of this API."""
+        return JSONResponse(OPENAPI)
+
+    async def docs(self, _) -> Response:
+        """GET /docs: the same as a page."""
+        return HTMLResponse(DOCS, headers=HEADERS)
 
     async def page(self, _) -> Response:
         """GET /: the page."""
@@ -208,25 +243,31 @@ class Routes(CaptionApp):
 
     def _check_model(self, body: dict) -> None:
         if body.get("model") not in (None, self.model):
-            raise ApiError(404, "model_not_found", f"there is no such model here; there is {self.model}")
+            message = f"there is no such model here; there is {self.model}"
+            raise ApiError(404, "model_not_found", message, param="model")
+
+
+async def _awaitable(content: bytes) -> bytes:
+    return content
 
 
 @asynccontextmanager
 async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
     """Start the service, which loads its models in the background, and close it at the end. Raises Misuse."""
-    if not config.ckpt:
-        raise Misuse("--ckpt is needed (--help shows the usage)")
     keys = read_keys(config.keys, config.no_auth, config.host)
-    model = Model.of(config)  # pyright: ignore[reportArgumentType]
+    model = Model.of(config)
     stages = ServiceConfig(config.prompt_batch, config.workers, config.max_pixels, config.encoder, config.artifacts)
     service = Service(model.checkpoint, model.engine, stages)
     fetcher = Fetcher(tuple(config.image_host), config.max_image << 20)
     bounds = Bounds(config.deadline, config.body_seconds, config.max_body << 20, config.max_images)
     name = config.model_name or model.checkpoint.folder.resolve().name
-    admission = Admission(config.in_flight + config.queue, config.max_bodies << 20)
+    capacity = None if config.queue is None else config.in_flight + config.queue
+    admission = Admission(capacity, config.max_bodies << 20, config.in_flight, config.deadline)
     try:
         await service.start()
-        yield Routes(service, name, keys, admission, fetcher, bounds)
+        routes = Routes(service, name, keys, admission, fetcher, bounds)
+        routes.access_log, routes.cors = config.access_log, tuple(config.cors)
+        yield routes
     finally:
         await service.close()
         await fetcher.close()

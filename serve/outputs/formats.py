@@ -1,9 +1,7 @@
-"""Output formats by name, all with FileSink's interface: jsonl, txt, coco, parquet, webdataset.
+"""Write captions as text files, COCO or Parquet, all with FileSink's interface.
 
-    sink = sink_class("parquet")("captions.parquet", model=checkpoint.hash)
-
-Each says where its commit point is: whatever moment a kill -9 comes at, an image is then either finished or not,
-and the next run completes what the commit implies.
+Each class names its commit point: at whatever moment a kill -9 comes, an image is either finished or not, and the next
+run completes what the commit implies.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from serve.core.inputs import Item
-from serve.outputs.jsonl import FileSink, FolderSink, SinkError, explained, json_bytes
+from serve.outputs.jsonl import FileSink, FolderSink, IdSet, SinkError, captions_of, explained, json_bytes
 from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
 
@@ -22,39 +20,27 @@ ROWS = 10_000  # captions in one Parquet part
 COCO_HEAD = b'{"info": {"description": "VLV captions'
 
 
-def sink_class(name: str) -> type[FileSink]:
-    """The sink class of a format's name. Raises SinkError where a package for it is missing."""
-    if name == "webdataset":
-        from serve.outputs.webdataset import WebDatasetSink
-
-        return WebDatasetSink
-    if name == "parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise SinkError("--format parquet needs pyarrow: python -m pip install pyarrow") from error
-    return {"jsonl": FileSink, "txt": SidecarSink, "coco": CocoSink, "parquet": ParquetSink}[name]
-
-
 class SidecarSink(FileSink):
-    """`photo.txt` beside `photo.jpg`, as trainers of image models read them; the records as JSON lines in `path`.
+    """Write `photo.txt` beside `photo.jpg`, as trainers of image models read them, and the records to `path`.
 
-    The record is the commit point; the text file of the last record is completed by the next run. A text file
-    that is there already is somebody else's: it stays, and the image is an error of kind `exists`.
+    The record is the commit point; the next run completes the text file of the last record. A text file that exists
+    and is not from this output stays as it is, and the image is an error of kind `exists`.
     """
 
     def _start_over(self) -> None:
         for record in self._journal.records():
             text = sidecar(record["path"])
             with contextlib.suppress(OSError):
-                if text.read_text() == _text(record):  # ours, and nobody has worked on it since
+                if text.read_text(encoding="utf-8") == _text(record):  # nobody has changed it since
                     text.unlink()
         super()._start_over()
 
     def _read(self) -> None:
         last = None
+        self._written = IdSet()  # the text files of this output
         for last in self._journal.records():
             self._done(last, self.journal_path)
+            self._written.add(str(sidecar(last["path"])))
         if last is not None and not sidecar(last["path"]).exists():
             self._write(last)
         super()._read()
@@ -63,36 +49,38 @@ class SidecarSink(FileSink):
         text = sidecar(item.path)
         if item.length is not None:
             raise ImageError("format", "an image inside a tar shard has no place for a .txt: use --format webdataset")
+        if str(text) in self._written:
+            raise ImageError(
+                "exists",
+                f"{text} has the caption of another image of this output, whose name differs in its ending only: "
+                "rename one of them, or use --format jsonl",
+            )
         if text.exists():
             raise ImageError("exists", f"{text} is there already, and not from this run: move it away")
         super().caption(record, item)
+        self._written.add(str(text))
         self._write(record)
 
     def _write(self, record: dict) -> None:
         text = sidecar(record["path"])
         with explained(text), atomic_write(text) as file:
-            file.write_text(_text(record))
+            file.write_text(_text(record), encoding="utf-8")
 
 
 def sidecar(image: str) -> Path:
-    """The text file that belongs to an image file."""
+    """Return the text file of an image file."""
     return Path(image).with_suffix(".txt")
 
 
 def _text(record: dict) -> str:
-    """All captions of a record, one a line."""
-    return "\n".join(captions_of(record)) + "\n"
-
-
-def captions_of(record: dict) -> list[str]:
-    """A record's captions: one, or what `-n` left of several."""
-    return record.get("captions") or [record["caption"]]
+    """Return all captions of a record, one a line: a line break within a caption becomes a space."""
+    return "\n".join(" ".join(caption.split()) for caption in captions_of(record)) + "\n"
 
 
 class CocoSink(FileSink):
-    """COCO's captions JSON (`images`, `annotations`), written from `NAME.jsonl` beside it when a run ends.
+    """Write COCO's captions JSON (`images`, `annotations`) from `NAME.jsonl` beside it when a run ends.
 
-    That file is the commit point; ids are numbers in the order of its lines, so they stay when a run is taken up.
+    That file is the commit point; ids are numbers in the order of its lines, so that a resumed run keeps them.
     """
 
     @property
@@ -140,7 +128,7 @@ def _joined(records: Iterator[dict]) -> Iterator[bytes]:
 
 
 class ParquetSink(FolderSink):
-    """A folder of Parquet parts, each whole; what is not in a part yet waits in `_pending.jsonl`, which readers skip.
+    """Write a folder of complete Parquet parts; later records wait in `_pending.jsonl`, which readers skip.
 
     The pending line is the commit point. A part appears by one rename; only then its lines are dropped, and a run
     that was killed in between finds their ids in the part.
@@ -174,7 +162,7 @@ class ParquetSink(FolderSink):
             self._seal()
 
     def _seal(self) -> None:
-        """Pending lines to a part."""
+        """Write the pending lines as a part."""
         part = self.path / f"part-{self._next:05}{self.suffix}"
         with explained(part), atomic_write(part) as file:
             self.write_part(file, list(self._journal.records()))
@@ -194,17 +182,20 @@ class ParquetSink(FolderSink):
         from pyarrow import parquet
 
         rows = [{**r, "captions": captions_of(r), **_seconds(r)} for r in records]
-        text, number = pa.string(), pa.float64()
+        text = pa.string()
+        number = pa.float64()
         fields = {"id": text, "path": text, "caption": text, "captions": pa.list_(text), "tokens": pa.int32()}
-        fields |= {"finish_reason": text, "encode_seconds": number, "llm_seconds": number, "model": text}
+        fields |= {"finish_reason": text, "encode_seconds": number, "llm_seconds": number, "model": text, "flags": text}
         table = pa.Table.from_pylist(rows, pa.schema(fields.items()))
         parquet.write_table(table, file, compression="zstd")
 
     def read_part(self, file: Path) -> Iterator[dict]:
-        """The id and model of every row."""
+        """Yield the id, model and flags of every row; parts of earlier versions have no flags."""
         from pyarrow import parquet
 
-        for batch in parquet.ParquetFile(file).iter_batches(columns=["id", "model"]):
+        part = parquet.ParquetFile(file)
+        columns = [name for name in ("id", "model", "flags") if name in part.schema_arrow.names]
+        for batch in part.iter_batches(columns=columns):
             yield from batch.to_pylist()
 
 

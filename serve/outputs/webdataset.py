@@ -1,4 +1,4 @@
-"""WebDataset shards: an image, its caption and its record side by side in tar files, appended sample by sample.
+"""Write WebDataset shards: image, caption and record beside each other in tar files, appended sample by sample.
 
     000000.tar:  000000000.jpg  000000000.txt  000000000.json  000000001.png  ...
 
@@ -13,17 +13,28 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from serve.core.inputs import Item, is_image
-from serve.outputs.formats import captions_of
-from serve.outputs.jsonl import FolderSink, SinkError, append, explained, json_bytes
+from serve.core.inputs import Item
+from serve.outputs.jsonl import FolderSink, SinkError, append, captions_of, explained, json_bytes
+from vlv.data.image_files import is_image
 
 BLOCK = tarfile.BLOCKSIZE
 SHARD_BYTES = 1 << 30  # a shard that has grown beyond is followed by the next
 END = bytes(2 * BLOCK)  # closes a tar file
+SIGNATURES = (
+    (b"\xff\xd8\xff", ".jpg"),
+    (b"\x89PNG", ".png"),
+    (b"GIF8", ".gif"),
+    (b"BM", ".bmp"),
+    (b"II", ".tif"),
+    (b"MM", ".tif"),
+    (b"\x00\x00\x00\x0cjP", ".jp2"),
+    (b"\xff\x4f\xff\x51", ".j2k"),
+    (b"P", ".ppm"),
+)  # the first bytes of a file
 
 
 class WebDatasetSink(FolderSink):
-    """A folder of shards; `_lock.jsonl` in it stays empty and keeps a second run out."""
+    """Write a folder of shards; `_lock.jsonl` in it stays empty and keeps a second run out."""
 
     journal_name = "_lock.jsonl"
     shard_bytes = SHARD_BYTES
@@ -42,7 +53,7 @@ class WebDatasetSink(FolderSink):
                 os.ftruncate(self._fd, end)
 
     def _take_up(self, shard: Path) -> int:
-        """Note a shard's samples; returns where its last whole one ends."""
+        """Note the samples of a shard; return the offset where its last complete one ends."""
         end = 0
         for after, record in samples(shard, self._samples):
             if record is None:
@@ -86,7 +97,7 @@ class WebDatasetSink(FolderSink):
 
 
 def samples(shard: Path, number: int) -> Iterator[tuple[int, dict | None]]:
-    """Per whole sample of a shard, whose first has this number: where it ends, and its record (None: a foreign one)."""
+    """Yield for each complete sample, numbered from `number`, its end offset and record (None: not from a run)."""
     size = shard.stat().st_size
     with open(shard, "rb") as file:
         while len(header := file.read(BLOCK)) == BLOCK and header.count(0) < BLOCK:
@@ -112,15 +123,24 @@ def samples(shard: Path, number: int) -> Iterator[tuple[int, dict | None]]:
 
 
 def sample(name: str, image: bytes, record: dict) -> bytes:
-    """An image, its captions and its record, as three members of a tar file."""
-    extension = os.path.splitext(record["id"])[1].lower() if is_image(record["id"]) else ".img"
-    text = "\n".join(captions_of(record)).encode()
+    """Return an image, its captions and its record as three members of a tar file."""
+    extension = os.path.splitext(record["id"])[1].lower() if is_image(record["id"]) else extension_of(image)
+    text = "\n".join(" ".join(caption.split()) for caption in captions_of(record)).encode()
     parts = {extension: image, ".txt": text, ".json": json_bytes(record)}
     return b"".join(_member(name + ending, content) for ending, content in parts.items())
 
 
+def extension_of(image: bytes) -> str:
+    """Return the extension for an image file's content, of those that vlv.data.image reads."""
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return ".webp"
+    if image[4:8] == b"ftyp":
+        return ".avif"
+    return next((extension for start, extension in SIGNATURES if image.startswith(start)), ".png")
+
+
 def _member(name: str, data: bytes) -> bytes:
-    """A file inside a tar: header, content, padding."""
+    """Return a member of a tar file: header, content, padding."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(_padded(len(data)) - len(data))

@@ -51,7 +51,15 @@ def test_the_wheel_holds_the_packages_and_their_data(wheel, tree):
 def test_the_source_archive_can_be_set_up_and_tested(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {"pyproject.toml", "setup.py", "Makefile", "README.md", "requirements/cpu.lock", "scripts/setup.sh"}
+    needed = {
+        "pyproject.toml",
+        "setup.py",
+        "Makefile",
+        "README.md",
+        "requirements/cpu.lock",
+        "requirements/test.lock",
+        "scripts/setup.sh",
+    }
     assert needed | {"serve/http/web/app.js", "tests/conftest.py", "docs/serving.md"} <= names
 
 

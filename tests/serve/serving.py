@@ -12,13 +12,14 @@ import httpx
 import uvicorn
 import uvloop
 
-from serve.core.service import Service, ServiceConfig
+from serve.core.service import ServiceConfig
 from serve.engines.base import EngineError, LLMEngine, LLMSpec
 from serve.http.admission import Admission
 from serve.http.app import Bounds
 from serve.http.auth import Keys
 from serve.http.fetch import Fetcher
 from serve.http.routes import Routes
+from serve.http.service import Service
 
 TEXT = "The image shows a cat. It is red! The image shows a cat. A dog is left of it. Its"
 CLEAN = "The image shows a cat. It is red! A dog is left of it."
@@ -61,8 +62,8 @@ class Scripted(LLMEngine):
 class Running:
     """Run a server in a thread."""
 
-    def __init__(self, checkpoint, engine, capacity=64, keys=None, fetcher=None, bounds=None):
-        self.engine, self._ready = engine, threading.Event()
+    def __init__(self, checkpoint, engine, capacity=64, keys=None, fetcher=None, bounds=None, cors=()):
+        self.cors, self.engine = cors, engine
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -80,7 +81,10 @@ class Running:
         self.service = Service(
             checkpoint, lambda: self.engine(LLMSpec.of(checkpoint), 100, 8), ServiceConfig(8, 1, 1_000_000)
         )
-        self.routes = Routes(self.service, "tiny", keys, Admission(capacity), fetcher, bounds)
+        self.routes = Routes(
+            self.service, "tiny", keys, Admission(capacity, in_flight=8, deadline=bounds.deadline), fetcher, bounds
+        )
+        self.routes.cors = self.cors
         self._server = uvicorn.Server(uvicorn.Config(self.routes.app(), port=self.port, log_level="error"))
         await self.service.start()
         await self._server.serve()

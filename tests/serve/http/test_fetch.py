@@ -97,6 +97,31 @@ def test_fetches_from_hosts_on_the_list(host):
     assert get("data:image/png;base64,aGVsbG8=") == b"hello" and get("data:,a%20b") == b"a b"
 
 
+@pytest.mark.parametrize(
+    ("url", "content"),
+    [
+        # cases of WHATWG's forgiving-base64 decode, as browsers take them
+        ("data:image/png;base64,aGVs\r\nbG8=\n", b"hello"),  # line breaks, as MIME and base64(1) write them
+        ("data:image/png;base64,aGVsbG8", b"hello"),  # without padding
+        ("data:image/png;base64, aG Vs\tbG8 = ", b"hello"),
+        ("data:;base64,YQ", b"a"),
+        ("data:;base64,YQ%3D%3D", b"a"),
+        ("data:;base64,YWI%0A", b"ab"),
+        ("data:;BASE64,YWJj", b"abc"),
+        ("data:text/plain; base64 ,YWJj#fragment", b"abc"),
+        (" data:;base64,YWJj\n", b"abc"),
+        ("data:text/plain;base64;x=y,YWJj", b"YWJj"),  # base64 must be the last word
+    ],
+)
+def test_data_urls_as_browsers_take_them(url, content):
+    assert get(url) == content
+
+
+@pytest.mark.parametrize("payload", ["YQ=", "Y", "YWJj=", "YWJjZ", "YW=Jj", "Y===", "YWJj====", "YW-_", "YW!j"])
+def test_data_urls_that_browsers_refuse(payload):
+    assert "no base64" in get(f"data:;base64,{payload}")
+
+
 def test_refuses_other_hosts(host):
     assert "fetches no images from 127.0.0.1" in get(f"http://{host}/image")
     assert "fetches no images from evil.org" in get("http://evil.org/", "images.org", "*.images.org")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
-from serve.reports.capacity import IN_FLIGHT, capacity, report, sizes_of
+from serve.reports.capacity import IN_FLIGHT, MEASURED, capacity, report, sizes_of
 from vlv.checkpoints.folder import Checkpoint
 
 
@@ -38,3 +42,15 @@ def test_cost_comes_from_the_measured_rate():
 def test_what_is_no_checkpoint_is_refused(name):
     with pytest.raises(ValueError, match=name):
         report(name, None, None)
+
+
+def test_the_readme_table_is_what_is_computed():
+    root = Path(__file__).parents[3]
+    rows = re.findall(r"^\| Qwen2\.5-([\d.]+B)[^|]*\|(.*)\|$", (root / "README.md").read_text(), re.M)
+    assert len(rows) == 3
+    for size, cells in rows:
+        found = capacity(*sizes_of(f"qwen2.5-{size.lower()}"))
+        expected = [f"{found.total(count) / 1e9:.1f} GB" for count in (64, 256, 512)]
+        assert [cell.strip() for cell in cells.split("|")][:3] == expected, size
+    measured = json.loads((root / "benchmarks" / "gpu" / "h200.json").read_text())["captioning"]
+    assert MEASURED["qwen2.5-3b"][0] == measured["captions_per_s_by_in_flight"]["512"]

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from serve.core.inputs import expand
-from serve.core.pipeline import Pipeline, PipelineConfig
+from serve.core.run import CaptionRun, RunConfig
 from serve.engines.base import Completion, EmbedsError, EngineError, LLMEngine, LLMSpec, Sampling
 from serve.outputs.formats import SidecarSink
 from serve.outputs.jsonl import FileSink
@@ -54,9 +54,9 @@ def caption(
 ) -> tuple[Progress, list[dict], list[dict]]:
     engine = engine or Fake(LLMSpec.of(checkpoint), max_tokens=20, in_flight=4)
     progress, sink = Progress(), sink_class(output, checkpoint.hash)
-    settings = PipelineConfig(Sampling(20), **{"prompt_batch": 4, "workers": 1, **config})
+    settings = RunConfig(Sampling(20), **{"prompt_batch": 4, "workers": 1, **config})
     try:
-        asyncio.run(Pipeline(checkpoint, engine, sink, settings, progress).run(expand([str(p) for p in paths])))
+        asyncio.run(CaptionRun(checkpoint, engine, sink, settings, progress).run(expand([str(p) for p in paths])))
     finally:
         sink.close()
         assert engine.closed or not engine.started
@@ -83,8 +83,8 @@ def test_the_timeline_names_the_slowest_stage(checkpoint, scene_images, tmp_path
             return await super().generate(embeds, sampling)
 
     engine, timeline = Slow(LLMSpec.of(checkpoint), 20, in_flight=4), Timeline(tmp_path / "trace.json")
-    sink, settings = FileSink(tmp_path / "c.jsonl", checkpoint.hash), PipelineConfig(Sampling(20), 4, 1, limit=24)
-    run = Pipeline(checkpoint, engine, sink, settings, Progress(), timeline)
+    sink, settings = FileSink(tmp_path / "c.jsonl", checkpoint.hash), RunConfig(Sampling(20), 4, 1, limit=24)
+    run = CaptionRun(checkpoint, engine, sink, settings, Progress(), timeline)
     asyncio.run(run.run(expand([str(scene_images)])))
     used = timeline.utilisation()
     timeline.close()

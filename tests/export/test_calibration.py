@@ -9,7 +9,7 @@ import torch
 from export import trace
 from export.components import Batch
 from export.graphs import Graph, Port
-from export.quantize import calibration as calibrate
+from export.quantize import calibration
 
 
 class Two(Graph):
@@ -25,15 +25,15 @@ class Two(Graph):
         return self.second(torch.sin(self.first(x)) - 0.5)
 
 
-@pytest.fixture(params=[False, True], ids=["one file", "weights apart"])
+@pytest.fixture(params=[False, True], ids=["one file", "external weights"])
 def traced(request, tmp_path, monkeypatch):
     """The graph's file and its inputs."""
     if request.param:
         monkeypatch.setattr(trace, "EXTERNAL", 10)
-    made = trace.to_onnx(Two(), tmp_path / "two.onnx", Batch(1, 3, 8), 20)
-    assert (len(made.files) == 2) == request.param
+    written = trace.to_onnx(Two(), tmp_path / "two.onnx", Batch(1, 3, 8), 20)
+    assert (len(written.files) == 2) == request.param
     rows = [{"x": np.random.default_rng(seed).standard_normal((3, 9), np.float32)} for seed in range(4)]
-    return tmp_path / made.files[0], rows
+    return tmp_path / written.files[0], rows
 
 
 def test_ranges_are_onnx_runtimes(traced, tmp_path):
@@ -53,7 +53,7 @@ def test_ranges_are_onnx_runtimes(traced, tmp_path):
     theirs.collect_data(Reader())
     expected = theirs.compute_data().data
     before = {file.name for file in tmp_path.iterdir()}
-    found = calibrate.ranges(graph, kinds, rows).data
+    found = calibration.ranges(graph, kinds, rows).data
     assert found.keys() == expected.keys() and len(found) >= 4
     for name, entry in expected.items():
         for one, other in zip(found[name].range_value, entry.range_value, strict=True):
