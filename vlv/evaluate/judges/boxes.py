@@ -84,10 +84,10 @@ def ask(system: str, key: str, caption: str, things: list[tuple[str, Box]]) -> Q
 
 
 def parse(answer: str) -> dict[str, Box | None]:
-    """Return boxes by the things' numbers, from the last JSON object of an answer. Raises ValueError."""
+    """Return boxes by the things' numbers, from the last JSON object with a thing 1. Raises ValueError."""
     problem = ValueError('Answer with one JSON object: {"1": [left, top, right, bottom], "2": null, ...}, from 0 to 1')
     try:
-        found = list(objects(answer))[-1]
+        found = [o for o in objects(answer) if "1" in o][-1]
         boxes = {number: None if box is None else tuple(map(float, box)) for number, box in found.items()}
     except (IndexError, TypeError, ValueError):
         raise problem from None
