@@ -58,7 +58,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
 
     hush()
     originals = caption_files.images(args.images)
-    texts = caption_files.read(args.captions) if args.captions else None
+    texts = caption_files.match(caption_files.read(args.captions), originals) if args.captions else None
     if texts:
         originals = {k: originals[k] for k in caption_files.common({str(args.captions): texts}, set(originals))}
     originals = dict(list(originals.items())[: args.limit])

@@ -193,6 +193,19 @@ def test_a_file_that_is_no_journal_stays_as_it_is(files, tmp_path, capsys):
     assert (tmp_path / "notes.txt").read_text() == "a line without an end"
 
 
+def test_coco_results_of_images_with_numbers(files, server, tmp_path, scene_images):
+    """Results have bare ids, the images COCO's file names."""
+    photos = tmp_path / "coco"
+    photos.mkdir()
+    for number in (42, 7):
+        shutil.copy(scene_images / "00.png", photos / f"COCO_val2014_{number:012}.png")
+    (tmp_path / "c.json").write_text('[{"image_id": 7, "caption": "good"}, {"image_id": 42, "caption": "poor"}]')
+    server.answer = fair
+    words = [str(photos), "--captions", f"c={tmp_path / 'c.json'}"]
+    code, found = run(words, server, tmp_path, "--mode", "rubric")
+    assert code == 0 and found["images"] == 2 and found["rubric"]["c"]["coverage"]["mean"] == 3.5
+
+
 def test_captions_that_do_not_match(scene_images, tmp_path, capsys):
     (tmp_path / "c.json").write_text('{"elsewhere.png": "a cat"}')
     words = ["judge", str(scene_images), "--captions", f"c={tmp_path / 'c.json'}", "--model", "m", "--estimate"]

@@ -36,6 +36,7 @@ class BoxQuestions:
 
 def box_questions(known: dict[str, list[tuple[str, Box]]], systems: dict[str, dict[str, str]]) -> BoxQuestions:
     """Make the questions for the images that all systems have captions of. Raises EvaluationError without any."""
+    systems = {name: caption_files.match(texts, known) for name, texts in systems.items()}
     keys = caption_files.common(systems, set(known))
     parts = {name: [ask(name, k, texts[k], known[k]) for k in keys] for name, texts in systems.items()}
     return BoxQuestions({k: known[k] for k in keys}, parts)
