@@ -7,6 +7,7 @@ The order is that of the arguments, sorted by name within a folder.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import glob
 import itertools
 import os
@@ -50,6 +51,11 @@ class Item:
     length: int | None = None
     problem: str | None = None
 
+    @property
+    def key(self) -> str:
+        """Return what identifies the image, however the arguments spell its path."""
+        return key_of(self.id, self.path)
+
     def __reduce__(self):  # every image is pickled once, and the dataclass's own method is several times slower
         return type(self), (self.id, self.path, self.offset, self.length, self.problem)
 
@@ -68,6 +74,30 @@ class Item:
         if self.length is not None and len(content) < self.length:
             raise ImageError("damaged", f"the shard ends after {len(content)} of {self.length} bytes of this member")
         return content
+
+
+def key_of(image_id: str, path: str | None) -> str:
+    """Return what identifies an image: its path, with the folder's links resolved, and its name within a shard."""
+    if not path or "://" in path:
+        return image_id
+    folder, name = os.path.split(path)
+    key = os.path.join(_real_folder(folder), name)
+    member = image_id.find(f"{name}/")
+    return key if os.path.basename(image_id) == name or member < 0 else key + image_id[member + len(name) :]
+
+
+@functools.lru_cache(1 << 12)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def stamp_of(path: str) -> tuple[int, int] | None:
+    """Return size and time (ns) of the last change of a file, None if there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass

@@ -22,8 +22,8 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 from pyarrow import parquet
 
+from serve.core.id_set import IdSet
 from serve.core.inputs import SHARDS, Item, LeftOut, Members, SourceError, expand, read_members
-from serve.outputs.jsonl import IdSet
 from vlv.common.command import Misuse, one_line
 from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
