@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.doctor:
         from serve.reports.doctor import report
 
-        return report()
+        return report(args.ckpt)
     if args.plan:
         return run_command(_plan, args)
     try:

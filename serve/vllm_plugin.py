@@ -10,7 +10,6 @@ must be installed where vLLM runs.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(args: argparse.Namespace) -> None:
-    from serve.vllm_model.folder import write
+    from serve.vllm_model.folder import serve_command, write
     from vlv.checkpoints.folder import CheckpointError
     from vlv.checkpoints.published import resolve
 
@@ -61,7 +60,7 @@ def _write(args: argparse.Namespace) -> None:
         write(checkpoint, args.out, args.force)
     except OSError as error:
         raise Misuse(f"--out {args.out} cannot be written: {why(error)}") from error
-    say(f"written: vllm serve {shlex.quote(str(args.out))}")
+    say(f"written: {serve_command(args.out)}")
 
 
 if __name__ == "__main__":

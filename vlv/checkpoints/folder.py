@@ -13,9 +13,12 @@ import torch
 from safetensors import SafetensorError
 
 from vlv.common.command import UserError
-from vlv.common.files import atomic_write, sha256, write_json
+from vlv.common.files import atomic_write, sha256
 from vlv.model.config import FORMAT, VLVConfig
 from vlv.model.encoder import VLVEncoder
+
+_TEXT = frozenset({".json", ".txt", ".jinja"})
+_LOADED = _TEXT | {".safetensors", ".bin", ".model", ".tiktoken"}
 
 
 class CheckpointError(UserError, ValueError):
@@ -70,12 +73,15 @@ class Checkpoint:
 
     @property
     def hash(self) -> str:
-        """Return the first 12 hex digits of the SHA-256 over the encoder's and the language model's files."""
-        digest = hashlib.sha256()
-        files = [self.folder / "vlv.json", self.encoder_file, *sorted((self.folder / "llm").glob("*"))]
-        for file in files:
+        """Return the first 12 hex digits of the SHA-256 over what is loaded of the encoder and the language model.
+
+        Files that no loader reads (.DS_Store, README.md, the .bin files beside safetensors), the line ends of text
+        files and the layout of vlv.json do not change it.
+        """
+        digest = hashlib.sha256(b"vlv.json" + hashlib.sha256(_description(self.config).encode()).digest())
+        for file in [self.encoder_file, *_loaded_files(self.folder / "llm")]:
             if file.is_file():
-                digest.update(file.name.encode() + bytes.fromhex(sha256(file)))
+                digest.update(file.name.encode() + _content_hash(file))
         return digest.hexdigest()[:12]
 
     @property
@@ -146,8 +152,28 @@ def save(folder: str | Path, encoder: VLVEncoder, dtype: torch.dtype | None = No
     tensors = {k: (v.to(dtype) if dtype else v).detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
     with atomic_write(folder / "encoder.safetensors") as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(folder / "vlv.json", {"format": FORMAT, "model": encoder.config.to_dict()})
+    with atomic_write(folder / "vlv.json") as temporary:
+        temporary.write_text(_description(encoder.config), encoding="utf-8", newline="\n")
     return Checkpoint(folder, encoder.config)
+
+
+def _description(config: VLVConfig) -> str:
+    """Return the content of vlv.json."""
+    return json.dumps({"format": FORMAT, "model": config.to_dict()}, indent=2) + "\n"
+
+
+def _loaded_files(llm: Path) -> list[Path]:
+    """Return the files of a language model's folder that transformers and vLLM read, sorted by name."""
+    files = [f for f in sorted(llm.glob("*")) if f.suffix in _LOADED and not f.name.startswith(".")]
+    has_safetensors = any(f.suffix == ".safetensors" for f in files)
+    return [f for f in files if not (has_safetensors and f.suffix == ".bin")]
+
+
+def _content_hash(file: Path) -> bytes:
+    """Return the SHA-256 of a file, of a text file with line feeds as its line ends."""
+    if file.suffix in _TEXT and b"\r\n" in (content := file.read_bytes()):
+        return hashlib.sha256(content.replace(b"\r\n", b"\n")).digest()
+    return bytes.fromhex(sha256(file))
 
 
 def read_json(file: Path) -> dict:
