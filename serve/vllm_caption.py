@@ -48,9 +48,10 @@ def parser() -> argparse.ArgumentParser:
             debug_argument("tracebacks, and the engine's log on stderr"),
         ],
     )
-    p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, .txt list, .tar shard")
+    p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, list, .tar shard, or URL")
     p.add_argument("-o", "--output", metavar="FILE", help="file, or folder of shards (captions.*); - for stdout")
     p.add_argument("--format", choices=FORMATS, default="jsonl", help="jsonl (default), .txt beside each image, ...")
+    p.add_argument("--url-column", metavar="NAME", help="column of .parquet, .jsonl and .csv lists (url, path, ...)")
     p.add_argument("--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input; I from 1 to N")
     p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws at a temperature above 0")
@@ -228,9 +229,10 @@ def _flags(args: argparse.Namespace, model: Model) -> str:
 
 
 def _items(args: argparse.Namespace, left_out: LeftOut | None = None):
-    from serve.core.inputs import expand, part_of
+    from serve.core.inputs import part_of
+    from serve.core.remote import items_of
 
-    items = expand(args.paths, left_out)
+    items = items_of(args.paths, args.url_column, left_out)
     return part_of(items, *args.shard) if args.shard else items
 
 

@@ -54,6 +54,8 @@ class SidecarSink(FileSink):
         text = sidecar(item.path)
         if item.length is not None:
             raise ImageError("format", "an image inside a tar shard has no place for a .txt: use --format webdataset")
+        if "://" in item.path:
+            raise ImageError("format", "an image behind a URL has no place for a .txt: use another --format")
         if str(text) in self._written:
             raise ImageError(
                 "exists",
