@@ -92,7 +92,18 @@ def test_every_kind_of_bad_image(caption, bomb, tmp_path):
     assert {Path(e["id"]).name: e["kind"] for e in errors} == {name: kind for name, (_, kind) in bad.items()}
     assert last(stderr) == f"4 of 12 images failed: see {tmp_path}/out/captions.errors.jsonl"
     for record in records:
-        assert set(record) == {"id", "path", "caption", "tokens", "finish_reason", "timings", "model", "flags"}
+        assert set(record) == {
+            "id",
+            "path",
+            "caption",
+            "tokens",
+            "finish_reason",
+            "timings",
+            "model",
+            "flags",
+            "bytes",
+            "mtime_ns",
+        }
         assert 0 <= record["tokens"] <= TOKENS and record["finish_reason"] in ("stop", "length")
 
 
