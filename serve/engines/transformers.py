@@ -102,8 +102,8 @@ class TransformersEngine(LLMEngine):
             draws |= {"top_p": sampling.top_p, "min_p": sampling.min_p or None}
         config = GenerationConfig(
             max_new_tokens=sampling.max_tokens,
-            min_new_tokens=sampling.min_tokens or None,
-            eos_token_id=None if sampling.ignore_eos else self.end,
+            min_new_tokens=0 if sampling.ignore_eos else sampling.min_tokens,
+            eos_token_id=-1 if sampling.ignore_eos else self.end,  # None would be filled in from the model's own file
             pad_token_id=self.end,
             **draws,
         )

@@ -136,7 +136,13 @@ def test_the_documented_server_captions_and_cleans(documented, captioning_checkp
         url = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
         messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
         answer = client.chat.completions.create(
-            model=str(folder), messages=messages, max_tokens=15, stream=stream, n=n, extra_body={"raw": raw}
+            model=str(folder),
+            messages=messages,
+            max_tokens=15,
+            stream=stream,
+            n=n,
+            temperature=float(n > 1),
+            extra_body={"raw": raw, "top_k": 1},
         )
         if not stream:
             return [choice.message.content for choice in answer.choices]
