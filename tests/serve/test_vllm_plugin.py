@@ -107,7 +107,7 @@ def documented(folder, tmp_path_factory):
     here = tmp_path_factory.mktemp("server")
     with (here / "log").open("w") as log:
         run = subprocess.Popen([sys.executable, *words[1:]], cwd=here, env=env, stdout=log, stderr=log)
-    deadline, url = time.monotonic() + 240, f"http://127.0.0.1:{port}"
+    deadline, url = time.monotonic() + 400, f"http://127.0.0.1:{port}"
     while True:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(url + "/health").status_code == 200:
