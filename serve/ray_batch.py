@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
+    from serve.core.inputs import LeftOut
     from serve.ray.stages import ENDINGS, StageOptions
     from serve.ray.store import Store, items_of, part, plan
 
@@ -67,8 +68,12 @@ def _batch(args: argparse.Namespace) -> int:
     if args.unit > limit:
         raise Misuse(f"--unit {args.unit}: with this checkpoint at most {limit} images fit into one block of Ray's")
     store, model_id = Store(args.output), model.engine().options.model_id(model.checkpoint.hash)
-    terms = {"sources": sorted(args.paths), "unit": args.unit, "format": args.format, "model": model_id}
-    units = plan(store, items_of(args.paths, args.url_column), terms, args.unit)
+    flags = " ".join([model.flags] * bool(model.flags) + ["--raw"] * args.raw)
+    terms = {"sources": sorted(args.paths), "unit": args.unit, "format": args.format, "model": model_id, "flags": flags}
+    left_out = LeftOut()
+    units = plan(store, items_of(args.paths, args.url_column, left_out), terms, args.unit)
+    if line := str(left_out):
+        say(line)
     ending = ENDINGS[args.format]
     done = store.names(ending)
     todo = [unit for unit in range(units) if part(unit, ending) not in done]
@@ -76,7 +81,7 @@ def _batch(args: argparse.Namespace) -> int:
     if not todo:
         return 0
     start, captions, errors = time.monotonic(), 0, 0
-    options = StageOptions(model.options, args.output, args.format, args.raw)
+    options = StageOptions(model.options, args.output, args.format, args.raw, flags)
     with joined("data", args.address, args.cpus, args.debug) as data:
         for row in _results(data, args, options, todo):
             captions, errors = captions + row["captions"], errors + row["errors"]

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -23,6 +24,8 @@ from serve.command import engine_arguments, model_arguments, open_model
 from vlv.common.command import Misuse, Parser, debug_argument, hush, positive, run_command, say
 
 if TYPE_CHECKING:
+    from serve.core.inputs import LeftOut
+    from serve.core.model import Model
     from serve.core.run import CaptionRun
 
 EXIT_CODES = """\
@@ -60,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         help="skip what the output already holds (default); --no-resume starts over and keeps the old file as NAME.old",
     )
     p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
+    p.add_argument("--strict", action="store_true", help="fail if images are left out, such as .heic or dead links")
     p.add_argument("--gallery", metavar="HTML", help="also write a page of image | reconstruction | caption")
     p.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
     p.add_argument("--doctor", action="store_true", help="report what is installed and what is missing, and stop")
@@ -129,8 +133,7 @@ def _plan(args: argparse.Namespace) -> None:
 def _caption(args: argparse.Namespace) -> int:
     _check(args)
     model = open_model(args)
-    items = _items(args)
-
+    from serve.core.inputs import LeftOut
     from serve.core.run import CaptionRun, RunConfig
     from serve.engines.base import Sampling
     from serve.outputs.factory import sink_class
@@ -140,14 +143,18 @@ def _caption(args: argparse.Namespace) -> int:
     from serve.reports.timeline import Timeline
 
     sampling = Sampling(model.max_tokens, args.temperature, args.seed, tuple(args.stop))
+    flags = _flags(args, model)
     config = RunConfig(
-        sampling, args.prompt_batch, args.workers, args.limit, args.raw, args.n, args.encoder, args.artifacts
+        sampling, args.prompt_batch, args.workers, args.limit, args.raw, args.n, args.encoder, args.artifacts, flags
     )
+    left_out = LeftOut()
+    items = _items(args, left_out)
     engine = model.engine()
     if args.output == "-":
         sink = StreamSink(_claim_stdout(), sys.stderr.fileno())
     else:
-        sink = sink_class(args.format)(_output(args), engine.options.model_id(model.checkpoint.hash), args.resume)
+        model_id = engine.options.model_id(model.checkpoint.hash)
+        sink = sink_class(args.format)(_output(args), model_id, args.resume, flags)
     progress, timeline = Progress(), Timeline(args.trace)
     threading.Thread(target=_count, args=(args, progress), daemon=True).start()
     try:
@@ -160,11 +167,13 @@ def _caption(args: argparse.Namespace) -> int:
     progress.show(progress.summary(), last=True)
     if args.gallery:
         gallery.write(Path(args.gallery), model.checkpoint, _items(args), sink.journal_path)
+    if line := str(left_out):
+        say(line)
     if progress.failed:
         where = sink.errors_path or "the lines above"
         say(f"{progress.failed} of {progress.finished} images failed: see {where}")
         return 1
-    return 0
+    return int(args.strict and bool(left_out.images or left_out.replaced))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -183,10 +192,22 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _items(args: argparse.Namespace):
+def _flags(args: argparse.Namespace, model: Model) -> str:
+    """Return the flags that change captions, for the records: a run with others does not continue the output."""
+    given = {
+        "--temperature": args.temperature or None,
+        "--seed": args.seed if args.temperature and args.seed else None,
+        "-n": args.n if args.n > 1 else None,
+    }
+    words = [f"{flag} {value}" for flag, value in given.items() if value is not None]
+    words += [f"--stop {shlex.quote(text)}" for text in sorted(args.stop)]
+    return " ".join([model.flags] * bool(model.flags) + words + ["--raw"] * args.raw)
+
+
+def _items(args: argparse.Namespace, left_out: LeftOut | None = None):
     from serve.core.inputs import expand, part_of
 
-    items = expand(args.paths)
+    items = expand(args.paths, left_out)
     return part_of(items, *args.shard) if args.shard else items
 
 

@@ -120,7 +120,7 @@ class EncoderRuntime(ABC):
 
         The keys and values of the context are computed once and serve all steps.
         """
-        schedule, guided = make_scheduler(sampler, self.sampling["scheduler"]), guidance > 1
+        schedule, guided = make_scheduler(sampler, self.sampling["scheduler"], steps), guidance > 1
         schedule.set_timesteps(steps)
         generators = [torch.Generator().manual_seed(seed) for _ in context]
         noise = torch.stack([torch.randn(self.sampling["latents"], generator=g) for g in generators])

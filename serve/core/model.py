@@ -63,6 +63,11 @@ class Model:
             raise Misuse(f"--max-tokens: {error}") from error
         return cls(options, checkpoint, spec, max_tokens)
 
+    @property
+    def flags(self) -> str:
+        """Return the flag of the longest caption where it is not the default, for the records of captions."""
+        return f"--max-tokens {self.max_tokens}" if self.max_tokens != self.spec.max_tokens(None) else ""
+
     def engine(self) -> LLMEngine:
         """Return a new engine, not started. Raises OptionError for an option that it does not take."""
         options = self.options

@@ -18,9 +18,17 @@ def distinct_texts(completions: Iterable[Completion], raw: bool) -> dict[str, Co
 
 
 def caption_record(
-    item: Item, completions: list[Completion], raw: bool, model_id: str, timings: dict[str, float] | None = None
+    item: Item,
+    completions: list[Completion],
+    raw: bool,
+    model_id: str,
+    flags: str = "",
+    timings: dict[str, float] | None = None,
 ) -> dict:
-    """Return the record of a captioned image, with `captions` if several were drawn. `timings`: seconds by stage."""
+    """Return the record of a captioned image, with `captions` if several were drawn.
+
+    `flags`: what changes captions beside the model, as on the command line; `timings`: seconds by stage.
+    """
     texts = list(distinct_texts(completions, raw))
     return {
         **_source(item),
@@ -30,6 +38,7 @@ def caption_record(
         "finish_reason": completions[0].finish_reason,
         **({"timings": {stage: round(seconds, 4) for stage, seconds in timings.items()}} if timings else {}),
         "model": model_id,
+        "flags": flags,
     }
 
 

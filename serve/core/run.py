@@ -41,6 +41,7 @@ class RunConfig:
     captions: int = 1  # drawn for each image; equal ones count once
     encoder: str = "torch"  # a runtime of export.runtimes
     artifacts: Path | None = None  # folder of the exported encoder, for all but torch
+    flags: str = ""  # for the records: what changes captions beside the model
 
 
 class CaptionRun:
@@ -123,7 +124,9 @@ class CaptionRun:
             encoded = await self._service.encode(item, slot)
             generated = await self._service.captions(encoded.embeds, samplings, wait=True)
             timings = {"encode": encoded.seconds, "llm": generated.seconds}
-            record = caption_record(item, generated.completions, self.config.raw, self.model_id, timings)
+            record = caption_record(
+                item, generated.completions, self.config.raw, self.model_id, self.config.flags, timings
+            )
             self.sink.caption(record, item)
         except (ImageError, EmbedsError) as error:
             kind = error.kind if isinstance(error, ImageError) else "encoder"

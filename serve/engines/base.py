@@ -22,9 +22,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from serve.engines.detokenize import Detokenizer
+from serve.engines.detokenize import Detokenizer, decode
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.checkpoints.llm_folder import end_token_ids
 from vlv.common.command import Misuse, UserError, one_line
+from vlv.model.generation import cut_at_end
 
 FLAGS = {"lora": "lora", "tensor_parallel": "tensor-parallel", "url": "llm-url"}  # of Options
 
@@ -148,6 +150,7 @@ class LLMEngine(ABC):
     name: str
     takes: frozenset[str] = frozenset()  # fields of Options
     has_logprobs = False
+    ends: tuple[int, ...]  # tokens that end a caption, once started
     encoder_threads: int | None = None  # for the encoder in PyTorch beside it; None: as PyTorch chooses
 
     def __init__(
@@ -203,16 +206,14 @@ class LLMEngine(ABC):
             async for step in steps:
                 ids += step
                 logprobs += getattr(step, "logprobs", None) or []
-        stopped = self.end in ids and not sampling.ignore_eos
-        if stopped:
-            ids = ids[: ids.index(self.end)]
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        kept = None if sampling.logprobs is None else logprobs[: len(ids)]
-        return Completion(text, ids, "stop" if stopped else "length", kept)
+        caption = ids if sampling.ignore_eos else cut_at_end(ids, self.ends)
+        reason = "stop" if len(caption) < len(ids) else "length"
+        kept = None if sampling.logprobs is None else logprobs[: len(caption)]
+        return Completion(decode(self._tokenizer, caption), caption, reason, kept)
 
     async def stream(self, embeds: Tensor, sampling: Sampling) -> AsyncGenerator[Completion]:
         """Continue embeds and yield pieces as they come; only the last one has a finish_reason."""
-        text = Detokenizer(self._tokenizer, None if sampling.ignore_eos else self.end, sampling.stop)
+        text = Detokenizer(self._tokenizer, () if sampling.ignore_eos else self.ends, sampling.stop)
         async with aclosing(self.tokens(embeds, sampling, every=True)) as steps:
             async for step in steps:
                 piece, ids = text.push(step)
@@ -222,7 +223,8 @@ class LLMEngine(ABC):
                     return
                 if ids:
                     yield Completion(piece, ids, "", logprobs)
-        yield Completion(text.rest(), [], "length")
+        rest = text.rest()
+        yield Completion(rest, [], "stop" if text.ended else "length")
 
     def token_text(self, token: int) -> str:
         """Return the text of one token."""
@@ -230,7 +232,7 @@ class LLMEngine(ABC):
 
     def _load_tokenizer(self) -> None:
         self._tokenizer = load_tokenizer(self.spec.folder)
-        self.end = self._tokenizer.eos_token_id
+        self.ends = end_token_ids(self.spec.folder, self._tokenizer)
 
 
 def load_tokenizer(folder: Path):

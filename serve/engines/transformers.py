@@ -10,11 +10,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from serve.engines.base import EngineError, LLMEngine, Sampling
+from vlv.checkpoints.folder import CheckpointError
+from vlv.checkpoints.llm_folder import check_llm_folder
 from vlv.common.command import hush, one_line
 from vlv.common.device import choose_device, inference_dtype
+from vlv.model.generation import greedy_generation_config
 
 
 @dataclass
@@ -44,10 +47,12 @@ class TransformersEngine(LLMEngine):
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
         except Exception as error:
-            raise EngineError(f"transformers cannot load {self.spec.folder}: {one_line(error)}") from error
+            why = str(error) if isinstance(error, CheckpointError) else one_line(error)
+            raise EngineError(f"transformers cannot load {self.spec.folder}: {why}") from error
         self._task = asyncio.create_task(self._serve())
 
     def _load(self) -> None:
+        check_llm_folder(self.spec.folder)
         hush()  # stderr has a progress line of its own
         self._load_tokenizer()
         device = choose_device()
@@ -95,17 +100,13 @@ class TransformersEngine(LLMEngine):
         sampling = jobs[0].sampling
         prompt = torch.stack([job.embeds for job in jobs]).to(self._llm.device, self._llm.dtype)
         torch.manual_seed(sampling.seed)
-        # a fresh configuration: that of the checkpoint may hold penalties, top-k or beams
-        draws = {}
+        options: dict = {"min_new_tokens": sampling.min_tokens or None}
         if sampling.temperature:
-            draws = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
-            draws |= {"top_p": sampling.top_p, "min_p": sampling.min_p or None}
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens,
-            min_new_tokens=0 if sampling.ignore_eos else sampling.min_tokens,
-            eos_token_id=-1 if sampling.ignore_eos else self.end,  # None would be filled in from the model's own file
-            pad_token_id=self.end,
-            **draws,
+            options |= {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p or None}
+        if sampling.ignore_eos:
+            options["eos_token_id"] = None
+        config = greedy_generation_config(
+            self._llm, sampling.max_tokens, self.ends, temperature=sampling.temperature, **options
         )
 
         def after_step(ids: Tensor, _, **__) -> Tensor:
@@ -123,7 +124,7 @@ class TransformersEngine(LLMEngine):
         for job, token in zip(jobs, step, strict=True):
             if not job.over:
                 job.steps.put_nowait([token])
-                if token == self.end and not job.sampling.ignore_eos:  # the rest of its row is padding
+                if token in self.ends and not job.sampling.ignore_eos:  # the rest of its row is padding
                     job.over = True
                     job.steps.put_nowait(None)
 

@@ -29,6 +29,8 @@ from torch import Tensor
 
 from serve.engines.base import EngineError, LLMEngine, OptionError, Sampling, Tokens
 from serve.engines.child_reaper import ChildProcessReaper
+from vlv.checkpoints.folder import CheckpointError
+from vlv.checkpoints.llm_folder import check_llm_folder
 from vlv.common.command import one_line
 
 SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, they leave shared memory to clean up
@@ -79,6 +81,8 @@ class VLLMEngine(LLMEngine):
                     self._reaper.watch(self._processes())
                     await asyncio.wait({booted}, timeout=0.2)
                 booted.result()
+        except CheckpointError:
+            raise
         except Exception as error:
             raise EngineError(self._explain("vLLM does not start", error)) from error
 
@@ -86,6 +90,7 @@ class VLLMEngine(LLMEngine):
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        check_llm_folder(self.spec.folder)
         self._load_tokenizer()
         on_gpu = torch.cuda.is_available()
         if on_gpu:
@@ -196,7 +201,7 @@ class VLLMEngine(LLMEngine):
             min_tokens=sampling.min_tokens,
             ignore_eos=sampling.ignore_eos,
             logprobs=sampling.logprobs,
-            stop_token_ids=[] if sampling.ignore_eos else [self.end],
+            stop_token_ids=[] if sampling.ignore_eos else list(self.ends),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if every else RequestOutputKind.FINAL_ONLY,
         )
@@ -242,12 +247,13 @@ class VLLMEngine(LLMEngine):
 
 
 def lora_rank(folder: Path) -> int:
-    """The rank of a PEFT adapter, up to the next one that vLLM has. Raises OptionError where it is no adapter."""
+    """Return the largest rank in a PEFT adapter, rounded up to one that vLLM has. Raises OptionError."""
     file = folder / "adapter_config.json"
     try:
-        rank = json.loads(file.read_text())["r"]
+        config = json.loads(file.read_text())
+        rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
         return next(r for r in LORA_RANKS if r >= rank)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OptionError(f"--lora: {file} does not describe a LoRA adapter: {one_line(error)}") from error
     except StopIteration:
         raise OptionError(f"--lora: {file}: rank {rank}; vLLM takes up to {LORA_RANKS[-1]}") from None

@@ -91,7 +91,7 @@ class Gateway(CaptionApp):
             return self._stream(embeds, sampling)
         async with aclosing(self._tokens(embeds, sampling, every=False)) as steps:
             ids = [i async for step in steps for i in step]
-        reason = "stop" if self.engine.end in ids else "length"
+        reason = "stop" if any(i in self.engine.ends for i in ids) else "length"
         return {"choices": [{"token_ids": ids, "finish_reason": reason}]}
 
     async def _stream(self, embeds: Tensor, sampling: Sampling) -> AsyncGenerator[bytes]:

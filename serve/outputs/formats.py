@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from serve.core.inputs import Item
-from serve.outputs.jsonl import FileSink, FolderSink, SinkError, captions_of, explained, json_bytes
+from serve.outputs.jsonl import FileSink, FolderSink, IdSet, SinkError, captions_of, explained, json_bytes
 from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
 
@@ -31,14 +31,16 @@ class SidecarSink(FileSink):
         for record in self._journal.records():
             text = sidecar(record["path"])
             with contextlib.suppress(OSError):
-                if text.read_text() == _text(record):  # ours, and nobody has worked on it since
+                if text.read_text(encoding="utf-8") == _text(record):  # nobody has changed it since
                     text.unlink()
         super()._start_over()
 
     def _read(self) -> None:
         last = None
+        self._written = IdSet()  # the text files of this output
         for last in self._journal.records():
             self._done(last, self.journal_path)
+            self._written.add(str(sidecar(last["path"])))
         if last is not None and not sidecar(last["path"]).exists():
             self._write(last)
         super()._read()
@@ -47,15 +49,22 @@ class SidecarSink(FileSink):
         text = sidecar(item.path)
         if item.length is not None:
             raise ImageError("format", "an image inside a tar shard has no place for a .txt: use --format webdataset")
+        if str(text) in self._written:
+            raise ImageError(
+                "exists",
+                f"{text} has the caption of another image of this output, whose name differs in its ending only: "
+                "rename one of them, or use --format jsonl",
+            )
         if text.exists():
             raise ImageError("exists", f"{text} is there already, and not from this run: move it away")
         super().caption(record, item)
+        self._written.add(str(text))
         self._write(record)
 
     def _write(self, record: dict) -> None:
         text = sidecar(record["path"])
         with explained(text), atomic_write(text) as file:
-            file.write_text(_text(record))
+            file.write_text(_text(record), encoding="utf-8")
 
 
 def sidecar(image: str) -> Path:
@@ -64,8 +73,8 @@ def sidecar(image: str) -> Path:
 
 
 def _text(record: dict) -> str:
-    """Return all captions of a record, one a line."""
-    return "\n".join(captions_of(record)) + "\n"
+    """Return all captions of a record, one a line: a line break within a caption becomes a space."""
+    return "\n".join(" ".join(caption.split()) for caption in captions_of(record)) + "\n"
 
 
 class CocoSink(FileSink):
@@ -176,15 +185,17 @@ class ParquetSink(FolderSink):
         text = pa.string()
         number = pa.float64()
         fields = {"id": text, "path": text, "caption": text, "captions": pa.list_(text), "tokens": pa.int32()}
-        fields |= {"finish_reason": text, "encode_seconds": number, "llm_seconds": number, "model": text}
+        fields |= {"finish_reason": text, "encode_seconds": number, "llm_seconds": number, "model": text, "flags": text}
         table = pa.Table.from_pylist(rows, pa.schema(fields.items()))
         parquet.write_table(table, file, compression="zstd")
 
     def read_part(self, file: Path) -> Iterator[dict]:
-        """Yield the id and model of every row."""
+        """Yield the id, model and flags of every row; parts of earlier versions have no flags."""
         from pyarrow import parquet
 
-        for batch in parquet.ParquetFile(file).iter_batches(columns=["id", "model"]):
+        part = parquet.ParquetFile(file)
+        columns = [name for name in ("id", "model", "flags") if name in part.schema_arrow.names]
+        for batch in part.iter_batches(columns=columns):
             yield from batch.to_pylist()
 
 

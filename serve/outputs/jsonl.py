@@ -130,12 +130,14 @@ class FileSink:
     `finished` holds the ids of earlier runs and of this one.
     """
 
-    def __init__(self, path: str | Path, model: str, resume: bool = True):
+    def __init__(self, path: str | Path, model: str, resume: bool = True, flags: str = ""):
         """Open both files and read what is finished. Without `resume`, old files become `NAME.old`, `NAME.old2` ...
 
-        `model` is the checkpoint's hash: captions of two models are not mixed in one output. Raises SinkError.
+        Captions of two models (by their ids), or with other `flags`, are not mixed in one output. Raises SinkError.
         """
-        self.path, self.model = Path(path), model
+        self.path = Path(path)
+        self.model = model
+        self.flags = flags
         self.errors_path = self.path.with_name(self.path.stem + ".errors.jsonl")
         self.finished, self._errors = IdSet(), None
         self._refuse_foreign()
@@ -174,10 +176,15 @@ class FileSink:
                 self.finished.add(record["id"])
 
     def _done(self, record: dict, where: Path) -> None:
-        """Note an earlier run's record, found in `where`. Raises SinkError if another model wrote it."""
+        """Note an earlier run's record, found in `where`. Raises SinkError if it is of another model or other flags."""
         if record.get("model", self.model) != self.model:
             raise SinkError(
                 f"{where} holds captions of model {record['model']}, and this checkpoint is {self.model}: "
+                "choose another -o, or start over with --no-resume"
+            )
+        if (flags := record.get("flags")) not in (None, self.flags):  # None: of an earlier version
+            raise SinkError(
+                f"{where} holds captions made {_with(flags)}, and this run is {_with(self.flags)}: "
                 "choose another -o, or start over with --no-resume"
             )
         self.finished.add(record["id"])
@@ -197,6 +204,10 @@ class FileSink:
         for file in (self._journal, self._errors):
             if file is not None:
                 file.close()
+
+
+def _with(flags: str) -> str:
+    return f"with {flags}" if flags else "without flags that change them"
 
 
 class FolderSink(FileSink):

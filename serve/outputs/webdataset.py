@@ -20,6 +20,17 @@ from vlv.data.image_files import is_image
 BLOCK = tarfile.BLOCKSIZE
 SHARD_BYTES = 1 << 30  # a shard that has grown beyond is followed by the next
 END = bytes(2 * BLOCK)  # closes a tar file
+SIGNATURES = (
+    (b"\xff\xd8\xff", ".jpg"),
+    (b"\x89PNG", ".png"),
+    (b"GIF8", ".gif"),
+    (b"BM", ".bmp"),
+    (b"II", ".tif"),
+    (b"MM", ".tif"),
+    (b"\x00\x00\x00\x0cjP", ".jp2"),
+    (b"\xff\x4f\xff\x51", ".j2k"),
+    (b"P", ".ppm"),
+)  # the first bytes of a file
 
 
 class WebDatasetSink(FolderSink):
@@ -113,10 +124,19 @@ def samples(shard: Path, number: int) -> Iterator[tuple[int, dict | None]]:
 
 def sample(name: str, image: bytes, record: dict) -> bytes:
     """Return an image, its captions and its record as three members of a tar file."""
-    extension = os.path.splitext(record["id"])[1].lower() if is_image(record["id"]) else ".img"
-    text = "\n".join(captions_of(record)).encode()
+    extension = os.path.splitext(record["id"])[1].lower() if is_image(record["id"]) else extension_of(image)
+    text = "\n".join(" ".join(caption.split()) for caption in captions_of(record)).encode()
     parts = {extension: image, ".txt": text, ".json": json_bytes(record)}
     return b"".join(_member(name + ending, content) for ending, content in parts.items())
+
+
+def extension_of(image: bytes) -> str:
+    """Return the extension for an image file's content, of those that vlv.data.image reads."""
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return ".webp"
+    if image[4:8] == b"ftyp":
+        return ".avif"
+    return next((extension for start, extension in SIGNATURES if image.startswith(start)), ".png")
 
 
 def _member(name: str, data: bytes) -> bytes:

@@ -31,7 +31,7 @@ from vlv.data.image import ImageError
 
 Batch = dict[str, Any]
 ENDINGS = {"parquet": ".parquet", "webdataset": ".tar"}
-TEXT_COLUMNS = ("id", "path", "caption", "finish_reason", "model")
+TEXT_COLUMNS = ("id", "path", "caption", "finish_reason", "model", "flags")
 ERROR_COLUMNS = ("id", "path", "kind", "error")
 
 
@@ -43,6 +43,7 @@ class StageOptions:
     output: str  # folder or URL of the parts
     format: str = "parquet"  # one of ENDINGS
     raw: bool = False  # captions as the model wrote them, without the clean-up
+    flags: str = ""  # for the records: what changes captions beside the model
 
 
 class Decode:
@@ -144,7 +145,7 @@ class Write:
             completion = await self._engine.generate(embeds, Sampling(self._engine.max_tokens))
         except EmbedsError as error:
             return error_record(item, "encoder", str(error))
-        return caption_record(item, [completion], self._options.raw, self._model_id)
+        return caption_record(item, [completion], self._options.raw, self._model_id, self._options.flags)
 
 
 def parquet_file(rows: list[dict], texts: tuple[str, ...], numbers: tuple[str, ...] = ()) -> bytes:

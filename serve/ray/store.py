@@ -22,9 +22,9 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 from pyarrow import parquet
 
-from serve.core.inputs import SHARDS, Item, SourceError, expand, image_members
+from serve.core.inputs import SHARDS, Item, LeftOut, Members, SourceError, expand, read_members
 from serve.outputs.jsonl import IdSet
-from vlv.common.command import Misuse
+from vlv.common.command import Misuse, one_line
 from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
 from vlv.data.image_files import is_image
@@ -49,6 +49,8 @@ class Remote(Item):
             raise ImageError("missing", "there is no such file") from error
         except Exception as error:  # every file system has its own
             raise ImageError("unreadable", f"cannot read the URL: {type(error).__name__}: {error}") from error
+        if self.length is not None and len(content) > self.length:  # a server without ranges sends the whole file
+            content = content[self.offset : end]
         if self.length is not None and len(content) < self.length:
             raise ImageError("damaged", f"the shard ends after {len(content)} of {self.length} bytes of this member")
         return content
@@ -104,17 +106,18 @@ def part(unit: int, ending: str = "") -> str:
     return f"part-{unit:06}{ending}"
 
 
-def items_of(paths: list[str], column: str) -> Iterator[Item]:
+def items_of(paths: list[str], column: str, left_out: LeftOut | None = None) -> Iterator[Item]:
     """Yield the images of paths (as serve.core.inputs), of folders, globs and shards behind URLs, and of Parquet files
     of URLs. Raises SourceError or Misuse.
     """
+    left_out = left_out or LeftOut()
     for path in paths:
         if path.endswith(".parquet"):
             yield from _listed(path, column)
         elif "://" in path:
-            yield from _remote(path)
+            yield from _remote(path, left_out)
         else:
-            yield from expand([path])
+            yield from expand([path], left_out)
 
 
 def _listed(path: str, column: str) -> Iterator[Item]:
@@ -133,7 +136,7 @@ def _listed(path: str, column: str) -> Iterator[Item]:
                     yield Item(url or "", os.path.abspath(url or ""))
 
 
-def _remote(url: str) -> Iterator[Item]:
+def _remote(url: str, left_out: LeftOut) -> Iterator[Item]:
     fs, inside = file_system(url)
     names = sorted(fs.glob(inside) if glob.has_magic(inside) else fs.find(inside))
     if not any(is_image(name) or name.lower().endswith(SHARDS) for name in names):
@@ -141,19 +144,26 @@ def _remote(url: str) -> Iterator[Item]:
     for name in names:
         member_url = fs.unstrip_protocol(name)
         if name.lower().endswith(SHARDS):
-            yield from _remote_shard(fs, name, member_url)
+            yield from _remote_shard(fs, name, member_url, left_out)
         elif is_image(name):
             yield Remote(member_url, member_url)
+        else:
+            left_out.file(name)
 
 
-def _remote_shard(fs, name: str, url: str) -> Iterator[Item]:
+def _remote_shard(fs, name: str, url: str, left_out: LeftOut) -> Iterator[Item]:
+    members: Members = {}
+    problem = None
     try:
         # a header is half a kilobyte and images lie between: read little ahead
         with fs.open(name, "rb", block_size=HEADERS) as file, tarfile.open(fileobj=file, mode="r:") as shard:
-            for member in image_members(shard):
-                yield Remote(f"{url}/{member.name}", url, member.offset_data, member.size)
+            read_members(shard, members, left_out, url)
     except Exception as error:  # tarfile's, and every file system has its own
-        yield Remote(url, url, problem=f"the shard cannot be read to its end: {type(error).__name__}: {error}")
+        problem = f"the shard cannot be read to its end: {one_line(error)}"
+    for member, (offset, size) in members.items():
+        yield Remote(f"{url}/{member}", url, offset, size)
+    if problem:
+        yield Remote(url, url, problem=problem)
 
 
 def plan(store: Store, items: Iterable[Item], terms: dict, size: int) -> int:
@@ -163,7 +173,8 @@ def plan(store: Store, items: Iterable[Item], terms: dict, size: int) -> int:
     except FileNotFoundError:
         pass
     else:
-        if changed := sorted(name for name in terms if held.get(name) != terms[name]):
+        # a plan of an earlier version has no flags
+        if changed := sorted(name for name in terms if held.get(name, terms[name]) != terms[name]):
             name, before = changed[0], held.get(changed[0])
             raise Misuse(f"DST was begun with {name} {before}, and this is {terms[name]}: choose another DST")
         return held["units"]

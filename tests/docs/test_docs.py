@@ -217,7 +217,7 @@ def test_reference_pages_name_every_module_and_public_class():
         "def resolve(",
         "class LLMEngine(ABC)",
         "async def generate(self",
-        "class Pipeline",
+        "class CaptionRun",
     ):
         assert expected in api
     assert not [module for module in made.PUBLIC if f"\n## {module}\n" not in api]

@@ -92,7 +92,7 @@ def test_every_kind_of_bad_image(caption, bomb, tmp_path):
     assert {Path(e["id"]).name: e["kind"] for e in errors} == {name: kind for name, (_, kind) in bad.items()}
     assert last(stderr) == f"4 of 12 images failed: see {tmp_path}/out/captions.errors.jsonl"
     for record in records:
-        assert set(record) == {"id", "path", "caption", "tokens", "finish_reason", "timings", "model"}
+        assert set(record) == {"id", "path", "caption", "tokens", "finish_reason", "timings", "model", "flags"}
         assert 0 <= record["tokens"] <= TOKENS and record["finish_reason"] in ("stop", "length")
 
 
@@ -123,6 +123,32 @@ def test_resuming_after_all_is_done(caption, scene_images):
     assert (code, len(records)) == (0, 3) and "3 done before" in last(stderr)
     code, records, *_ = caption(scene_images, "--limit", 2, "--no-resume")
     assert (code, len(records)) == (0, 2)
+
+
+def test_other_flags_do_not_go_on_in_the_same_file(caption, scene_images):
+    """Of --raw, -n and --max-tokens the file would hold a mixture without a word."""
+    caption(scene_images, "--limit", 2)
+    code, records, _, stderr = caption(scene_images, "--limit", 3, "--raw")
+    assert code == 1 and len(records) == 2
+    assert "holds captions made with --max-tokens 24, and this run is with --max-tokens 24 --raw: choose" in last(
+        stderr
+    )
+    code, records, *_ = caption(scene_images, "--limit", 3, "--raw", "--no-resume")
+    assert code == 0 and {r["flags"] for r in records} == {"--max-tokens 24 --raw"}
+
+
+def test_what_is_left_out_is_said_and_strict_fails(caption, scene_images, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(scene_images / "00.png", folder)
+    (folder / "phone.heic").write_bytes(b"x")
+    (folder / "notes.md").write_text("x")
+    code, records, _, stderr = caption(folder)
+    assert code == 0 and len(records) == 1
+    assert last(stderr) == "left out: 1 .heic; 1 other files (.md)"
+    assert caption(folder, "--strict")[0] == 1
+    (folder / "phone.heic").unlink()
+    assert caption(folder, "--strict")[0] == 0
 
 
 def test_tar_shards_lists_and_globs(caption, scene_images, tmp_path):
@@ -164,9 +190,17 @@ def test_arguments_that_cannot_be_meant(caption, scene_images, tmp_path, capsys)
         (tmp_path / "absent",): f"error: no such file or folder: {tmp_path}/absent",
         (tmp_path / "empty",): f"error: no images in {tmp_path}/empty: looked for",
         (): "error: PATH and --ckpt are needed",
-        (scene_images, "--limit", "0"): "error: argument --limit: '0' is no whole number above 0",
-        (scene_images, "--temperature", "-1"): "error: argument --temperature: '-1' is no number from 0 to 10",
-        (scene_images, "--shard", "0/3"): "error: argument --shard: '0/3' is no part of a whole, such as 3/16",
+        (scene_images, "--limit", "0"): "error: argument --limit: expected a positive integer, got '0'",
+        (
+            scene_images,
+            "--temperature",
+            "-1",
+        ): ("error: argument --temperature: expected a number from 0 to 10, got '-1'"),
+        (
+            scene_images,
+            "--shard",
+            "0/3",
+        ): ("error: argument --shard: expected a part such as 3/16 (from 1/16 to 16/16), got '0/3'"),
         (scene_images, "-n", "3"): "error: -n 3 draws captions: give --temperature above 0",
         (scene_images, "--stop", ""): "error: --stop needs a text",
         (scene_images, "--lora", "x"): "error: --lora does not go with --engine transformers",

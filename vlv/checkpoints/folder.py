@@ -13,9 +13,12 @@ import torch
 from safetensors import SafetensorError
 
 from vlv.common.command import UserError
-from vlv.common.files import atomic_write, sha256, write_json
+from vlv.common.files import atomic_write, sha256
 from vlv.model.config import FORMAT, VLVConfig
 from vlv.model.encoder import VLVEncoder
+
+_TEXT = frozenset({".json", ".txt", ".jinja"})
+_LOADED = _TEXT | {".safetensors", ".bin", ".model", ".tiktoken"}
 
 
 class CheckpointError(UserError, ValueError):
@@ -70,12 +73,15 @@ class Checkpoint:
 
     @property
     def hash(self) -> str:
-        """Return the first 12 hex digits of the SHA-256 over the encoder's and the language model's files."""
-        digest = hashlib.sha256()
-        files = [self.folder / "vlv.json", self.encoder_file, *sorted((self.folder / "llm").glob("*"))]
-        for file in files:
+        """Return the first 12 hex digits of the SHA-256 over what is loaded of the encoder and the language model.
+
+        Files that no loader reads (.DS_Store, README.md, the .bin files beside safetensors), the line ends of text
+        files and the layout of vlv.json do not change it.
+        """
+        digest = hashlib.sha256(b"vlv.json" + hashlib.sha256(_description(self.config).encode()).digest())
+        for file in [self.encoder_file, *_loaded_files(self.folder / "llm")]:
             if file.is_file():
-                digest.update(file.name.encode() + bytes.fromhex(sha256(file)))
+                digest.update(file.name.encode() + _content_hash(file))
         return digest.hexdigest()[:12]
 
     @property
@@ -146,20 +152,69 @@ def save(folder: str | Path, encoder: VLVEncoder, dtype: torch.dtype | None = No
     tensors = {k: (v.to(dtype) if dtype else v).detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
     with atomic_write(folder / "encoder.safetensors") as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(folder / "vlv.json", {"format": FORMAT, "model": encoder.config.to_dict()})
+    with atomic_write(folder / "vlv.json") as temporary:
+        temporary.write_text(_description(encoder.config), encoding="utf-8", newline="\n")
     return Checkpoint(folder, encoder.config)
+
+
+def _description(config: VLVConfig) -> str:
+    """Return the content of vlv.json."""
+    return json.dumps({"format": FORMAT, "model": config.to_dict()}, indent=2) + "\n"
+
+
+def _loaded_files(llm: Path) -> list[Path]:
+    """Return the files of a language model's folder that transformers and vLLM read, sorted by name."""
+    files = [f for f in sorted(llm.glob("*")) if f.suffix in _LOADED and not f.name.startswith(".")]
+    has_safetensors = any(f.suffix == ".safetensors" for f in files)
+    return [f for f in files if not (has_safetensors and f.suffix == ".bin")]
+
+
+def _content_hash(file: Path) -> bytes:
+    """Return the SHA-256 of a file, of a text file with line feeds as its line ends."""
+    if file.suffix in _TEXT and b"\r\n" in (content := file.read_bytes()):
+        return hashlib.sha256(content.replace(b"\r\n", b"\n")).digest()
+    return bytes.fromhex(sha256(file))
+
+
+def read_json(file: Path) -> dict:
+    """Return a JSON file's content, {} where there is no such file. Raises CheckpointError where it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not readable as JSON ({error}): copy it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object: copy it again")
+    return content
+
+
+def safetensors_header(file: Path) -> dict[str, dict]:
+    """Return name -> {"dtype", "shape", "data_offsets"} of a safetensors file. Raises CheckpointError where damaged.
+
+    Reads the header only, and checks that the file is as long as the header says.
+    """
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError("the file is shorter than its header")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if any(not {"dtype", "shape"} <= tensor.keys() for tensor in header.values()):
+            raise ValueError("a tensor has no dtype or shape")
+        if file.stat().st_size != 8 + length + end:
+            raise ValueError("the file is not as long as its header says")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file ({error}): copy it again") from error
+    return header
 
 
 def _describe_file(folder: Path, file: Path) -> dict:
     """Return a safetensors file's size, parameters by dtype, and SHA-256. Raises CheckpointError."""
-    try:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        counts: dict[str, int] = {}
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: copy it again") from error
+    counts: dict[str, int] = {}
+    for tensor in safetensors_header(file).values():
+        counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
     name = str(file.relative_to(folder))
     return {"file": name, "bytes": file.stat().st_size, "parameters": counts, "sha256": sha256(file)}

@@ -6,7 +6,6 @@ Florence-2, SD's CLIP text model and Qwen2.5, found beside the weights, in folde
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vlv.checkpoints.folder import CheckpointError
+from vlv.checkpoints.folder import CheckpointError, read_json
 from vlv.checkpoints.published_keys import BART, CLIP, LLM, PROMPT, PROMPT_IDS, STAGE1, TOWER
 from vlv.model.config import DaViTConfig, VLVConfig
 
@@ -51,16 +50,6 @@ def download(name: str, weights: bool) -> Path:
             f"cannot get {name} from the Hugging Face hub, nor is it in the local cache ({reason}): "
             "check the name and the network, or give a folder"
         ) from error
-
-
-def read_json(file: Path) -> dict:
-    """Return a JSON file's content, {} where there is no such file. Raises CheckpointError where it is damaged."""
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not readable as JSON ({error}): copy it again") from error
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def weight_files(source: Path) -> list[Path]:
         raise CheckpointError(f"no weights at {source}: expected a weight file or a folder with one")
     for name in _INDEXES:
         if (source / name).is_file():
-            return _shards(source / name)
+            return shards(source / name)
     for name in _SINGLES:
         if (source / name).exists():
             return weight_files(source / name)  # newer DeepSpeed makes a folder named pytorch_model.bin
@@ -57,7 +57,8 @@ def weight_files(source: Path) -> list[Path]:
     raise CheckpointError(f"{source} holds no weights: expected one of {', '.join((*_INDEXES, *_SINGLES))}")
 
 
-def _shards(index: Path) -> list[Path]:
+def shards(index: Path) -> list[Path]:
+    """Return the files that an index of shards names. Raises CheckpointError where one is missing."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

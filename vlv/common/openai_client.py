@@ -25,6 +25,7 @@ from vlv.common.command import Misuse, UserError, say
 from vlv.common.jsonl import cut_torn_line, read_records
 from vlv.common.openai_config import ClientConfig
 from vlv.common.retry import retry_delay
+from vlv.data.image import ImageError, web_image
 
 T = TypeVar("T")
 CHARACTERS_PER_TOKEN = 4  # of English text, about: for the estimate only
@@ -45,6 +46,10 @@ class ServerError(UserError, RuntimeError):
 
 class NoAnswer(UserError, RuntimeError):
     """Raised where one question has no usable answer."""
+
+
+class TokenLimitError(NoAnswer):
+    """Raised where the server refuses the number of tokens that an answer may have."""
 
 
 class _BadReply(Exception):
@@ -75,10 +80,9 @@ def final_text(text: str) -> str:
 
 
 def image_url(content: bytes) -> str:
-    """Return an image file's content as a data: URL, its media type by the content."""
-    kinds = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
-    kind = next((kind for head, kind in kinds.items() if content.startswith(head)), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    """Return an image file's content as a data: URL; see `web_image`. Raises ImageError."""
+    kind, content = web_image(content)
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 class ChatClient:
@@ -134,8 +138,11 @@ class ChatClient:
                 return _answer(reply.content)
             except openai.APIStatusError as error:
                 status, headers = error.status_code, error.response.headers
+                if error.code == "unsupported_parameter" and not self.config.reasoning:
+                    raise ServerError(f"{self.config.url} needs --reasoning: {error}", fatal=True) from error
                 if status in REFUSED:
-                    raise NoAnswer(f"the server refuses the question: {error}") from error
+                    kind = TokenLimitError if re.search(r"max_(completion_)?tokens", str(error)) else NoAnswer
+                    raise kind(f"the server refuses the question: {error}") from error
                 problem = f"{self.config.url} answers {status}: {error}"
                 hopeless = not (status in REPEATED or status >= 500) or error.code == "insufficient_quota"
                 if hopeless or attempt >= self.config.retries:
@@ -200,7 +207,7 @@ class Question:
     image: Path | None = None
 
     def messages(self, reminder: str = "") -> list[dict]:
-        """Return the messages to send; a reminder is added to the text."""
+        """Return the messages to send; a reminder is added to the text. Raises OSError, ImageError."""
         text = f"{self.text}\n\n{reminder}" if reminder else self.text
         content: list[dict] | str = text
         if self.image:
@@ -314,7 +321,11 @@ class JournaledClient:
         record = {"digest": self.digest(question), "name": question.name, "usage": [0, 0]}
         options, reminder = {} if self.config.reasoning else {"temperature": 0}, ""
         for _ in range(2):
-            answer = await client.ask(question.messages(reminder), question.max_tokens, **options)
+            try:
+                messages = question.messages(reminder)
+            except ImageError as error:
+                raise NoAnswer(f"{question.image}: {error}") from error
+            answer = await client.ask(messages, question.max_tokens, **options)
             record["usage"][0] += answer.tokens_in
             record["usage"][1] += answer.tokens_out
             record |= {"answer": answer.text, "finish_reason": answer.finish_reason}

@@ -23,6 +23,21 @@ EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .pnm".split()
 )
 
+# of each of FORMATS, one of EXTENSIONS; Pillow calls a JPEG file of several images MPO
+_ENDINGS = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "DIB": ".bmp",
+    "TIFF": ".tif",
+    "AVIF": ".avif",
+    "JPEG2000": ".jp2",
+    "PPM": ".ppm",
+}
+
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,11 +62,19 @@ class ImageError(UserError, ValueError):
 
 
 def load_crop(source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode a file (path or content), turn it upright, make it RGB, resize its short side, crop the centre.
+    """Decode a file (path or content) as `decode` does, resize its short side, crop the centre.
 
-    Returns uint8 [3, size, size]. Transparency is laid on white, 16-bit greys are scaled, an animation
-    gives its first frame. Images of more than `max_pixels` are refused before they are decoded.
-    Raises ImageError.
+    Returns uint8 [3, size, size]. Raises ImageError.
+    """
+    image = centre(decode(source, max_pixels), size, max_pixels)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a file (path or content), turn it upright, make it RGB.
+
+    Transparency is laid on white, 16-bit greys are scaled, an animation gives its first frame. Images of more than
+    `max_pixels` are refused before they are decoded. Raises ImageError.
     """
     content = source if isinstance(source, bytes) else _read(source)
     if not content:
@@ -61,12 +84,33 @@ def load_crop(source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXEL
         warnings.simplefilter("ignore")
         image = _open(content, max_pixels)
         try:
-            image = _rgb(_upright(image))
+            return _rgb(_upright(image))
         except ImageError:
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error …
             raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
-    return np.ascontiguousarray(np.asarray(centre(image, size, max_pixels)).transpose(2, 0, 1))
+
+
+def web_image(content: bytes) -> tuple[str, bytes]:
+    """Return an image's media type and content as any web service takes it.
+
+    JPEG, PNG, WebP and GIF stay as they are, by their content and not by a name; other formats become PNG.
+    Raises ImageError.
+    """
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png", content
+    if content.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg", content
+    if content.startswith((b"GIF87a", b"GIF89a")):
+        return "image/gif", content
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return "image/webp", content
+    return "image/png", png(np.asarray(decode(content)).transpose(2, 0, 1))
+
+
+def file_ending(content: bytes) -> str:
+    """Return the file name's ending for an image file's content, such as ".jpg". Raises ImageError."""
+    return _ENDINGS[_open(content, MAX_PIXELS).format]
 
 
 def png(image: np.ndarray) -> bytes:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlv.checkpoints.folder import Checkpoint
 from vlv.common.command import hush
 from vlv.common.device import choose_device, inference_dtype
-from vlv.diffusion.scheduler import batch_seeds, make_scheduler
+from vlv.diffusion.scheduler import batch_seeds, make_scheduler, require_finite
 from vlv.diffusion.t2i import T2I
 from vlv.model.encoder import VLVEncoder
 
@@ -70,7 +70,7 @@ class CaptionReconstructor:
     ) -> Tensor:
         """Generate images uint8 [B, 3, S, S] on the CPU; each image's noise follows from its seed alone."""
         if hasattr(self._pipeline.scheduler, "alphas_cumprod"):  # flow-matching models (SD 3.5) keep their own sampler
-            self._pipeline.scheduler = make_scheduler(sampler, self._settings)
+            self._pipeline.scheduler = make_scheduler(sampler, self._settings, steps)
         images = self._pipeline(
             captions,
             num_inference_steps=steps,
@@ -78,7 +78,8 @@ class CaptionReconstructor:
             generator=[torch.Generator().manual_seed(s) for s in batch_seeds(seed, len(captions))],
             output_type="np",
         ).images
-        return torch.from_numpy(np.round(np.stack(images).transpose(0, 3, 1, 2) * 255).astype(np.uint8))
+        values = require_finite("images", torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+        return (values * 255).round().to(torch.uint8)
 
 
 def interpolate(first: Tensor, second: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from vlv.diffusion.scheduler import DiffusionError, batch_seeds, make_scheduler
+from vlv.diffusion.scheduler import DiffusionError, batch_seeds, make_scheduler, require_finite
 from vlv.diffusion.unet import fixed_context
 
 
@@ -111,10 +111,11 @@ class T2I(nn.Module):
 
         The unconditional context is the empty prompt's, as published (50 steps, guidance 2.0). Each image's
         noise follows from `seed` alone (or from its own of several seeds), so it does not depend on the batch.
-        Raises DiffusionError on an unknown sampler or a context of another length than the empty prompt's.
+        Raises DiffusionError on an unknown sampler, a number of steps that it cannot take, a context of another length
+        than the empty prompt's, and latents or images that are not finite.
         """
         pipeline = self.pipeline()
-        pipeline.scheduler = make_scheduler(sampler, self.scheduler.config)
+        pipeline.scheduler = make_scheduler(sampler, self.scheduler.config, steps)
         empty = self.encode_text([""]).expand(len(context), -1, -1)
         if empty.shape[1] != context.shape[1]:
             raise DiffusionError(
@@ -127,13 +128,15 @@ class T2I(nn.Module):
         context, empty = context.to(self.unet.dtype), empty.to(self.unet.dtype)
         # with guidance the pipeline stacks both, as here
         with fixed_context(self.unet, torch.cat([empty, context]) if guidance > 1 else context):
-            images = pipeline(
+            latents = pipeline(
                 prompt_embeds=context,
                 negative_prompt_embeds=empty,
                 latents=noise.to(context.device, self.unet.dtype),
                 generator=draws,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                output_type="pt",
+                output_type="latent",
             ).images
-        return (images.float() * 255).round().to(torch.uint8)
+        latents = require_finite("latents", latents) / self.vae.config.scaling_factor
+        images = require_finite("images", self.vae.decode(latents).sample) / 2 + 0.5
+        return (images.clamp(0, 1).float() * 255).round().to(torch.uint8)

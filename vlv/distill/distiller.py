@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from PIL import Image
-
 from vlv.common.command import UserError, say
 from vlv.common.jsonl import cut_torn_line, read_records
-from vlv.common.openai_client import Answer, ChatClient, NoAnswer, ServerError, final_text, image_url
-from vlv.data.image import load_crop
+from vlv.common.openai_client import Answer, ChatClient, NoAnswer, ServerError, TokenLimitError, final_text, image_url
+from vlv.data.image import MAX_PIXELS, centre, decode, file_ending
 from vlv.data.sources import Sample, Source
 from vlv.distill.config import DistillConfig
 from vlv.distill.duplicates import Duplicates, content_hash, difference_hash
@@ -141,14 +139,13 @@ class Distiller:
             sample = self.source.read(shard, row)
             if sample.id in self.done:
                 return None
-            with Image.open(io.BytesIO(sample.image)) as opened:
-                width, height = opened.size
-            difference = difference_hash(sample.image)
-            image = self._image_to_send(sample.image)
-        except Exception as error:  # Pillow and its decoders raise nearly any type for a damaged file
+            image = decode(sample.image)
+        except Exception as error:  # a source's libraries raise nearly any type for a damaged row
             id = sample.id if sample else f"{shard}:{row}"
             self._reject({"id": id}, f"unreadable: {error}")
             return None
+        width, height = image.size
+        difference = difference_hash(image)
         about = sample.about
         record = {
             "id": sample.id,
@@ -167,15 +164,12 @@ class Distiller:
             self._reject(record, f"duplicate of {earlier}")
             return None
         self._remember(record)
-        return Job(record | {"path": self._path(sample)}, image)
-
-    def _image_to_send(self, image: bytes) -> bytes:
-        """Return the crop that VLV sees as a JPEG; with size 0 the file itself."""
-        if not self.config.size:
-            return image
-        buffer = io.BytesIO()
-        Image.fromarray(load_crop(image, self.config.size).transpose(1, 2, 0)).save(buffer, "JPEG", quality=95)
-        return buffer.getvalue()
+        sent = sample.image
+        if size := self.config.size:  # the crop that VLV sees
+            buffer = io.BytesIO()
+            centre(image, size, MAX_PIXELS).save(buffer, "JPEG", quality=95)
+            sent = buffer.getvalue()
+        return Job(record | {"path": self._path(sample)}, sent)
 
     def _path(self, sample: Sample) -> str:
         """Return where training finds the image: its file, or for a row of a shard a copy beside the output."""
@@ -184,7 +178,7 @@ class Distiller:
         if "://" in sample.id and not any(part in sample.id for part in (".tar/", ".parquet#")):
             return sample.id
         name = hashlib.sha256(sample.image).hexdigest()[:16]
-        target = self.config.output.with_suffix(".images") / name[:2] / f"{name}.img"
+        target = self.config.output.with_suffix(".images") / name[:2] / f"{name}{file_ending(sample.image)}"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(sample.image)
         return os.path.relpath(target, self.config.output.parent)
@@ -200,8 +194,10 @@ class Distiller:
             self.tally.failed += 1
             text = f"{type(error.__cause__ or error).__name__}: {error}"[:500]
             self.output.write(self.output.errors, {"id": job.record["id"], "error": text})
-            if getattr(error, "fatal", False):
-                url = self.config.client.url
+            url, tokens = self.config.client.url, self.config.max_tokens
+            if isinstance(error, TokenLimitError):  # every image would meet it
+                self.stop = DistillError(f"{url} refuses --max-tokens {tokens}, choose a smaller one ({error})")
+            elif getattr(error, "fatal", False):
                 self.stop = DistillError(f"{url} gives no answers ({error}): what is written stays")
             return
         self.tally.answers += 1

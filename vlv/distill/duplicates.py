@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 
 import numpy as np
@@ -17,10 +16,9 @@ def content_hash(image: bytes) -> str:
     return hashlib.sha256(image).hexdigest()[:16]
 
 
-def difference_hash(image: bytes) -> int:
+def difference_hash(image: Image.Image) -> int:
     """Return 64 bits: is each pixel of a grey 9 x 8 miniature brighter than its left one? Survives recompression."""
-    with Image.open(io.BytesIO(image)) as opened:
-        small = opened.convert("L").resize((9, 8), Image.Resampling.BOX)
+    small = image.convert("L").resize((9, 8), Image.Resampling.BOX)
     pixels = np.asarray(small).astype(np.int16)
     return int.from_bytes(np.packbits(pixels[:, 1:] > pixels[:, :-1]).tobytes(), "big")
 

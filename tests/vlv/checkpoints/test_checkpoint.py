@@ -25,6 +25,30 @@ def encoder() -> VLVEncoder:
     return random_weights(VLVEncoder(PRESETS["tiny"]))
 
 
+def test_the_hash_is_of_what_is_loaded(captioning_checkpoint, tmp_path):
+    """Files that the system or an editor adds, and line ends that a copy changes, are not the model."""
+    copy = Path(shutil.copytree(captioning_checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns("t2i")))
+    expected = Checkpoint.open(copy).hash
+    (copy / "llm" / ".DS_Store").write_bytes(b"Bud1")
+    (copy / "llm" / "._model.safetensors").write_bytes(b"x")
+    (copy / "llm" / "README.md").write_text("about")
+    (copy / "llm" / "pytorch_model.bin").write_bytes(b"stale")
+    for file in (copy / "vlv.json", copy / "llm" / "config.json"):
+        file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert Checkpoint.open(copy).hash == expected
+    values = json.loads((copy / "vlv.json").read_text())
+    (copy / "vlv.json").write_text(json.dumps(values))
+    assert Checkpoint.open(copy).hash == expected == Checkpoint.open(captioning_checkpoint).hash
+    for change in (
+        lambda: rewrite(copy, model={**values["model"], "queries": 31}),
+        lambda: (copy / "llm" / "generation_config.json").write_text("{}"),
+        lambda: (copy / "llm" / "model.safetensors").write_bytes(b"other"),
+    ):
+        change()
+        assert Checkpoint.open(copy).hash != expected
+        expected = Checkpoint.open(copy).hash
+
+
 @pytest.fixture
 def folder(encoder, tmp_path) -> Path:
     checkpoint.save(tmp_path / "saved", encoder)

@@ -202,13 +202,58 @@ def test_captions_that_do_not_match(scene_images, tmp_path, capsys):
     assert stopped.value.code == 2 and "is not NAME=PATH" in capsys.readouterr().err
 
 
+GRADES = {"coverage": 5, "hallucination": 4, "layout": 3, "score": 2}
+PLAIN = json.dumps(GRADES)
+EXAMPLE = json.dumps(dict.fromkeys(GRADES, 0))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PLAIN,
+        f"```json\n{json.dumps(GRADES, indent=2)}\n```",
+        f"<think>The rubric wants {EXAMPLE} as its form. It is good.</think>\n{PLAIN}",
+        f"The rubric wants {EXAMPLE}.\n</think>\n\n{PLAIN}",
+        f"Following the format {EXAMPLE}, my grades are:\n```json\n{PLAIN}\n```",
+        f'{{"thoughts": "maybe {{coverage: 1}}"}} {PLAIN} {{"note": "done"}}',
+        json.dumps({"scores": GRADES, "reason": "fine {or so}"}),
+        json.dumps({k: {"score": v, "reason": "r"} for k, v in GRADES.items()}),
+        json.dumps({k: str(v) for k, v in GRADES.items()}),
+        json.dumps({k: f"{v}/6" for k, v in GRADES.items()}),
+        json.dumps({k.capitalize(): v for k, v in GRADES.items()}),
+        '{"coverage": 5/6, "hallucination": 4/6, "layout": 3/6, "score": 2/6}',
+        '{"coverage": 5, "hallucination": 4, "layout": 3, "score": 2,}',
+        "{'coverage': 5, 'hallucination': 4, 'layout': 3, 'score': 2}",
+        [{"type": "text", "text": PLAIN}],
+    ],
+)
+def test_the_same_grades_in_every_form(files, server, tmp_path, answer):
+    """What models write: thoughts, an example first, a fence, text for numbers, an object in another."""
+    server.answer = lambda body: answer
+    code, found = run(files, server, tmp_path, "--mode", "rubric", "--limit", "1")
+    assert code == 0 and {k: v["mean"] for k, v in found["rubric"]["ours"].items()} == GRADES
+    assert len(server.asked) == 2  # no caption was asked about twice
+
+
+@pytest.mark.parametrize("answer", ["<think>{}", '<think>\n{"better": 2}', "{'better': 3}", '{"better": 1.5}'])
+def test_no_verdict_from_thoughts(answer):
+    from vlv.common.openai_client import final_text
+
+    with pytest.raises(ValueError, match="JSON object"):
+        judge.parse_pair(final_text(answer))
+
+
+def test_verdicts():
+    assert judge.parse_pair('I take {"better": 1} or {"better": 2}: {"better": "0"}') == 0
+
+
 def test_grades_without_the_papers_score_are_no_answer():
     assert judge.parse_rubric('{"coverage": 4, "hallucination": 6, "layout": 3, "score": 0}')["score"] == 0
     with pytest.raises(ValueError, match='"score": 2'):
         judge.parse_rubric('{"coverage": 4, "hallucination": 6, "layout": 3}')
 
 
-@pytest.mark.parametrize("answer", ["", "none", '{"better": 3}', '{"better": true}', '{"better": "1"}', "{bad}"])
+@pytest.mark.parametrize("answer", ["", "none", '{"better": 3}', '{"better": true}', '{"better": "one"}', "{bad}"])
 def test_no_verdict(answer):
     with pytest.raises(ValueError, match="JSON object"):
         judge.parse_pair(answer)

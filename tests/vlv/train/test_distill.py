@@ -1,6 +1,8 @@
 """Captions for stage 2 from a real OpenAI-compatible server: ours, with the reference engine."""
 
+import base64
 import errno
+import io
 import json
 import os
 import re
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlv.data.image import decode
 from vlv.distill.duplicates import Duplicates, content_hash, difference_hash
 from vlv.distill.quality import Limits, caption_problem, image_problem, repetition, tidy
 from vlv.train import distill
@@ -136,16 +139,19 @@ def records_so_far(file):
 class Moody(BaseHTTPRequestHandler):
     """Fails now and then, as APIs do: what the tests of retries and limits need and our server never does.
 
-    `failures`: by call, the status that it gives, or None for a good one with `choices: null`.
+    `failures`: by call, the status that it gives, or None for a good one with `choices: null`; `message`: of errors;
+    `content`: of answers, None for one that is good; `images`: the data: URLs that it got.
     """
 
-    failures, calls = {}, 0
+    failures, calls, message, content, images = {}, 0, "not now", None, []
 
     def do_POST(self):
         type(self).calls += 1
-        self.rfile.read(int(self.headers["Content-Length"]))
+        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.images.append(question["messages"][0]["content"][1]["image_url"]["url"])
         status = self.failures.get(self.calls, 200)
-        message = {"role": "assistant", "content": f"Number {self.calls} is a red kite above two green hills."}
+        text = self.content or f"Number {self.calls} is a red kite above two green hills."
+        message = {"role": "assistant", "content": text}
         answer = {
             "id": "x", "object": "chat.completion", "created": 0, "model": "moody",
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
@@ -153,7 +159,7 @@ class Moody(BaseHTTPRequestHandler):
         }  # fmt: skip
         if status is None:
             answer["choices"], status = None, 200
-        body = json.dumps(answer if status == 200 else {"error": {"message": "not now"}}).encode()
+        body = json.dumps(answer if status == 200 else {"error": {"message": self.message}}).encode()
         self.send_response(status)
         self.send_header("Retry-After-Ms", "1")
         self.send_header("Content-Length", str(len(body)))
@@ -166,7 +172,7 @@ class Moody(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def moody():
-    Moody.failures, Moody.calls = {}, 0
+    Moody.failures, Moody.calls, Moody.message, Moody.content, Moody.images = {}, 0, "not now", None, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -190,7 +196,7 @@ def test_what_fails_is_tried_again_and_then_told(photos, moody, tmp_path, capsys
 
 
 def test_an_answer_without_choices_is_told_and_tried_again(photos, moody, tmp_path):
-    Moody.failures = {2: None}
+    Moody.failures = {2: None, 3: None}  # it is asked once more at once
     assert ask(photos, moody, tmp_path / "data.jsonl") == 1
     assert len(records(tmp_path / "data.errors.jsonl")) == 1 and len(records(tmp_path / "data.jsonl")) == 9
 
@@ -221,6 +227,68 @@ def test_a_wrong_key_stops_at_once(photos, moody, tmp_path, capsys):
     assert Moody.calls < 4
 
 
+def test_a_limit_of_tokens_stops_at_once_and_is_named(photos, moody, tmp_path, capsys):
+    """vLLM's words, and ours; every image would meet the same."""
+    for message in (
+        "'max_tokens' or 'max_completion_tokens' is too large: 400. This model's maximum context length is 512 tokens",
+        "max_tokens: expected an integer from 1 to 300, got 400",
+    ):
+        Moody.failures, Moody.calls, Moody.message = dict.fromkeys(range(1, 50), 400), 0, message
+        assert ask(photos, moody, tmp_path / "data.jsonl", "--max-tokens", "400") == 1
+        assert Moody.calls < 4
+        assert "refuses --max-tokens 400, choose a smaller one" in capsys.readouterr().err
+
+
+GOOD = "A red kite flies above two green hills."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"<think>Let me see the picture: it has hills.</think>\n\n{GOOD}",
+        f"Let me see: it has hills.\n</think>\n{GOOD}",
+        [{"type": "text", "text": "A red kite flies "}, {"type": "text", "text": "above two green hills."}],
+    ],
+)
+def test_thoughts_and_parts(photos, moody, tmp_path, content):
+    Moody.content = content
+    assert ask(photos, moody, tmp_path / "data.jsonl") == 0
+    assert {r["caption"] for r in records(tmp_path / "data.jsonl")} == {GOOD}
+
+
+def test_thoughts_without_an_end_are_no_caption(photos, moody, tmp_path):
+    Moody.content = "<think>A red kite flies above two green hills. It is bright."
+    assert ask(photos, moody, tmp_path / "data.jsonl") == 0
+    reasons = [r["reason"] for r in records(tmp_path / "data.rejected.jsonl")]
+    assert not records(tmp_path / "data.jsonl") and reasons.count("empty") == 10
+
+
+@pytest.mark.parametrize(("kind", "sent"), [("BMP", "png"), ("TIFF", "png"), ("AVIF", "png"), ("JPEG2000", "png"),
+                                            ("WEBP", "webp"), ("GIF", "gif"), ("PNG", "png")])  # fmt: skip
+def test_files_are_sent_by_content(photos, moody, tmp_path, kind, sent):
+    """With --size 0 the file itself, whatever its name says; what servers do not take is converted."""
+    (tmp_path / "one").mkdir()
+    Image.open(photos / "00.png").convert("RGB").save(tmp_path / "one" / "a.jpg", kind)
+    assert ask(tmp_path / "one", moody, tmp_path / "data.jsonl") == 0
+    head, _, data = Moody.images[0].partition(";base64,")
+    assert head == f"data:image/{sent}"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as opened:
+        assert opened.format == sent.upper()
+
+
+def test_no_program_is_started_for_an_image(moody, tmp_path, monkeypatch):
+    """An EPS file runs Ghostscript in Pillow; the allow-list of vlv.data.image refuses it by its content."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **_: started.append(words))
+    assert ask(tmp_path / "one", moody, tmp_path / "data.jsonl") == 0
+    (rejected,) = records(tmp_path / "data.rejected.jsonl")
+    assert rejected["reason"].startswith("unreadable: not recognised as an image") and not started and not Moody.calls
+
+
 def test_rows_of_shards_get_a_copy_that_training_reads(photos, moody, tmp_path):
     import tarfile
 
@@ -230,6 +298,8 @@ def test_rows_of_shards_get_a_copy_that_training_reads(photos, moody, tmp_path):
         tar.add(photos / "00.png", "00.png")
     assert ask(tmp_path / "a.tar", moody, tmp_path / "data.jsonl") == 0
     assert open_sources([str(tmp_path / "data.jsonl")]).read(0, 0).image == (photos / "00.png").read_bytes()
+    (copy,) = (tmp_path / "data.images").rglob("*.*")
+    assert copy.suffix == ".png"  # a reader of the folder takes it too
 
 
 def test_near_duplicates(scene_images, tmp_path):
@@ -242,8 +312,8 @@ def test_near_duplicates(scene_images, tmp_path):
     for name, (kind, image) in files.items():
         image.save(tmp_path / name, kind)
         content = (tmp_path / name).read_bytes()
-        found[name] = seen.find(content_hash(content), difference_hash(content))
-        seen.add(name, content_hash(content), difference_hash(content))
+        found[name] = seen.find(content_hash(content), difference_hash(decode(content)))
+        seen.add(name, content_hash(content), difference_hash(decode(content)))
     assert found == {"a": None, "b": "a", "c": "a", "d": None, "e": None, "f": None}
 
 

@@ -59,7 +59,7 @@ def evaluate(client: JournaledClient, questions: BoxQuestions) -> dict:
 def read_boxes(path: Path) -> dict[str, list[tuple[str, Box]]]:
     """Return labels and boxes by image key. Raises OSError, EvaluationError."""
     try:
-        by_key = {caption_files.key(name): things for name, things in json.loads(path.read_text("utf-8-sig")).items()}
+        by_key = {caption_files.key(name): things for name, things in json.loads(caption_files.read_text(path)).items()}
         found = {}
         for key, things in by_key.items():
             found[key] = []
@@ -68,7 +68,9 @@ def read_boxes(path: Path) -> dict[str, list[tuple[str, Box]]]:
                 if not (min(width, height) > 0 and min(x, y) >= 0 and max(x + width, y + height) <= 1.001):
                     raise EvaluationError(f"{path}: {thing['box']} of {key} is no [x, y, width, height] in shares of 1")
                 found[key].append((str(thing["label"]), (x, y, x + width, y + height)))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except EvaluationError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         wanted = '{"photo.jpg": [{"label": "cat", "box": [x, y, width, height]}, ...]}'
         raise EvaluationError(f"{path} is no file of boxes, which is {wanted}") from error
     return {key: things for key, things in found.items() if things}

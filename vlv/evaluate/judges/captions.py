@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -101,7 +102,8 @@ def pair_questions(ours: dict, theirs: dict, other: str, files: dict[str, Path],
 
 def parse_rubric(answer: str) -> dict[str, float]:
     """Return the grades of an answer. Raises ValueError."""
-    found = find_object(answer, GRADES)
+    # "5/6" is 5 of 6
+    found = find_object(re.sub(r"(\d+(?:\.\d+)?)\s*/\s*6\b", r"\1", answer), GRADES)
     grades = {name: number(found.get(name)) for name in GRADES}
     if not all(g is not None and 0 <= g <= 6 for g in grades.values()):
         raise ValueError(
@@ -112,8 +114,8 @@ def parse_rubric(answer: str) -> dict[str, float]:
 
 def parse_pair(answer: str) -> int:
     """Return 0, 1 or 2: equal, or the better description. Raises ValueError."""
-    better = find_object(answer, ("better",)).get("better")
-    if isinstance(better, bool) or better not in (0, 1, 2):
+    better = number(find_object(answer, ("better",)).get("better"))
+    if better not in (0, 1, 2):
         raise ValueError('Answer with one JSON object: {"better": 1}, {"better": 2} or {"better": 0}')
     return better
 

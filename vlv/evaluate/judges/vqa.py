@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import random
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlv.common.openai_client import JournaledClient, Question
 from vlv.evaluate import caption_files
+from vlv.evaluate.judges.answers import short_answer
 from vlv.evaluate.metrics.statistics import bootstrap
 from vlv.evaluate.metrics.vqa_accuracy import accuracy
 from vlv.evaluate.results import EvaluationError
@@ -35,7 +35,7 @@ class Item:
 def load_items(questions: Path, annotations: Path) -> list[Item]:
     """Read questions and answers from the official files. Raises OSError, EvaluationError."""
     try:
-        asked = {q["question_id"]: q for q in json.loads(questions.read_text("utf-8-sig"))["questions"]}
+        asked = {q["question_id"]: q for q in json.loads(caption_files.read_text(questions))["questions"]}
         found = [
             Item(
                 a["question_id"],
@@ -44,9 +44,9 @@ def load_items(questions: Path, annotations: Path) -> list[Item]:
                 tuple(str(x["answer"]) for x in a["answers"]),
                 a.get("answer_type", "other"),
             )
-            for a in json.loads(annotations.read_text("utf-8-sig"))["annotations"]
+            for a in json.loads(caption_files.read_text(annotations))["annotations"]
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise EvaluationError(f"{questions} and {annotations} are no pair of official VQA files: {error!r}") from error
     if not found:
         raise EvaluationError(f"{annotations} has no annotations")
@@ -55,11 +55,7 @@ def load_items(questions: Path, annotations: Path) -> list[Item]:
 
 def captions_by_number(path: Path) -> dict[int, str]:
     """Read captions by COCO's image id, the number at the end of the file name (COCO_val2014_000000000042.jpg)."""
-    numbers = {}
-    for key, text in caption_files.read(path).items():
-        if digits := re.search(r"\d+$", key):
-            numbers[int(digits[0])] = text
-    return numbers
+    return caption_files.by_number(caption_files.read(path))
 
 
 @dataclass(frozen=True)
@@ -127,13 +123,17 @@ def plan(
 
 
 def evaluate(client: JournaledClient, questions: VqaQuestions) -> dict:
-    """Ask the questions; return `rows` of accuracies, `usage` and `failures`. Raises ServerError."""
+    """Ask the questions; return `rows` of accuracies, `usage` and `failures`. Raises ServerError.
+
+    Answers and the people's answers are compared in lower case; then the official rules apply.
+    """
     rows, failures = [], {}
     for (name, shots), part in questions.parts.items():
         answers, failed = client.ask(part, parse_answer)
         failures |= failed
         scores = [
-            (i, accuracy(answers.get(q.name, ""), list(i.answers))) for i, q in zip(questions.items, part, strict=True)
+            (i, accuracy(answers.get(q.name, ""), [a.lower() for a in i.answers]))
+            for i, q in zip(questions.items, part, strict=True)
         ]
         rows.append({"system": name, "shots": shots} | summary(scores))
     return {"rows": rows, "usage": client.usage(questions.all), "failures": failures}
@@ -151,11 +151,11 @@ def ask(item: Item, system: str, captions: dict[int, str], examples: Examples, s
 
 
 def parse_answer(answer: str) -> str:
-    """Return the first line with text, without "Answer:" and the period. Raises ValueError without any."""
-    lines = [line.strip() for line in answer.splitlines() if line.strip()]
-    if not lines:
+    """Return the plain answer (`short_answer`). Raises ValueError without any."""
+    plain = short_answer(answer)
+    if not plain:
         raise ValueError("Answer with one word or a short phrase")
-    return lines[0].removeprefix("Answer:").strip().rstrip(".")
+    return plain
 
 
 def summary(scores: list[tuple[Item, float]]) -> dict:

@@ -7,9 +7,8 @@ import html
 import io
 from pathlib import Path
 
-from PIL import Image
-
 from vlv.common.html import html_table
+from vlv.data.image import decode
 from vlv.evaluate.page.charts import charts
 
 STYLE = """\
@@ -128,7 +127,7 @@ def _strip(label: str, files: list[str]) -> str:
     """Render the files that still exist as small images in a row."""
     shown = []
     for file in filter(Path.is_file, map(Path, files)):
-        image = Image.open(file).convert("RGB")
+        image = decode(file)
         image.thumbnail((192, 192))
         stream = io.BytesIO()
         image.save(stream, "png")

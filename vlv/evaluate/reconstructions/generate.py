@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vlv.checkpoints.folder import Checkpoint
 from vlv.common.command import say
 from vlv.common.files import atomic_write, write_json
-from vlv.data.image import ImageError, load_crop, png
+from vlv.data.image import ImageError, decode, load_crop, png
 from vlv.diffusion.reconstruction import CaptionReconstructor, TorchReconstructor
 from vlv.evaluate.results import EvaluationError
 
@@ -143,7 +142,7 @@ def read_images(files: list[Path], size: int | None = None) -> Tensor:
     for file in files:
         if not file.is_file():
             raise EvaluationError(f"there is no {file}: every original needs its reconstruction, of the same name")
-        images.append(np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1))
+        images.append(np.asarray(decode(file)).transpose(2, 0, 1))
         side = size or images[0].shape[1]
         if images[-1].shape[1:] != (side, side):
             height, width = images[-1].shape[1:]
