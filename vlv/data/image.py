@@ -91,6 +91,13 @@ def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Im
             raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
 
 
+def image_size(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return width and height from a file's header; the first bytes may be enough. Raises ImageError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _open(content, max_pixels).size
+
+
 def web_image(content: bytes) -> tuple[str, bytes]:
     """Return an image's media type and content as any web service takes it.
 
