@@ -33,6 +33,7 @@ OUTSIDE = {
     "helm",
     "curl",
     "source",
+    "bash",
 }  # not ours: only the files that they name are looked at
 RUN = [
     "python -m vlv.checkpoint assets/vlv-tiny",
