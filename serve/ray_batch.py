@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("output", metavar="DST", help="folder or URL of the parts")
     p.add_argument("--format", choices=("parquet", "webdataset"), default="parquet", help="what a part is (parquet)")
     p.add_argument("--unit", type=positive, default=UNIT, metavar="N", help=f"images a part ({UNIT})")
-    p.add_argument("--url-column", default="url", metavar="NAME", help="column of .parquet lists (url)")
+    p.add_argument("--url-column", metavar="NAME", help="column of .parquet, .jsonl and .csv lists (url, path, ...)")
     p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
     p.add_argument("--decoders", type=span, default=(1, 16), metavar="A-B", help="decoding actors (1-16)")
     p.add_argument("--encoders", type=span, default=(1, 8), metavar="A-B", help="encoder actors (1-8)")
@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _batch(args: argparse.Namespace) -> int:
     from serve.core.inputs import LeftOut
+    from serve.core.remote import items_of
     from serve.ray.stages import ENDINGS, StageOptions
-    from serve.ray.store import Store, items_of, part, plan
+    from serve.ray.store import Store, part, plan
 
     model = open_model(args)
     limit = max_images(model.checkpoint.config)

@@ -32,6 +32,7 @@ EXIT_CODES = """\
 exit codes: 0 every image of this run has a caption (what earlier runs have finished is not looked at again);
 1 the run failed, or some of its images did (see NAME.errors.jsonl); 2 wrong arguments; 130 stopped by Ctrl-C.
 """
+SHOWN = 5  # names in a message
 ENDINGS = {"coco": ".json", "parquet": ".parquet", "webdataset": ""}
 
 
@@ -47,9 +48,10 @@ def parser() -> argparse.ArgumentParser:
             debug_argument("tracebacks, and the engine's log on stderr"),
         ],
     )
-    p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, .txt list, .tar shard")
+    p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, list, .tar shard, or URL")
     p.add_argument("-o", "--output", metavar="FILE", help="file, or folder of shards (captions.*); - for stdout")
     p.add_argument("--format", choices=FORMATS, default="jsonl", help="jsonl (default), .txt beside each image, ...")
+    p.add_argument("--url-column", metavar="NAME", help="column of .parquet, .jsonl and .csv lists (url, path, ...)")
     p.add_argument("--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input; I from 1 to N")
     p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws at a temperature above 0")
@@ -63,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
         help="skip what the output already holds (default); --no-resume starts over and keeps the old file as NAME.old",
     )
     p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
+    p.add_argument("--prune", action="store_true", help="remove records of images that are not in the input any more")
     p.add_argument("--strict", action="store_true", help="fail if images are left out, such as .heic or dead links")
     p.add_argument("--gallery", metavar="HTML", help="also write a page of image | reconstruction | caption")
     p.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
@@ -157,8 +160,13 @@ def _caption(args: argparse.Namespace) -> int:
         sink = sink_class(args.format)(_output(args), model_id, args.resume, flags)
     progress, timeline = Progress(), Timeline(args.trace)
     threading.Thread(target=_count, args=(args, progress), daemon=True).start()
+    if sink.changed:
+        say(f"{sink.changed} images have changed since they were captioned: they are captioned again")
+    captioning = CaptionRun(model.checkpoint, engine, sink, config, progress, timeline)
     try:
-        _run(CaptionRun(model.checkpoint, engine, sink, config, progress, timeline), items)
+        _run(captioning, items)
+        if captioning.complete:
+            _report_missing(sink, captioning.listed, args.prune)
     finally:
         timeline.close()
         sink.close()
@@ -174,6 +182,22 @@ def _caption(args: argparse.Namespace) -> int:
         say(f"{progress.failed} of {progress.finished} images failed: see {where}")
         return 1
     return int(args.strict and bool(left_out.images or left_out.replaced))
+
+
+def _report_missing(sink, listed, prune: bool) -> None:
+    """Name the captioned images that are not in the input any more, or remove their records with `prune`."""
+    from serve.outputs.jsonl import is_listed
+
+    missing = sink.missing(listed)
+    names = list(itertools.islice(missing, SHOWN))
+    count = len(names) + sum(1 for _ in missing)
+    if prune:
+        removed = sink.drop(lambda record: not is_listed(record, listed))
+        if removed:
+            say(f"removed the records of {removed} images that are not in the input any more")
+    elif count:
+        more = ", ..." if count > SHOWN else ""
+        say(f"{count} images of the output are not in this input (--prune removes them): {', '.join(names)}{more}")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -205,9 +229,10 @@ def _flags(args: argparse.Namespace, model: Model) -> str:
 
 
 def _items(args: argparse.Namespace, left_out: LeftOut | None = None):
-    from serve.core.inputs import expand, part_of
+    from serve.core.inputs import part_of
+    from serve.core.remote import items_of
 
-    items = expand(args.paths, left_out)
+    items = items_of(args.paths, args.url_column, left_out)
     return part_of(items, *args.shard) if args.shard else items
 
 

@@ -8,47 +8,54 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from serve.core.id_set import IdSet
 from serve.core.inputs import Item
-from serve.outputs.jsonl import FileSink, FolderSink, IdSet, SinkError, captions_of, explained, json_bytes
+from serve.outputs.jsonl import FileSink, FolderSink, SinkError, captions_of, explained, json_bytes
 from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
 
 ROWS = 10_000  # captions in one Parquet part
+IDENTITY = ("id", "path", "model", "flags", "bytes", "mtime_ns")  # columns that a later run reads
 COCO_HEAD = b'{"info": {"description": "VLV captions'
 
 
 class SidecarSink(FileSink):
     """Write `photo.txt` beside `photo.jpg`, as trainers of image models read them, and the records to `path`.
 
-    The record is the commit point; the next run completes the text file of the last record. A text file that exists
-    and is not from this output stays as it is, and the image is an error of kind `exists`.
+    The record is the commit point; the next run writes the text files that are not there. A text file that exists and
+    is not from this output stays as it is, and the image is an error of kind `exists`.
     """
 
     def _start_over(self) -> None:
         for record in self._journal.records():
-            text = sidecar(record["path"])
-            with contextlib.suppress(OSError):
-                if text.read_text(encoding="utf-8") == _text(record):  # nobody has changed it since
-                    text.unlink()
+            _remove(record)
         super()._start_over()
 
     def _read(self) -> None:
-        last = None
         self._written = IdSet()  # the text files of this output
-        for last in self._journal.records():
-            self._done(last, self.journal_path)
-            self._written.add(str(sidecar(last["path"])))
-        if last is not None and not sidecar(last["path"]).exists():
-            self._write(last)
         super()._read()
+        for record in self._journal.records():
+            text = sidecar(record["path"])
+            self._written.add(str(text))
+            if not text.exists() and os.path.exists(record["path"]):
+                self._write(record)
+
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        for record in self._journal.records():
+            if unwanted(record):
+                _remove(record)
+        return super().drop(unwanted)
 
     def caption(self, record: dict, item: Item) -> None:
         text = sidecar(item.path)
         if item.length is not None:
             raise ImageError("format", "an image inside a tar shard has no place for a .txt: use --format webdataset")
+        if "://" in item.path:
+            raise ImageError("format", "an image behind a URL has no place for a .txt: use another --format")
         if str(text) in self._written:
             raise ImageError(
                 "exists",
@@ -65,6 +72,14 @@ class SidecarSink(FileSink):
         text = sidecar(record["path"])
         with explained(text), atomic_write(text) as file:
             file.write_text(_text(record), encoding="utf-8")
+
+
+def _remove(record: dict) -> None:
+    """Remove the text file of a record, unless somebody has changed it since."""
+    text = sidecar(record["path"])
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if text.read_text(encoding="utf-8") == _text(record):
+            text.unlink()
 
 
 def sidecar(image: str) -> Path:
@@ -139,17 +154,38 @@ class ParquetSink(FolderSink):
     rows = ROWS
 
     def _read(self) -> None:
-        parts = sorted(self.path.glob("part-*" + self.suffix))
-        self._next = 1 + max((int(part.stem.partition("-")[2]) for part in parts), default=-1)
-        for part in parts:
+        self._next = 1 + max((int(part.stem.partition("-")[2]) for part in self._parts()), default=-1)
+        sealed = IdSet()  # a run that was killed between a part and its lines leaves both
+        for part in self._parts():
             with explained(part):
                 for record in self.read_part(part):
-                    self._done(record, part)
-        pending = [r for r in self._journal.records() if r["id"] not in self.finished]
-        if not pending:
-            self._journal.clear()
+                    sealed.add(record["id"])
+        self._journal.drop(lambda record: record["id"] in sealed)
         super()._read()
-        self._pending = len(pending)
+        self._pending = sum(1 for _ in self._journal.records())
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.glob("part-*" + self.suffix))
+
+    def _finished_records(self) -> Iterator[tuple[dict, Path]]:
+        for part in self._parts():
+            with explained(part):
+                for record in self.read_part(part):
+                    yield record, part
+        yield from super()._finished_records()
+
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        count = 0
+        for part in self._parts():
+            with explained(part):
+                found = {record["id"] for record in self.read_part(part) if unwanted(record)}
+                if found:
+                    with atomic_write(part) as file:
+                        self.drop_rows(part, file, found)
+            count += len(found)
+        count += super().drop(unwanted)
+        self._pending = sum(1 for _ in self._journal.records())
+        return count
 
     def caption(self, record: dict, item: Item) -> None:
         try:
@@ -186,15 +222,25 @@ class ParquetSink(FolderSink):
         number = pa.float64()
         fields = {"id": text, "path": text, "caption": text, "captions": pa.list_(text), "tokens": pa.int32()}
         fields |= {"finish_reason": text, "encode_seconds": number, "llm_seconds": number, "model": text, "flags": text}
+        fields |= {"bytes": pa.int64(), "mtime_ns": pa.int64()}
         table = pa.Table.from_pylist(rows, pa.schema(fields.items()))
         parquet.write_table(table, file, compression="zstd")
 
+    def drop_rows(self, part: Path, file: Path, ids: set[str]) -> None:
+        """Write the rows of a part without those of the given ids."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        table = parquet.read_table(part)
+        kept = pa.array([row not in ids for row in table["id"].to_pylist()])
+        parquet.write_table(table.filter(kept), file, compression="zstd")
+
     def read_part(self, file: Path) -> Iterator[dict]:
-        """Yield the id, model and flags of every row; parts of earlier versions have no flags."""
+        """Yield what identifies every row; parts of earlier versions lack some columns."""
         from pyarrow import parquet
 
         part = parquet.ParquetFile(file)
-        columns = [name for name in ("id", "model", "flags") if name in part.schema_arrow.names]
+        columns = [name for name in IDENTITY if name in part.schema_arrow.names]
         for batch in part.iter_batches(columns=columns):
             yield from batch.to_pylist()
 

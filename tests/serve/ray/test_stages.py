@@ -15,8 +15,9 @@ from pyarrow import Table, parquet
 
 from serve import ray_batch
 from serve.core.inputs import Item, SourceError
+from serve.core.remote import Remote, items_of
 from serve.ray.stages import Decode, Encode, Write
-from serve.ray.store import Remote, Store, items_of, part, plan, unit_items
+from serve.ray.store import Store, part, plan, unit_items
 from vlv.common.command import Misuse
 from vlv.data.image import ImageError
 from vlv.model.config import VLVConfig
