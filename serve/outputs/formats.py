@@ -15,6 +15,7 @@ from pathlib import Path
 from serve.core.id_set import IdSet
 from serve.core.inputs import Item
 from serve.outputs.jsonl import FileSink, FolderSink, SinkError, captions_of, explained, json_bytes
+from serve.outputs.text import lines
 from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
 
@@ -71,25 +72,20 @@ class SidecarSink(FileSink):
     def _write(self, record: dict) -> None:
         text = sidecar(record["path"])
         with explained(text), atomic_write(text) as file:
-            file.write_text(_text(record), encoding="utf-8")
+            file.write_text(lines(record), encoding="utf-8")
 
 
 def _remove(record: dict) -> None:
     """Remove the text file of a record, unless somebody has changed it since."""
     text = sidecar(record["path"])
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        if text.read_text(encoding="utf-8") == _text(record):
+        if text.read_text(encoding="utf-8") == lines(record):
             text.unlink()
 
 
 def sidecar(image: str) -> Path:
     """Return the text file of an image file."""
     return Path(image).with_suffix(".txt")
-
-
-def _text(record: dict) -> str:
-    """Return all captions of a record, one a line: a line break within a caption becomes a space."""
-    return "\n".join(" ".join(caption.split()) for caption in captions_of(record)) + "\n"
 
 
 class CocoSink(FileSink):

@@ -263,19 +263,24 @@ class StreamSink:
         return iter(())
 
     def caption(self, record: dict, item: Item) -> None:
-        self._write(self._captions, record)
+        write_line(self._captions, record)
 
     def error(self, record: dict) -> None:
-        self._write(self._errors, record)
+        write_line(self._errors, record)
 
     def close(self) -> None:
         """Nothing to close: the streams belong to the process."""
 
-    def _write(self, fd: int, record: dict) -> None:
-        line = (json.dumps(record) + "\n").encode()
-        with explained("stdout"):
-            while line:
-                line = line[os.write(fd, line) :]
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        return 0
+
+
+def write_line(fd: int, record: dict) -> None:
+    """Write a record as a line to a stream. Raises SinkError."""
+    line = (json.dumps(record) + "\n").encode()
+    with explained("stdout"):
+        while line:
+            line = line[os.write(fd, line) :]
 
 
 def is_listed(record: dict, listed: IdSet) -> bool:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.core.inputs import Item
-from serve.outputs.jsonl import FolderSink, SinkError, append, captions_of, explained, json_bytes
+from serve.outputs.jsonl import FolderSink, SinkError, append, explained, json_bytes
+from serve.outputs.text import lines
 from vlv.common.files import atomic_write
 from vlv.data.image_files import is_image
 
@@ -160,7 +161,7 @@ def samples(shard: Path) -> Iterator[Sample | None]:
 def sample(name: str, image: bytes, record: dict) -> bytes:
     """Return an image, its captions and its record as three members of a tar file."""
     extension = os.path.splitext(record["id"])[1].lower() if is_image(record["id"]) else extension_of(image)
-    text = "\n".join(" ".join(caption.split()) for caption in captions_of(record)).encode()
+    text = lines(record).rstrip("\n").encode()
     parts = {extension: image, ".txt": text, ".json": json_bytes(record)}
     return b"".join(_member(name + ending, content) for ending, content in parts.items())
 
