@@ -33,7 +33,7 @@ exit codes: 0 every image of this run has a caption (what earlier runs have fini
 1 the run failed, or some of its images did (see NAME.errors.jsonl); 2 wrong arguments; 130 stopped by Ctrl-C.
 """
 SHOWN = 5  # names in a message
-ENDINGS = {"coco": ".json", "parquet": ".parquet", "webdataset": ""}
+ENDINGS = {"coco": ".json", "kohya": ".json", "parquet": ".parquet", "webdataset": ""}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -305,7 +305,12 @@ def _items(args: argparse.Namespace, left_out: LeftOut | None = None):
 
 def _output(args: argparse.Namespace) -> Path:
     """Return -o or its default; with --shard, its name tells the part, since every worker has a file of its own."""
-    path = Path(args.output or "captions" + ENDINGS.get(args.format, ".jsonl"))
+    name = "captions" + ENDINGS.get(args.format, ".jsonl")
+    if args.format == "imagefolder":  # among the images
+        from serve.outputs.text import common_folder
+
+        name = os.path.join(common_folder(args.paths), "metadata.jsonl")
+    path = Path(args.output or name)
     if args.shard:
         part, parts = args.shard
         path = path.with_name(f"{path.stem}-{part:0{len(str(parts))}}-of-{parts}{path.suffix}")
