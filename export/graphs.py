@@ -14,8 +14,8 @@ from export.components import COMPONENTS, Port
 from kernels.attention import attention
 from kernels.cross_attention import cross_attention
 from vlv.checkpoints.folder import Checkpoint
-from vlv.diffusion.t2i import T2I
 from vlv.diffusion.unet import fused_parts
+from vlv.model.encoder import VLVEncoder
 
 
 class Graph(nn.Module):
@@ -273,14 +273,38 @@ def load(checkpoint: Checkpoint, name: str) -> Graph:
     """Load a component of a checkpoint in float32 and eval mode. Raises CheckpointError if weights are missing."""
     if COMPONENTS[name].needs == "encoder":
         return EncoderGraph(checkpoint.load_encoder()).eval()
+    from vlv.diffusion.t2i import T2I  # diffusers: seconds of imports that captioning does not need
+
     t2i = T2I.load(checkpoint.t2i)
-    tokens, size = t2i.tokenizer.model_max_length, t2i.unet.config.sample_size
-    scale = 2 ** (len(t2i.vae.config.block_out_channels) - 1)
-    makers = {
-        "context_kv": lambda: ContextKV(t2i.unet, tokens),
-        "unet": lambda: UNetStep(t2i.unet, tokens),
-        "vae_decoder": lambda: VaeDecoder(t2i.vae, size),
-        "vae_encoder": lambda: VaeEncoder(t2i.vae, size * scale),
-        "text_encoder": lambda: TextEncoder(t2i.text_encoder, tokens),
-    }
-    return makers[name]().eval().requires_grad_(False)
+    tokens = t2i.tokenizer.model_max_length
+    return _t2i_component(name, t2i.unet, t2i.vae, t2i.text_encoder, tokens).eval().requires_grad_(False)
+
+
+def skeleton(checkpoint: Checkpoint, name: str) -> Graph:
+    """Build a component on the meta device: its inputs, outputs and blocks, without its weights."""
+    if COMPONENTS[name].needs == "encoder":
+        with torch.device("meta"):
+            return EncoderGraph(VLVEncoder(checkpoint.config))
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # see above
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = checkpoint.t2i
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer").model_max_length
+        return _t2i_component(name, unet, vae, text, tokens)
+
+
+def _t2i_component(name: str, unet: nn.Module, vae: nn.Module, text: nn.Module, tokens: int) -> Graph:
+    size = unet.config.sample_size
+    if name == "context_kv":
+        return ContextKV(unet, tokens)
+    if name == "unet":
+        return UNetStep(unet, tokens)
+    if name == "vae_decoder":
+        return VaeDecoder(vae, size)
+    if name == "vae_encoder":
+        return VaeEncoder(vae, size * 2 ** (len(vae.config.block_out_channels) - 1))
+    return TextEncoder(text, tokens)

@@ -3,7 +3,8 @@
 Components that are not exported to ONNX in ARTIFACTS yet are exported and verified first. TensorRT-RTX builds without a
 GPU, for the targets that it knows; TensorRT (--runtime trt) builds on the GPU that the engine is for. An engine is kept
 as long as its graph, shapes, precision, target and builder stay the same. With --plugins, TensorRT runs our fused
-kernels; such an engine computes batches of one size, the largest, and pads smaller ones.
+kernels; such an engine computes batches of one size, the largest, and pads smaller ones. For a GPU in another machine,
+such as a Jetson, --print-trtexec prints the commands that build the engines there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import sys
 
 from export import arguments, onnx
-from vlv.common.command import run_command
+from vlv.common.command import Misuse, run_command
 
 
 def _target(text: str) -> str:
@@ -36,17 +37,33 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--refittable", action="store_true", help="build engines whose weights --refit can replace")
     p.add_argument("--refit", action="store_true", help="replace the weights of the existing engine")
+    p.add_argument(
+        "--print-trtexec",
+        action="store_true",
+        help="build nothing: print the trtexec commands for the machine that has the GPU",
+    )
     return p
 
 
 def run(args: argparse.Namespace) -> int:
     """Build engines with parsed flags; return the exit code."""
+    from export.builders import trtexec
     from export.builders.onnx import open_export
     from export.builders.tensorrt import EngineConfig, build_engines
 
     config = onnx.config_of(args)
     engine = EngineConfig(args.target, args.runtime, args.plugins, args.refittable, args.refit)
-    engine.require_buildable(config.precision)
+    if args.print_trtexec or (engine.runtime == "rtx" and engine.target in trtexec.JETSON):
+        engine.require_precision(config.precision)
+        for line in trtexec.commands(config, engine, arguments.open_checkpoint(args.ckpt)):
+            print(line)
+        if args.print_trtexec:
+            return 0
+        raise Misuse(
+            f"--target {engine.target}: TensorRT-RTX does not build for {trtexec.JETSON[engine.target]}: export to "
+            "ONNX here, copy the files to the device, and run the trtexec commands above there"
+        )
+    engine.require_buildable(config)
     with open_export(config, arguments.open_checkpoint(args.ckpt)) as export:
         return onnx.print_report(build_engines(export, engine))
 

@@ -9,14 +9,14 @@ from importlib.util import find_spec
 
 import torch
 
-from benchmarks.encoder_cpu import flops, picture, prepared
+from benchmarks.encoder_cpu import flops, prepared, random_images
 from benchmarks.gpu.kernels import OURS, THEIRS, Clock, eager_and_compiled, judge, summary
 from benchmarks.published_encoder import PublishedEncoder
 from kernels.runtime.dispatch import references
 from vlv.checkpoints import random_weights
 from vlv.model.config import PRESETS, DaViTConfig
 from vlv.model.encoder import VLVEncoder
-from vlv.train.memory_plan import SD21_UNET
+from vlv.train.initialize import SD21_UNET
 
 TOY = replace(
     PRESETS["tiny"], image_size=16, encoder_layers=1, decoder_layers=1, context_layers=1,
@@ -45,7 +45,7 @@ def encoder(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: i
         ours = random_weights.encoder(config, dtype)
     exact = VLVEncoder(config).eval()
     exact.load_state_dict(ours.state_dict())  # the same rounded weights, computed with in float32
-    pixels = picture(config, batch).to(clock.device)
+    pixels = random_images(config, batch).to(clock.device)
     with references():
         expected = exact.to(clock.device)(pixels[:2])
     del exact

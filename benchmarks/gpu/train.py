@@ -53,7 +53,7 @@ class PublishedStage1(nn.Module):
         for p in [self.encoder.queries, self.encoder.prompt, *(p for m in learning for p in m.parameters())]:
             p.requires_grad_(True)
 
-    def forward(self, batch: dict) -> Tensor:
+    def forward(self, batch: dict) -> dict[str, Tensor]:
         from kernels.upsample_normalize import upsample_normalize
 
         (t2i,), ours, pixels = self._theirs, self._preprocess, batch["pixels"]
@@ -63,7 +63,7 @@ class PublishedStage1(nn.Module):
             mean, std = posterior.mean, posterior.std
             latents = (mean + std * torch.randn_like(mean)) * t2i.vae.config.scaling_factor
             x = upsample_normalize(pixels, ours.resize, ours.mean, ours.std, torch.float32)
-        return t2i.noise_loss(latents, self.encoder(x.permute(0, 3, 1, 2)))
+        return {"loss": t2i.noise_loss(latents, self.encoder(x.permute(0, 3, 1, 2)))}
 
 
 def make(toy: bool, device: str):
@@ -73,7 +73,7 @@ def make(toy: bool, device: str):
     from vlv.checkpoints import random_weights
     from vlv.diffusion.t2i import T2I
     from vlv.model.config import PRESETS
-    from vlv.train.memory_plan import SD21_UNET, SD21_VAE
+    from vlv.train.initialize import SD21_UNET, SD21_VAE
 
     torch.manual_seed(0)
     encoder = random_weights.encoder(replace(PRESETS["tiny" if toy else "qwen2.5-3b"], llm_width=0)).to(device)
@@ -91,7 +91,7 @@ def gradients(objective: nn.Module, shared: list[Tensor], batch: dict, bf16: boo
     objective.zero_grad(set_to_none=True)
     torch.manual_seed(1)
     with torch.autocast(batch["pixels"].device.type, torch.bfloat16, enabled=bf16):
-        loss = objective(batch)
+        loss = objective(batch)["loss"]
     loss.backward()
     found = torch.cat([p.grad.float().flatten() for p in shared])
     objective.zero_grad(set_to_none=True)
@@ -101,12 +101,12 @@ def gradients(objective: nn.Module, shared: list[Tensor], batch: dict, bf16: boo
 def check(toy: bool, device: str, batch: dict) -> dict:
     """Our gradients in bfloat16, and plain PyTorch's, against float32, on weights that both hold."""
     from benchmarks.gpu.kernels import judge
-    from vlv.train import initialize as start
+    from vlv.train import initialize
     from vlv.train.config import TrainConfig
     from vlv.train.objectives import Stage1
 
     encoder, t2i = make(toy, device)
-    start.unfreeze_stage1(encoder, TrainConfig())
+    initialize.unfreeze_stage1(encoder, TrainConfig())
     published, ours = PublishedStage1(encoder, t2i), Stage1(encoder, t2i)
     bottleneck = encoder.bottleneck
     shared = [bottleneck.queries, bottleneck.prompt, *bottleneck.projection.parameters()]
@@ -140,7 +140,7 @@ def published_rate(toy: bool, device: str, batch: dict, repeats: int) -> tuple[f
     optimizer = torch.optim.AdamW(learning, lr=5e-5, betas=(0.9, 0.99), weight_decay=0.01)
 
     def step() -> None:
-        objective(batch).backward()
+        objective(batch)["loss"].backward()
         nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -149,7 +149,7 @@ def published_rate(toy: bool, device: str, batch: dict, repeats: int) -> tuple[f
 
 
 def our_rate(toy: bool, device: str, batch: dict, repeats: int, compile: bool) -> tuple[float, float]:
-    from vlv.train import initialize as start
+    from vlv.train import initialize
     from vlv.train.config import TrainConfig
     from vlv.train.objectives import Stage1
     from vlv.train.parallel import World
@@ -158,7 +158,7 @@ def our_rate(toy: bool, device: str, batch: dict, repeats: int, compile: bool) -
     images = len(batch["pixels"])
     config = TrainConfig(batch=images, micro_batch=images, compile=compile, spike=0)
     encoder, t2i = make(toy, device)
-    start.unfreeze_stage1(encoder, config)
+    initialize.unfreeze_stage1(encoder, config)
     t2i.unet.bfloat16().to(memory_format=torch.channels_last)
     if compile:
         t2i.unet.compile()
@@ -169,7 +169,7 @@ def our_rate(toy: bool, device: str, batch: dict, repeats: int, compile: bool) -
 
     with tempfile.TemporaryDirectory() as folder, World.start(device) as world:
         trainer, endless = Trainer("bench", Path(folder), config, Stage1(encoder, t2i), world), feed()
-        return rate(lambda: trainer._train_step(endless), images, device, repeats)
+        return rate(lambda: trainer.train_step(endless), images, device, repeats)
 
 
 def main(argv: list[str] | None = None) -> int:

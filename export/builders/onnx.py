@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from onnxruntime.quantization.calibrate import TensorsData
 
 from export import trace
 from export.components import CALIBRATED, COMPONENTS, QUANTIZED, Batch, opset
 from export.graphs import Graph, load
 from export.manifest import Artifact, Manifest, describe_files, digest, kernels_hash, source_hash, workspace
-from export.quantize import int8, precision, qdq
+from export.quantize import int8, overflow, precision, qdq
 from export.runtimes.onnxruntime import OrtSession
 from export.runtimes.torch import sampling_settings
 from export.verification import graph_lint
@@ -74,14 +75,7 @@ class Export:
     @property
     def components(self) -> tuple[str, ...]:
         """Return the components to export. Raises Misuse for one that the checkpoint lacks."""
-        has_t2i = "reconstruct" in self.checkpoint.can
-        available = [c.name for c in COMPONENTS.values() if c.needs == "encoder" or has_t2i]
-        for name in self.config.components:
-            if name not in available:
-                raise Misuse(
-                    f"--components {name}: {self.checkpoint.folder} has no t2i/, only its encoder can be exported"
-                )
-        return self.config.components or tuple(available)
+        return components_of(self.config, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -90,6 +84,16 @@ class Report:
 
     artifacts: list[Artifact]
     problems: list[str]
+
+
+def components_of(config: ExportConfig, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the components to export. Raises Misuse for one that the checkpoint lacks."""
+    has_t2i = "reconstruct" in checkpoint.can
+    available = [c.name for c in COMPONENTS.values() if c.needs == "encoder" or has_t2i]
+    for name in config.components:
+        if name not in available:
+            raise Misuse(f"--components {name}: {checkpoint.folder} has no t2i/, only its encoder can be exported")
+    return config.components or tuple(available)
 
 
 @contextmanager
@@ -156,7 +160,10 @@ class Exporter:
         """Make, verify and publish an artifact; return the problems for which it was refused."""
         name, start = expected.component, time.monotonic()
         say(f"{name}: tracing in {expected.precision} …")
-        graph, traced, fp32_blocks = self._trace(expected)
+        try:
+            graph, traced, fp32_blocks = self._trace(expected)
+        except precision.NotPossible as error:
+            return [str(error)]
         say(f"{name}: traced in {time.monotonic() - start:.0f} s; checking against float32 PyTorch …")
         expected = replace(expected, fp32_blocks=fp32_blocks)
         candidates, problems = [()], []
@@ -182,15 +189,42 @@ class Exporter:
         return []
 
     def _trace(self, expected: Artifact) -> tuple[Graph, trace.Traced, tuple[str, ...]]:
-        """Trace the module into the work folder (to quantize it, into a folder in there); return its float32 blocks."""
-        name = expected.component
-        sets = self.inputs.inputs(name) if expected.precision == "mixed" else []
+        """Trace the module into the work folder (to quantize it, into a folder in there); return its float32 blocks.
+
+        Blocks whose values overflow in float16 are traced again in float32. Raises NotPossible.
+        """
+        name, kind = expected.component, expected.precision
+        sets = self.inputs.inputs(name) if kind == "mixed" else []
         reference = self.inputs.reference.session(name).graph
-        graph, fp32_blocks = precision.prepare(reference, lambda: load(self.checkpoint, name), expected.precision, sets)
-        folder = self.work_dir / "plain" if expected.precision in QUANTIZED else self.work_dir
+        graph, fp32_blocks = precision.prepare(reference, lambda: load(self.checkpoint, name), kind, sets)
+        folder = self.work_dir / "plain" if kind in QUANTIZED else self.work_dir
         folder.mkdir(exist_ok=True)
-        traced = trace.to_onnx(graph, folder / f"{name}.onnx", expected.profile, expected.opset)
-        return graph, traced, fp32_blocks
+        while True:
+            traced = trace.to_onnx(graph, folder / f"{name}.onnx", expected.profile, expected.opset)
+            if precision.DTYPES.get(kind) != torch.float16:
+                return graph, traced, fp32_blocks
+            more = self._overflowing(folder / traced.files[0], traced, kind, name, fp32_blocks)
+            if not more:
+                return graph, traced, fp32_blocks
+            fp32_blocks += more
+            say(f"{name}: in float32, because values overflow in float16: {', '.join(more)}")
+            graph = load(self.checkpoint, name).cast(torch.float16, fp32_blocks)
+
+    def _overflowing(
+        self, file: Path, traced: trace.Traced, kind: str, name: str, fp32_blocks: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        """Return the blocks to compute in float32 beside `fp32_blocks`. Raises NotPossible."""
+        rows = ({key: value.numpy() for key, value in row.items()} for row in self.inputs.single(name))
+        ranges = overflow.float16_ranges(file, traced, rows)
+        blocks, others = overflow.overflowing(ranges, fp32_blocks)
+        if others:
+            largest = max(others, key=lambda one: one.max)
+            where = f"the output of {largest.block}" if largest.block else "a value between the blocks"
+            raise precision.NotPossible(
+                f"{kind}: {where} ({largest.value}) reaches {largest.max:,.0f}, and float16 ends at "
+                f"{overflow.MAX:,.0f}: use --precision bf16 or fp32"
+            )
+        return tuple(block for block in traced.blocks if block in blocks)
 
     def _write(self, expected: Artifact, graph: Graph, traced: trace.Traced) -> Artifact:
         """Return the entry, without figures, of the files in the work folder; quantize them here."""

@@ -18,6 +18,7 @@ from export.runtimes.tensorrt_library import LIBRARIES, Library, Log, device_tar
 from export.verification import graph_lint
 from vlv.common.command import Misuse, say
 
+TURING_PRECISIONS = ("fp16", "int8-trt")  # those that TensorRT-RTX 1.7 builds for SM 75
 PLUGIN_PRECISIONS = ("fp16", "bf16", "mixed")  # those in which our kernels can be faster than TensorRT's own layers
 
 
@@ -36,20 +37,54 @@ class EngineConfig:
         """Return the library that builds."""
         return LIBRARIES[self.runtime]
 
-    def require_buildable(self, precision: str) -> None:
-        """Raise Misuse or RuntimeUnavailable if these engines cannot be built; called before any work."""
-        self.library.load()
-        if self.runtime == "trt" and (here := device_target()) != self.target:
-            raise Misuse(
-                f"--target {self.target}: TensorRT builds on the GPU that an engine is for, and this machine has "
-                f"{here or 'none'}; --runtime rtx builds for GPUs elsewhere"
-            )
+    def require_precision(self, precision: str) -> None:
+        """Raise Misuse for a precision that TensorRT, or the target, does not have."""
         if precision in ORT_ONLY:
             raise Misuse(f"--precision {precision} is for ONNX Runtime: TensorRT's is int8-trt")
         if precision == "fp8" and int(self.target[2:]) < OLDEST_FP8:
             raise Misuse(
                 f"--precision fp8: {self.target} has no 8-bit floats, GPUs from sm{OLDEST_FP8} on have: "
                 "choose int8-trt or fp16"
+            )
+
+    def require_buildable(self, config: ExportConfig) -> None:
+        """Raise Misuse or ArtifactError if these engines cannot be built on this machine; called before any work."""
+        self.require_precision(config.precision)
+        library, here = self.library, device_target()
+        trt = library.load()
+        if self.runtime == "trt" and here != self.target:
+            raise Misuse(
+                f"--target {self.target}: TensorRT builds on the GPU that an engine is for, and this machine has "
+                f"{here or 'none'}; --runtime rtx builds for GPUs elsewhere, --print-trtexec prints what to run there"
+            )
+        if self.runtime == "rtx":
+            _capability(trt, self.target)
+            self._require_turing(config)
+            if self.refit and here != self.target:
+                raise RuntimeUnavailable(
+                    f"--refit loads the engine, which takes its GPU ({self.target}), and this machine has "
+                    f"{here or 'none'}: build without --refit instead"
+                )
+            if self.refittable and not here:
+                raise RuntimeUnavailable(
+                    f"--refittable: {library.builder} builds such engines only on a machine with a GPU, and this one "
+                    "has none: build without it"
+                )
+
+    def _require_turing(self, config: ExportConfig) -> None:
+        """Raise Misuse for what TensorRT-RTX 1.7 cannot build for SM 75: float32 products, and bfloat16."""
+        if self.target != "sm75":
+            return
+        remedy = "use --runtime trt on that GPU, or the runtime onnx-cuda"
+        if config.precision not in TURING_PRECISIONS:
+            raise Misuse(
+                f"--target sm75 --precision {config.precision}: TensorRT-RTX builds {' and '.join(TURING_PRECISIONS)} "
+                f"alone for Turing, which has no float32 products there: {remedy}"
+            )
+        if not config.components or "encoder" in config.components:
+            raise Misuse(
+                "--target sm75: TensorRT-RTX builds no encoder for Turing, because its preprocessing is in float32: "
+                f"{remedy}"
             )
 
     def command(self, config: ExportConfig, component: str) -> str:
@@ -177,7 +212,7 @@ def _capability(trt: ModuleType, target: str):
     if target.upper() not in names:
         raise ArtifactError(
             f"TensorRT-RTX {trt.__version__} builds for {', '.join(n.lower() for n in names)}, not for {target}: "
-            "for other GPUs use --runtime trt on a machine that has one"
+            "for other GPUs use --runtime trt on a machine that has one; --print-trtexec prints what to run there"
         )
     return trt.ComputeCapability.__members__[target.upper()]
 

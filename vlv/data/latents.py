@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlv.data.sources import Source
+from vlv.common.files import atomic_write
+from vlv.data import scene_batches
+from vlv.data.samples import Source
+from vlv.diffusion.t2i import T2I
 
 
 class LatentCache:
@@ -77,3 +80,24 @@ class LatentCache:
 
 def _checksum(row: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(row)) or 1  # 0 means missing
+
+
+def scene_latents(t2i: T2I, pool: int, run: Path) -> Tensor:
+    """Return the scaled latents of the scenes 0..pool-1: [pool, c, s, s] float16, computed once, kept in `run`.
+
+    They are kept by the pool and by what made them, so that another autoencoder in the same run gets its own.
+    """
+    digest = hashlib.sha256(f"{pool} {t2i.vae.config.scaling_factor}".encode())
+    for weight in t2i.vae.state_dict().values():
+        digest.update(weight.half().cpu().numpy().tobytes())  # as the folder holds it, which stage 1 loads
+    path = run / f"latents-{digest.hexdigest()[:12]}.pt"
+    if not path.exists():
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            parts = [
+                t2i.encode_images(scene_batches.images(range(i, min(i + 256, pool))).to(t2i.vae.device)).half().cpu()
+                for i in range(0, pool, 256)
+            ]
+        with atomic_write(path) as file:
+            torch.save(torch.cat(parts), file)
+    return torch.load(path, weights_only=True, mmap=True)

@@ -7,18 +7,15 @@ processes and workers: so a run resumes in mid-epoch exactly, and by more or few
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlv.data.image import ImageError, load_crop
-from vlv.data.sources import Source
-from vlv.train.config import TrainConfig
-from vlv.train.parallel import World
+from vlv.data.image import ImageError, image_size, load_crop
+from vlv.data.remote import DataError
+from vlv.data.samples import Source
 
 GROUP = 65_536  # rows shuffled together: those of few shards, so that object stores are read in long stretches
 NEIGHBOURS = 32  # rows tried in place of one that gives no picture
@@ -62,12 +59,24 @@ class Order:
         return np.random.default_rng([self.seed, epoch, first]).permutation(count)
 
 
-class Pictures(Dataset):
+class TrainingImages(Dataset):
     """Position -> a crop, its caption and where it lies; a row that gives none is replaced by the next of its shard."""
 
-    def __init__(self, source: Source, config: TrainConfig, size: int, captions: bool):
-        self.source, self.config, self.size, self.captions = source, config, size, captions
-        self.order = Order(source.rows, config.seed)
+    def __init__(
+        self,
+        source: Source,
+        size: int,
+        seed: int = 0,
+        captions: bool = False,
+        min_side: int = 0,
+        max_aspect: float = 0.0,
+    ):
+        self.source = source
+        self.size = size
+        self.captions = captions
+        self.min_side = min_side
+        self.max_aspect = max_aspect
+        self.order = Order(source.rows, seed)
 
     def __getitem__(self, position: int) -> dict:
         shard, row = self.order(position)
@@ -87,7 +96,7 @@ class Pictures(Dataset):
                 "pixels": pixels, "caption": sample.caption, "place": (shard, place), "id": sample.id,
                 "replaced": offset > 0,
             }  # fmt: skip
-        raise ValueError(f"{tried} rows in a row give no training image; the last, {problem}")
+        raise DataError(f"{tried} rows in a row give no training image; the last, {problem}")
 
     def _check(self, content: bytes, caption: str | None) -> None:
         """Raises ValueError for what the flags leave out."""
@@ -95,12 +104,12 @@ class Pictures(Dataset):
             raise ValueError("it has no caption")
         if self.captions and not isinstance(caption, str):
             raise ValueError(f"its caption is a {type(caption).__name__}, expected a text: give one caption a row")
-        if self.config.min_side or self.config.max_aspect:
+        if self.min_side or self.max_aspect:
             try:
-                short, long = sorted(Image.open(io.BytesIO(content)).size)
+                short, long = sorted(image_size(content))
             except Exception as error:
                 raise ValueError(f"no image ({error})") from error
-            if short < self.config.min_side or (self.config.max_aspect and long > self.config.max_aspect * short):
+            if short < self.min_side or (self.max_aspect and long > self.max_aspect * short):
                 raise ValueError(f"{short} x {long} pixels is left out by --min-side or --max-aspect")
 
 
@@ -123,14 +132,22 @@ def collate(samples: list[dict]) -> dict:
     return batch | {"pixels": torch.from_numpy(np.stack(batch["pixels"]))}
 
 
-def batches(data: Pictures, config: TrainConfig, world: World, position: int) -> Iterator[dict]:
-    """This process's micro-batches from `position` on: pixels [B, 3, S, S], captions, places, and their `position`."""
-    positions = MicroBatches(position, config.micro_batch, world.rank, world.size)
-    workers = {"multiprocessing_context": "forkserver", "prefetch_factor": 4} if config.workers else {}
+def batches(
+    data: TrainingImages,
+    micro_batch: int,
+    position: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    processes: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[dict]:
+    """Yield one process's micro-batches from `position` on: pixels [B, 3, S, S], captions, places, `position`."""
+    positions = MicroBatches(position, micro_batch, rank, processes)
+    options = {"multiprocessing_context": "forkserver", "prefetch_factor": 4} if workers else {}
+    pinned = torch.device(device).type == "cuda"
     loader = DataLoader(
-        data, batch_sampler=positions, collate_fn=collate, num_workers=config.workers,
-        pin_memory=world.device.type == "cuda", **workers,
-    )  # fmt: skip
+        data, batch_sampler=positions, collate_fn=collate, num_workers=workers, pin_memory=pinned, **options
+    )
     for place, batch in zip(positions, loader, strict=False):
-        batch["pixels"] = batch["pixels"].to(world.device, non_blocking=True)
+        batch["pixels"] = batch["pixels"].to(device, non_blocking=True)
         yield batch | {"position": place.start}

@@ -10,54 +10,19 @@ from __future__ import annotations
 
 import functools
 import glob
-import importlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from vlv.data.image import EXTENSIONS
-
-# names of columns and fields; the first that is there counts
-IMAGE, CAPTION = ("image", "jpg", "png", "webp"), ("caption", "text", "txt")
-# what else a row may tell of its image, for vlv.train.distill
-ABOUT = ("license", "url", "source", "author", "copyright", "pwatermark")
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One row: `image` is an image file's content, `about` its licence and so on where the data tell (ABOUT)."""
-
-    id: str
-    image: bytes
-    caption: str | None = None
-    about: dict = field(default_factory=dict)
-
-
-class Source(Protocol):
-    """Shards of rows. `rows` has the number of each shard's rows; the shards and their order never change."""
-
-    rows: list[int]
-
-    def name(self, shard: int, row: int) -> str | None:
-        """A row's id if it is known without reading the row."""
-        ...
-
-    def read(self, shard: int, row: int) -> Sample: ...
-
-
-def need(package: str, what: str):
-    """Import an optional package. Raises ValueError that says how to install it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"{what} needs a package that is not installed: pip install {package}") from error
+from vlv.data.remote import DataError, is_url, need, open_file
+from vlv.data.samples import ABOUT, CAPTION, IMAGE, Sample, Source, about, first_of, row_sample, text_of
+from vlv.data.tars import Tars
 
 
 def open_sources(paths: Sequence[str]) -> Source:
-    """All the data that the arguments name. Raises ValueError where one leads to nothing."""
+    """All the data that the arguments name. Raises DataError where one leads to nothing."""
     made: list[Source] = []
     for path in paths:
         files = [path] if path.startswith("hf:") and not path.startswith("hf://") else expand(path)
@@ -66,15 +31,11 @@ def open_sources(paths: Sequence[str]) -> Source:
                 made.append(opener(chosen, path))
                 files = [f for f in files if f not in set(chosen)] if name != "folder" else []
         if files:
-            raise ValueError(f"{files[0]}: expected a folder, .tar, .parquet, .jsonl or hf:NAME")
+            raise DataError(f"{files[0]}: expected a folder, .tar, .parquet, .jsonl or hf:NAME")
     source = made[0] if len(made) == 1 else Joined(made)
     if not sum(source.rows):
-        raise ValueError(f"no rows in {', '.join(paths)}")
+        raise DataError(f"no rows in {', '.join(paths)}")
     return source
-
-
-def is_url(path: str) -> bool:
-    return "://" in path
 
 
 def expand(path: str) -> list[str]:
@@ -91,33 +52,8 @@ def expand(path: str) -> list[str]:
         return shards or [path]
     found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
     if not found or not os.path.exists(found[0]):
-        raise ValueError(f"no such file or folder: {path}")
+        raise DataError(f"no such file or folder: {path}")
     return found
-
-
-def open_file(path: str):
-    """A seekable binary file, local or remote."""
-    return need("fsspec", path).open(path, "rb").open() if is_url(path) else open(path, "rb")
-
-
-def text_of(name: str, content: bytes) -> tuple[str | None, dict]:
-    """The caption that a .txt or .json file beside an image holds, and what a .json tells of the image."""
-    text = content.decode("utf-8", "replace").strip()
-    if not name.endswith(".json"):
-        return text or None, {}
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return None, {}
-    return (first_of(values, CAPTION), about(values)) if isinstance(values, dict) else (None, {})
-
-
-def about(values: dict) -> dict:
-    return {name: values[name] for name in ABOUT if values.get(name) is not None}
-
-
-def first_of(values: dict, names: Sequence[str]):
-    return next((values[n] for n in names if values.get(n) is not None), None)
 
 
 class Files:
@@ -152,7 +88,7 @@ class Files:
                         path = record.get("path") or record["id"]
                         paths.append(path if is_url(path) or os.path.isabs(path) else f"{folder}/{path}")
                     except (ValueError, KeyError, AttributeError, TypeError) as error:
-                        raise ValueError(
+                        raise DataError(
                             f"{file}, line {number}: expected a JSON object with a path, or an id that is one"
                         ) from error
                     known.append((first_of(record, CAPTION), about(record)))
@@ -184,7 +120,7 @@ class Parquet:
                 metadata = parquet.ParquetFile(stream).metadata
                 names = {metadata.schema.column(i).path.split(".")[0] for i in range(metadata.num_columns)}
                 if not names & set(IMAGE):
-                    raise ValueError(f"{file} has the columns {sorted(names)}, none of {', '.join(IMAGE)}")
+                    raise DataError(f"{file} has the columns {sorted(names)}, none of {', '.join(IMAGE)}")
                 self._groups += [(file, i) for i in range(metadata.num_row_groups)]
                 self.rows += [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._table = functools.lru_cache(maxsize=2)(self._read_group)
@@ -218,13 +154,6 @@ class Parquet:
         self._table = functools.lru_cache(maxsize=2)(self._read_group)
 
 
-def row_sample(values: dict, name: str) -> Sample:
-    """A sample from a row with an image (bytes, or {"bytes": …}) and maybe a caption and an id."""
-    image = first_of(values, IMAGE)
-    image = image.get("bytes") if isinstance(image, dict) else image
-    return Sample(str(values.get("id") or name), image or b"", first_of(values, CAPTION), about(values))
-
-
 class HuggingFace:
     """A dataset of the `datasets` library: hf:NAME or hf:NAME:SPLIT from the hub, or a folder of save_to_disk."""
 
@@ -246,7 +175,7 @@ class HuggingFace:
     def _undecoded(datasets, data, name: str):
         column = next((c for c in IMAGE if c in data.column_names), None)
         if column is None:
-            raise ValueError(f"{name} has the columns {data.column_names}, none of {', '.join(IMAGE)}")
+            raise DataError(f"{name} has the columns {data.column_names}, none of {', '.join(IMAGE)}")
         if isinstance(data.features[column], datasets.Image):  # as the file's bytes, for our own decoder
             data = data.cast_column(column, datasets.Image(decode=False))
         return data
@@ -275,15 +204,9 @@ class Joined:
         return part.read(inner, row)
 
 
-def _tars(files: list[str], name: str) -> Source:
-    from vlv.data.tars import Tars
-
-    return Tars(files)
-
-
 _KINDS: dict[str, tuple[Callable[[str], bool], Callable[[list[str], str], Source]]] = {
     "hf": (lambda f: f.startswith("hf:") and not f.startswith("hf://"), HuggingFace),
-    "tar": (lambda f: f.endswith(".tar"), _tars),
+    "tar": (lambda f: f.endswith(".tar"), lambda files, name: Tars(files)),
     "parquet": (lambda f: f.endswith(".parquet"), Parquet),
     "lines": (lambda f: f.endswith(".jsonl"), Files.of_lines),
     "folder": (lambda f: os.path.isdir(f) or (is_url(f) and not os.path.splitext(f)[1]), Files.of_folder),

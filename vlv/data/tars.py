@@ -11,7 +11,8 @@ from pathlib import Path
 
 from vlv.common.files import atomic_write
 from vlv.data.image import EXTENSIONS
-from vlv.data.sources import Sample, is_url, need, open_file, text_of
+from vlv.data.remote import DataError, is_url, need, open_file
+from vlv.data.samples import Sample, text_of
 
 # a member: (key, [image offset, length], [caption offset, length, suffix] or None)
 Index = list[tuple[str, list, list | None]]
@@ -85,5 +86,5 @@ def _scan(file: str) -> Index:
                 elif suffix == "json" or (suffix == "txt" and key not in texts):
                     texts[key] = [member.offset_data, member.size, extension]
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{file} is no whole tar file ({error}): write it again") from error
+        raise DataError(f"{file} is no whole tar file ({error}): write it again") from error
     return [(key, where, texts.get(key)) for key, where in images.items()]

@@ -1,4 +1,4 @@
-"""What a run costs: an estimate before it starts, from a measured rate, and the account after it."""
+"""Tell what a run costs: an estimate before it starts, from a measured rate, and the account after it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def _money(gpu_seconds: float, price: float | None) -> str:
 
 
 def estimate(images: int, rate: float, processes: int, price: float | None) -> tuple[str, float]:
-    """A sentence, and the cost in dollars (0 without a price), of `images` at `rate` a second on all processes."""
+    """Return a sentence and the dollars (0 without a price) for `images` at `rate` a second over all processes."""
     seconds = images / rate
     text = (
         f"{images:,} images to go at {rate:,.1f} a second, measured just now on {processes} process"
@@ -21,6 +21,6 @@ def estimate(images: int, rate: float, processes: int, price: float | None) -> t
 
 
 def account(images: int, seconds: float, gpu_seconds: float, price: float | None) -> str:
-    """What the whole run took, over all its sessions."""
+    """Return a sentence about what the whole run took, over all its starts."""
     rate = images / seconds if seconds else 0.0
     return f"{images:,} images in {seconds / 3600:,.2f} h, {rate:,.1f} a second: {_money(gpu_seconds, price)}"

@@ -215,6 +215,8 @@ def test_hub_ids_come_from_the_cache_or_fail_in_one_sentence(weights: Weights, t
     with pytest.raises(CheckpointError, match="cannot get someone/model from the Hugging Face hub") as caught:
         published.fetch("someone/model")
     assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"removed its Stable Diffusion 2 repositories; mirrors .*sd2-community/"):
+        published.fetch("stabilityai/stable-diffusion-2-1-base")
     snapshot = tmp_path / "hub" / "models--someone--model" / "snapshots" / "abc"
     shutil.copytree(SLIM, snapshot, ignore=lambda *_: ["weights.safetensors"])
     (snapshot.parents[1] / "refs").mkdir()

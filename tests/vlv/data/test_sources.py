@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vlv.train.toy_run import CONFIG, MODEL
-from vlv.data.loader import MicroBatches, Order, Pictures, batches
+from tests.vlv.train.small_run import MODEL
+from vlv.data.loader import MicroBatches, Order, TrainingImages, batches
 from vlv.data.sources import open_sources
-from vlv.train.parallel import World
 
 
 @pytest.fixture(autouse=True)
@@ -105,8 +104,8 @@ def test_several_captions_in_one_row_are_refused(captioned, tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps(line) + "\n")
     source = open_sources([str(tmp_path / "data.jsonl")])
     with pytest.raises(ValueError, match="its caption is a list, expected a text"):
-        Pictures(source, CONFIG, MODEL.image_size, captions=True)[0]
-    assert Pictures(source, CONFIG, MODEL.image_size, captions=False)[0]["pixels"].shape == (3, 32, 32)
+        TrainingImages(source, MODEL.image_size, captions=True)[0]
+    assert TrainingImages(source, MODEL.image_size, captions=False)[0]["pixels"].shape == (3, 32, 32)
 
 
 def test_urls_that_fsspec_opens(rows):
@@ -179,18 +178,15 @@ def test_processes_share_a_step_without_overlap():
 
 
 def test_workers_and_a_later_start_give_the_same_batches(captioned):
-    from dataclasses import replace
-
-    pictures = Pictures(open_sources([str(captioned)]), CONFIG, MODEL.image_size, captions=True)
-    with World.start("cpu") as world:
-        plain = batches(pictures, CONFIG, world, 0)
-        first = [next(plain) for _ in range(8)]
-        worked = batches(pictures, replace(CONFIG, workers=2), world, 6)
-        for expected in first[3:]:
-            found = next(worked)
-            assert found["position"] == expected["position"] and found["id"] == expected["id"]
-            assert torch.equal(found["pixels"], expected["pixels"]) and found["caption"] == expected["caption"]
-        worked.close()
+    images = TrainingImages(open_sources([str(captioned)]), MODEL.image_size, captions=True)
+    plain = batches(images, 2)
+    first = [next(plain) for _ in range(8)]
+    worked = batches(images, 2, position=6, workers=2)
+    for expected in first[3:]:
+        found = next(worked)
+        assert found["position"] == expected["position"] and found["id"] == expected["id"]
+        assert torch.equal(found["pixels"], expected["pixels"]) and found["caption"] == expected["caption"]
+    worked.close()
 
 
 def test_an_image_that_gives_nothing_is_replaced_and_told_of(captioned, tmp_path):
@@ -200,24 +196,21 @@ def test_an_image_that_gives_nothing_is_replaced_and_told_of(captioned, tmp_path
     (folder / "03.png").write_bytes(b"broken")
     (folder / "05.txt").unlink()
     source = open_sources([str(folder)])
-    pictures = Pictures(source, CONFIG, MODEL.image_size, captions=True)
-    found = [pictures[i] for i in range(12)]
+    images = TrainingImages(source, MODEL.image_size, captions=True)
+    found = [images[i] for i in range(12)]
     names = sorted(s["id"][-6:] for s in found)
     assert "03.png" not in names and "05.png" not in names and names.count("04.png") == names.count("06.png") == 2
     assert sum(s["replaced"] for s in found) == 2
     for file in folder.glob("*.png"):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"12 rows in a row give no training image; the last, .*the file is empty"):
-        pictures[0]
+        images[0]
 
 
 def test_limits_on_size_and_shape(tmp_path):
-    from dataclasses import replace
-
     from PIL import Image
 
     for name, size in {"a": (64, 64), "b": (200, 64), "c": (40, 40)}.items():
         Image.fromarray(np.full((size[1], size[0], 3), 99, np.uint8)).save(tmp_path / f"{name}.png")
-    config = replace(CONFIG, min_side=50, max_aspect=2.0)
-    pictures = Pictures(open_sources([str(tmp_path)]), config, 32, captions=False)
-    assert {pictures[i]["id"][-5:] for i in range(3)} == {"a.png"}
+    images = TrainingImages(open_sources([str(tmp_path)]), 32, min_side=50, max_aspect=2.0)
+    assert {images[i]["id"][-5:] for i in range(3)} == {"a.png"}
