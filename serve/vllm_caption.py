@@ -150,8 +150,13 @@ def _caption(args: argparse.Namespace) -> int:
     _check(args)
     if args.dry_run:
         return _dry_run(args)
-    model = open_model(args)
+
     from serve.core.inputs import LeftOut
+
+    left_out = LeftOut()
+    items = _items(args, left_out)  # before torch is imported: a wrong path is told at once
+    model = open_model(args)
+
     from serve.core.run import CaptionRun, RunConfig
     from serve.core.style import CaptionStyle
     from serve.engines.base import Sampling
@@ -175,8 +180,6 @@ def _caption(args: argparse.Namespace) -> int:
         flags,
         CaptionStyle(args.strip_openers, args.max_sentences, args.max_words, args.single_line, args.template),
     )
-    left_out = LeftOut()
-    items = _items(args, left_out)
     engine = model.engine()
     if args.output == "-":
         sink = StreamSink(_claim_stdout(), sys.stderr.fileno())

@@ -398,6 +398,7 @@ def test_disk_full_in_mid_run(slowly, tmp_path, capsys):
 def test_two_runs_on_one_output(slowly, tmp_path):
     run = start(*slowly)
     wait_for_lines(tmp_path / "c.jsonl", 1, run)
+    run.send_signal(signal.SIGSTOP)  # it would come to its end while the second one starts on a busy machine
     second = start(*slowly)
     _, stderr = second.communicate(timeout=100)
     assert second.returncode == 1 and b"error: another run is writing" in stderr and stderr.count(b"\n") == 1
