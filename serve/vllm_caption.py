@@ -154,7 +154,7 @@ def _caption(args: argparse.Namespace) -> int:
     from serve.core.inputs import LeftOut
 
     left_out = LeftOut()
-    items = _items(args, left_out)  # before torch is imported: a wrong path is told at once
+    items = _items(args, left_out)  # before torch is imported: a wrong path is refused at once
     model = open_model(args)
 
     from serve.core.run import CaptionRun, RunConfig

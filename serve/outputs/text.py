@@ -70,7 +70,7 @@ class TextSink:
             return True
         try:
             return not self._overwrite and self._files.of(item).exists()
-        except ImageError:  # told when it is captioned
+        except ImageError:  # raised again when it is captioned
             return False
 
     def caption(self, record: dict, item: Item) -> None:

@@ -47,6 +47,9 @@ class WebDatasetSink(FolderSink):
     def _read(self) -> None:
         self._end, self._samples = 0, 0
         super()._read()
+        if self.changed:  # the shards are others now
+            for _ in self._finished_records():
+                pass
         shards = self._shard_files()
         self._shards = len(shards)
         if shards:  # only the last can be unfinished
