@@ -61,7 +61,8 @@ def main() -> None:
         port = free.getsockname()[1]
     flags = ["--engine", args.engine, "--port", str(port), "--deadline", str(DEADLINE), "--body-seconds", "5"]
     command = [sys.executable, "-m", "serve.server", "--ckpt", args.ckpt, *flags]
-    log = Path(args.output).with_suffix(".log")
+    log = ROOT / "out" / f"{Path(args.output).stem}.log"
+    log.parent.mkdir(exist_ok=True)
     with log.open("w") as stderr, subprocess.Popen(command, cwd=ROOT, stderr=stderr) as server:
         try:
             asyncio.run(_run(parts, args, f"http://127.0.0.1:{port}", server.pid, report))
