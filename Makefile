@@ -3,9 +3,10 @@ BIN := .venv/bin
 CAPTION := assets/samples --ckpt assets/vlv-tiny -o out/captions.jsonl --gallery out/gallery.html --no-resume
 ARGS :=
 HF_KERNELS := .venv/hf-kernels
+CLIENTS := .venv/clients
 export PYTHON
 
-.PHONY: demo test coverage lint setup clean
+.PHONY: demo test test-clients coverage lint setup setup-test clean
 
 demo: setup
 	@mkdir -p out
@@ -14,25 +15,37 @@ demo: setup
 	@echo "gallery:  $(CURDIR)/out/gallery.html"
 
 # make test ARGS="-k davit -x"
-test: setup $(HF_KERNELS)/done
+test: setup-test $(HF_KERNELS)/done
 	@$(BIN)/python -m pytest $(ARGS)
 
 # make coverage ARGS=tests/serve: what the tests run, commands that they start included
-coverage: setup $(HF_KERNELS)/done
+coverage: setup-test $(HF_KERNELS)/done
 	@$(BIN)/python -m coverage erase
 	@$(BIN)/python -m coverage run -m pytest $(ARGS)
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --skip-covered
 
-lint: setup
+# other people's clients against the server: LangChain, LiteLLM, LlamaIndex, OpenAI for Node (where npm is), vLLM's benchmark
+test-clients: setup-test $(CLIENTS)/done
+	@$(BIN)/python -m pytest tests/serve/http/test_clients.py -rs $(ARGS)
+
+$(CLIENTS)/done: requirements/test-clients.in | setup-test
+	@$(BIN)/python -m venv $(@D) && $(@D)/bin/pip install -q -r $<
+	@if command -v npm >/dev/null; then mkdir -p $(@D)/node && cd $(@D)/node && npm install --silent openai; fi
+	@touch $@
+
+lint: setup-test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
 
 setup:
 	@scripts/setup.sh
 
+setup-test:
+	@scripts/setup.sh test
+
 # in a folder of its own, because it shares its import name with our kernels/; without it its tests are skipped
-$(HF_KERNELS)/done: requirements/test-hf-kernels.lock | setup
+$(HF_KERNELS)/done: requirements/test-hf-kernels.lock | setup-test
 	@$(BIN)/python -m pip install --no-deps --upgrade --target $(@D) -r $< >>.venv/setup.log 2>&1 && touch $@ \
 		|| echo "setup: Hugging Face's kernels not installed (see .venv/setup.log): its tests will be skipped" >&2
 

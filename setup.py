@@ -17,7 +17,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import egg_info
 
-ROOMS = ("kernels", "vlv", "export", "serve")
+PACKAGES = ("kernels", "vlv", "export", "serve")
 
 
 class BuildPy(build_py):
@@ -25,10 +25,10 @@ class BuildPy(build_py):
         super().run()
         if not self.editable_mode:
             library = Path(self.build_lib)
-            for room in ROOMS:
-                shutil.rmtree(library / "_vlv" / room, ignore_errors=True)  # of an earlier build
-                shutil.copytree(library / room, library / "_vlv" / room)
-                shutil.rmtree(library / room)
+            for package in PACKAGES:
+                shutil.rmtree(library / "_vlv" / package, ignore_errors=True)  # of an earlier build
+                shutil.copytree(library / package, library / "_vlv" / package)
+                shutil.rmtree(library / package)
             (library / "vlv.pth").write_text("_vlv\n")
 
 
@@ -36,7 +36,7 @@ class EggInfo(egg_info):
     def run(self) -> None:
         super().run()
         declared = Path(self.egg_info, "top_level.txt")
-        declared.write_text("".join(f"{name}\n" for name in declared.read_text().split() if name in ROOMS))
+        declared.write_text("".join(f"{name}\n" for name in declared.read_text().split() if name in PACKAGES))
 
 
 setup(cmdclass={"build_py": BuildPy, "egg_info": EggInfo})

@@ -1,9 +1,9 @@
-"""The captioning road against what a user would run instead: rates, start-up and memory, in one run.
+"""Measure the captioning service against what a user would run instead: rates, start-up and memory, in one run.
 
     python benchmarks/caption.py                       # everything, into benchmarks/caption.json
-    python benchmarks/caption.py --parts road,greedy --images 64 -o /tmp/try.json
+    python benchmarks/caption.py --parts service,greedy --images 64 -o /tmp/try.json
 
-Parts: `road` decode processes -> encoder -> vLLM; `greedy` transformers, batched, greedy; `published`
+Parts: `service` decode processes -> encoder -> vLLM; `greedy` transformers, batched, greedy; `published`
 the published procedure (batches of 2, 4 beams, float32); `startup` from the command to its first
 record; `memory` the resident size of all its processes over many images. All three rates start from
 files on disk and leave the loading of the models out. Captions are compared before speed is.
@@ -30,7 +30,7 @@ from machine import describe
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PARTS = ("road", "greedy", "published", "startup", "memory")
+PARTS = ("service", "greedy", "published", "startup", "memory")
 GREEDY_BATCHES = (32, 128)  # the baseline gets the better one
 REPEATS = 3
 
@@ -58,9 +58,9 @@ def main() -> None:
             results[part], captions[part] = _PART[part](args, images, Path(folder))
             print(json.dumps({part: results[part]}), file=sys.stderr, flush=True)
     report = {**about, "parts": results, "ratios": _ratios(results)}
-    if captions.get("road") and captions.get("greedy"):
-        equal = sum(captions["road"][name] == text for name, text in captions["greedy"].items())
-        report["road_captions_equal_to_greedy"] = f"{equal}/{len(captions['greedy'])}"
+    if captions.get("service") and captions.get("greedy"):
+        equal = sum(captions["service"][name] == text for name, text in captions["greedy"].items())
+        report["service_captions_equal_to_greedy"] = f"{equal}/{len(captions['greedy'])}"
     Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
@@ -79,11 +79,12 @@ def _scenes(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def road(args, images: list[Path], folder: Path) -> tuple[dict, dict[str, str]]:
-    """The command's pipeline around one vLLM that has started before; the first run is the warm-up."""
+def service(args, images: list[Path], folder: Path) -> tuple[dict, dict[str, str]]:
+    """Run the command's service around one vLLM that has started before; the first run is the warm-up."""
     from serve.core.inputs import expand
-    from serve.core.pipeline import Pipeline, PipelineConfig
-    from serve.engines.base import LLMSpec, Sampling, engine_class
+    from serve.core.run import CaptionRun, RunConfig
+    from serve.engines.base import LLMSpec, Sampling
+    from serve.engines.factory import engine_class
     from serve.outputs.jsonl import FileSink
     from serve.reports.progress import Progress
     from serve.vllm_caption import parser
@@ -107,10 +108,10 @@ def road(args, images: list[Path], folder: Path) -> tuple[dict, dict[str, str]]:
         seconds = []
         try:
             for i in range(REPEATS + 1):
-                sink = FileSink(folder / f"road{i}.jsonl", checkpoint.hash)
-                config = PipelineConfig(Sampling(max_tokens), defaults.prompt_batch)
+                sink = FileSink(folder / f"service{i}.jsonl", checkpoint.hash)
+                config = RunConfig(Sampling(max_tokens), defaults.prompt_batch)
                 start = time.perf_counter()
-                await Pipeline(checkpoint, engine, sink, config, Progress()).run(expand([str(images[0].parent)]))
+                await CaptionRun(checkpoint, engine, sink, config, Progress()).run(expand([str(images[0].parent)]))
                 seconds.append(time.perf_counter() - start)
                 sink.close()
         finally:
@@ -118,7 +119,7 @@ def road(args, images: list[Path], folder: Path) -> tuple[dict, dict[str, str]]:
         return seconds[1:]
 
     figures = _rate(asyncio.run(run()), len(images))
-    records = [json.loads(line) for line in (folder / f"road{REPEATS}.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / f"service{REPEATS}.jsonl").read_text().splitlines()]
     figures["tokens_per_caption"] = round(statistics.mean(r["tokens"] for r in records), 1)
     figures |= {"in_flight": defaults.in_flight, "prompt_batch": defaults.prompt_batch}
     return figures, {Path(r["id"]).name: r["caption"] for r in records}
@@ -154,7 +155,7 @@ def _captioner(args):
     from vlv.checkpoints.folder import Checkpoint
     from vlv.model.captioner import Captioner
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # the road has left its encoder half of them
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # the service has left its encoder half of them
     return Captioner.load(Checkpoint.open(args.ckpt))
 
 
@@ -243,8 +244,8 @@ def _rate(seconds: list[float], images: int) -> dict:
 
 def _ratios(results: dict) -> dict:
     rate = {part: figures["images_per_second"] for part, figures in results.items() if "images_per_second" in figures}
-    others = [part for part in ("greedy", "published") if part in rate and "road" in rate]
-    return {f"road_to_{part}": round(rate["road"] / rate[part], 2) for part in others}
+    others = [part for part in ("greedy", "published") if part in rate and "service" in rate]
+    return {f"service_to_{part}": round(rate["service"] / rate[part], 2) for part in others}
 
 
 def _about(args) -> dict:
@@ -262,7 +263,7 @@ def _about(args) -> dict:
     }
 
 
-_PART = {"road": road, "greedy": greedy, "published": published, "startup": startup, "memory": memory}
+_PART = {"service": service, "greedy": greedy, "published": published, "startup": startup, "memory": memory}
 
 if __name__ == "__main__":
     main()

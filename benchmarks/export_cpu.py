@@ -31,11 +31,13 @@ from benchmarks import machine
 from export import graphs, onnx, trace
 from export.components import PEAK, PRECISIONS, Batch, tolerance
 from export.manifest import Manifest
-from export.quantize import precision as quantize
-from export.runtimes.base import open_runtime
+from export.quantize.int8 import ranges, to_int8
+from export.quantize.precision import block_costs, cheapest_blocks
+from export.runtimes.factory import open_runtime
 from export.runtimes.onnxruntime import flushed, session_options
+from export.verification.captions import Captions
 from export.verification.inputs import NOISE, VerificationInputs
-from export.verification.verifier import Captions, compare
+from export.verification.verifier import compare
 from vlv.checkpoints import random_weights
 from vlv.checkpoints.folder import Checkpoint
 from vlv.common.command import command_line
@@ -47,8 +49,8 @@ TIMED = ("fp32", "int8", "int8-static")  # precisions that ONNX Runtime is fast 
 WIDE = ("avx512_vnni", "avx_vnni", "amx_int8")  # instructions for 8-bit products
 TARGETS = {False: 1.3, True: 2.5}  # speedup over eager PyTorch, without and with one of them
 ROUNDING = {"torch": "fp32", "f32": "fp32"}  # of the last word; others are their own
-CALIBRATION = 2  # pictures: random weights need no more
-SCENES, SEED = 512, 7  # pictures whose captions are compared; exports check on seed 0 and calibrate on seed 1
+CALIBRATION = 2  # images: random weights need no more
+SCENES, SEED = 512, 7  # images whose captions are compared; exports verify on seed 0 and calibrate on seed 1
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -81,23 +83,23 @@ def ceilings(size: int = 4096) -> dict[str, float]:
 
 
 def write_graphs(preset: str, work: Path) -> None:
-    """The encoder's graph in each of TIMED, in folders of these names; made by a process of its own."""
+    """Write the encoder's graph in each of TIMED into folders of these names, in a process of its own."""
     code = "import sys; from benchmarks import export_cpu as b; b.trace_and_quantize(sys.argv[1], b.Path(sys.argv[2]))"
     subprocess.run([sys.executable, "-c", code, preset, str(work)], check=True)
 
 
 def trace_and_quantize(preset: str, work: Path) -> None:
-    """What `write_graphs` has another process do."""
+    """Do the work of `write_graphs` in this process."""
     for precision in TIMED:
         (work / precision).mkdir(parents=True, exist_ok=True)
     graph = graphs.EncoderGraph(random_weights.encoder(PRESETS[preset]))
     traced = trace.to_onnx(graph, work / "fp32" / "encoder.onnx", Batch(1, 1, 8), 20)
     shown = [{"pixels": graph.example(1, torch.Generator().manual_seed(i))[0]} for i in range(CALIBRATION)]
-    exact = quantize.cheapest(quantize.costs(graph))  # as every export leaves them
+    excluded = cheapest_blocks(block_costs(graph))  # as every export leaves them
     del graph
-    quantize.to_int8(traced, work / "fp32", work / "int8", exact=exact)
-    seen = quantize.ranges(work / "fp32" / traced.files[0], shown)
-    quantize.to_int8(traced, work / "fp32", work / "int8-static", seen, exact)
+    to_int8(traced, work / "fp32", work / "int8", excluded_blocks=excluded)
+    measured = ranges(work / "fp32" / traced.files[0], shown)
+    to_int8(traced, work / "fp32", work / "int8-static", measured, excluded)
 
 
 def onnxruntime(folder: Path) -> Callable[[np.ndarray], object]:
@@ -105,9 +107,9 @@ def onnxruntime(folder: Path) -> Callable[[np.ndarray], object]:
 
     session = ort.InferenceSession(folder / "encoder.onnx", session_options(), providers=["CPUExecutionProvider"])
 
-    def call(pictures: np.ndarray) -> np.ndarray:
+    def call(images: np.ndarray) -> np.ndarray:
         with flushed():
-            return session.run(["prompts"], {"pixels": pictures})[0]
+            return session.run(["prompts"], {"pixels": images})[0]
 
     return call
 
@@ -121,7 +123,7 @@ def openvino(folder: Path, precision: str) -> Callable[[np.ndarray], object] | N
         return None
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     compiled = ov.Core().compile_model(folder / "encoder.onnx", "CPU", settings)
-    return lambda pictures: compiled({"pixels": pictures})["prompts"]
+    return lambda images: compiled({"pixels": images})["prompts"]
 
 
 def loading_peak(folder: Path) -> float:
@@ -145,21 +147,21 @@ def speed(preset: str, work: Path, batch: int, repeats: int, vino: str | None) -
     peaks = {precision: loading_peak(work / precision) for precision in TIMED}
     graph = graphs.EncoderGraph(random_weights.encoder(PRESETS[preset]))
     size = PRESETS[preset].image_size
-    pictures = graph.example(batch, torch.Generator().manual_seed(0))[0]
+    images = graph.example(batch, torch.Generator().manual_seed(0))[0]
 
     @torch.inference_mode()
     def eager(_: np.ndarray) -> Tensor:
-        return graph(pictures)[1]
+        return graph(images)[1]
 
     calls: dict[str, Callable[[np.ndarray], object]] = {"torch": eager}
     calls |= {f"onnx {precision}": onnxruntime(work / precision) for precision in TIMED}
     if vino and (run := openvino(work / "fp32", vino)):
         calls[f"openvino {vino}"] = run
-    fed, errors = pictures.numpy(), {}
+    fed, errors = images.numpy(), {}
     expected = eager(fed)
     for name, call in calls.items():  # the warm-up as well
         found = torch.as_tensor(call(fed))
-        allowed = tolerance(ROUNDING.get(word := name.split()[-1], word), len(graph.blocks), graph.longest)
+        allowed = tolerance(ROUNDING.get(word := name.split()[-1], word), len(graph.blocks), graph.longest_sum)
         errors[name] = compare(found, expected) | {"allowed_rms": allowed, "allowed_max": PEAK * allowed}
         if not (errors[name]["rms"] <= allowed and errors[name]["max"] <= PEAK * allowed):
             raise RuntimeError(f"{name} is wrong, so it is not timed: {errors[name]}")
@@ -183,35 +185,36 @@ def speed(preset: str, work: Path, batch: int, repeats: int, vino: str | None) -
 
 
 def captions(work: Path) -> dict:
-    """Of greedy captions of unseen scenes and, apart, of noise: the tokens that each precision keeps."""
+    """Return the share of greedy tokens that each precision keeps, for unseen scenes and, apart, for noise."""
     checkpoint = Checkpoint.open(BUNDLED)
-    probes = VerificationInputs(checkpoint, SCENES + NOISE, seed=SEED)
-    noise = np.random.default_rng(SEED).integers(0, 256, (16, *probes.pictures.shape[1:]), np.uint8)
-    sets = {"scenes": probes.pictures[:-NOISE], "noise": torch.from_numpy(noise)}
-    prompts = {name: _encode(probes.reference, pictures) for name, pictures in sets.items()}
+    inputs = VerificationInputs(checkpoint, SCENES + NOISE, seed=SEED)
+    noise = np.random.default_rng(SEED).integers(0, 256, (16, *inputs.images.shape[1:]), np.uint8)
+    sets = {"scenes": inputs.images[:-NOISE], "noise": torch.from_numpy(noise)}
+    prompts = {name: _encode(inputs.reference, images) for name, images in sets.items()}
     reference = {name: Captions.of(checkpoint, value) for name, value in prompts.items()}
     result = {}
     for precision in PRECISIONS[1:]:
         folder = work / f"bundled-{precision}"
         command = ["--ckpt", str(BUNDLED), "--out", str(folder), "--components", "encoder", "--max-batch", "16"]
         if onnx.main([*command, "--precision", precision, "--probes", "96", "--allow-drift"]):
-            raise RuntimeError(f"{precision} gives nothing to compare; the reason stands above")
+            raise RuntimeError(f"{precision} gives nothing to compare; the reason is above")
         artifact = Manifest.open(folder).artifacts["encoder"]
         figures = artifact.verification
         entry = {
-            "exact_blocks": artifact.exact,
+            "fp32_blocks": artifact.fp32_blocks,
+            "excluded_blocks": artifact.excluded_blocks,
             "embeddings": figures["outputs"]["prompts"],
             "refused_without_allow_drift": figures["problems"],
         }
-        engine = open_runtime("onnx", folder, checkpoint)
-        for name, pictures in sets.items():
-            entry[name] = reference[name].agreement(_encode(engine, pictures))
+        runtime = open_runtime("onnx", folder, checkpoint)
+        for name, images in sets.items():
+            entry[name] = reference[name].agreement(_encode(runtime, images))
         result[precision] = entry
     return result
 
 
-def _encode(engine, pictures: torch.Tensor) -> torch.Tensor:
-    return torch.cat([engine.encode(part) for part in pictures.split(16)])
+def _encode(runtime, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([runtime.encode(part) for part in images.split(16)])
 
 
 def main() -> int:

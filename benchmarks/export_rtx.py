@@ -4,8 +4,8 @@
     python -m benchmarks.export_rtx --components unet --precision fp16    # one of them, entered beside others
 
 The encoder is the preset's; UNet and VAE are those of Stable Diffusion 2.1-base. All have random weights, which decide
-nothing about a build. Each engine is built by a process of its own, whose peak memory is recorded. Exits with 1 where
-a build fails; the reason stands in the JSON.
+nothing about a build. Each engine is built by a process of its own, whose peak memory is recorded. Exits with 1 if
+a build fails; the reason is in the JSON.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from torch import nn
 
 from benchmarks import machine
 from export import graphs, trace
+from export.builders.tensorrt import build
 from export.components import Batch, Port, opset
-from export.quantize import precision as quantize
 from export.quantize import qdq
-from export.runtimes.tensorrt_library import LIBRARIES, build
+from export.quantize.precision import DTYPES, block_costs, cheapest_blocks
+from export.runtimes.tensorrt_library import LIBRARIES
 from vlv.checkpoints import random_weights
 from vlv.common.command import command_line
 from vlv.model.config import PRESETS
-from vlv.train.memory_plan import SD21_UNET, SD21_VAE
+from vlv.train.initialize import SD21_UNET, SD21_VAE
 
 # of every activation in 8 bits: like weights, ranges decide nothing about a build
 RANGE = SimpleNamespace(range_value=(-8.0, 8.0))
@@ -44,9 +45,9 @@ def filled(make: Callable[[], nn.Module]) -> nn.Module:
     """A module with random weights, none of which is initialised twice."""
     with torch.device("meta"):
         module = make()
-    plan = module.state_dict()
-    draw = random_weights.maker(plan)
-    module.load_state_dict({name: draw(name) for name in plan}, assign=True)
+    tensor_specs = module.state_dict()
+    draw = random_weights.maker(tensor_specs)
+    module.load_state_dict({name: draw(name) for name in tensor_specs}, assign=True)
     return module.eval().requires_grad_(False)
 
 
@@ -77,18 +78,18 @@ def traced(name: str, preset: str, precision: str, folder: Path) -> dict:
     """Write the component's graph into `folder`; what a build of it needs to know."""
     start = time.monotonic()
     graph = COMPONENTS[name](preset).eval()
-    exact = quantize.cheapest(quantize.costs(graph)) if precision in qdq.FORMATS else ()
-    if precision in quantize.DTYPES:
-        graph.cast(quantize.DTYPES[precision])
+    excluded = cheapest_blocks(block_costs(graph)) if precision in qdq.FORMATS else ()
+    if precision in DTYPES:
+        graph.cast(DTYPES[precision])
     plain = folder / "plain" if precision in qdq.FORMATS else folder
     plain.mkdir(exist_ok=True)
-    made = trace.to_onnx(graph, plain / f"{name}.onnx", PROFILES.get(name, VAE_PROFILE), opset(precision))
+    written = trace.to_onnx(graph, plain / f"{name}.onnx", PROFILES.get(name, VAE_PROFILE), opset(precision))
     if precision in qdq.FORMATS:
-        made = qdq.quantized(made, plain, folder, defaultdict(lambda: RANGE), exact, precision)
+        written = qdq.quantized(written, plain, folder, defaultdict(lambda: RANGE), excluded, precision)
     return {
         "inputs": [vars(port) for port in graph.inputs],
         "trace_seconds": round(time.monotonic() - start, 1),
-        "graph_mb": round(sum((folder / file).stat().st_size for file in made.files) / 1e6, 1),
+        "graph_mb": round(sum((folder / file).stat().st_size for file in written.files) / 1e6, 1),
     }
 
 

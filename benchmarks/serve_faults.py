@@ -1,11 +1,11 @@
-"""Load and faults: what a captioning server does with more than it can take, with nonsense, and with dying parts.
+"""Test a captioning server under overload, with invalid requests, and while its processes are killed.
 
     python -m benchmarks.serve_faults                        # everything, into benchmarks/serve_faults.json (40 min)
     python -m benchmarks.serve_faults --parts fuzz_images,fuzz_requests --fuzz 500 --engine transformers -o try.json
 
-Parts: `fuzz_images`, `fuzz_requests` mutated files and requests; `slow` clients that never finish; `workers`, `engine`
-processes killed; `soak` offered load at 1.5 x capacity. Each ends with the question whether a sound request is
-answered as before.
+Parts: `fuzz_images`, `fuzz_requests` send mutated files and requests; `slow` clients that never finish; `workers` and
+`engine` kill processes; `burst` sends 500 requests at once; `soak` offers 1.5 times the capacity. Each ends with a
+valid request, answered as before.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from benchmarks.serve_fuzz import fuzzed_images, fuzzed_requests, scene
 from vlv.common.command import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("fuzz_images", "fuzz_requests", "slow", "workers", "engine", "soak")
-FINE = {200, 400, 401, 404, 405, 408, 413, 422, 429, 431, 503}  # what nonsense and overload may be answered with
+PARTS = ("fuzz_images", "fuzz_requests", "slow", "workers", "engine", "burst", "soak")
+BURST = 500  # requests at once
+ALLOWED = {200, 400, 401, 404, 405, 408, 413, 422, 429, 431, 503}  # answers to invalid requests and to overload
 DEADLINE = 30  # seconds, the server's for a request
-SATURATING = 320  # requests at a time: more than the engine takes, fewer than are refused
+SATURATING = 320  # requests at a time: more than the engine decodes together, fewer than are refused
 BY_UVICORN = "Invalid HTTP request received."  # a head that is no HTTP does not reach the application
 
 
 def main() -> None:
-    """Start a server, run the parts against it, and write what came out as JSON; exit code 1 where a part failed."""
+    """Start a server, run the parts against it, and write the results as JSON; exit code 1 if a part failed."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--ckpt", default=str(ROOT / "assets" / "vlv-tiny"), metavar="DIR")
     p.add_argument("--engine", default="vllm", help="vllm or transformers (which has no process to kill)")
@@ -60,7 +61,8 @@ def main() -> None:
         port = free.getsockname()[1]
     flags = ["--engine", args.engine, "--port", str(port), "--deadline", str(DEADLINE), "--body-seconds", "5"]
     command = [sys.executable, "-m", "serve.server", "--ckpt", args.ckpt, *flags]
-    log = Path(args.output).with_suffix(".log")
+    log = ROOT / "out" / f"{Path(args.output).stem}.log"
+    log.parent.mkdir(exist_ok=True)
     with log.open("w") as stderr, subprocess.Popen(command, cwd=ROOT, stderr=stderr) as server:
         try:
             asyncio.run(_run(parts, args, f"http://127.0.0.1:{port}", server.pid, report))
@@ -105,7 +107,7 @@ async def send_all(client: httpx.AsyncClient, requests: list[dict], at_once: int
         sound = answer.text == BY_UVICORN or answer.headers.get("content-type", "").startswith(
             ("application/json", "text/event-stream")
         )
-        if answer.status_code not in FINE or "Traceback" in answer.text or not sound:
+        if answer.status_code not in ALLOWED or "Traceback" in answer.text or not sound:
             wrong.append(f"{answer.status_code} on {request['url']}: {answer.text[:200]}")
 
     await asyncio.gather(*map(one, requests))
@@ -194,17 +196,38 @@ async def engine(client: httpx.AsyncClient, args, pid: int) -> dict:
     return {"seconds_until_ready": round(back, 1), "answers": counts, "passed": passed}
 
 
+async def burst(client: httpx.AsyncClient, args, pid: int) -> dict:
+    """Send BURST requests at once, twice: all can be finished within the deadline, so that all must be answered."""
+    import aiohttp
+
+    image, rounds = scene(4), []
+
+    async def ask(session: aiohttp.ClientSession) -> str:
+        form = aiohttp.FormData({"max_tokens": "40"})
+        form.add_field("file", image, filename="a.png")
+        async with session.post("/v1/captions", data=form) as answer:
+            await answer.read()
+            return str(answer.status)
+
+    async with aiohttp.ClientSession(str(client.base_url), connector=aiohttp.TCPConnector(limit=0)) as session:
+        for _ in range(2):
+            start = time.monotonic()
+            answers = Counter(await asyncio.gather(*(ask(session) for _ in range(BURST))))
+            rounds.append({"answers": dict(answers), "seconds": round(time.monotonic() - start, 2)})
+    return {"requests": BURST, "rounds": rounds, "passed": all(r["answers"] == {"200": BURST} for r in rounds)}
+
+
 async def soak(client: httpx.AsyncClient, args, pid: int) -> dict:
     """Poisson arrivals at 1.5 x the measured capacity: memory, latencies of what was accepted, and refusals."""
     import aiohttp  # a quarter of httpx' work for a request: the client shares the server's cores
     import psutil
 
-    picture, counts, seconds, unhelpful = scene(3), Counter(), [], 0
+    image, counts, seconds, unhelpful = scene(3), Counter(), [], 0
 
     async def ask(session: aiohttp.ClientSession) -> None:
         nonlocal unhelpful
         form = aiohttp.FormData({"max_tokens": "40"})
-        form.add_field("file", picture, filename="a.png")
+        form.add_field("file", image, filename="a.png")
         start = time.monotonic()
         try:
             async with session.post("/v1/captions", data=form) as answer:
@@ -222,7 +245,7 @@ async def soak(client: httpx.AsyncClient, args, pid: int) -> dict:
         for _ in range(count):
             await ask(session)
 
-    sizes, tasks, family, draw = [], set(), psutil.Process(pid), random.Random(args.seed)
+    sizes, tasks, family, rng = [], set(), psutil.Process(pid), random.Random(args.seed)
     async with aiohttp.ClientSession(str(client.base_url), connector=aiohttp.TCPConnector(limit=0)) as session:
         for count in (1, 6):  # the first is the warm-up; both saturate the server
             start = time.monotonic()
@@ -239,7 +262,7 @@ async def soak(client: httpx.AsyncClient, args, pid: int) -> dict:
             if now - sampled > 1:
                 sampled = now
                 sizes.append(sum(p.memory_info().rss for p in [family, *family.children(recursive=True)]) / 2**20)
-            due += draw.expovariate(1.5 * capacity)  # open loop: a late request does not put off the next
+            due += rng.expovariate(1.5 * capacity)  # open loop: a late request does not put off the next
             await asyncio.sleep(max(0, due - time.monotonic()))
         await asyncio.gather(*tasks)
     early, late = (
@@ -247,12 +270,17 @@ async def soak(client: httpx.AsyncClient, args, pid: int) -> dict:
     )
     p99 = statistics.quantiles(seconds, n=100)[98]
     return {
-        "minutes": args.minutes, "capacity_per_second": round(capacity, 1),
+        "minutes": args.minutes,
+        "capacity_per_second": round(capacity, 1),
         "offered_per_second": round(sum(counts.values()) / (60 * args.minutes), 1),
-        "answers": dict(counts), "refused_without_retry_after": unhelpful, "p99_seconds": round(p99, 2),
-        "early_mib": round(early, 1), "late_mib": round(late, 1), "growth_percent": round(100 * (late / early - 1), 2),
+        "answers": dict(counts),
+        "refused_without_retry_after": unhelpful,
+        "p99_seconds": round(p99, 2),
+        "early_mib": round(early, 1),
+        "late_mib": round(late, 1),
+        "growth_percent": round(100 * (late / early - 1), 2),
         "passed": p99 < DEADLINE and late < 1.05 * early and not unhelpful and set(counts) <= {"200", "429", "503"},
-    }  # fmt: skip
+    }
 
 
 async def _steadily(client: httpx.AsyncClient, count: int) -> dict[str, int]:
@@ -284,9 +312,14 @@ async def until_ready(client: httpx.AsyncClient, seconds: float = 300) -> None:
 
 
 _PART = {
-    "fuzz_images": fuzz_images, "fuzz_requests": fuzz_requests, "slow": slow, "workers": workers, "engine": engine,
+    "fuzz_images": fuzz_images,
+    "fuzz_requests": fuzz_requests,
+    "slow": slow,
+    "workers": workers,
+    "engine": engine,
+    "burst": burst,
     "soak": soak,
-}  # fmt: skip
+}
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Mutated image files and requests, for benchmarks/serve_faults.py and its short version in the tests."""
+"""Make mutated image files and requests, for benchmarks/serve_faults.py and its short version in the tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LARGEST = 1 << 16  # bytes of a mutated file or request
 
 
 def scene(number: int, kind: str = "PNG") -> bytes:
-    """A held-out scene as a file."""
+    """Return a held-out scene as an image file."""
     from PIL import Image
 
     from vlv.data import scenes
@@ -22,40 +22,40 @@ def scene(number: int, kind: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-def mutate(content: bytes, draw: random.Random) -> bytes:
-    """Bits flipped, bytes inserted, removed, repeated or replaced, in one to eight places."""
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """Flip bits, and insert, remove, repeat or replace bytes, at one to eight positions."""
     data = bytearray(content)
-    for _ in range(draw.randint(1, 8)):
-        at = draw.randrange(len(data) + 1)
-        length = min(draw.choice((1, 1, 2, 4, 16, 200)), max(len(data) - at, 1))
-        match draw.randrange(6):
+    for _ in range(rng.randint(1, 8)):
+        at = rng.randrange(len(data) + 1)
+        length = min(rng.choice((1, 1, 2, 4, 16, 200)), max(len(data) - at, 1))
+        match rng.randrange(6):
             case 0 if at < len(data):
-                data[at] ^= 1 << draw.randrange(8)
+                data[at] ^= 1 << rng.randrange(8)
             case 1:
-                data[at:at] = draw.randbytes(length)
+                data[at:at] = rng.randbytes(length)
             case 2:
                 del data[at : at + length]
             case 3:
                 data[at:at] = data[at : at + length]
             case 4:
-                data[at : at + length] = draw.choice((b"\0", b"\xff", b"\x7f")) * length
+                data[at : at + length] = rng.choice((b"\0", b"\xff", b"\x7f")) * length
             case _:
-                del data[draw.randrange(len(data) + 1) :]
+                del data[rng.randrange(len(data) + 1) :]
     return bytes(data[:LARGEST])
 
 
 def fuzzed_images(count: int, seed: int) -> list[tuple[str, bytes]]:
     """Mutated files of all kinds."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     sound = [scene(i, kind) for kind in KINDS for i in range(4)]
-    return [(f"{i}.img", mutate(draw.choice(sound), draw)) for i in range(count)]
+    return [(f"{i}.img", mutate(rng.choice(sound), rng)) for i in range(count)]
 
 
 def fuzzed_requests(count: int, seed: int) -> list[dict]:
     """Arguments of requests: JSON of wrong types, mutated JSON, mutated multipart, wrong heads."""
-    draw = random.Random(seed)
-    picture = "data:image/png;base64," + base64.b64encode(scene(1)).decode()
-    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture}}]}]
+    rng = random.Random(seed)
+    image = "data:image/png;base64," + base64.b64encode(scene(1)).decode()
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}]
     odd = [
         None,
         True,
@@ -75,21 +75,22 @@ def fuzzed_requests(count: int, seed: int) -> list[dict]:
     boundary = "b0undary"
     form = (
         f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'.encode()
-        + scene(2) + f"\r\n--{boundary}--\r\n".encode()
-    )  # fmt: skip
+        + scene(2)
+        + f"\r\n--{boundary}--\r\n".encode()
+    )
     requests = []
     for _ in range(count):
-        path = draw.choice(("/v1/chat/completions", "/v1/captions", "/v1/embeddings"))
-        body = {"messages": messages, "images": [picture], "input": picture, "max_tokens": 4}
-        for name in draw.sample(names, draw.randint(0, 3)):
-            body[name] = draw.choice(odd)
+        path = rng.choice(("/v1/chat/completions", "/v1/captions", "/v1/embeddings"))
+        body = {"messages": messages, "images": [image], "input": image, "max_tokens": 4}
+        for name in rng.sample(names, rng.randint(0, 3)):
+            body[name] = rng.choice(odd)
         content, kind = json.dumps(body).encode(), "application/json"
-        if draw.random() < 0.4:
+        if rng.random() < 0.4:
             content, kind = form, f"multipart/form-data; boundary={boundary}"
-        if draw.random() < 0.7:
-            content = mutate(content, draw)
-        if draw.random() < 0.1:
-            kind = draw.choice(
+        if rng.random() < 0.7:
+            content = mutate(content, rng)
+        if rng.random() < 0.1:
+            kind = rng.choice(
                 ("", "multipart/form-data", "text/\x7fplain", "multipart/form-data; boundary=" + "x" * 999)
             )
         requests.append({"url": path, "content": content, "headers": {"Content-Type": kind}})

@@ -1,15 +1,15 @@
-"""What is exported: one graph per component, its batch profile, its opset and how exact it has to be.
+"""Define what is exported: one graph per component, its batch profile, its opset and its tolerance.
 
 | component      | takes                                           | gives                                          |
 |----------------|-------------------------------------------------|------------------------------------------------|
 | `encoder`      | pixels uint8 [B, 3, S, S]                       | context [B, N, C], prompts [B, N, H]           |
-| `context_kv`   | context [B, N, C]                               | a kv_i [B, 2, heads, N, d] a cross-attention   |
+| `context_kv`   | context [B, N, C]                               | per cross-attention kv_i [B, 2, heads, N, d]   |
 | `unet`         | latents [B, c, s, s], timestep [1], all kv_i    | prediction [B, c, s, s]                        |
-| `vae_decoder`  | latents [B, c, s, s]                            | picture [B, 3, S, S], 0 to 1                   |
+| `vae_decoder`  | latents [B, c, s, s]                            | image [B, 3, S, S], 0 to 1                     |
 | `vae_encoder`  | pixels uint8 [B, 3, S, S]                       | latents [B, c, s, s], the posterior's mode     |
 | `text_encoder` | ids int32 [B, N]                                | context [B, N, C]                              |
 
-Everything at the edges is uint8, int32 or float32, whatever the precision inside. Imports nothing heavy.
+Inputs and outputs are uint8, int32 or float32, whatever the precision inside. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-RUNTIMES = ("torch", "onnx", "onnx-cuda", "onnx-trt", "trt", "rtx")  # see export/runtimes/base.py
+RUNTIMES = ("torch", "onnx", "onnx-cuda", "onnx-trt", "trt", "rtx")  # see export/runtimes/factory.py
 PRECISIONS = ("fp32", "fp16", "bf16", "mixed", "int8", "int8-static", "int8-trt", "fp8")
 ORT_ONLY = ("int8", "int8-static")
-QUANTIZED = (*ORT_ONLY, "int8-trt", "fp8")  # made from the graph of another precision
-CALIBRATED = ("int8-static", "int8-trt", "fp8")  # with ranges of activations that were measured before
+QUANTIZED = (*ORT_ONLY, "int8-trt", "fp8")  # made from a float32 or float16 graph
+CALIBRATED = ("int8-static", "int8-trt", "fp8")  # with measured ranges of activations
 OLDEST_FP8 = 89  # compute capability of the first GPUs with 8-bit floats
 
 # Unit roundoff of what a precision rounds its activations to. INT8 has one scale a tensor and 127 steps, for the
@@ -35,29 +35,30 @@ ROUNDINGS = 16  # results rounded in one block: two norms, four products, scores
 
 @dataclass(frozen=True)
 class Batch:
-    """The shape profile of a graph: the batch sizes that it takes, and the one that engines are tuned for."""
+    """The batch profile of a graph, in TensorRT's words: the sizes that it takes, and the one engines are tuned for."""
 
-    least: int
-    usual: int
-    most: int
+    min: int
+    opt: int
+    max: int
 
     def __post_init__(self):
-        if not 1 <= self.least <= self.usual <= self.most:
-            raise ValueError(f"batch sizes {self.least} <= {self.usual} <= {self.most} must ascend from 1")
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"batch sizes {self.min} <= {self.opt} <= {self.max} must ascend from 1")
 
     @classmethod
-    def up_to(cls, most: int, usual: int = 8) -> Batch:
-        return cls(1, min(usual, most), most)
+    def up_to(cls, largest: int, opt: int = 8) -> Batch:
+        """Return the profile from 1 to `largest`."""
+        return cls(1, min(opt, largest), largest)
 
     def times(self, factor: int) -> Batch:
-        """The same for `factor` rows an image; one row stays possible, for sampling without guidance."""
-        return Batch(self.least, factor * self.usual, factor * self.most)
+        """Return the profile for `factor` rows per image; one row stays possible, for sampling without guidance."""
+        return Batch(self.min, factor * self.opt, factor * self.max)
 
     @property
     def odd(self) -> tuple[int, ...]:
-        """Sizes worth a check: the least, the most, and uneven ones between."""
-        sizes = {self.least, 3, self.usual - 1, self.most}
-        return tuple(sorted(size for size in sizes if self.least <= size <= self.most))
+        """Return the sizes to check: the smallest, the largest, and uneven ones between."""
+        sizes = {self.min, 3, self.opt - 1, self.max}
+        return tuple(sorted(size for size in sizes if self.min <= size <= self.max))
 
 
 @dataclass(frozen=True)
@@ -70,22 +71,22 @@ class Port:
     batched: bool = True
 
     def at(self, batch: int) -> tuple[int, ...]:
-        """The whole shape at a batch size."""
+        """Return the shape at a batch size."""
         return (batch, *self.shape) if self.batched else self.shape
 
 
 @dataclass(frozen=True)
 class Component:
-    """A row of the table above: which weights it needs, and how many rows a batch has for one picture."""
+    """A row of the table above: the weights that it needs, and the rows of a batch per image."""
 
     name: str
     needs: str  # "encoder": encoder.safetensors; "t2i": the diffusers folder
     rows: int = 1  # guidance runs the conditional and the unconditional context in one batch
-    ops: bool = False  # its module calls our operations, whose references are what a plain trace holds
+    ops: bool = False  # True: its module calls operations of kernels/, whose references a plain trace contains
 
-    def profile(self, encoder: Batch, pictures: Batch) -> Batch:
-        """The batch sizes of its graph, from those of encoded images and of drawn pictures."""
-        return encoder if self.needs == "encoder" else pictures.times(self.rows)
+    def profile(self, encoded: Batch, reconstructed: Batch) -> Batch:
+        """Return the profile of its graph, from those of encoded and of reconstructed images."""
+        return encoded if self.needs == "encoder" else reconstructed.times(self.rows)
 
 
 COMPONENTS = {
@@ -102,12 +103,12 @@ COMPONENTS = {
 
 
 def opset(precision: str) -> int:
-    """20 parses everywhere; convolutions take bfloat16 from 22 on. 23's Attention fails in TensorRT-RTX."""
+    """Return the opset: 20 parses everywhere, bfloat16 convolutions need 22, TensorRT-RTX fails at 23's Attention."""
     return 22 if precision == "bf16" else 20
 
 
 def tolerance(precision: str, blocks: int, longest: int) -> float:
-    """How large the RMS error of an output may be, relative to the output's RMS.
+    """Return the largest RMS error of an output that a precision explains, relative to the output's RMS.
 
     Each of ROUNDINGS results a block is off by the precision's roundoff, and by the float32 accumulation of sums
     of `longest` terms; independent errors add up as the root of their number.

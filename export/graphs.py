@@ -1,6 +1,6 @@
-"""The modules behind the components: what torch.onnx.export traces, and the float32 reference of every check.
+"""Define the module of each component: torch.onnx.export traces it, and in float32 it is the reference of every check.
 
-`load(checkpoint, name)` makes one. At the edges all are uint8, int32 or float32; `cast` changes the inside.
+`load(checkpoint, name)` makes one. Inputs and outputs are uint8, int32 or float32; `cast` changes the inside.
 """
 
 from __future__ import annotations
@@ -14,25 +14,27 @@ from export.components import COMPONENTS, Port
 from kernels.attention import attention
 from kernels.cross_attention import cross_attention
 from vlv.checkpoints.folder import Checkpoint
+from vlv.diffusion.unet import fused_parts
+from vlv.model.encoder import VLVEncoder
 
 
 class Graph(nn.Module):
-    """One component. `blocks` are the paths of the modules that are cast, reported and kept exact as units."""
+    """One component. `blocks` are the paths of the modules that are cast, reported and kept in float32 as units."""
 
     inputs: tuple[Port, ...]
     outputs: tuple[str, ...]
     blocks: tuple[str, ...]
-    constants: tuple[str, ...] = ()  # buffers that keep float32 in any precision
+    constants: tuple[str, ...] = ()  # buffers that stay float32 in every precision
     dtype = torch.float32
 
-    def cast(self, dtype: torch.dtype, exact: Iterable[str] = ()) -> Graph:
-        """Compute in `dtype`, but for the blocks in `exact`, which compute in float32 between casts."""
+    def cast(self, dtype: torch.dtype, fp32_blocks: Iterable[str] = ()) -> Graph:
+        """Compute in `dtype`, except for `fp32_blocks`, which compute in float32 between casts."""
         kept = {name: self.get_buffer(name).clone() for name in self.constants}
         self.dtype = dtype
         self.to(dtype)
         for name, value in kept.items():
             self.get_buffer(name).data = value
-        for path in exact:
+        for path in fp32_blocks:
             block = self.get_submodule(path)
             block.to(torch.float32)
             block.register_forward_pre_hook(_caster(torch.float32), with_kwargs=True)
@@ -40,24 +42,24 @@ class Graph(nn.Module):
         return self
 
     def fuse(self) -> Graph:
-        """Put our operations where others' code has plain ones, for an export that keeps them as nodes."""
+        """Replace plain modules by operations of kernels/, for an export that keeps them as nodes."""
         return self
 
     def example(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """Random inputs of the right kinds, for tracing."""
-        made = []
+        """Return random inputs of the right dtypes and shapes, for tracing."""
+        inputs = []
         for port in self.inputs:
             if port.dtype == "uint8":
-                made.append(torch.randint(0, 256, port.at(batch), dtype=torch.uint8, generator=generator))
+                inputs.append(torch.randint(0, 256, port.at(batch), dtype=torch.uint8, generator=generator))
             elif port.dtype == "int32":
-                made.append(torch.zeros(port.at(batch), dtype=torch.int32))
+                inputs.append(torch.zeros(port.at(batch), dtype=torch.int32))
             else:
-                made.append(torch.randn(port.at(batch), generator=generator))
-        return tuple(made)
+                inputs.append(torch.randn(port.at(batch), generator=generator))
+        return tuple(inputs)
 
     @property
-    def longest(self) -> int:
-        """The longest sum in the graph: inputs of the widest linear layer or convolution."""
+    def longest_sum(self) -> int:
+        """Return the length of the longest sum: the inputs of the widest linear layer or convolution."""
         return max(p[0].numel() for p in self.parameters() if p.ndim > 1)
 
 
@@ -74,7 +76,7 @@ def _caster(dtype: torch.dtype):
 
 
 class EncoderGraph(Graph):
-    """Crops to the context of the text-to-image model and, in a captioning checkpoint, the prompt embeddings."""
+    """Encode crops to the context of the text-to-image model and, in a captioning checkpoint, to prompt embeddings."""
 
     constants = ("encoder.mean", "encoder.std", "encoder.resize")
 
@@ -107,7 +109,7 @@ def _cross_attentions(unet) -> list[tuple[str, nn.Module]]:
 
 
 class ContextKV(Graph):
-    """The keys and values of all cross-attentions, which are the same in every step of an image's diffusion."""
+    """Compute the keys and values of all cross-attentions, which are the same in every step of the sampling."""
 
     def __init__(self, unet, tokens: int):
         super().__init__()
@@ -135,7 +137,7 @@ class ContextKV(Graph):
 
 
 def _is_plain(attn: nn.Module) -> bool:
-    """Whether nothing is there that our processors and ContextKV leave out."""
+    """Return True if the attention has no norm that ContextKV and our processors would leave out."""
     return not (attn.norm_cross or attn.norm_q is not None or attn.norm_k is not None)
 
 
@@ -147,13 +149,13 @@ def _require_plain(attn: nn.Module) -> None:
 
 
 class CachedContext:
-    """An attention processor whose keys and values come ready made: entry `index` of the 'hidden states'."""
+    """An attention processor that takes its keys and values from entry `index` of encoder_hidden_states."""
 
     def __init__(self, index: int):
         self.index = index
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, temb=None) -> Tensor:
-        """hidden_states: [B, M, C]; encoder_hidden_states: all layers' kv_i [B, 2, heads, N, d]. [B, M, C]."""
+        """hidden_states: [B, M, C]; encoder_hidden_states: all layers' kv_i [B, 2, heads, N, d]. Returns [B, M, C]."""
         query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
         key, value = encoder_hidden_states[self.index].to(query.dtype).transpose(2, 3).unbind(1)
         out = attn.to_out[0](cross_attention(query, key, value).flatten(2))
@@ -161,17 +163,17 @@ class CachedContext:
 
 
 class SelfAttention:
-    """An attention processor that computes with our operation."""
+    """An attention processor that computes with kernels.attention."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:
-        """hidden_states: [B, M, C], a picture's tokens. [B, M, C]."""
+        """hidden_states: [B, M, C], an image's tokens. Returns [B, M, C]."""
         projected = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
         heads = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
         return attn.to_out[0](attention(*heads).transpose(1, 2).flatten(2)) / attn.rescale_output_factor
 
 
 class UNetStep(Graph):
-    """One prediction of the UNet, its cross-attention's keys and values taken from ContextKV."""
+    """Predict once with the UNet, its cross-attentions' keys and values taken from ContextKV."""
 
     def __init__(self, unet, tokens: int):
         super().__init__()
@@ -208,21 +210,19 @@ class UNetStep(Graph):
 
 
 def _fuse_parts(module: nn.Module) -> None:
-    """Replace the norms and activations of a UNet, or of a half of an autoencoder, by ours."""
-    from vlv.diffusion.unet import fused_parts
-
+    """Replace the norms and activations of a UNet, or of one half of an autoencoder, by our operations."""
     for parent, name, part in fused_parts(module):
         setattr(parent, name, part)
 
 
 class VaeDecoder(Graph):
-    """Scaled latents to a picture of values from 0 to 1."""
+    """Decode scaled latents to an image with values from 0 to 1."""
 
     def __init__(self, vae, sample_size: int):
         super().__init__()
         self.vae = vae
         self.inputs = (Port("latents", "float32", (vae.config.latent_channels, sample_size, sample_size)),)
-        self.outputs = ("picture",)
+        self.outputs = ("image",)
         parts = ["conv_in", "mid_block", *_children(vae.decoder, "up_blocks"), "conv_norm_out", "conv_out"]
         self.blocks = tuple(f"vae.decoder.{p}" for p in parts)
 
@@ -236,7 +236,7 @@ class VaeDecoder(Graph):
 
 
 class VaeEncoder(Graph):
-    """A picture to scaled latents, the posterior's mode."""
+    """Encode an image to scaled latents, the posterior's mode."""
 
     def __init__(self, vae, image_size: int):
         super().__init__()
@@ -256,7 +256,7 @@ class VaeEncoder(Graph):
 
 
 class TextEncoder(Graph):
-    """Token ids of prompts to the context; guidance needs the empty prompt's."""
+    """Encode the token ids of prompts to the context; guidance needs that of the empty prompt."""
 
     def __init__(self, text, tokens: int):
         super().__init__()
@@ -270,19 +270,41 @@ class TextEncoder(Graph):
 
 
 def load(checkpoint: Checkpoint, name: str) -> Graph:
-    """A component of a checkpoint in float32, in eval mode. Raises CheckpointError where its weights are not there."""
+    """Load a component of a checkpoint in float32 and eval mode. Raises CheckpointError if weights are missing."""
     if COMPONENTS[name].needs == "encoder":
         return EncoderGraph(checkpoint.load_encoder()).eval()
-    from vlv.diffusion.t2i import T2I
+    from vlv.diffusion.t2i import T2I  # diffusers: seconds of imports that captioning does not need
 
     t2i = T2I.load(checkpoint.t2i)
-    tokens, size = t2i.tokenizer.model_max_length, t2i.unet.config.sample_size
-    scale = 2 ** (len(t2i.vae.config.block_out_channels) - 1)
-    made = {
-        "context_kv": lambda: ContextKV(t2i.unet, tokens),
-        "unet": lambda: UNetStep(t2i.unet, tokens),
-        "vae_decoder": lambda: VaeDecoder(t2i.vae, size),
-        "vae_encoder": lambda: VaeEncoder(t2i.vae, size * scale),
-        "text_encoder": lambda: TextEncoder(t2i.text_encoder, tokens),
-    }
-    return made[name]().eval().requires_grad_(False)
+    tokens = t2i.tokenizer.model_max_length
+    return _t2i_component(name, t2i.unet, t2i.vae, t2i.text_encoder, tokens).eval().requires_grad_(False)
+
+
+def skeleton(checkpoint: Checkpoint, name: str) -> Graph:
+    """Build a component on the meta device: its inputs, outputs and blocks, without its weights."""
+    if COMPONENTS[name].needs == "encoder":
+        with torch.device("meta"):
+            return EncoderGraph(VLVEncoder(checkpoint.config))
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # see above
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = checkpoint.t2i
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer").model_max_length
+        return _t2i_component(name, unet, vae, text, tokens)
+
+
+def _t2i_component(name: str, unet: nn.Module, vae: nn.Module, text: nn.Module, tokens: int) -> Graph:
+    size = unet.config.sample_size
+    if name == "context_kv":
+        return ContextKV(unet, tokens)
+    if name == "unet":
+        return UNetStep(unet, tokens)
+    if name == "vae_decoder":
+        return VaeDecoder(vae, size)
+    if name == "vae_encoder":
+        return VaeEncoder(vae, size * 2 ** (len(vae.config.block_out_channels) - 1))
+    return TextEncoder(text, tokens)

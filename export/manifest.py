@@ -1,10 +1,10 @@
-"""The artifact folder: manifest.json, and the files that it vouches for.
+"""Read, check and write the artifact folder: manifest.json and the files that it describes.
 
-    {"format": 1, "sampling": {...}, "artifacts": {"encoder": {...}, "encoder@rtx-sm89": {...}}}
+    {"format": 2, "sampling": {...}, "artifacts": {"encoder": {...}, "encoder@rtx-sm89": {...}}}
 
-Every artifact is checked against its entry (format, source weights, sizes, SHA-256 of every file) before anything
-of it is deserialized. What does not fit is refused with the command that rebuilds it. Writes are atomic, and an
-entry appears only when its files are in place, so an interrupted export leaves the old state or the new one.
+Every artifact is checked against its entry (format, source weights, sizes, SHA-256 of every file) before it is
+deserialized. An artifact that does not match is refused with the command that rebuilds it. Writes are atomic, and an
+entry appears only after its files are in place: an interrupted export leaves the old state or the new one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import kernels
 from export.components import COMPONENTS, Batch, Port
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.common.command import UserError
+from vlv.common.files import sha256, write_json
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 
 
 class ArtifactError(UserError, ValueError):
-    """An artifact that is missing, damaged, or made from something else; the message gives the remedy."""
+    """Raised for an artifact that is missing, damaged or stale; the message gives the remedy."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,18 @@ class Artifact:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     profile: Batch
-    source: str  # hash of the weights that it was made from
+    source: str  # hash of the weights
     graph: str  # SHA-256 over the ONNX graph and its external data
     kernels: str  # hash of the ops' source code that was traced
-    builder: str  # names and versions of what made it
-    files: dict[str, dict]  # name -> {"sha256", "bytes"}; the first one is what a runtime opens
-    command: str  # makes it again
-    blocks: dict[str, str] = field(default_factory=dict)  # module path -> value of the graph that it ends with
-    exact: tuple[str, ...] = ()  # blocks that stayed in float32 (in float16 with "int8-trt" and "fp8")
+    builder: str  # names and versions of the software that made it
+    files: dict[str, dict]  # name -> {"sha256", "bytes"}; a runtime opens the first one
+    command: str  # the command that rebuilds it
+    blocks: dict[str, str] = field(default_factory=dict)  # module path -> the value of the graph that is its output
+    fp32_blocks: tuple[str, ...] = ()  # blocks that compute in float32 although the precision is lower
+    excluded_blocks: tuple[str, ...] = ()  # blocks that were not quantized
     verification: dict = field(default_factory=dict)
-    refittable: bool = False  # an engine that takes other weights
-    calibration: str = ""  # SHA-256 of the pictures that ranges of activations were taken from
+    refittable: bool = False  # an engine whose weights can be replaced
+    calibration: str = ""  # SHA-256 of the images that ranges of activations were measured on
 
     @property
     def name(self) -> str:
@@ -67,18 +70,18 @@ class Artifact:
     def from_dict(cls, values: dict) -> Artifact:
         """Rebuild from JSON. Raises TypeError or KeyError on another shape."""
         ports = {k: tuple(Port(**{**p, "shape": tuple(p["shape"])}) for p in values[k]) for k in ("inputs", "outputs")}
-        profile, exact = Batch(**values["profile"]), tuple(values["exact"])
-        return cls(**{**values, **ports, "profile": profile, "exact": exact})
+        blocks = {k: tuple(values[k]) for k in ("fp32_blocks", "excluded_blocks")}
+        return cls(**{**values, **ports, **blocks, "profile": Batch(**values["profile"])})
 
 
 def name_of(component: str, runtime: str, target: str = "") -> str:
-    """The manifest's name of an artifact: `encoder`, or `encoder@rtx-sm89`."""
+    """Return the manifest's name of an artifact: `encoder`, or `encoder@rtx-sm89`."""
     return component if runtime == "onnx" else f"{component}@{runtime}-{target}"
 
 
 @dataclass
 class Manifest:
-    """A folder's artifacts. `sampling` is what a reconstruction needs beside the graphs."""
+    """The artifacts of a folder. `sampling` holds what a reconstruction needs beside the graphs."""
 
     folder: Path
     artifacts: dict[str, Artifact] = field(default_factory=dict)
@@ -109,25 +112,20 @@ class Manifest:
 
     @classmethod
     def open_or_new(cls, folder: Path) -> Manifest:
+        """Read a folder's manifest, or return an empty one where there is none. Raises ArtifactError."""
         return cls.open(folder) if (folder / NAME).exists() else cls(folder)
 
     def save(self) -> None:
-        """Write the manifest, at once or not at all."""
+        """Write the manifest atomically."""
         content = {
             "format": FORMAT,
             "sampling": self.sampling,
             "artifacts": {name: asdict(self.artifacts[name]) for name in sorted(self.artifacts)},
         }
-        partial = self.folder / f".{NAME}.partial"
-        with partial.open("w") as stream:
-            json.dump(content, stream, indent=2)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, self.folder / NAME)
+        write_json(self.folder / NAME, content)
 
     def find(self, component: str, runtime: str = "onnx", target: str = "") -> Artifact:
-        """The entry of an artifact; its files are not looked at. Raises ArtifactError."""
+        """Return the entry of an artifact without checking its files. Raises ArtifactError."""
         name = name_of(component, runtime, target)
         if name not in self.artifacts:
             module, extra = ("export.onnx", "") if runtime == "onnx" else ("export.trt", f" --target {target}")
@@ -139,9 +137,9 @@ class Manifest:
         return self.artifacts[name]
 
     def checked(self, component: str, runtime: str = "onnx", target: str = "", source: str | None = None) -> Artifact:
-        """The same, all its files read and found to be what was written. Raises ArtifactError.
+        """Return the entry of an artifact after checking its files, source and graph. Raises ArtifactError.
 
-        source: hash of the checkpoint's weights (`source_hash`), where the artifact has to belong to one.
+        source: hash of the checkpoint's weights (`source_hash`) that the artifact must have been made from.
         """
         artifact = self.find(component, runtime, target)
         rebuild = f"make it again: {artifact.command}"
@@ -157,7 +155,7 @@ class Manifest:
         return artifact
 
     def require_intact(self, artifact: Artifact) -> None:
-        """Raise ArtifactError unless all files of an entry are what was written."""
+        """Raise ArtifactError unless all files of an entry are intact."""
         rebuild = f"make it again: {artifact.command}"
         for name, expected in artifact.files.items():
             file = self.folder / name
@@ -170,22 +168,22 @@ class Manifest:
             if sha256(file) != expected["sha256"]:
                 raise ArtifactError(f"{file} is not the file that was exported (its hash differs); {rebuild}")
 
-    def current(self, wanted: Artifact) -> Artifact | None:
-        """The intact artifact, if there is one, that is made from the same, by the same and as `wanted`."""
+    def current(self, expected: Artifact) -> Artifact | None:
+        """Return the intact artifact that equals `expected` in source, settings and builder; None if there is none."""
         same = ("source", "precision", "opset", "profile", "builder", "kernels", "refittable", "calibration")
-        if wanted.runtime != "onnx":
+        if expected.runtime != "onnx":
             same += ("graph",)
         try:
-            there = self.checked(wanted.component, wanted.runtime, wanted.target)
+            found = self.checked(expected.component, expected.runtime, expected.target)
         except ArtifactError:
             return None
-        return there if all(getattr(there, key) == getattr(wanted, key) for key in same) else None
+        return found if all(getattr(found, key) == getattr(expected, key) for key in same) else None
 
-    def publish(self, artifact: Artifact, made: Path) -> None:
-        """Move an artifact's files from the folder `made` into place, and enter it."""
+    def publish(self, artifact: Artifact, work_dir: Path) -> None:
+        """Move an artifact's files from `work_dir` into place, and save its entry."""
         old = self.artifacts.get(artifact.name)
         for name in artifact.files:
-            os.replace(made / name, self.folder / name)
+            os.replace(work_dir / name, self.folder / name)
         self.artifacts[artifact.name] = artifact
         self.save()
         for name in set(old.files if old else ()) - set(artifact.files):
@@ -194,42 +192,42 @@ class Manifest:
 
 @contextlib.contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """A folder within `folder` to make files in, for one export at a time; removed in the end, whatever happens."""
+    """Lock `folder` for one export, and give a folder within it to work in; that is deleted at the end.
+
+    Raises ArtifactError where another export is running.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
-    made = folder / ".partial"
+    work_dir = folder / ".partial"
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(made, ignore_errors=True)  # of a killed one
-        made.mkdir()
+        shutil.rmtree(work_dir, ignore_errors=True)  # of a killed export
+        work_dir.mkdir()
         try:
-            yield made
+            yield work_dir
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(work_dir, ignore_errors=True)
     except BlockingIOError:
         raise ArtifactError(f"another export is writing into {folder}: wait for it, or choose another --out") from None
     finally:
         os.close(lock)
 
 
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file's content, in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict]:
-    """Entries for `Artifact.files`."""
+    """Return the entries for `Artifact.files`."""
     return {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
 
 
 def digest(parts: dict[str, str]) -> str:
-    """One hash over named hashes."""
+    """Return one hash over named hashes."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def source_hash(checkpoint: Checkpoint, component: str) -> str:
-    """The hash of what a component is made from: the encoder's files, or the text-to-image model's."""
+    """Return the hash of the files that a component is made from: the encoder's, or the text-to-image model's.
+
+    Raises CheckpointError where one is missing.
+    """
     if COMPONENTS[component].needs == "encoder":
         files = [checkpoint.folder / "vlv.json", checkpoint.encoder_file]
     else:
@@ -241,13 +239,11 @@ def source_hash(checkpoint: Checkpoint, component: str) -> str:
 
 
 def kernels_hash(component: str) -> str:
-    """The hash of the ops' source code, which a trace turns into graph nodes; "" where none of ours are in it.
+    """Return the hash of the operations' source code, which a trace contains; "" for a component without them.
 
-    An engine whose graph has plugin nodes keeps the hash of the kernels instead (`plugins.source_hash`).
+    An engine with plugin nodes keeps the hash of the kernels instead (`plugins.source_hash`).
     """
     if not COMPONENTS[component].ops:
         return ""
-    import kernels
-
     folder = Path(kernels.__file__).parent
     return digest({f.name: sha256(f) for f in sorted(folder.glob("*.py"))})

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("kernels", "vlv", "export", "serve")
+PACKAGES = ("kernels", "vlv", "export", "serve")
 PUBLIC = (
     "vlv.model.config", "vlv.data.image", "vlv.model.encoder", "vlv.checkpoints.folder", "vlv.model.captioner",
     "vlv.diffusion.t2i", "vlv.checkpoints.published",
-    "export.runtimes.base", "export.manifest", "serve.engines.base", "serve.core.pipeline", "serve.core.service",
+    "export.runtimes.base", "export.runtimes.factory", "export.manifest",
+    "serve.engines.base", "serve.core.run", "serve.core.service",
     "serve.core.inputs",
     "serve.outputs.jsonl",
 )  # fmt: skip
@@ -34,11 +35,11 @@ def _first_sentence(docstring: str) -> str:
 
 
 def modules() -> str:
-    """modules.md: a table a room."""
+    """modules.md: one table for each package."""
     lines = ["# Modules", ""]
-    for room in ROOMS:
-        lines += [f"## {room}", "", "| file | what it is |", "|---|---|"]
-        for path in sorted((ROOT / room).rglob("*.py")):
+    for package in PACKAGES:
+        lines += [f"## {package}", "", "| file | what it is |", "|---|---|"]
+        for path in sorted((ROOT / package).rglob("*.py")):
             about = ast.get_docstring(_tree(path)) or ""
             lines.append(f"| `{path.relative_to(ROOT)}` | {_first_sentence(about)} |")
         lines.append("")
@@ -90,7 +91,7 @@ def api() -> str:
 
 
 def on_config(config):
-    """Place what the navigation leaves out: another room's new page is never lost."""
+    """Place what the navigation leaves out: another package's new page is never lost."""
     placed = str(config.nav)
     more = [p.name for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in placed and p.name not in GENERATED]
     if more:

@@ -1,5 +1,5 @@
 """Captions for files and over HTTP: batch commands and servers, alone or on Ray, and the engines behind them."""
 
-ENGINES = ("vllm", "transformers", "remote")  # what may run the language model: serve.engines.base.engine_class
-# how captions are written: serve.outputs.formats.sink_class
-FORMATS = ("jsonl", "txt", "coco", "parquet", "webdataset")
+ENGINES = ("vllm", "transformers", "remote")  # what may run the language model: serve.engines.factory
+# how captions are written: serve.outputs.factory
+FORMATS = ("jsonl", "txt", "coco", "imagefolder", "kohya", "parquet", "webdataset")

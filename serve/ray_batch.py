@@ -16,20 +16,22 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from serve.command import Misuse, Model, Parser, debug_argument, engine_arguments, model_arguments, positive, run, say
+from serve.command import engine_arguments, model_arguments, open_model
 from serve.ray.cluster import cluster_arguments, joined, on_gpu, share, span
+from vlv.common.command import Misuse, Parser, debug_argument, positive, run_command, say
 
 if TYPE_CHECKING:
+    from serve.ray.stages import StageOptions
     from vlv.model.config import VLVConfig
 
 UNIT = 512  # images
-WAVE = 20_000  # units that Ray is told of at a time: it keeps a reference to each
+WAVE = 20_000  # units that Ray gets at a time: it keeps a reference to each
 BLOCK = 2 << 30  # bytes of a unit that Ray does not split
-ROW = 1 << 10  # of them, for an image's index, kind and error
+ROW = 1 << 10  # of these bytes, for an image's index, kind and error
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. Light: neither torch nor ray is imported for --help."""
+    """Return the parser. Light: neither torch nor ray is imported for --help."""
     p = Parser(
         prog="python -m serve.ray_batch",
         description="Caption images on a Ray cluster, with progress that survives any kill.",
@@ -41,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("output", metavar="DST", help="folder or URL of the parts")
     p.add_argument("--format", choices=("parquet", "webdataset"), default="parquet", help="what a part is (parquet)")
     p.add_argument("--unit", type=positive, default=UNIT, metavar="N", help=f"images a part ({UNIT})")
-    p.add_argument("--url-column", default="url", metavar="NAME", help="column of .parquet lists (url)")
+    p.add_argument("--url-column", metavar="NAME", help="column of .parquet, .jsonl and .csv lists (url, path, ...)")
     p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
     p.add_argument("--decoders", type=span, default=(1, 16), metavar="A-B", help="decoding actors (1-16)")
     p.add_argument("--encoders", type=span, default=(1, 8), metavar="A-B", help="encoder actors (1-8)")
@@ -53,22 +55,26 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run(_batch, parser().parse_args(argv))
+    return run_command(_batch, parser().parse_args(argv))
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from serve.ray.stages import ENDINGS
-    from serve.ray.store import Store, items_of, part, plan
+    from serve.core.inputs import LeftOut
+    from serve.core.remote import items_of
+    from serve.ray.stages import ENDINGS, StageOptions
+    from serve.ray.store import Store, part, plan
 
-    if not args.ckpt:
-        raise Misuse("--ckpt is needed (--help shows the usage)")
-    model = Model.of(args)
-    most = _most_images(model.checkpoint.config)
-    if args.unit > most:
-        raise Misuse(f"--unit {args.unit}: with this checkpoint at most {most} images fit into one block of Ray's")
-    store, mark = Store(args.output), model.engine().options.mark(model.checkpoint.hash)
-    terms = {"sources": sorted(args.paths), "unit": args.unit, "format": args.format, "model": mark}
-    units = plan(store, items_of(args.paths, args.url_column), terms, args.unit)
+    model = open_model(args)
+    limit = max_images(model.checkpoint.config)
+    if args.unit > limit:
+        raise Misuse(f"--unit {args.unit}: with this checkpoint at most {limit} images fit into one block of Ray's")
+    store, model_id = Store(args.output), model.engine().options.model_id(model.checkpoint.hash)
+    flags = " ".join([model.flags] * bool(model.flags) + ["--raw"] * args.raw)
+    terms = {"sources": sorted(args.paths), "unit": args.unit, "format": args.format, "model": model_id, "flags": flags}
+    left_out = LeftOut()
+    units = plan(store, items_of(args.paths, args.url_column, left_out), terms, args.unit)
+    if line := str(left_out):
+        say(line)
     ending = ENDINGS[args.format]
     done = store.names(ending)
     todo = [unit for unit in range(units) if part(unit, ending) not in done]
@@ -76,8 +82,9 @@ def _batch(args: argparse.Namespace) -> int:
     if not todo:
         return 0
     start, captions, errors = time.monotonic(), 0, 0
-    with joined(args, "data") as data:
-        for row in _results(data, args, todo):
+    options = StageOptions(model.options, args.output, args.format, args.raw, flags)
+    with joined("data", args.address, args.cpus, args.debug) as data:
+        for row in _results(data, args, options, todo):
             captions, errors = captions + row["captions"], errors + row["errors"]
             rate = (captions + errors) / (time.monotonic() - start)
             say(f"{captions} captions, {errors} errors, {rate:.1f} images a second")
@@ -86,13 +93,13 @@ def _batch(args: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
-def _most_images(config: VLVConfig) -> int:
-    """How many crops, and how many embeddings in float32, Ray leaves together."""
+def max_images(config: VLVConfig) -> int:
+    """Return how many crops, and how many embeddings in float32, Ray keeps in one block."""
     return BLOCK // (max(3 * config.image_size**2, 4 * config.queries * config.llm_width) + ROW)
 
 
-def _results(data: ModuleType, args: argparse.Namespace, todo: list[int]) -> Iterator[dict]:
-    """Run the stages over units; yields what each unit came to."""
+def _results(data: ModuleType, args: argparse.Namespace, options: StageOptions, todo: list[int]) -> Iterator[dict]:
+    """Run the stages over units, and yield the counts of each."""
     from serve.ray.stages import Decode, Encode, Write
 
     context = data.DataContext.get_current()
@@ -107,7 +114,7 @@ def _results(data: ModuleType, args: argparse.Namespace, todo: list[int]) -> Ite
             units = units.map_batches(
                 stage,
                 batch_size=None,  # a block is a unit
-                fn_constructor_args=(args,),
+                fn_constructor_args=(options,),
                 compute=data.ActorPoolStrategy(min_size=actors[0], max_size=actors[1]),
                 num_cpus=1,
                 num_gpus=shares.get(stage, 0),

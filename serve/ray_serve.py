@@ -1,4 +1,4 @@
-"""The captioning server on a Ray cluster: python -m serve.ray_serve --ckpt DIR --replicas 1-8
+"""Serve captions from a Ray cluster: python -m serve.ray_serve --ckpt DIR --replicas 1-8
 
 The routes of serve.server behind Ray Serve's HTTP proxies, in as many replicas as their requests ask for. Needs
 ray[serve]; every node needs this package, DIR and --keys. On a cluster that outlives the command, `serve deploy` takes
@@ -13,18 +13,20 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from serve.command import Misuse, Model, Parser, debug_argument, positive, run, say
+from serve.command import open_model
 from serve.ray.cluster import cluster_arguments, joined, on_gpu, share, span
-from serve.server import EXIT_CODES, read_keys, serving_arguments
+from serve.server import EXIT_CODES, config_from, serving_arguments
+from vlv.common.command import Parser, debug_argument, positive, run_command, say
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 NAME = "vlv"
+QUEUE = 128  # requests that wait at a replica and at a proxy, without --queue
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. Light: neither torch nor ray is imported for --help."""
+    """Return the command line's parser. Imports neither torch nor ray."""
     p = Parser(
         prog="python -m serve.ray_serve",
         description="Serve captions of a VLV checkpoint over HTTP from a Ray cluster.",
@@ -42,12 +44,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run(_serve, parser().parse_args(argv))
+    """Run the command; return its exit code."""
+    return run_command(_serve, parser().parse_args(argv), interrupted="stopped")
 
 
 def build(options: dict[str, Any]) -> Application:
-    """The application for `serve deploy`, from options such as {"ckpt": "/models/vlv", "replicas": "1-8"}."""
+    """Return the application for `serve deploy`, from options such as {"ckpt": "/models/vlv", "replicas": "1-8"}."""
     words = []
     for name, value in options.items():
         flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
@@ -56,31 +58,33 @@ def build(options: dict[str, Any]) -> Application:
 
 
 def application(args: argparse.Namespace) -> Application:
-    """The deployment: how many replicas there are, and how one is looked after."""
+    """Return the deployment of the replicas."""
     from ray import serve as ray_serve
 
+    from serve.http.routes import ServerConfig
     from serve.ray.replica import Replica, front
 
     deployment = ray_serve.deployment(ray_serve.ingress(front())(Replica))
-    return deployment.options(**scaling(args, on_gpu())).bind(args)
+    return deployment.options(**scaling(args, on_gpu())).bind(config_from(args, ServerConfig))
 
 
 def scaling(args: argparse.Namespace, gpus: bool) -> dict[str, Any]:
-    """A deployment's options for Ray Serve."""
+    """Return a deployment's options for Ray Serve."""
     low, high = args.replicas
+    queue = QUEUE if args.queue is None else args.queue
     size = args.tensor_parallel
     return {
         "name": "server",
         "ray_actor_options": {"num_cpus": 1, "num_gpus": (args.gpu if size == 1 else size) if gpus else 0},
-        # by what waits or is worked on: a GPU is busy whenever there is any work
+        # by the number of requests: a GPU is busy whenever there is any work
         "autoscaling_config": {
             "min_replicas": low,
             "max_replicas": high,
             "target_ongoing_requests": args.target,
             "upscale_delay_s": 10,  # loading takes long enough
         },
-        "max_ongoing_requests": args.in_flight + args.queue,
-        "max_queued_requests": args.queue,  # at a proxy; beyond it, 503
+        "max_ongoing_requests": args.in_flight + queue,
+        "max_queued_requests": queue,  # at a proxy; beyond it, 503
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
         "graceful_shutdown_timeout_s": args.drain,
@@ -89,16 +93,17 @@ def scaling(args: argparse.Namespace, gpus: bool) -> dict[str, Any]:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    if not args.ckpt:
-        raise Misuse("--ckpt is needed (--help shows the usage)")
-    read_keys(args)
-    Model.of(args).engine()  # refused here, in one sentence, and not by every replica
+    from serve.http.auth import read_keys
+
+    # refused here in one sentence, not by every replica
+    read_keys(args.keys, args.no_auth, args.host)
+    open_model(args).engine()
 
     def stop(number: int, _) -> None:
         say(f"{signal.Signals(number).name}: no new requests; those that run are finished (at most {args.drain} s)")
         raise KeyboardInterrupt
 
-    with joined(args, "serve") as ray_serve:
+    with joined("serve", args.address, args.cpus, args.debug) as ray_serve:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         with contextlib.suppress(KeyboardInterrupt):

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-HOUSE = Path(__file__).parents[1]
-README = (HOUSE / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
 BY_CI = {"make demo", "make test"}  # .ci/run itself runs these two
 
 
 def test_ci_runs_the_make_commands():
     assert set(COMMANDS) >= BY_CI
-    script = (HOUSE / ".ci" / "run").read_text().splitlines()
+    script = (ROOT / ".ci" / "run").read_text().splitlines()
     assert set(script) >= BY_CI
 
 
@@ -32,11 +32,11 @@ def test_commands(tmp_path):
         if words[2] == "vlv.evaluate.scenes":
             words += ["--count", "4", "--captions-only"]
         words = [str(tmp_path / w) if w == "captions.jsonl" or w.startswith("out/") else w for w in words]
-        if "--ckpt" in words and not (HOUSE / words[words.index("--ckpt") + 1]).exists():
+        if "--ckpt" in words and not (ROOT / words[words.index("--ckpt") + 1]).exists():
             pytest.fail(f"{command}: there is no such checkpoint")
         done = subprocess.run(
             [sys.executable, *words[1:]],
-            cwd=HOUSE,
+            cwd=ROOT,
             env={**os.environ, "TQDM_DISABLE": "1"},
             capture_output=True,
             text=True,
@@ -45,6 +45,6 @@ def test_commands(tmp_path):
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
 
 
-def test_pictures_are_there():
+def test_images_are_there():
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (HOUSE / path).is_file(), path
+        assert (ROOT / path).is_file(), path

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
-from vlv.checkpoints.folder import Checkpoint
-from vlv.common.command import Parser, UserError
+from vlv.common.command import Parser, debug_argument, run_command
 
 
-def main() -> None:
-    parser = Parser(
+def parser() -> Parser:
+    """Return the parser of the command line."""
+    p = Parser(
         prog="python -m vlv.checkpoint",
         description="Describe a checkpoint folder: what it can do; sizes, dtypes and hashes of its parts.",
+        parents=[debug_argument()],
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder with vlv.json")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args()
-    try:
-        described = Checkpoint.open(args.folder).describe()
-    except (UserError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    p.add_argument("folder", metavar="DIR", type=Path, help="folder with vlv.json")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_work, parser().parse_args(argv))
+
+
+def _work(args: argparse.Namespace) -> None:
+    from vlv.checkpoints.folder import Checkpoint
+
+    described = Checkpoint.open(args.folder).describe()
     if args.json:
         print(json.dumps(described, indent=2))
         return
@@ -37,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
-from PIL import Image
+from vlv.common.command import Parser, UserError, debug_argument, positive, run_command, why
 
-from vlv.common.command import Parser, positive, say, why
-from vlv.data.scenes import HELD_OUT, render, sample
+
+def parser() -> Parser:
+    """Return the parser of the command line."""
+    p = Parser(
+        prog="python -m vlv.scenes", description="Write held-out scenes as PNG files.", parents=[debug_argument()]
+    )
+    p.add_argument("folder", type=Path)
+    p.add_argument("--count", type=positive, default=512, help="how many (default: 512)")
+    p.add_argument("--first", type=int, default=0, help="the first one's number (default: 0)")
+    return p
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = Parser(prog="python -m vlv.scenes", description="Write held-out scenes as PNG files.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=positive, default=512, help="how many (default: 512)")
-    parser.add_argument("--first", type=int, default=0, help="the first one's number (default: 0)")
-    args = parser.parse_args(argv)
+    return run_command(_work, parser().parse_args(argv))
+
+
+def _work(args: argparse.Namespace) -> None:
+    from vlv.data.scenes import write_scenes
+
     try:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        for number in range(args.first, args.first + args.count):
-            picture = Image.fromarray(render(sample(HELD_OUT + number)))
-            picture.save(args.folder / f"scene-{number:05}.png")
+        write_scenes(args.folder, args.first, args.count)
     except OSError as error:
-        say(f"error: {args.folder} cannot be written: {why(error)}")
-        return 1
-    return 0
+        raise UserError(f"{args.folder} cannot be written: {why(error)}") from error
 
 
 if __name__ == "__main__":

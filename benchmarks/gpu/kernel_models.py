@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.encoder_cpu import flops, picture, prepared
+from benchmarks.encoder_cpu import flops, prepared, random_images
 from benchmarks.gpu.kernel_measure import OURS, THEIRS, Clock, eager_and_compiled, judge, line, summary
 from benchmarks.published_encoder import PublishedEncoder
 from kernels.runtime.dispatch import references
@@ -58,7 +58,7 @@ class EncoderBench:
             ours = random_weights.encoder(self.config, self.contest.dtype)
         exact = VLVEncoder(self.config).eval()
         exact.load_state_dict(ours.state_dict())
-        self.pixels = picture(self.config, self.contest.batch).to(self.clock.device)
+        self.pixels = random_images(self.config, self.contest.batch).to(self.clock.device)
         with references():
             expected = exact.to(self.clock.device)(self.pixels[:2])
         del exact
@@ -82,13 +82,13 @@ class EncoderBench:
     def batches(self) -> None:
         """Time our encoder at other batches."""
         for batch in () if self.toy else BATCHES:
-            pixels = picture(self.config, batch).to(self.clock.device)
+            pixels = random_images(self.config, batch).to(self.clock.device)
             self._time(f"ours eager batch {batch}", lambda pixels=pixels: self.ours(pixels))
 
     def graphs(self) -> None:
         """Time our encoder replayed from CUDA graphs, which a CPU does not have."""
         for batch in () if self.toy else (self.contest.batch, 1, 8):
-            pixels = picture(self.config, batch).to(self.clock.device)
+            pixels = random_images(self.config, batch).to(self.clock.device)
             before = torch.cuda.memory_allocated()
             graph = _captured(self.ours, pixels)
             name = "ours graph" + ("" if batch == self.contest.batch else f" batch {batch}")
@@ -172,7 +172,7 @@ def unet(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: int,
     from diffusers import UNet2DConditionModel
 
     from vlv.diffusion.unet import fixed_context
-    from vlv.train.memory_plan import SD21_UNET
+    from vlv.train.initialize import SD21_UNET
 
     sizes, tokens = (TOY_UNET, 5) if toy else (SD21_UNET, 77)
     torch.manual_seed(0)

@@ -25,8 +25,10 @@ from benchmarks import machine
 from export import bench, onnx, trt, verify
 from export.components import OLDEST_FP8, PEAK, tolerance
 from export.manifest import ArtifactError
-from export.runtimes.base import Session, TorchRuntime, open_runtime
+from export.runtimes.base import Session
+from export.runtimes.factory import open_runtime
 from export.runtimes.tensorrt_library import LIBRARIES, device_target
+from export.runtimes.torch import TorchRuntime
 from export.verification.inputs import VerificationInputs
 from export.verification.verifier import compare
 from vlv.checkpoints.folder import Checkpoint
@@ -38,9 +40,9 @@ PSNR = 30.0  # dB that a half-precision reconstruction must reach; float32 reach
 
 def reconstruction(word: str, out: Path, checkpoint: Checkpoint) -> dict:
     """PSNR of 50 steps against float32 PyTorch on this GPU's host, at equal seeds."""
-    pictures = VerificationInputs(checkpoint, 4).pictures[:2]
+    images = VerificationInputs(checkpoint, 4).images[:2]
     reference = TorchRuntime(checkpoint, "cpu")
-    context = reference.context(pictures)
+    context = reference.context(images)
     expected = reference.reconstruct(context, seed=1).float()
     found = open_runtime(word, out, checkpoint).reconstruct(context, seed=1).float().cpu()
     psnr = 10 * torch.tensor(255**2 / max((found - expected).square().mean().item(), 1e-9)).log10().item()
@@ -66,21 +68,21 @@ def against_plain(
 
     Outputs that differ by more than the precision explains for each of the two fail, and no time is told.
     """
-    engines = [open_runtime(word, folder, checkpoint) for folder in (ours, plain)]
-    probes, result = VerificationInputs(checkpoint, 4), {"passed": True}
+    runtimes = [open_runtime(word, folder, checkpoint) for folder in (ours, plain)]
+    verification, result = VerificationInputs(checkpoint, 4), {"passed": True}
     for component in components:
-        sessions = [engine.session(component) for engine in engines]
-        artifact, inputs = engines[0].manifest.find(component), probes.inputs(component)[0]
+        sessions = [runtime.session(component) for runtime in runtimes]
+        artifact, inputs = runtimes[0].manifest.find(component), verification.inputs(component)[0]
         for port in (port for port in artifact.inputs if port.batched):
-            inputs[port.name] = inputs[port.name][[i % len(inputs[port.name]) for i in range(artifact.profile.most)]]
+            inputs[port.name] = inputs[port.name][[i % len(inputs[port.name]) for i in range(artifact.profile.max)]]
         inputs = {name: value.to(sessions[0].device) for name, value in inputs.items()}
-        longest = probes.reference.session(component).graph.longest
-        allowed = 2 * tolerance(artifact.precision, len(artifact.blocks), longest)
+        longest_sum = verification.reference.session(component).graph.longest_sum
+        allowed = 2 * tolerance(artifact.precision, len(artifact.blocks), longest_sum)
         found, expected = (session(**inputs) for session in sessions)
         errors = {name: compare(found[name], value) for name, value in expected.items()}
         right = all(e["rms"] <= allowed and e["max"] <= PEAK * allowed for e in errors.values())
         result["passed"] &= right
-        result[component] = {"batch": artifact.profile.most, "errors": errors, "allowed_rms": allowed}
+        result[component] = {"batch": artifact.profile.max, "errors": errors, "allowed_rms": allowed}
         if right:
             seconds = [statistics.median(times) for times in _in_turns(sessions, inputs, repeats)]
             result[component] |= {"ours_s": seconds[0], "plain_s": seconds[1], "speedup": seconds[1] / seconds[0]}
@@ -113,7 +115,7 @@ def fp8_steps(build: list[str], eight: Path, plain: Path, checkpoint: Checkpoint
 def steps(args: argparse.Namespace, out: Path, target: str) -> dict[str, Callable[[], object]]:
     """What is done, by name and in order."""
     checkpoint = Checkpoint.open(args.ckpt)
-    common = ["--ckpt", args.ckpt, "--out", str(out), "--max-batch", str(args.batch), "--max-pictures", "2"]
+    common = ["--ckpt", args.ckpt, "--out", str(out), "--max-batch", str(args.batch), "--max-images", "2"]
     precise = [*common, "--precision", args.precision]
     done: dict[str, Callable[[], object]] = {"export": lambda: onnx.main(precise)}
     words, plain = ["onnx-cuda", "onnx-trt"], out.with_name("plain")

@@ -16,9 +16,9 @@ RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM ${VLLM}
 COPY --from=build /wheels /wheels
-COPY requirements/cpu.lock deploy/docker/sbom.py /build/
+COPY requirements/cpu.lock requirements/test.lock deploy/docker/sbom.py /build/
 # what vLLM does not bring; nothing that it brings is touched
-RUN python3 -m pip install --no-cache-dir --no-deps -c /build/cpu.lock diffusers pyarrow prometheus-client python-multipart /wheels/*.whl \
+RUN python3 -m pip install --no-cache-dir --no-deps -c /build/cpu.lock -c /build/test.lock diffusers pyarrow prometheus-client python-multipart /wheels/*.whl \
     && python3 -m serve.server --help >/dev/null \
     && python3 /build/sbom.py >/usr/share/vlv.cdx.json \
     && mkdir /cache && chown 10001:10001 /cache

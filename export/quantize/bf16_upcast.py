@@ -1,30 +1,30 @@
-"""bfloat16 graphs where ONNX Runtime has no bfloat16 kernels: operators compute in float32, their results are rounded.
+"""Run bfloat16 graphs where ONNX Runtime has no bfloat16 kernels: compute in float32, round every result.
 
-That is what a GPU does, with float32 accumulation; so a CPU can check such a graph, slowly.
+A GPU does the same with float32 accumulation, so a CPU can check such a graph, slowly.
 """
 
 from __future__ import annotations
 
+import onnx
+from onnx import ModelProto, TensorProto, helper
 
-def widen(model):
-    """A copy of an ONNX model in which bfloat16 values pass through casts; its inputs and outputs stay."""
-    import onnx
-    from onnx import TensorProto, helper
 
+def upcast(model: ModelProto) -> ModelProto:
+    """Return a copy of a model whose operators compute in float32 between casts; its inputs and outputs stay."""
     model = onnx.shape_inference.infer_shapes(model)
     graph = model.graph
-    narrow = {i.name for i in graph.initializer if i.data_type == TensorProto.BFLOAT16}
+    bf16 = {i.name for i in graph.initializer if i.data_type == TensorProto.BFLOAT16}
     values = (*graph.value_info, *graph.input, *graph.output)
-    narrow |= {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.BFLOAT16}
-    nodes, widened = [], {}
+    bf16 |= {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.BFLOAT16}
+    nodes, float32 = [], {}
 
-    def wide(name: str) -> str:
-        if name not in narrow:
+    def float32_of(name: str) -> str:
+        if name not in bf16:
             return name
-        if name not in widened:
-            widened[name] = f"{name}:wide"
-            nodes.append(helper.make_node("Cast", [name], [widened[name]], to=TensorProto.FLOAT))
-        return widened[name]
+        if name not in float32:
+            float32[name] = f"{name}:float32"
+            nodes.append(helper.make_node("Cast", [name], [float32[name]], to=TensorProto.FLOAT))
+        return float32[name]
 
     for node in graph.node:
         if node.op_type == "Cast":  # casts have bfloat16 kernels
@@ -32,13 +32,13 @@ def widen(model):
             continue
         changed = onnx.NodeProto()
         changed.CopyFrom(node)
-        changed.input[:] = [wide(name) for name in node.input]
-        changed.output[:] = [f"{name}:exact" if name in narrow else name for name in node.output]
+        changed.input[:] = [float32_of(name) for name in node.input]
+        changed.output[:] = [f"{name}:unrounded" if name in bf16 else name for name in node.output]
         nodes.append(changed)
         nodes += [
-            helper.make_node("Cast", [f"{name}:exact"], [name], to=TensorProto.BFLOAT16)
+            helper.make_node("Cast", [f"{name}:unrounded"], [name], to=TensorProto.BFLOAT16)
             for name in node.output
-            if name in narrow
+            if name in bf16
         ]
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)

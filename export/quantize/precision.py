@@ -1,27 +1,24 @@
-"""Precisions: what the inside of a graph computes in, and which of its blocks have to stay exact.
+"""Prepare a module for a precision, and choose the blocks that stay in float32 or are not quantized.
 
-| precision     | made by                                                                                       |
-|---------------|-----------------------------------------------------------------------------------------------|
-| `fp32`        | the trace as it is                                                                            |
-| `fp16` `bf16` | the module cast before tracing, so that the graph is strongly typed                           |
-| `mixed`       | fp16, but for the blocks whose own error is the largest, as few as keep the tolerance         |
-| `int8`        | ONNX Runtime: weights by channel ahead, activations by tensor at run time                     |
-| `int8-static` | ONNX Runtime: activation ranges calibrated on pictures                                        |
-| `int8-trt`    | a float16 graph with calibrated Q/DQ nodes for TensorRT (export/quantize/qdq.py); so `fp8`, from SM
-89 |
+| precision     | made by                                                                                              |
+|---------------|------------------------------------------------------------------------------------------------------|
+| `fp32`        | the trace as it is                                                                                   |
+| `fp16` `bf16` | the module cast before tracing, so that the graph is strongly typed                                  |
+| `mixed`       | fp16, except for the blocks with the largest error of their own, as few as keep the tolerance        |
+| `int8`        | ONNX Runtime: weights quantized by channel ahead, activations by tensor at run time (int8.py)        |
+| `int8-static` | ONNX Runtime: ranges of activations calibrated on images (int8.py)                                   |
+| `int8-trt`    | a float16 graph with calibrated Q/DQ nodes for TensorRT (qdq.py)                                     |
+| `fp8`         | the same with 8-bit floats, for SM 89 and newer                                                      |
 
-INT8 touches the products with weights inside blocks alone: the preprocessing's are exact by design, attention's cost
-little and lose much. Most of what 8 bits lose is lost in small blocks near the output, so the cheapest blocks stay in
-float32 (in TensorRT's precisions: float16); where it still drifts, more of them.
+INT8 is applied only to products with weights inside blocks: preprocessing has to be exact, and attention's products
+cost little and lose much. Most of the error of 8 bits arises in small blocks near the output, so the cheapest blocks
+are not quantized; if the check still fails, more of them are left out.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,72 +26,69 @@ from torch import Tensor, nn
 
 from export.components import PEAK, tolerance
 from export.graphs import Graph
-from export.quantize import calibration as calibrate
-from export.trace import Traced, is_large
 from export.verification.layer_drift import reference_outputs
+from vlv.common.command import UserError
 
-if TYPE_CHECKING:
-    from onnx import ModelProto
-    from onnxruntime.quantization.calibrate import TensorsData
-
-KINDS = ("MatMul", "Gemm", "Conv")  # what `int8-static` quantizes
-FREE = 0.03  # of a graph's `costs`: blocks up to that stay in float32, whatever INT8 loses
-MOST = 0.5  # of them; a graph with more in float32 is no INT8
+FREE_SHARE = 0.03  # of a graph's `block_costs`: blocks up to that are never quantized
+MAX_SHARE = 0.5  # a graph with a larger share in float32 is no INT8 graph
 DTYPES = {"bf16": torch.bfloat16} | dict.fromkeys(("fp16", "mixed", "int8-trt", "fp8"), torch.float16)
 
 
-class NotPossible(ValueError):
-    """No choice of blocks keeps the tolerance."""
+class NotPossible(UserError, ValueError):
+    """Raised where no choice of blocks keeps the tolerance."""
 
 
 def prepare(
-    exact: Graph, load: Callable[[], Graph], precision: str, sets: list[dict[str, Tensor]]
+    reference: Graph, load: Callable[[], Graph], precision: str, sets: list[dict[str, Tensor]]
 ) -> tuple[Graph, tuple[str, ...]]:
-    """The module to trace for a precision, and the blocks that stay in float32.
+    """Return the module to trace for a precision, and the blocks that stay in float32.
 
-    exact: the float32 module, which is also what INT8 starts from; load: makes another one, to be cast; sets: probes
-    by input name, for `mixed`.
+    reference: the float32 module, which `int8` starts from; load: makes another one, to be cast; sets: verification
+    inputs by name, for `mixed`. Raises NotPossible.
     """
     if precision == "mixed":
-        return _mixed(load, exact, sets)
+        return _mixed(load, reference, sets)
     dtype = DTYPES.get(precision)
-    return (load().cast(dtype) if dtype else exact), ()
+    return (load().cast(dtype) if dtype else reference), ()
 
 
 @torch.inference_mode()
-def _mixed(load: Callable[[], Graph], exact: Graph, sets: list[dict[str, Tensor]]) -> tuple[Graph, tuple[str, ...]]:
-    """Blocks in order of their own error in fp16; 0, 1, 2, 4 … of them stay exact, until the outputs are."""
-    expected = [_outputs(exact, inputs) for inputs in sets]
-    ranking = sorted(own_errors(exact, load(), sets[0]).items(), key=lambda item: -item[1])
-    allowed = tolerance("mixed", len(exact.blocks), exact.longest)
+def _mixed(load: Callable[[], Graph], reference: Graph, sets: list[dict[str, Tensor]]) -> tuple[Graph, tuple[str, ...]]:
+    """Keep 0, 1, 2, 4 … blocks in float32, those with the largest fp16 error first, until the outputs are exact."""
+    expected = [_outputs(reference, inputs) for inputs in sets]
+    ranking = sorted(own_errors(reference, load(), sets[0]).items(), key=lambda item: -item[1])
+    allowed = tolerance("mixed", len(reference.blocks), reference.longest_sum)
     count = 0
     while True:
-        kept = tuple(path for path, _ in ranking[:count])
-        graph = load().cast(torch.float16, kept)
-        errors = [_error(f, e) for inputs, want in zip(sets, expected, strict=True)
-                  for f, e in zip(_outputs(graph, inputs), want, strict=True)]  # fmt: skip
+        fp32_blocks = tuple(path for path, _ in ranking[:count])
+        graph = load().cast(torch.float16, fp32_blocks)
+        errors = [
+            _error(found, exact)
+            for inputs, outputs in zip(sets, expected, strict=True)
+            for found, exact in zip(_outputs(graph, inputs), outputs, strict=True)
+        ]
         if all(rms <= allowed and peak <= PEAK * allowed for rms, peak in errors):
-            return graph, kept
+            return graph, fp32_blocks
         if count >= len(ranking):
-            raise NotPossible("mixed: what is between the blocks overflows in fp16: use fp32 or bf16")
+            raise NotPossible("mixed: values between the blocks overflow in fp16: use fp32 or bf16")
         count = min(max(1, 2 * count), len(ranking))
 
 
-def own_errors(exact: Graph, graph: Graph, inputs: dict[str, Tensor]) -> dict[str, float]:
-    """Each block's RMS error in fp16 on float32 inputs, relative to its output's RMS; inf where it overflows."""
+def own_errors(reference: Graph, graph: Graph, inputs: dict[str, Tensor]) -> dict[str, float]:
+    """Return each block's RMS error in fp16 on float32 inputs, relative to its output's RMS; inf where it overflows."""
     arguments: dict[str, tuple] = {}
     hooks = [
-        exact.get_submodule(path).register_forward_pre_hook(
+        reference.get_submodule(path).register_forward_pre_hook(
             lambda _, args, kwargs, path=path: arguments.setdefault(path, (args, kwargs)) and None, with_kwargs=True
         )
-        for path in exact.blocks
+        for path in reference.blocks
     ]
-    expected = reference_outputs(exact, exact.blocks, inputs)
+    expected = reference_outputs(reference, reference.blocks, inputs)
     for hook in hooks:
         hook.remove()
     graph.cast(torch.float16)
     errors = {}
-    for path in exact.blocks:
+    for path in reference.blocks:
         args, kwargs = arguments[path]
         found = graph.get_submodule(path)(*_half(args), **{k: _half(v) for k, v in kwargs.items()})
         rms, _ = _error(found if isinstance(found, Tensor) else found[0], expected[path])
@@ -114,16 +108,18 @@ def _outputs(graph: Graph, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def _error(found: Tensor, expected: Tensor) -> tuple[float, float]:
-    """RMS over RMS, and the largest over the largest."""
+    """Return the RMS error over the RMS, and the largest error over the largest magnitude."""
     difference, expected = found.double() - expected.double(), expected.double()
     rms = difference.square().mean().sqrt() / expected.square().mean().sqrt()
     return rms.item(), (difference.abs().max() / expected.abs().max()).item()
 
 
 @torch.inference_mode()
-def costs(graph: Graph) -> dict[str, float]:
-    """What each block costs in float32, the cheapest first: its share of the weights of linear layers and convolutions,
-    or of the products with them that one row takes, whichever is larger.
+def block_costs(graph: Graph) -> dict[str, float]:
+    """Return what each block costs in float32, the cheapest first.
+
+    The cost is the block's share of the weights of linear layers and convolutions, or of the products with them that
+    one row takes, whichever is larger.
     """
     layers = {path: module for path, module in graph.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     weights = {path: module.weight.numel() for path, module in layers.items()}
@@ -139,86 +135,21 @@ def costs(graph: Graph) -> dict[str, float]:
     graph(*graph.example(1))
     for hook in hooks:
         hook.remove()
-    shares = {
-        block: max(sum(n for path, n in numbers.items() if f"{path}.".startswith(f"{block}.")) / sum(numbers.values())
-                   for numbers in (weights, products))
-        for block in graph.blocks
-    }  # fmt: skip
-    return dict(sorted(shares.items(), key=lambda item: item[1]))
+
+    def share(block: str, numbers: dict[str, int]) -> float:
+        return sum(n for path, n in numbers.items() if f"{path}.".startswith(f"{block}.")) / sum(numbers.values())
+
+    costs = {block: max(share(block, weights), share(block, products)) for block in graph.blocks}
+    return dict(sorted(costs.items(), key=lambda item: item[1]))
 
 
-def cheapest(shares: dict[str, float], allowance: float = FREE) -> tuple[str, ...]:
-    """As many of the cheapest blocks as together cost no more than this; shares: from `costs`."""
-    sums = itertools.accumulate(shares.values())
-    return tuple(block for block, total in zip(shares, sums, strict=True) if total <= allowance)
+def cheapest_blocks(costs: dict[str, float], allowance: float = FREE_SHARE) -> tuple[str, ...]:
+    """Return as many of the cheapest blocks as together cost at most `allowance`; costs: from `block_costs`."""
+    sums = itertools.accumulate(costs.values())
+    return tuple(block for block, total in zip(costs, sums, strict=True) if total <= allowance)
 
 
-def fallbacks(shares: dict[str, float]) -> list[tuple[str, ...]]:
-    """The blocks to leave as they are, and those to try where that fails: for twice the allowance each time."""
-    allowances = itertools.takewhile(lambda allowance: allowance <= MOST, (FREE * 2**i for i in itertools.count()))
-    return list(dict.fromkeys(cheapest(shares, allowance) for allowance in allowances))
-
-
-def ranges(graph: Path, sets: list[dict[str, Tensor]]) -> TensorsData:
-    """What calibrated precisions need, measured on these inputs of a graph that is not quantized."""
-    return calibrate.ranges(graph, KINDS, ({k: v.numpy() for k, v in inputs.items()} for inputs in sets))
-
-
-def to_int8(
-    traced: Traced, source: Path, made: Path, seen: TensorsData | None = None, exact: tuple[str, ...] = ()
-) -> Traced:
-    """Quantize the float32 graph of the folder `source` into the folder `made`.
-
-    seen: ranges of activations, for `int8-static`; exact: blocks that stay in float32.
-    """
-    import onnx
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
-    from onnxruntime.quantization.calibrate import save_tensors_data
-
-    graph, target = source / traced.files[0], made / f"int8-{traced.files[0]}"
-    large = len(traced.files) > 1
-    # its advice to preprocess: the trace is folded already
-    logging.getLogger().addFilter(lambda record: "pre-processing before quantization" not in record.getMessage())
-    # 7 bits of weights: AVX2 adds pairs of 8-bit products in 16 bits, which saturate at full range
-    loose = [node for node, path in traced.owner.items() if path is None or path in exact]
-    loose += [f"{node}_MatMul" for node in loose]  # what ONNX Runtime calls the product of a Gemm, which it splits
-    options = {"per_channel": True, "reduce_range": True, "nodes_to_exclude": loose}
-    options |= {"weight_type": QuantType.QInt8, "use_external_data_format": large}
-    if seen is None:
-        quantize_dynamic(
-            graph, target, op_types_to_quantize=["MatMul", "Gemm"], extra_options={"MatMulConstBOnly": True}, **options
-        )
-    else:
-        cache = made / "int8-ranges.json"
-        save_tensors_data(seen, cache)
-        options["nodes_to_exclude"] += _attention(graph)
-        quantize_static(
-            graph, target, None, QuantFormat.QDQ, op_types_to_quantize=[*KINDS], activation_type=QuantType.QUInt8,
-            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}, calibration_cache_path=cache,
-            **options,
-        )  # fmt: skip
-    model = onnx.load(target)
-    for file in made.glob("int8-*"):
-        file.unlink()
-    return saved(model, made, traced)
-
-
-def _attention(graph: Path) -> list[str]:
-    """The products of two activations, by their nodes' names; `MatMulConstBOnly` means only dynamic quantization."""
-    import onnx
-
-    body = onnx.load(graph, load_external_data=False).graph
-    weights = {constant.name for constant in body.initializer}
-    return [node.name for node in body.node if node.op_type == "MatMul" and weights.isdisjoint(node.input)]
-
-
-def saved(model: ModelProto, made: Path, traced: Traced) -> Traced:
-    """Write a quantized graph under the name that it was traced with, its weights beside it where they are large."""
-    import onnx
-
-    name = traced.files[0]
-    large = is_large(len(constant.raw_data) for constant in model.graph.initializer)
-    (made / f"{name}.data").unlink(missing_ok=True)  # of an attempt before: onnx would append to it
-    external = {"save_as_external_data": True, "location": f"{name}.data"} if large else {}
-    onnx.save(model, made / name, **external)
-    return Traced([name, *([f"{name}.data"] if large else [])], traced.blocks, traced.owner)
+def exclusion_candidates(costs: dict[str, float]) -> list[tuple[str, ...]]:
+    """Return the blocks to leave unquantized, and those to try where that fails, for twice the allowance each time."""
+    allowances = itertools.takewhile(lambda a: a <= MAX_SHARE, (FREE_SHARE * 2**i for i in itertools.count()))
+    return list(dict.fromkeys(cheapest_blocks(costs, allowance) for allowance in allowances))

@@ -1,7 +1,7 @@
-"""ONNX Runtime sessions: on the CPU, on CUDA (with CUDA graphs), and through its TensorRT provider.
+"""Run graphs in ONNX Runtime: on the CPU, on CUDA (with CUDA graphs), and through its TensorRT provider.
 
-Inputs and outputs are bound where they are, so nothing is copied between host and device. A CUDA graph replays
-fixed addresses: such a session keeps a set of buffers a batch size, and copies into them what has changed.
+Inputs and outputs are bound in place: nothing is copied between host and device. A CUDA graph replays fixed
+addresses, so such a session keeps one set of buffers per batch size and copies changed inputs into it.
 """
 
 from __future__ import annotations
@@ -10,49 +10,44 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 from torch import Tensor
 
 from export.manifest import Artifact
-from export.quantize.bf16_upcast import widen
+from export.quantize.bf16_upcast import upcast
 from export.runtimes.base import ArtifactRuntime, RuntimeUnavailable, Session
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 _NUMPY = {"uint8": np.uint8, "int32": np.int32, "float32": np.float32}
 _GPU_WHEEL = "python -m pip install --no-deps onnxruntime-gpu"
 
 
 class OrtSession(Session):
-    """A graph in ONNX Runtime."""
+    """Run a graph in ONNX Runtime."""
 
     def __init__(self, artifact: Artifact, folder: Path, providers: list, device: torch.device, graphs: bool = False):
-        """providers: ONNX Runtime's list, the wanted one first; graphs: replay CUDA graphs."""
-        import onnxruntime
-
+        """providers: ONNX Runtime's list, the preferred one first; graphs: replay CUDA graphs."""
         super().__init__(artifact.name, artifact.inputs, artifact.profile, device)
-        self.outputs, self.graphs = artifact.outputs, graphs
+        self.outputs = artifact.outputs
+        self.graphs = graphs
         options, file = session_options(), folder / artifact.main_file
-        wide = device.type == "cpu" and artifact.precision == "bf16"
-        if wide:  # all as it is: the optimizer would take the roundings for superfluous
+        emulated = device.type == "cpu" and artifact.precision == "bf16"
+        if emulated:  # the optimizer would remove the casts that round
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        with _widened(file) if wide else contextlib.nullcontext(file) as graph, flushed():
+        with _upcast_file(file) if emulated else contextlib.nullcontext(file) as graph, flushed():
             self.session = onnxruntime.InferenceSession(graph, options, providers=providers)
         self._buffers: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._held: dict[tuple[int, str], Tensor] = {}
 
     @classmethod
     def on_cpu(cls, artifact: Artifact, folder: Path) -> OrtSession:
-        """On the CPU, where every export is checked."""
+        """Open an artifact on the CPU, where every export is checked."""
         return cls(artifact, folder, ["CPUExecutionProvider"], torch.device("cpu"))
 
     def _run(self, values: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-        import onnxruntime
-
         options = onnxruntime.RunOptions()
         if self.graphs:
             values, found = self._fixed(values, batch)
@@ -82,12 +77,12 @@ class OrtSession(Session):
         }
 
     def _fixed(self, values: dict[str, Tensor], batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The buffers of a batch size, with `values` in them."""
+        """Return the buffers of a batch size after copying `values` into the inputs."""
         if batch not in self._buffers:
             self._buffers[batch] = ({k: torch.empty_like(v) for k, v in values.items()}, self._outputs(batch))
         inputs, outputs = self._buffers[batch]
         for name, value in values.items():
-            # the same context's keys and values come at every step, and nobody writes into them
+            # the keys and values of one context come again at every step, and nothing writes into them
             if not name.startswith("kv_") or self._held.get((batch, name)) is not value:
                 inputs[name].copy_(value)
                 self._held[batch, name] = value
@@ -95,18 +90,16 @@ class OrtSession(Session):
 
 
 def session_options() -> onnxruntime.SessionOptions:
-    """What all sessions that are used, not inspected, have in common."""
-    import onnxruntime
-
+    """Return the options of every session that is used, not inspected."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors: its warnings are about its own optimizer
+    options.log_severity_level = 3  # errors only: the warnings are about its own optimizer
     options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed`
     return options
 
 
 @contextlib.contextmanager
 def flushed() -> Iterator[None]:
-    """Numbers below 1e-38 count as zero in this thread, which runs a session beside the session's own ones.
+    """Flush denormal numbers (below 1e-38) to zero in this thread, which computes beside the session's own threads.
 
     A sharp softmax leaves such numbers, and products with them take a hundred times as long.
     """
@@ -118,13 +111,11 @@ def flushed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _widened(file: Path) -> Iterator[Path]:
-    """A bfloat16 graph as a CPU can run it, beside its external data as long as it is being loaded."""
-    import onnx
-
-    twin = file.with_name(f".wide-{os.getpid()}-{file.name}")
+def _upcast_file(file: Path) -> Iterator[Path]:
+    """Write a bfloat16 graph as a CPU can run it, beside its external data; deleted when the block ends."""
+    twin = file.with_name(f".upcast-{os.getpid()}-{file.name}")
     try:
-        onnx.save(widen(onnx.load(file, load_external_data=False)), twin)
+        onnx.save(upcast(onnx.load(file, load_external_data=False)), twin)
         yield twin
     finally:
         twin.unlink(missing_ok=True)
@@ -136,15 +127,9 @@ class OrtRuntime(ArtifactRuntime):
     word = "onnx"
     device = torch.device("cpu")
     provider = "CPUExecutionProvider"
-    graphs = False  # whether its sessions replay CUDA graphs
+    graphs = False  # True: its sessions replay CUDA graphs
 
     def __init__(self, artifacts, checkpoint=None):
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise RuntimeUnavailable(
-                "ONNX Runtime is not installed: python -m pip install --no-deps -r requirements/cpu.lock"
-            ) from error
         have = onnxruntime.get_available_providers()
         if self.provider not in have:
             raise RuntimeUnavailable(
@@ -163,7 +148,7 @@ class OrtRuntime(ArtifactRuntime):
 
 
 class OrtCudaRuntime(OrtRuntime):
-    """ONNX Runtime on CUDA, replaying a CUDA graph a batch size."""
+    """ONNX Runtime on CUDA, replaying one CUDA graph per batch size."""
 
     word = "onnx-cuda"
     device = torch.device("cuda", 0)
@@ -183,7 +168,7 @@ class OrtTensorRTRuntime(OrtRuntime):
 
     def providers(self, artifact: Artifact) -> list:
         cache = self.manifest.folder / "trt-cache"
-        sizes = {"min": artifact.profile.least, "opt": artifact.profile.usual, "max": artifact.profile.most}
+        sizes = {"min": artifact.profile.min, "opt": artifact.profile.opt, "max": artifact.profile.max}
         shapes = {
             f"trt_profile_{kind}_shapes": ",".join(
                 f"{port.name}:{'x'.join(map(str, port.at(size)))}" for port in artifact.inputs
@@ -193,10 +178,7 @@ class OrtTensorRTRuntime(OrtRuntime):
         settings = {
             "device_id": 0, "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache),
             "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(cache),
-            # the graph's hash, so that an engine of other weights is never taken for this one's
+            # the graph's hash: an engine of other weights is never reused
             "trt_engine_cache_prefix": f"{artifact.component}-{artifact.graph[:16]}", **shapes,
         }  # fmt: skip
         return [(self.provider, settings), ("CUDAExecutionProvider", {"device_id": 0})]
-
-
-ENGINES = {engine.word: engine for engine in (OrtRuntime, OrtCudaRuntime, OrtTensorRTRuntime)}

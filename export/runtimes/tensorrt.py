@@ -1,6 +1,6 @@
-"""Engines of TensorRT and TensorRT-RTX on the GPU that they were built for.
+"""Run engines of TensorRT and TensorRT-RTX on the GPU that they were built for.
 
-Target and builder version are compared with the device and the library before an engine is deserialized.
+The target and the builder's version are compared with the device and the library before an engine is deserialized.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from export.runtimes.tensorrt_library import LIBRARIES, Library, Log, device_tar
 
 
 class TrtSession(Session):
-    """An engine and its execution context; runs on torch's current stream, on tensors of torch's."""
+    """Run an engine on torch's current stream and torch's tensors."""
 
     def __init__(self, library: Library, artifact: Artifact, file: Path, device: torch.device):
         super().__init__(artifact.name, artifact.inputs, artifact.profile, device)
@@ -29,13 +29,13 @@ class TrtSession(Session):
             raise ArtifactError(f"{file} cannot be loaded ({self._log.last()}); make it again: {artifact.command}")
         self._context = self._engine.create_execution_context()
         batched = next(port.name for port in self.inputs if port.batched)
-        self._only = self._engine.get_tensor_shape(batched)[0]  # the one batch that it takes, with plugins; -1 for any
+        self._fixed_batch = self._engine.get_tensor_shape(batched)[0]  # -1: any of the profile; fixed with plugins
 
     def _run(self, values: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-        size = batch if self._only < 0 else self._only
+        size = batch if self._fixed_batch < 0 else self._fixed_batch
         if size > batch:
             ports = {port.name: port for port in self.inputs}
-            values = {k: _padded(v, size) if ports[k].batched else v for k, v in values.items()}
+            values = {k: pad_batch(v, size) if ports[k].batched else v for k, v in values.items()}
         found = {
             port.name: torch.empty(port.at(size), dtype=getattr(torch, port.dtype), device=self.device)
             for port in self.outputs
@@ -49,8 +49,8 @@ class TrtSession(Session):
         return {name: value[:batch] for name, value in found.items()}
 
 
-def _padded(x: Tensor, size: int) -> Tensor:
-    """x with its last row repeated to `size` rows."""
+def pad_batch(x: Tensor, size: int) -> Tensor:
+    """Repeat the last row of x until it has `size` rows."""
     return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
 
 
@@ -72,7 +72,7 @@ class RtxRuntime(ArtifactRuntime):
 
     def _open(self, component: str) -> Session:
         artifact = self.checked(component)
-        _require_builder(self.library, artifact)
+        require_builder(self.library, artifact)
         return TrtSession(self.library, artifact, self.manifest.folder / artifact.main_file, self.device)
 
 
@@ -82,32 +82,10 @@ class TrtRuntime(RtxRuntime):
     word = runtime = "trt"
 
 
-def _require_builder(library: Library, artifact: Artifact) -> None:
+def require_builder(library: Library, artifact: Artifact) -> None:
+    """Raise ArtifactError unless the engine was built by this version of the library."""
     if artifact.builder != library.builder:
         raise ArtifactError(
             f"{artifact.name} was built by {artifact.builder}, and this is {library.builder}; "
             f"make it again: {artifact.command}"
         )
-
-
-def refit(library: Library, artifact: Artifact, engine_file: Path, graph: Path) -> bytes:
-    """An engine of the same graph with the weights of `graph`, serialized. Raises ArtifactError; needs the GPU."""
-    trt = library.load()
-    if device_target() != artifact.target:
-        raise RuntimeUnavailable(
-            f"--refit loads the engine, which takes its GPU ({artifact.target}): build without it instead"
-        )
-    _require_builder(library, artifact)
-    log = Log(trt)
-    engine = trt.Runtime(log.logger).deserialize_cuda_engine(engine_file.read_bytes())
-    if engine is None or not engine.refittable:
-        raise ArtifactError(f"{engine_file} takes no other weights: build it with --refittable")
-    refitter = trt.Refitter(engine, log.logger)
-    if not trt.OnnxParserRefitter(refitter, log.logger).refit_from_file(str(graph)):
-        raise ArtifactError(f"{graph} is another graph than that of {engine_file} ({log.last()}): build it again")
-    if not refitter.refit_cuda_engine():
-        raise ArtifactError(f"{engine_file} cannot be refitted: {log.last()}")
-    return bytes(engine.serialize())
-
-
-ENGINES = {engine.word: engine for engine in (RtxRuntime, TrtRuntime)}

@@ -1,7 +1,7 @@
-"""Inputs that exports are checked and calibrated on: pictures and noise, and what the float32 model makes of them.
+"""Make the inputs that exports are verified and calibrated on: images and noise, and what the float32 model gives.
 
-Each component sees what it will see in use: the UNet gets noised latents of the pictures at an early, a middle and a
-late step, with the keys and values of their contexts and of the empty prompt's.
+Each component gets inputs like those in use: the UNet gets noised latents of the images at an early, a middle and a
+late step, with the keys and values of their contexts and of the empty prompt's context.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from export.runtimes.base import TorchRuntime
+from export.runtimes.torch import TorchRuntime
 from vlv.checkpoints.folder import Checkpoint
+from vlv.data import scenes
 from vlv.data.image import ImageError, load_crop
 
-NOISE = 2  # of the pictures, how many are noise
+NOISE = 2  # images of noise among the inputs
 STEPS = (981.0, 501.0, 1.0)
 
 
 class VerificationInputs:
-    """Inputs by component, made when first asked for."""
+    """Make the inputs of each component."""
 
     def __init__(
         self,
@@ -34,22 +35,22 @@ class VerificationInputs:
         seed: int = 0,
         reference: TorchRuntime | None = None,
     ):
-        """count pictures, the last NOISE of them noise; the others are `images`, and held-out scenes after them.
+        """count: images, the last NOISE of them noise; the others are `images`, followed by held-out scenes.
 
-        reference: the checkpoint's, where it has been opened already.
+        reference: the checkpoint's float32 runtime, if it is open already.
         """
         self.reference = reference or TorchRuntime(checkpoint, "cpu")
-        self.pictures = _pictures(checkpoint.config.image_size, count, images, seed)
+        self.images = _images(checkpoint.config.image_size, count, images, seed)
         self.seed = seed
-        scenes = max(0, count - NOISE - len(images))
-        self.described = f"{min(len(images), count - NOISE)} photos, {scenes} scenes, {NOISE} noise"
+        drawn = max(0, count - NOISE - len(images))
+        self.described = f"{min(len(images), count - NOISE)} photos, {drawn} scenes, {NOISE} noise"
 
     @torch.inference_mode()
     def inputs(self, component: str) -> list[dict[str, Tensor]]:
-        """Inputs of a component: one or more sets, each with a row (for the UNet: two) a picture."""
+        """Return the inputs of a component: one or more sets, each with one row per image (two for the UNet)."""
         session = self.reference.session
         if component == "encoder":
-            return [{"pixels": self.pictures}]
+            return [{"pixels": self.images}]
         if component == "text_encoder":
             return [{"ids": self._ids()}]
         if component == "vae_encoder":
@@ -57,8 +58,8 @@ class VerificationInputs:
         latents = session("vae_encoder")(**self.inputs("vae_encoder")[0])["latents"]
         if component == "vae_decoder":
             return [{"latents": latents}]
-        context = self.reference.context(self.pictures)
-        context = torch.cat([self.reference._empty_context().expand_as(context), context])
+        context = self.reference.context(self.images)
+        context = torch.cat([self.reference.empty_context().expand_as(context), context])
         if component == "context_kv":
             return [{"context": context}]
         kv = session("context_kv")(context=context)
@@ -69,25 +70,25 @@ class VerificationInputs:
         ]
 
     def single(self, component: str) -> Iterator[dict[str, Tensor]]:
-        """The same inputs, those of one picture at a time: a large model takes no large batch."""
+        """Yield the same inputs, one image at a time, for a model too large for a batch."""
         batched = {port.name for port in self.reference.session(component).inputs if port.batched}
         for inputs in self.inputs(component):
-            for i in range(len(self.pictures)):
-                # the rows of a picture lie apart: all unconditional ones come first
-                mine = slice(i, None, len(self.pictures))
-                yield {name: value[mine] if name in batched else value for name, value in inputs.items()}
+            for i in range(len(self.images)):
+                # an image's rows are apart: all unconditional rows come first
+                rows = slice(i, None, len(self.images))
+                yield {name: value[rows] if name in batched else value for name, value in inputs.items()}
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the pictures."""
-        return hashlib.sha256(self.pictures.numpy().tobytes()).hexdigest()
+        """Return the SHA-256 of the images."""
+        return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
 
     def _ids(self) -> Tensor:
-        """Token ids int32 [B, N] of made-up prompts; the first is the empty one."""
+        """Return token ids, int32 [B, N], of random prompts; the first is the empty prompt."""
         empty = torch.tensor(self.reference.sampling["empty_ids"], dtype=torch.int32)
         generator = torch.Generator().manual_seed(self.seed)
         rows = [empty]
-        for length in range(1, len(self.pictures)):
+        for length in range(1, len(self.images)):
             row = empty.clone()
             words = torch.randint(0, int(empty.max()) - 1, (min(length, len(row) - 2),), generator=generator)
             row[1 : 1 + len(words)] = words.int()
@@ -95,24 +96,22 @@ class VerificationInputs:
         return torch.stack(rows)
 
     def _resized(self, size: int) -> Tensor:
-        if self.pictures.shape[-1] == size:
-            return self.pictures
-        resized = torch.nn.functional.interpolate(self.pictures.float(), (size, size), mode="bilinear")
+        if self.images.shape[-1] == size:
+            return self.images
+        resized = torch.nn.functional.interpolate(self.images.float(), (size, size), mode="bilinear")
         return resized.round().to(torch.uint8)
 
 
 def _noised(latents: Tensor, noise: Tensor, step: float) -> Tensor:
-    """Signal and noise in about the shares that a step has, at unit variance."""
+    """Mix latents and noise in about the shares of a step, at unit variance."""
     share = step / 1000
     return (1 - share) ** 0.5 * latents + share**0.5 * noise
 
 
-def _pictures(size: int, count: int, images: Sequence[Path], seed: int) -> Tensor:
-    """uint8 [count, 3, size, size]."""
-    from vlv.data import scenes
-
+def _images(size: int, count: int, images: Sequence[Path], seed: int) -> Tensor:
+    """Return uint8 [count, 3, size, size]. Raises ValueError or ImageError."""
     if count <= NOISE:
-        raise ValueError(f"{count} pictures: at least {NOISE + 1}, since {NOISE} of them are noise")
+        raise ValueError(f"{count} images: expected at least {NOISE + 1}, since {NOISE} of them are noise")
     crops = [_photo(path, size) for path in images[: count - NOISE]]
     for i in range(count - NOISE - len(crops)):
         scene = Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + 1000 * (seed + 1) + i)))

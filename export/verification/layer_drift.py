@@ -1,4 +1,4 @@
-"""Where a graph leaves the reference: its blocks' outputs beside PyTorch's, in order."""
+"""Compare a graph with the reference block by block, to find where it drifts."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import os
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 from torch import Tensor
 
 from export.components import tolerance
 from export.graphs import Graph
 from export.manifest import Artifact
-from export.quantize.bf16_upcast import widen
+from export.quantize.bf16_upcast import upcast
 
 
 def drift(artifact: Artifact, folder: Path, graph: Graph, inputs: dict[str, Tensor]) -> list[dict]:
-    """Per block its path, RMS error relative to the reference's RMS, and whether that is more than may be by then.
+    """Return per block its path, its RMS error relative to the reference's RMS, and whether that exceeds the tolerance.
 
-    graph: the float32 module; inputs: by name. Blocks that optimization dissolved are left out.
+    graph: the float32 module; inputs: by name. Blocks that optimization removed are left out.
     """
     expected = reference_outputs(graph, tuple(artifact.blocks), inputs)
     found = _graph_outputs(artifact, folder, inputs)
@@ -26,16 +28,17 @@ def drift(artifact: Artifact, folder: Path, graph: Graph, inputs: dict[str, Tens
     for depth, path in enumerate(artifact.blocks, 1):
         if path not in found or found[path].size != expected[path].numel():
             continue
-        exact = expected[path].double().numpy().ravel()
-        error = np.sqrt(np.square(found[path].astype(np.float64).ravel() - exact).mean() / np.square(exact).mean())
-        allowed = tolerance(artifact.precision, depth, graph.longest)
+        reference = expected[path].double().numpy().ravel()
+        difference = found[path].astype(np.float64).ravel() - reference
+        error = np.sqrt(np.square(difference).mean() / np.square(reference).mean())
+        allowed = tolerance(artifact.precision, depth, graph.longest_sum)
         report.append({"block": path, "rms": float(error), "drifts": not error <= allowed})
     return report
 
 
 @torch.inference_mode()
 def reference_outputs(graph: Graph, paths: tuple[str, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The (first) output of each block when the float32 module runs."""
+    """Run the float32 module; return the (first) output of each block."""
     found: dict[str, Tensor] = {}
 
     def keep(path: str):
@@ -54,10 +57,7 @@ def reference_outputs(graph: Graph, paths: tuple[str, ...], inputs: dict[str, Te
 
 
 def _graph_outputs(artifact: Artifact, folder: Path, inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """The same from the artifact: a copy of its graph with the blocks' values as further outputs."""
-    import onnx
-    import onnxruntime
-
+    """Run a copy of the artifact's graph that has the blocks' values as outputs; return them by path."""
     model = onnx.load(folder / artifact.main_file, load_external_data=False)
     produced = {output for node in model.graph.node for output in node.output}
     names = {path: value for path, value in artifact.blocks.items() if value in produced}
@@ -68,7 +68,7 @@ def _graph_outputs(artifact: Artifact, folder: Path, inputs: dict[str, Tensor]) 
         model.graph.node.append(onnx.helper.make_node("Cast", [value], [f"block:{path}"], to=onnx.TensorProto.FLOAT))
         model.graph.output.append(onnx.ValueInfoProto(name=f"block:{path}"))
     if artifact.precision == "bf16":
-        model = widen(model)
+        model = upcast(model)
     copy = folder / f".blocks-{os.getpid()}-{artifact.main_file}"  # beside its external data
     try:
         onnx.save(model, copy)

@@ -1,9 +1,8 @@
-"""Decode processes: image files in, uint8 crops in shared memory out.
+"""Decode image files in processes, into uint8 crops in shared memory.
 
-Processes, because Pillow holds the GIL for much of its work, and because a file that brings its
-decoder down (a crash in a codec, the kernel's out-of-memory killer) then costs one image and not
-the run. Our own rather than concurrent.futures' pool: that one is broken for good after one crash,
-cannot say which file it was, and leaves its processes behind when the parent is killed.
+Processes are used because Pillow holds the GIL for much of its work, and because a file that kills its decoder (a crash
+in a codec, the kernel's out-of-memory killer) then costs one image and not the run. The pool of concurrent.futures does
+not fit: it is unusable after one crash, cannot name the file, and its processes outlive a parent that is killed.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from serve.core.inputs import Item
 from vlv.common.command import UserError
 from vlv.data.image import MAX_PIXELS, ImageError, load_crop
 
-_Job = tuple[Item, int, asyncio.Future]  # an item, its slot, and the promise of an answer
-WINDOW = 2  # items at a process: the one it decodes, and the next, so that it does not wait for us
+_Job = tuple[Item, int, asyncio.Future]  # an item, its slot, and the future of its result
+WINDOW = 2  # items sent to a process: the one it decodes, and the next, so that it need not wait
 
 
 class DecodeError(UserError, RuntimeError):
-    """Decode processes cannot be started at all."""
+    """Raised when decode processes cannot be started at all."""
 
 
 def _work(pipe: Connection, max_pixels: int, memory, slots: int, size: int) -> None:
-    """Say that it runs; then decode (item, slot) until the pipe ends.
+    """Send None once running; then decode (item, slot) until the pipe ends.
 
-    Answers None or (kind, message), and when it began and ended (the monotonic clock is the machine's).
+    Sends for each item an error (kind, message) or None, and its start and end by the machine's monotonic clock.
     """
     # Ctrl-C reaches the whole process group: the parent decides what it means
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -65,27 +64,27 @@ def _crops(memory, slots: int, size: int) -> np.ndarray:
 
 
 class DecodeWorker:
-    """One process, our end of its pipe, and what it has not answered yet (oldest first)."""
+    """One process, the parent's end of its pipe, and the jobs that it has not answered yet (oldest first)."""
 
     def __init__(self, context, *args):
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, *args), name="vlv-decode", daemon=True)
+        self.pipe, child_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(child_end, *args), name="vlv-decode", daemon=True)
         # the child inherits the mask: a Ctrl-C while it is still importing would print a traceback
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
+        child_end.close()
         self.waiting: deque[_Job] = deque()
         self.ready = False
 
 
 class DecodePool:
-    """`decode(item)` from any number of tasks; at most `slots` crops exist at a time.
+    """Decode items for any number of tasks; at most `slots` crops exist at a time.
 
-    A crop lives in a slot until `release`: that bounds the memory, whatever the input. Use as an
-    async context manager, from one event loop.
+    A crop occupies a slot until `release`, which bounds the memory for any input. Use it as an async context manager,
+    from one event loop.
     """
 
     def __init__(self, size: int, workers: int, slots: int, max_pixels: int = MAX_PIXELS):
@@ -94,7 +93,9 @@ class DecodePool:
         self.crops = _crops(*self._args)  # uint8 [slots, 3, size, size]
         self._free = deque(range(slots))
         self._available = asyncio.Semaphore(slots)
-        self._count, self._workers, self._max_pixels = workers, [], max_pixels
+        self._count = workers
+        self._workers: list[DecodeWorker] = []
+        self._max_pixels = max_pixels
         self._backlog: deque[_Job] = deque()
         self._broken: DecodeError | None = None
 
@@ -113,22 +114,22 @@ class DecodePool:
             worker.process.join()
 
     async def slot(self) -> int:
-        """A free slot, as soon as there is one."""
+        """Reserve a free slot, and return it as soon as there is one."""
         await self._available.acquire()
         return self._free.popleft()
 
     def release(self, slot: int) -> None:
-        """Give a slot back once its crop has been copied or is not wanted."""
+        """Give a slot back, once its crop has been copied or is not needed."""
         self._free.append(slot)
         self._available.release()
 
     async def decode(self, item: Item, slot: int) -> tuple[float, float]:
-        """Decode into `crops[slot]`; when that began and ended. Raises ImageError, or DecodeError."""
+        """Decode into `crops[slot]`; return start and end by time.monotonic(). Raises ImageError or DecodeError."""
         if self._broken:
             raise self._broken
         answer = asyncio.get_running_loop().create_future()
         self._backlog.append((item, slot, answer))
-        self._deal()
+        self._distribute()
         return await answer
 
     def _start(self) -> None:
@@ -136,14 +137,14 @@ class DecodePool:
         self._workers.append(worker)
         asyncio.get_running_loop().add_reader(worker.pipe.fileno(), self._readable, worker)
 
-    def _deal(self) -> None:
+    def _distribute(self) -> None:
         while self._backlog:
             worker = min(self._workers, key=lambda w: len(w.waiting))
             if len(worker.waiting) == WINDOW:
                 return
             job = self._backlog.popleft()
             worker.waiting.append(job)
-            with contextlib.suppress(OSError):  # it has died: its pipe ends, and _died deals the job again
+            with contextlib.suppress(OSError):  # it has died: its pipe ends, and _died sends the job to another
                 worker.pipe.send(job[:2])
 
     def _readable(self, worker: DecodeWorker) -> None:
@@ -155,11 +156,11 @@ class DecodePool:
         if worker.ready:
             problem, *times = answer
             _settle(worker.waiting.popleft(), ImageError(*problem) if problem else None, tuple(times))
-            self._deal()
+            self._distribute()
         worker.ready = True
 
     def _died(self, worker: DecodeWorker) -> None:
-        """The oldest unanswered item is to blame; the others go to another process."""
+        """Fail the oldest unanswered item, which killed the process; send the others to another one."""
         asyncio.get_running_loop().remove_reader(worker.pipe.fileno())
         worker.pipe.close()
         worker.process.join()
@@ -175,7 +176,7 @@ class DecodePool:
             _settle(worker.waiting.popleft(), ImageError("damaged", f"decoding it killed the process ({ending})"))
         self._backlog.extendleft(reversed(worker.waiting))
         self._start()
-        self._deal()
+        self._distribute()
 
 
 def _settle(job: _Job, failure: Exception | None, times: tuple[float, ...] = ()) -> None:
@@ -194,5 +195,5 @@ def _ending(process) -> str:
 
 
 def default_workers() -> int:
-    """Decode processes for this machine: the cores this process may use, less one for the models."""
+    """Return the number of decode processes: the cores that this process may use, less one for the models."""
     return max(1, min(len(os.sched_getaffinity(0)) - 1, 32))

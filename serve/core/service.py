@@ -1,221 +1,235 @@
-"""Captions for single requests: decode processes, an encoder that takes what waits, and the language model.
+"""The captioning service: decode -> batch -> encode -> generate, for any number of images on one event loop.
 
-    service = Service(checkpoint, make_engine, ServiceConfig())
-    await service.start()                          # captions come once `ready`
-    embeds = await service.embed(content)          # an image file -> [queries, llm_width]
-    completion = await service.caption(embeds, Sampling())
+    service = CaptionService(checkpoint, make_engine, ServiceConfig())
+    await service.start()                                        # returns at once; the models load in the background
+    encoded = await service.encode(item)                         # an Item or the content of an image file
+    generated = await service.captions(encoded.embeds, [Sampling()])
+    await service.close()
 
-A language model that dies is started again; until then `ready` is false and requests are refused."""
+The batch command (serve/core/run.py) and the HTTP server (serve/http/service.py) are adapters over it; the stages on
+Ray (serve/ray/stages.py) run its parts in processes of their own. Two bounds hold the memory: an image that is decoded
+occupies a slot of the decode pool until the encoder has taken it, and the batcher limits how many embeddings wait for
+the language model.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from serve.core.batcher import Batcher, Encoded, Encoder
 from serve.core.decode import DecodeError, DecodePool, default_workers
 from serve.core.inputs import Item
-from serve.core.pipeline import open_encoder
-from serve.engines.base import Completion, EmbedsError, EngineError, LLMEngine, Sampling
-from serve.http.auth import ApiError
-from serve.http.metrics import Metrics
+from serve.engines.base import Completion, EngineError, LLMEngine, Sampling
+from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
-from vlv.data.image import ImageError
 
-RESTARTS = 3  # in a row without a caption between them: then the server gives up
-WATCH = 0.5  # seconds between looks at the engine
+WATCH = 0.5  # seconds between two checks of the engine
 
 
 @dataclass(frozen=True)
 class ServiceConfig:
-    """What bounds the stages."""
+    """The limits of the stages."""
 
-    batch: int = 32  # images the encoder takes at once
+    batch: int = 32  # images that the encoder takes at once
     workers: int | None = None  # decode processes; None: default_workers()
-    max_pixels: int = 50_000_000  # of a picture, as its header announces it
-    encoder: str = "torch"  # a runtime of export.runtimes.base
+    max_pixels: int = 50_000_000  # of an image, as its header announces them
+    encoder: str = "torch"  # a runtime of export.runtimes
     artifacts: Path | None = None  # folder of the exported encoder, for all but torch
+    restarts: int = 3  # of an engine that dies, in a row without a caption between them; then the service fails
 
 
-class Service:
-    """The stages around one engine, for any number of requests on one event loop."""
+@dataclass(frozen=True)
+class Generated:
+    """The captions of one image, and the seconds that the language model took for them."""
+
+    completions: list[Completion]
+    seconds: float
+
+
+class CaptionService:
+    """The stages around one language-model engine.
+
+    `failure` is a future that gets the exception which ends the service for good. `ready` is True while captions can
+    be written.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, make_engine: Callable[[], LLMEngine], config: ServiceConfig, metrics=None
+        self,
+        checkpoint: Checkpoint,
+        make_engine: Callable[[], LLMEngine],
+        config: ServiceConfig,
+        timeline: Timeline | None = None,
     ):
-        self.checkpoint, self.config, self.metrics = checkpoint, config, metrics or Metrics()
-        self._make, self.engine = make_engine, make_engine()
-        self.ready, self.failure = False, asyncio.get_running_loop().create_future()
-        self._encoding = ThreadPoolExecutor(1, "encoder")
-        self._crops: asyncio.Queue[tuple[int, asyncio.Future]] = asyncio.Queue()
+        """`timeline` records when each stage worked."""
+        self.checkpoint = checkpoint
+        self.config = config
+        self.engine = make_engine()
+        self.failure = asyncio.get_running_loop().create_future()
+        self.workers = config.workers or default_workers()
+        self.pool = DecodePool(
+            checkpoint.config.image_size, self.workers, 2 * config.batch + self.workers, config.max_pixels
+        )
+        self.batcher = Batcher(self.pool, self._open_encoder, self.engine.in_flight, timeline)
+        self._make_engine = make_engine
+        self._timeline = timeline
+        self._ready = asyncio.Event()
+        self._deaths = 0  # of the engine, since the last caption
         self._tasks: list[asyncio.Task] = []
-        self._writing, self._restarts, self._room = 0, 0, asyncio.Event()
-        self._room.set()
-        self.metrics.watch("ready", lambda: self.ready)
-        self.metrics.watch("encoder_queue", self._crops.qsize)
-        self.metrics.watch("llm_requests", lambda: self._writing)
 
     async def start(self) -> None:
-        """Begin to load. `failure` is set to what ends the service for good."""
-        workers = self.config.workers or default_workers()
-        size, slots = self.checkpoint.config.image_size, 2 * self.config.batch + workers
-        self._pool = DecodePool(size, workers, slots, self.config.max_pixels)
-        await self._pool.__aenter__()
-        self._tasks = [asyncio.create_task(self._guarded(part)) for part in (self._encode, self._keep_engine)]
+        """Start the decode processes, and begin to load the encoder and the language model."""
+        await self.pool.__aenter__()
+        self._tasks = [asyncio.create_task(self._guarded(part)) for part in (self.batcher.run, self._keep_engine)]
 
     async def close(self) -> None:
-        """End the processes."""
+        """End the tasks and processes."""
         self.ready = False
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._pool.__aexit__()
+        await self.pool.__aexit__()
         await self.engine.close()
+
+    @property
+    def ready(self) -> bool:
+        return self._ready.is_set()
+
+    @ready.setter
+    def ready(self, value: bool) -> None:
+        (self._ready.set if value else self._ready.clear)()
+
+    def _open_encoder(self) -> Encoder:
+        config = self.config
+        return Encoder(self.checkpoint, config.encoder, config.artifacts, config.batch, self.engine.encoder_threads)
 
     async def _guarded(self, part: Callable) -> None:
         try:
             await part()
         except Exception as error:
-            self._give_up(error)
+            self._fail(error)
 
-    def _give_up(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         self.ready = False
         if not self.failure.done():
             self.failure.set_exception(error)
 
-    async def crop(self, content: bytes):
-        """An image file's pixels as the encoder takes them: uint8 [3, S, S]. Raises ApiError."""
-        slot = await self._slot(content)
-        crop = self._pool.crops[slot].copy()
-        self._pool.release(slot)
-        return crop
+    async def decode(self, source: Item | bytes, slot: int | None = None) -> int:
+        """Decode an image into a slot of the pool and return the slot; the caller encodes or releases it.
 
-    async def embed(self, content: bytes):
-        """An image file's prompt embeddings [queries, llm_width]. Raises ApiError."""
-        slot = await self._slot(content)
-        answer = asyncio.get_running_loop().create_future()
-        self._crops.put_nowait((slot, answer))
-        with self.metrics.stage("encode"):
-            return await answer
-
-    async def _slot(self, content: bytes) -> int:
-        """Decode into a slot of the pool. Raises ApiError."""
-        with self.metrics.stage("decode"):
-            decoding = asyncio.create_task(self._decode(content, await self._pool.slot()))
-            try:
-                return await asyncio.shield(decoding)
-            except asyncio.CancelledError:  # the process writes into the slot until it answers
-                decoding.add_done_callback(self._release_late)
-                raise
-
-    async def _decode(self, content: bytes, slot: int) -> int:
-        memory = os.memfd_create("image")  # the process reads it there: a pipe would make us wait for its reader
+        `slot`: one that `pool.slot()` has reserved. Raises ImageError, or DecodeError if no image can be decoded.
+        """
+        slot = await self.pool.slot() if slot is None else slot
+        decoding = asyncio.create_task(self._decode(source, slot))
         try:
-            with open(memory, "wb", closefd=False) as file:
-                file.write(content)
-            await self._pool.decode(Item("request", f"/proc/{os.getpid()}/fd/{memory}"), slot)
-        except ImageError as error:
-            self._pool.release(slot)
-            self.metrics.images.labels(error.kind).inc()
-            raise ApiError(400, "image", f"the image cannot be used: {error}") from error
-        except DecodeError as error:
-            self._pool.release(slot)
-            self._give_up(error)
-            raise ApiError(503, "decode", "images cannot be decoded any more: the server ends", 30) from error
-        except BaseException:
-            self._pool.release(slot)
+            await asyncio.shield(decoding)
+        except asyncio.CancelledError:  # the process writes into the slot until it answers
+            decoding.add_done_callback(lambda task: self._release_decoded(task, slot))
             raise
-        finally:
-            os.close(memory)
         return slot
 
-    def _release_late(self, decoding: asyncio.Task) -> None:
+    async def _decode(self, source: Item | bytes, slot: int) -> None:
+        try:
+            with contextlib.nullcontext(source) if isinstance(source, Item) else _in_memory(source) as item:
+                start, end = await self.pool.decode(item, slot)
+        except BaseException as error:
+            self.pool.release(slot)
+            if isinstance(error, DecodeError):
+                self._fail(error)
+            raise
+        if self._timeline:
+            self._timeline.span("decoding", start, end)
+
+    def _release_decoded(self, decoding: asyncio.Task, slot: int) -> None:
         if not decoding.cancelled() and decoding.exception() is None:
-            self._pool.release(decoding.result())
+            self.pool.release(slot)
 
-    async def _encode(self) -> None:
-        """Encode what waits. While the language model has more than it takes at once, let a whole batch gather."""
-        loop = asyncio.get_running_loop()
-        choice = (self.config.encoder, self.config.artifacts, self.engine.encoder_threads)
-        encoder = await loop.run_in_executor(self._encoding, open_encoder, self.checkpoint, *choice)
-        while True:
-            batch = [await self._crops.get()]
-            await self._room.wait()
-            while len(batch) < self.config.batch and not self._crops.empty():
-                batch.append(self._crops.get_nowait())
-            wanted = [(slot, answer) for slot, answer in batch if not answer.done()]  # the others' clients have left
-            crops = self._pool.crops[[slot for slot, _ in wanted]]  # a copy
-            for slot, _ in batch:
-                self._pool.release(slot)
-            if not wanted:
-                continue
-            rows = await loop.run_in_executor(self._encoding, encoder, crops)
-            for (_, answer), row in zip(wanted, rows, strict=True):
-                if not answer.done():  # nobody waits for it any more
-                    answer.set_result(row.clone())
+    async def encode(self, source: Item | bytes, slot: int | None = None) -> Encoded:
+        """Decode and encode an image. `slot` and errors as for `decode`."""
+        return await self.batcher.encode(await self.decode(source, slot))
 
-    async def caption(self, embeds, sampling: Sampling) -> Completion:
-        """Continue embeddings. Raises ApiError; cancelling it cancels the request in the engine."""
-        async with self._writes():
-            completion = await self.engine.generate(embeds, sampling)
-        self.metrics.tokens.inc(len(completion.token_ids))
-        return completion
+    async def captions(self, embeds: Tensor, samplings: Sequence[Sampling], wait: bool = False) -> Generated:
+        """Continue an image's embeddings [queries, llm_width] once for every sampling.
 
-    async def stream(self, embeds, sampling: Sampling) -> AsyncGenerator[Completion]:
-        """As `caption`, in pieces."""
-        async with self._writes(), aclosing(self.engine.stream(embeds, sampling)) as pieces:
+        Cancelling it cancels the requests in the engine. `wait`: until the language model is loaded. Raises
+        EngineError, also if it is not loaded; EmbedsError.
+        """
+        async with self._writing(len(samplings), wait):
+            start = time.monotonic()
+            if len(samplings) == 1:
+                completions = [await self.engine.generate(embeds, samplings[0])]
+            else:
+                completions = await asyncio.gather(*(self.engine.generate(embeds, s) for s in samplings))
+            seconds = time.monotonic() - start
+        if self._timeline:
+            self._timeline.span("the language model", start, tokens=sum(len(c.token_ids) for c in completions))
+        return Generated(completions, seconds)
+
+    async def stream(self, embeds: Tensor, sampling: Sampling) -> AsyncGenerator[Completion]:
+        """Continue embeddings once, and yield the pieces as they come. Raises EngineError, EmbedsError."""
+        async with self._writing(1), aclosing(self.engine.stream(embeds, sampling)) as pieces:
             async for piece in pieces:
-                self.metrics.tokens.inc(len(piece.token_ids))
                 yield piece
 
     @asynccontextmanager
-    async def _writes(self):
-        self.check_ready()
-        engine = self.engine
-        self._write(1)
+    async def _writing(self, captions: int, wait: bool = False):
+        self.batcher.count_captions(captions)
         try:
-            with self.metrics.stage("llm"):
-                yield
-            self._restarts = 0
-            self.metrics.images.labels("captioned").inc()
-        except EmbedsError as error:
-            self.metrics.images.labels("encoder").inc()
-            raise ApiError(400, "image", f"the image cannot be captioned: {error}") from error
-        except EngineError as error:
+            if wait:
+                await self._ready.wait()
+            elif not self.ready:
+                raise EngineError("the language model is not loaded")
+            yield
+            self._deaths = 0
+        except EngineError:
             self.ready = self.ready and await self.engine.healthy()
-            told = "did not answer" if engine.alive else "has died and is being started again"
-            raise ApiError(503, "engine", f"the language model {told}", 30) from error
+            raise
         finally:
-            self._write(-1)
-
-    def _write(self, more: int) -> None:
-        self._writing += more
-        (self._room.set if self._writing <= self.engine.in_flight else self._room.clear)()
-
-    def check_ready(self) -> None:
-        """Raise ApiError 503 while no captions can be written."""
-        if not self.ready:
-            raise ApiError(503, "not_ready", "the models are being loaded, or do not answer", 10)
+            self.batcher.count_captions(-captions)
 
     async def _keep_engine(self) -> None:
         """Start the engine, and again whenever it has died."""
+        start = time.monotonic()
         await self.engine.start()
-        while True:
-            self.ready = True
+        if self._timeline:
+            self._timeline.span("loading", start, name="language model")
+            self._timeline.window = time.monotonic()
+        self.ready = True
+        while self.config.restarts:
             while self.engine.alive:
                 await asyncio.sleep(WATCH)
                 self.ready = self.ready or await self.engine.healthy()
             self.ready = False
-            self._restarts += 1
-            if self._restarts > RESTARTS:
-                raise EngineError(f"the language model has died {RESTARTS + 1} times without a caption in between")
+            self._deaths += 1
+            if self._deaths > self.config.restarts:
+                raise EngineError(f"the language model has died {self._deaths} times without a caption in between")
             print("the language model has died: it is started again", file=sys.stderr, flush=True)
-            self.metrics.restarts.inc()
+            self.restarted()
             await self.engine.close()
-            self.engine = self._make()
+            self.engine = self._make_engine()
             await self.engine.start()
+            self.ready = True
+
+    def restarted(self) -> None:
+        """Count a restart of the engine; for subclasses with metrics."""
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[Item]:
+    """Yield an item whose content is in memory: a decode process reads it there, without a pipe that blocks us."""
+    memory = os.memfd_create("image")
+    try:
+        with open(memory, "wb", closefd=False) as file:
+            file.write(content)
+        yield Item("request", f"/proc/{os.getpid()}/fd/{memory}")
+    finally:
+        os.close(memory)

@@ -1,45 +1,46 @@
-"""Language-model engines that continue prompt embeddings, behind one signature.
+"""The interface of the language-model engines, which continue prompt embeddings.
 
     engine = engine_class("vllm")(LLMSpec.of(checkpoint), max_tokens=300, in_flight=64)
     await engine.start()
     completion = await engine.generate(embeds, Sampling())      # embeds: [queries, llm_width]
-    async for piece in engine.stream(embeds, Sampling()): ...    # the same, as it is written
+    async for piece in engine.stream(embeds, Sampling()): ...    # the same, in pieces
     await engine.close()
 
-Nothing heavy is imported before `start`."""
+serve.engines.factory chooses the class.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from serve.engines.detokenize import Detokenizer
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from serve.engines.detokenize import Detokenizer, decode
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.checkpoints.llm_folder import end_token_ids
 from vlv.common.command import Misuse, UserError, one_line
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from vlv.model.generation import cut_at_end
 
 FLAGS = {"lora": "lora", "tensor_parallel": "tensor-parallel", "url": "llm-url"}  # of Options
 
 
 class EngineError(UserError, RuntimeError):
-    """The engine does not start, or has died: no request can be answered."""
+    """Raised when the engine does not start or has died: no request can be answered."""
 
 
 class OptionError(Misuse):
-    """An option that an engine does not take."""
+    """Raised for an option that an engine does not take."""
 
 
 class EmbedsError(UserError, ValueError):
-    """One request's embeddings cannot be continued; other requests are unharmed."""
+    """Raised when the embeddings of one request cannot be continued; other requests are not affected."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,35 @@ class Sampling:
     temperature: float = 0.0  # 0: greedy
     seed: int = 0  # of the random draws where the temperature is above 0
     stop: tuple[str, ...] = ()  # the caption ends before the first of these
+    top_p: float = 1.0  # sample from the smallest set of tokens with this probability
+    top_k: int = 0  # sample from so many tokens; 0: all
+    min_p: float = 0.0  # smallest probability of a token, relative to that of the likeliest
+    min_tokens: int = 0  # the end token is not sampled before these
+    ignore_eos: bool = False  # write max_tokens whatever comes
+    logprobs: int | None = None  # log probabilities of each token and of so many alternatives (vllm)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the language model wrote, or a piece of it; `token_ids` without the end token."""
+    """A caption, or a piece of one; `token_ids` without the end token."""
 
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop": it ended the caption itself, or came to a `stop`; "length": cut at max_tokens
+    finish_reason: str  # "stop": at an end token or a `stop` text; "length": cut at max_tokens
+    logprobs: list[dict[int, float]] | None = None  # per token: its id and the alternatives' -> log probability
+
+
+class Tokens(list[int]):
+    """New token ids of one step, with their log probabilities if the request asked for them."""
+
+    def __init__(self, ids: Iterable[int], logprobs: list[dict[int, float]] | None = None):
+        super().__init__(ids)
+        self.logprobs = logprobs
 
 
 @dataclass(frozen=True)
 class LLMSpec:
-    """What an engine has to know of a checkpoint's language model before loading it."""
+    """What an engine has to know about a checkpoint's language model before it loads it."""
 
     folder: Path
     queries: int  # prompt embeddings a request
@@ -73,7 +89,7 @@ class LLMSpec:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> LLMSpec:
-        """Read llm/config.json and hold it against the encoder's. Raises CheckpointError."""
+        """Read llm/config.json and compare it with the encoder's. Raises CheckpointError."""
         file = checkpoint.llm / "config.json"
         try:
             config = json.loads(file.read_text())
@@ -89,15 +105,15 @@ class LLMSpec:
             )
         return cls(checkpoint.llm, checkpoint.config.queries, width, positions, 2 * layers * kv_heads * head)
 
-    def max_tokens(self, wanted: int | None, default: int = 300) -> int:
-        """`wanted`, or the default cut to what fits. Raises ValueError where `wanted` does not fit."""
-        most = self.positions - self.queries
-        if wanted is not None and not 0 < wanted <= most:
+    def max_tokens(self, requested: int | None, default: int = 300) -> int:
+        """Return `requested`, or the default cut to what fits. Raises ValueError if `requested` does not fit."""
+        limit = self.positions - self.queries
+        if requested is not None and not 0 < requested <= limit:
             raise ValueError(
-                f"{wanted} tokens a caption: this model takes 1 to {most} "
+                f"{requested} tokens a caption: this model takes 1 to {limit} "
                 f"({self.positions} positions less {self.queries} prompt embeddings)"
             )
-        return wanted or min(default, most)
+        return requested or min(default, limit)
 
     def check(self, embeds: Tensor) -> None:
         """Raise EmbedsError unless `embeds` is a finite float tensor [queries, width]."""
@@ -112,28 +128,30 @@ class LLMSpec:
 
 @dataclass(frozen=True)
 class Options:
-    """What only some engines can do; an engine refuses what it cannot."""
+    """What only some engines can do; an engine refuses the options that it does not take."""
 
     lora: Path | None = None  # a PEFT adapter's folder
     tensor_parallel: int = 1  # devices that share the language model
     url: str | None = None  # of the server that runs the language model
 
-    def mark(self, model: str) -> str:
-        """A checkpoint's hash, marked with that of the adapter where there is one: their captions differ."""
+    def model_id(self, checkpoint_hash: str) -> str:
+        """Return the id that records carry: the checkpoint's hash, and the hash of the adapter if there is one."""
         if self.lora is None:
-            return model
+            return checkpoint_hash
         digest = hashlib.sha256()
         for file in sorted(self.lora.glob("adapter_*")):
             digest.update(file.name.encode() + file.read_bytes())
-        return f"{model}+{digest.hexdigest()[:8]}"
+        return f"{checkpoint_hash}+{digest.hexdigest()[:8]}"
 
 
 class LLMEngine(ABC):
-    """Continues prompt embeddings; any number of requests at a time, on one event loop."""
+    """Continue prompt embeddings, for any number of requests at a time on one event loop."""
 
     name: str
-    takes: frozenset[str] = frozenset()  # of Options
-    encoder_threads: int | None = None  # left to PyTorch's encoder beside it; None: as PyTorch chooses
+    takes: frozenset[str] = frozenset()  # fields of Options
+    has_logprobs = False
+    ends: tuple[int, ...]  # tokens that end a caption, once started
+    encoder_threads: int | None = None  # for the encoder in PyTorch beside it; None: as PyTorch chooses
 
     def __init__(
         self, spec: LLMSpec, max_tokens: int, in_flight: int, debug: bool = False, options: Options | None = None
@@ -142,7 +160,10 @@ class LLMEngine(ABC):
 
         Raises OptionError for an option that this engine does not take.
         """
-        self.spec, self.max_tokens, self.in_flight, self.debug = spec, max_tokens, in_flight, debug
+        self.spec = spec
+        self.max_tokens = max_tokens
+        self.in_flight = in_flight
+        self.debug = debug
         self.options = options or Options()
         for field in fields(Options):
             if field.name not in self.takes and getattr(self.options, field.name) != field.default:
@@ -154,18 +175,18 @@ class LLMEngine(ABC):
 
     @abstractmethod
     def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
-        """Continue embeds [queries, width]: new token ids as they come, or (not `every`) perhaps all at the end.
+        """Continue embeds [queries, width] and yield new token ids: as they come if `every`, else perhaps at the end.
 
         The end token may be the last. Closing the generator cancels the request. Raises EmbedsError or EngineError.
         """
 
     @property
     def alive(self) -> bool:
-        """Whether it can still answer, once it has started; where not, it has to be started again."""
+        """True if it can still answer after its start; if False, it has to be started again."""
         return True
 
     async def healthy(self) -> bool:
-        """Whether it answers now."""
+        """Return True if it answers now."""
         return self.alive
 
     @abstractmethod
@@ -178,58 +199,48 @@ class LLMEngine(ABC):
             async with aclosing(self.stream(embeds, sampling)) as chunks:
                 parts = [chunk async for chunk in chunks]
             ids = [i for part in parts for i in part.token_ids]
-            return Completion("".join(part.text for part in parts), ids, parts[-1].finish_reason)
-        ids = []
+            logprobs = None if sampling.logprobs is None else [p for part in parts for p in part.logprobs or []]
+            return Completion("".join(part.text for part in parts), ids, parts[-1].finish_reason, logprobs)
+        ids, logprobs = [], []
         async with aclosing(self.tokens(embeds, sampling, every=False)) as steps:
             async for step in steps:
                 ids += step
-        stopped = self.end in ids
-        if stopped:
-            ids = ids[: ids.index(self.end)]
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return Completion(text, ids, "stop" if stopped else "length")
+                logprobs += getattr(step, "logprobs", None) or []
+        caption = ids if sampling.ignore_eos else cut_at_end(ids, self.ends)
+        reason = "stop" if len(caption) < len(ids) else "length"
+        kept = None if sampling.logprobs is None else logprobs[: len(caption)]
+        return Completion(decode(self._tokenizer, caption), caption, reason, kept)
 
     async def stream(self, embeds: Tensor, sampling: Sampling) -> AsyncGenerator[Completion]:
-        """As `generate`, in pieces as they come; only the last one has a finish_reason."""
-        text = Detokenizer(self._tokenizer, self.end, sampling.stop)
+        """Continue embeds and yield pieces as they come; only the last one has a finish_reason."""
+        text = Detokenizer(self._tokenizer, () if sampling.ignore_eos else self.ends, sampling.stop)
         async with aclosing(self.tokens(embeds, sampling, every=True)) as steps:
             async for step in steps:
                 piece, ids = text.push(step)
+                logprobs = None if sampling.logprobs is None else (getattr(step, "logprobs", None) or [])[: len(ids)]
                 if text.ended:
-                    yield Completion(piece, ids, "stop")
+                    yield Completion(piece, ids, "stop", logprobs)
                     return
                 if ids:
-                    yield Completion(piece, ids, "")
-        yield Completion(text.rest(), [], "length")
+                    yield Completion(piece, ids, "", logprobs)
+        rest = text.rest()
+        yield Completion(rest, [], "stop" if text.ended else "length")
+
+    def token_text(self, token: int) -> str:
+        """Return the text of one token."""
+        return self._tokenizer.decode([token])
 
     def _load_tokenizer(self) -> None:
         self._tokenizer = load_tokenizer(self.spec.folder)
-        self.end = self._tokenizer.eos_token_id
+        self.ends = end_token_ids(self.spec.folder, self._tokenizer)
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a language model's folder. Raises CheckpointError."""
-    from transformers import AutoTokenizer
-
+    """Return the tokenizer of a language model's folder. Raises CheckpointError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no tokenizer: {one_line(error)}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes up an empty one for some models
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers invents an empty one for some models
         raise CheckpointError(f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json there")
     return tokenizer
-
-
-def engine_class(name: str) -> type[LLMEngine]:
-    """The engine class of one of serve.ENGINES."""
-    if name == "vllm":
-        from serve.engines.vllm import VLLMEngine
-
-        return VLLMEngine
-    if name == "remote":
-        from serve.engines.remote import RemoteEngine
-
-        return RemoteEngine
-    from serve.engines.transformers import TransformersEngine
-
-    return TransformersEngine

@@ -1,4 +1,4 @@
-"""The end of processes that would outlive ours."""
+"""Kill the engine's child processes if this process is killed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import subprocess
 
 
 class ChildProcessReaper:
-    """Kills an engine's processes when this one is killed: they would stay, with the model in memory, for good.
+    """Kill an engine's processes when this process is killed; otherwise they would stay, with the model in memory.
 
-    A shell that reads process ids until our end of its pipe closes, which the kernel does for us.
+    A shell reads process ids until the pipe closes, which the kernel does when this process ends.
     """
 
     SCRIPT = 'ids=; while read -r id; do [ "$id" = done ] && exit; ids="$ids $id"; done; [ -z "$ids" ] || kill -9 $ids'
@@ -18,7 +18,7 @@ class ChildProcessReaper:
         self._shell, self._watched = None, set()
 
     def watch(self, processes: list) -> None:
-        """Add processes, those that are not known yet."""
+        """Add the processes that are not watched yet."""
         for process in processes:
             if process.pid not in self._watched:
                 if self._shell is None:
@@ -30,7 +30,7 @@ class ChildProcessReaper:
                 self._shell.stdin.write(f"{process.pid}\n")
 
     def dismiss(self) -> None:
-        """End the watch: the processes have ended in order."""
+        """Stop watching: the processes have ended regularly."""
         if self._shell is not None:
             with contextlib.suppress(OSError):
                 self._shell.stdin.write("done\n")

@@ -1,4 +1,4 @@
-"""transformers' `generate` behind the LLMEngine signature: the plain reference."""
+"""The engine that runs transformers' `generate`: the reference."""
 
 from __future__ import annotations
 
@@ -6,33 +6,37 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from serve.engines.base import EngineError, LLMEngine, Sampling
-from vlv.common.command import one_line
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from vlv.checkpoints.folder import CheckpointError
+from vlv.checkpoints.llm_folder import check_llm_folder
+from vlv.common.command import hush, one_line
+from vlv.common.device import choose_device, inference_dtype
+from vlv.model.generation import greedy_generation_config
 
 
 @dataclass
 class _Job:
-    """One request; `steps` takes its new tokens, then None or what went wrong."""
+    """One request; `steps` gets its new tokens, then None or an error."""
 
     embeds: Tensor
     sampling: Sampling
     steps: asyncio.Queue = field(default_factory=asyncio.Queue)
-    over: bool = False  # it has all its tokens, or nobody waits for them any more
+    over: bool = False  # it has all its tokens, or was cancelled
 
     @property
-    def settings(self) -> tuple:
-        """What all requests of a batch share; seeds may differ, since a batch draws from one generator."""
-        return self.sampling.max_tokens, self.sampling.temperature
+    def settings(self) -> Sampling:
+        """Return what all requests of a batch share; seeds may differ, since a batch draws from one generator."""
+        return replace(self.sampling, seed=0, stop=())
 
 
 class TransformersEngine(LLMEngine):
-    """Batches of what waits at the moment, at most `in_flight` together."""
+    """Decode batches of the requests that wait, at most `in_flight` together."""
 
     name = "transformers"
 
@@ -43,17 +47,17 @@ class TransformersEngine(LLMEngine):
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
         except Exception as error:
-            raise EngineError(f"transformers cannot load {self.spec.folder}: {one_line(error)}") from error
+            why = str(error) if isinstance(error, CheckpointError) else one_line(error)
+            raise EngineError(f"transformers cannot load {self.spec.folder}: {why}") from error
         self._task = asyncio.create_task(self._serve())
 
     def _load(self) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, logging
-
-        logging.disable_progress_bar()  # stderr has one of its own
+        check_llm_folder(self.spec.folder)
+        hush()  # stderr has a progress line of its own
         self._load_tokenizer()
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        self._llm = AutoModelForCausalLM.from_pretrained(self.spec.folder, dtype=dtype).to(device).eval()
+        device = choose_device()
+        llm = AutoModelForCausalLM.from_pretrained(self.spec.folder, dtype=inference_dtype(device))
+        self._llm = llm.to(device).eval()
 
     async def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
         self.spec.check(embeds)
@@ -93,16 +97,16 @@ class TransformersEngine(LLMEngine):
 
     def _generate(self, loop: asyncio.AbstractEventLoop, jobs: list[_Job]) -> None:
         """Decode one batch, and hand every step to the event loop."""
-        import torch
-        from transformers import GenerationConfig
-
         sampling = jobs[0].sampling
         prompt = torch.stack([job.embeds for job in jobs]).to(self._llm.device, self._llm.dtype)
         torch.manual_seed(sampling.seed)
-        # a fresh configuration: that of the checkpoint may hold penalties, top-k or beams
-        draws = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0} if sampling.temperature else {}
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens, eos_token_id=self.end, pad_token_id=self.end, **draws
+        options: dict = {"min_new_tokens": sampling.min_tokens or None}
+        if sampling.temperature:
+            options |= {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p or None}
+        if sampling.ignore_eos:
+            options["eos_token_id"] = None
+        config = greedy_generation_config(
+            self._llm, sampling.max_tokens, self.ends, temperature=sampling.temperature, **options
         )
 
         def after_step(ids: Tensor, _, **__) -> Tensor:
@@ -120,7 +124,7 @@ class TransformersEngine(LLMEngine):
         for job, token in zip(jobs, step, strict=True):
             if not job.over:
                 job.steps.put_nowait([token])
-                if token == self.end:  # the rest of its row is padding
+                if token in self.ends and not job.sampling.ignore_eos:  # the rest of its row is padding
                     job.over = True
                     job.steps.put_nowait(None)
 

@@ -1,4 +1,7 @@
-"""vLLM behind the LLMEngine signature: one AsyncLLM fed with prompt embeddings."""
+"""The engine that runs vLLM: one AsyncLLM that gets prompt embeddings.
+
+vllm is imported late: its environment variables have to be set before.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,15 @@ import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from serve.engines.base import EngineError, LLMEngine, OptionError, Sampling
+import torch
+from torch import Tensor
+
+from serve.engines.base import EngineError, LLMEngine, OptionError, Sampling, Tokens
 from serve.engines.child_reaper import ChildProcessReaper
+from vlv.checkpoints.folder import CheckpointError
+from vlv.checkpoints.llm_folder import check_llm_folder
 from vlv.common.command import one_line
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, they leave shared memory to clean up
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -40,6 +44,7 @@ class VLLMEngine(LLMEngine):
 
     name = "vllm"
     takes = frozenset({"lora", "tensor_parallel"})
+    has_logprobs = True
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -47,7 +52,8 @@ class VLLMEngine(LLMEngine):
         self._lora = None
         self._lora_rank = lora_rank(self.options.lora) if self.options.lora else None
         self._engine, self._logs, self._failed, self._closed = None, None, False, False
-        self._guard, self._others = ChildProcessReaper(), None
+        self._sockets: Path | None = None  # folder of vLLM's sockets, which it leaves behind
+        self._reaper, self._others = ChildProcessReaper(), None
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -72,17 +78,19 @@ class VLLMEngine(LLMEngine):
             with _diverted(self._logs) if self._logs else contextlib.nullcontext():
                 thread.start()
                 while not booted.done():
-                    self._guard.watch(self._processes())
+                    self._reaper.watch(self._processes())
                     await asyncio.wait({booted}, timeout=0.2)
                 booted.result()
+        except CheckpointError:
+            raise
         except Exception as error:
             raise EngineError(self._explain("vLLM does not start", error)) from error
 
     def _boot(self):
-        import torch
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        check_llm_folder(self.spec.folder)
         self._load_tokenizer()
         on_gpu = torch.cuda.is_available()
         if on_gpu:
@@ -150,6 +158,8 @@ class VLLMEngine(LLMEngine):
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         if self.options.tensor_parallel > 1:  # on a CPU, vLLM would want a NUMA node for each process
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        self._sockets = Path(tempfile.mkdtemp(prefix="vlv-"))
+        os.environ["VLLM_RPC_BASE_PATH"] = str(self._sockets)
         if self.debug or "VLLM_LOGGING_CONFIG_PATH" in os.environ:
             return
         folder = Path(tempfile.mkdtemp(prefix="vlv-vllm-"))
@@ -185,7 +195,13 @@ class VLLMEngine(LLMEngine):
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed if sampling.temperature > 0 else None,
-            stop_token_ids=[self.end],
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            min_tokens=sampling.min_tokens,
+            ignore_eos=sampling.ignore_eos,
+            logprobs=sampling.logprobs,
+            stop_token_ids=[] if sampling.ignore_eos else list(self.ends),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if every else RequestOutputKind.FINAL_ONLY,
         )
@@ -195,7 +211,10 @@ class VLLMEngine(LLMEngine):
         try:
             async with aclosing(request) as outputs:
                 async for output in outputs:
-                    yield list(output.outputs[0].token_ids)
+                    completion = output.outputs[0]
+                    steps = completion.logprobs
+                    logprobs = steps and [{i: entry.logprob for i, entry in step.items()} for step in steps]
+                    yield Tokens(completion.token_ids, logprobs)
         except Exception as error:
             raise EngineError(self._explain("vLLM's engine has died", error)) from error
 
@@ -218,7 +237,9 @@ class VLLMEngine(LLMEngine):
             gc.collect()  # or its destructor would run, and fail, when the interpreter ends
         for process in self._processes():  # still booting, when it listens to nothing softer
             process.kill()
-        self._guard.dismiss()
+        self._reaper.dismiss()
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
         if self._logs is not None:
             os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)  # ours: the next process must not look for it
             if not self._failed:
@@ -226,12 +247,13 @@ class VLLMEngine(LLMEngine):
 
 
 def lora_rank(folder: Path) -> int:
-    """The rank of a PEFT adapter, up to the next one that vLLM has. Raises OptionError where it is no adapter."""
+    """Return the largest rank in a PEFT adapter, rounded up to one that vLLM has. Raises OptionError."""
     file = folder / "adapter_config.json"
     try:
-        rank = json.loads(file.read_text())["r"]
+        config = json.loads(file.read_text())
+        rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
         return next(r for r in LORA_RANKS if r >= rank)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OptionError(f"--lora: {file} does not describe a LoRA adapter: {one_line(error)}") from error
     except StopIteration:
         raise OptionError(f"--lora: {file}: rank {rank}; vLLM takes up to {LORA_RANKS[-1]}") from None

@@ -1,1 +1,1 @@
-"""The HTTP server: routes, OpenAI requests and answers, authentication, admission, the page."""
+"""Serve captions over HTTP: routes, OpenAI's API, authentication, admission, the page."""

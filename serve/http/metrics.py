@@ -1,4 +1,4 @@
-"""What Prometheus reads from /metrics."""
+"""Count what Prometheus reads from /metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """One server's counters; a registry of its own, so that tests may have several."""
+    """Hold one server's metrics in a registry of its own, so that a process can have several servers."""
 
     def __init__(self):
         self._registry = CollectorRegistry()
@@ -21,26 +21,26 @@ class Metrics:
             return kind(f"vlv_{name}", about, labels, registry=self._registry, **more)
 
         self.requests = make(Counter, "requests", "Answers by route and status", ("route", "status"))
-        self.refused = make(Counter, "refused", "Requests that were not taken on, by kind", ("kind",))
-        self.images = make(Counter, "images", "Images by what became of them", ("outcome",))
+        self.refused = make(Counter, "refused", "Refused requests, by kind", ("kind",))
+        self.images = make(Counter, "images", "Images by outcome", ("outcome",))
         self.tokens = make(Counter, "caption_tokens", "Tokens written")
-        self.restarts = make(Counter, "engine_restarts", "Times that the language model had to be started again")
+        self.restarts = make(Counter, "engine_restarts", "Restarts of the language model")
         self.stages = make(Histogram, "stage_seconds", "Time of an image in a stage", ("stage",), buckets=SECONDS)
         self.first_token = make(
-            Histogram, "first_token_seconds", "From a request, once it has arrived, to its first text", buckets=SECONDS
+            Histogram, "first_token_seconds", "From the arrival of a request to its first text", buckets=SECONDS
         )
         self._gauges = {
             name: make(Gauge, name, about)
             for name, about in (
-                ("ready", "1 while captions can be written"),
-                ("active_images", "Images admitted and not answered yet"),
+                ("ready", "1 while images can be captioned"),
+                ("active_images", "Admitted images that are not answered yet"),
                 ("encoder_queue", "Crops that wait for the encoder"),
                 ("llm_requests", "Captions being written"),
             )
         }
 
     def watch(self, name: str, value: Callable[[], float]) -> None:
-        """Read a gauge from `value` whenever it is asked for."""
+        """Call `value` whenever the gauge `name` is read."""
         self._gauges[name].set_function(value)
 
     @contextmanager
@@ -51,5 +51,5 @@ class Metrics:
         self.stages.labels(name).observe(time.perf_counter() - start)
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """Return Prometheus' exposition format."""
         return generate_latest(self._registry)

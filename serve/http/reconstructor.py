@@ -1,11 +1,11 @@
-"""Pictures drawn from embeddings, for a server: the checkpoint's text-to-image model, loaded when first asked for.
+"""Reconstruct images from embeddings for a server; the text-to-image model is loaded at the first request.
 
-    painter = ReconstructionService(checkpoint)
-    drawn = await painter.paint(crops, Drawing(guidance=2.0))    # one crop: its reconstruction; two: their mixture
-    drawn.png, drawn.prompts                                     # the picture's file, embeddings [queries, llm_width]
+    service = ReconstructionService(checkpoint)
+    result = await service.reconstruct(crops, ReconstructionParams(guidance=2.0))   # one crop, or two to mix
+    result.png, result.prompts             # the image file, and embeddings [queries, llm_width]
 
-One picture is drawn at a time, in a thread. A text-to-image model needs the encoder's context, which the captions'
-encoder does not hand out, so the painter has an encoder of its own.
+One image is reconstructed at a time, in a thread. The text-to-image model needs the encoder's context, which the
+captions' encoder does not return, so that this service has an encoder of its own.
 """
 
 from __future__ import annotations
@@ -16,110 +16,102 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serve.http.auth import ApiError
+import numpy as np
+import torch
+from torch import Tensor
+
+from serve.http.errors import ApiError, invalid_request
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.data.image import png
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
     from vlv.diffusion.reconstruction import TorchReconstructor
 
 MIXES = ("blend", "splice")
-WAITING = 16  # drawings that may wait for the one that is being drawn
+MAX_WAITING = 16  # reconstructions that may wait for the one that is being computed
+LIMITS = {"steps": (1, 100, int), "guidance": (1, 20, float), "seed": (0, 2**32 - 1, int), "share": (0, 1, float)}
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How a picture is drawn, and where between two pictures it lies."""
+class ReconstructionParams:
+    """How an image is reconstructed, and how two images are mixed."""
 
     steps: int = 50
     guidance: float = 2.0  # classifier-free; 1 turns it off
     seed: int = 0  # of the initial noise
-    share: float = 0.5  # of the second picture: 0 is the first, 1 the second
-    mix: str = "blend"  # "blend": the straight line between the two; "splice": tokens of the first, then of the second
+    share: float = 0.5  # of the second image: 0 is the first, 1 the second
+    mix: str = "blend"  # "blend": interpolate the embeddings; "splice": tokens of the first, then of the second
 
     @classmethod
-    def of(cls, body: dict) -> Drawing:
+    def from_body(cls, body: dict) -> ReconstructionParams:
         """Read a request's fields. Raises ApiError."""
-        known = {name: body[name] for name in cls.__dataclass_fields__ if body.get(name) is not None}
-        drawing = cls(**known)
-        if unknown := sorted(body.keys() - cls.__dataclass_fields__.keys() - {"model", "images"}):
-            raise _no(f"{unknown[0]} is not supported here: a drawing takes {', '.join(cls.__dataclass_fields__)}")
-        for name, low, high, kinds in (
-            ("steps", 1, 100, int), ("guidance", 1, 20, int | float), ("seed", 0, 2**32 - 1, int),
-            ("share", 0, 1, int | float),
-        ):  # fmt: skip
-            value = getattr(drawing, name)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-                what = "a whole number" if kinds is int else "a number"
-                raise _no(f"{name} must be {what} from {low} to {high}, not {repr(value)[:40]}")
-        if drawing.mix not in MIXES:
-            raise _no(f"mix must be {' or '.join(MIXES)}, not {repr(drawing.mix)[:40]}")
-        return drawing
+        names = cls.__dataclass_fields__
+        if unknown := sorted(body.keys() - names.keys() - {"model", "images"}):
+            raise invalid_request(f"{unknown[0]} is not supported here: a reconstruction takes {', '.join(names)}")
+        params = cls(**{name: body[name] for name in names if body.get(name) is not None})
+        for name, (low, high, kind) in LIMITS.items():
+            value, types = getattr(params, name), int if kind is int else int | float
+            if isinstance(value, bool) or not isinstance(value, types) or not low <= value <= high:
+                what = "an integer" if kind is int else "a number"
+                raise invalid_request(f"{name} must be {what} from {low} to {high}, not {repr(value)[:40]}")
+        if params.mix not in MIXES:
+            raise invalid_request(f"mix must be {' or '.join(MIXES)}, not {repr(params.mix)[:40]}")
+        return params
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A picture as a PNG file, and the prompt embeddings [queries, llm_width] of what it was drawn from."""
+class Reconstruction:
+    """A PNG file, and the prompt embeddings [queries, llm_width] it was reconstructed from."""
 
     png: bytes
     prompts: Tensor
 
 
 class ReconstructionService:
-    """Draws for one server, a picture at a time."""
+    """Reconstruct for one server, one image at a time."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self._thread, self._waiting = ThreadPoolExecutor(1, "painter"), 0
-        self._drawer: TorchReconstructor | None = None
+        self._thread = ThreadPoolExecutor(1, "reconstructor")
+        self._waiting = 0
+        self._reconstructor: TorchReconstructor | None = None
 
     @property
     def unavailable_reason(self) -> str:
-        """Why nothing can be drawn here; empty where it can."""
+        """Return why this server cannot reconstruct; empty if it can."""
         try:
             _ = self.checkpoint.t2i
         except CheckpointError:
             return "this checkpoint has no text-to-image model (t2i/)"
         return "" if importlib.util.find_spec("diffusers") else "diffusers is not installed: pip install diffusers"
 
-    async def paint(self, crops: list[np.ndarray], drawing: Drawing) -> Drawn:
-        """One or two crops, uint8 [3, S, S] each -> what is drawn from their embeddings. Raises ApiError."""
+    async def reconstruct(self, crops: list[np.ndarray], params: ReconstructionParams) -> Reconstruction:
+        """Reconstruct one crop, or the mixture of two, from embeddings. crops: uint8 [3, S, S]. Raises ApiError."""
         if self.unavailable_reason:
-            raise ApiError(501, "no_drawing", self.unavailable_reason)
-        if self._waiting > WAITING:
-            raise ApiError(503, "overloaded", f"{self._waiting} pictures are being drawn already", 5)
+            raise ApiError(501, "no_reconstruction", self.unavailable_reason)
+        if self._waiting > MAX_WAITING:
+            raise ApiError(503, "overloaded", f"{self._waiting} reconstructions are waiting already", 5)
         self._waiting += 1
         try:
-            # where the request ends before its turn, the executor drops it
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._paint, crops, drawing)
+            # a request that ends before its turn is dropped by the executor
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, crops, params)
         finally:
             self._waiting -= 1
 
-    def _paint(self, crops: list[np.ndarray], drawing: Drawing) -> Drawn:
-        import numpy as np
-        import torch
-
-        from vlv.diffusion.reconstruction import TorchReconstructor
-        from vlv.reconstruct import mix
+    def _run(self, crops: list[np.ndarray], params: ReconstructionParams) -> Reconstruction:
+        from vlv.diffusion.reconstruction import TorchReconstructor, mix  # needs diffusers, which is optional
 
         try:
-            drawer = self._drawer = self._drawer or TorchReconstructor.of(self.checkpoint)
+            model = self._reconstructor = self._reconstructor or TorchReconstructor.of(self.checkpoint)
             with torch.inference_mode():
-                contexts = drawer.context(torch.from_numpy(np.stack(crops)))
+                contexts = model.context(torch.from_numpy(np.stack(crops)))
                 context = contexts[0]
-                if len(contexts) == 2 and drawing.mix == "blend":
-                    context = torch.lerp(contexts[0], contexts[1], drawing.share)
+                if len(contexts) == 2 and params.mix == "blend":
+                    context = torch.lerp(contexts[0], contexts[1], params.share)
                 elif len(contexts) == 2:
-                    context = mix(contexts[0], contexts[1], 1 - drawing.share)
-                picture = drawer.reconstruct(context[None], drawing.steps, drawing.guidance, drawing.seed)[0]
-                prompts = drawer.encoder.prompts(context).cpu()
+                    context = mix(contexts[0], contexts[1], 1 - params.share)
+                image = model.reconstruct(context[None], params.steps, params.guidance, params.seed)[0]
+                prompts = model.encoder.prompts(context).cpu()
         except torch.OutOfMemoryError as error:
             raise ApiError(503, "no_memory", "the device has no memory left for the text-to-image model") from error
-        return Drawn(png(picture.cpu().numpy()), prompts)
-
-
-def _no(message: str) -> ApiError:
-    return ApiError(400, "invalid_request", message)
+        return Reconstruction(png(image.cpu().numpy()), prompts)

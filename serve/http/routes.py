@@ -1,173 +1,279 @@
-"""The routes of the captioning server: pictures in, captions and embeddings out."""
+"""Answer the captioning server's requests: images in, captions, embeddings and reconstructions out."""
 
 from __future__ import annotations
 
 import base64
 import time
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import ASGIApp
 
-from serve.core.service import Service
+from serve.core.model import Model, ModelOptions
+from serve.core.record import distinct_texts
+from serve.core.service import ServiceConfig
+from serve.engines.base import Completion
 from serve.http import openai_api as api
-from serve.http.app import Bounds, CaptionApp
-from serve.http.auth import Admission, AdmissionLease, ApiError, Keys
+from serve.http.admission import Admission, AdmissionLease
+from serve.http.app import Bounds, CaptionApp, info_of
+from serve.http.auth import Keys, read_keys
+from serve.http.errors import ApiError, invalid_value
 from serve.http.fetch import Fetcher
-from serve.http.incoming import all_of, read_form, read_json
-from serve.http.page import HEADERS, PAGE
-from serve.http.reconstructor import Drawing, ReconstructionService
+from serve.http.incoming import gather_or_cancel, merge, read_bytes, read_fields, read_form, read_json
+from serve.http.listener import ListenConfig, listen
+from serve.http.reconstructor import ReconstructionParams, ReconstructionService
+from serve.http.service import Service
+from serve.http.web.page import DOCS, HEADERS, OPENAPI, PAGE
+
+
+@dataclass(frozen=True)
+class ServerConfig(ListenConfig, ModelOptions):
+    """The models of a captioning server, and what its requests may cost. Sizes are in MiB."""
+
+    model_name: str | None = None  # None: the checkpoint folder's name
+    queue: int | None = None  # images that may wait; None: those that can be captioned within the deadline
+    image_host: tuple[str, ...] = ()  # hosts from which images are fetched
+    max_body: int = 64  # of one request
+    max_bodies: int = 512  # of all requests together
+    max_image: int = 20  # of one fetched image
+    max_images: int = 64  # images in one request
+    max_pixels: int = 50_000_000
 
 
 class Routes(CaptionApp):
-    """The application around a service."""
+    """The captioning server's application around a service."""
 
     def __init__(
         self, service: Service, model: str, keys: Keys, admission: Admission, fetcher: Fetcher, bounds: Bounds
     ):
         super().__init__(service, keys, admission, bounds)
-        self.model, self.fetcher, self.painter = model, fetcher, ReconstructionService(service.checkpoint)
-        self.queries, self.width = service.engine.spec.queries, service.engine.spec.width
+        self.model = model
+        self.fetcher = fetcher
+        self.reconstruction = ReconstructionService(service.checkpoint)
+        self.queries = service.engine.spec.queries
+        self.width = service.engine.spec.width
 
-    def app(self) -> Starlette:
-        """The ASGI application."""
-        work = {"/v1/chat/completions": self.chat, "/v1/captions": self.captions, "/v1/embeddings": self.embed}
-        work["/v1/reconstructions"] = self.draw
-        return self.application(work, {"/v1/models": self.models, "/": self.page})
+    def app(self) -> ASGIApp:
+        """Return the ASGI application."""
+        post = {
+            "/v1/chat/completions": self.chat,
+            "/v1/captions": self.captions,
+            "/v1/embeddings": self.embed,
+            "/v1/reconstructions": self.reconstruct,
+        }
+        get = {
+            "/v1/models": self.models,
+            "/v1/models/{model:path}": self.retrieve_model,
+            "/openapi.json": self.openapi,
+            "/docs": self.docs,
+            "/": self.page,
+        }
+        return self.application(post, get)
 
-    async def chat(self, request: Request, place: AdmissionLease):
+    def describe(self) -> str:
+        """Return the server's settings in one line."""
+        engine, config = self.service.engine, self.service.config
+        return (
+            f"model {self.model}, language model by {engine.name}, encoder by {config.encoder}, at most "
+            f"{engine.max_tokens} tokens a caption and {engine.in_flight} captions together, {self.keys.describe()}, "
+            f"{self.bounds.deadline:g} s a request"
+        )
+
+    async def chat(self, request: Request, lease: AdmissionLease):
         """POST /v1/chat/completions"""
+        start = time.monotonic()
         body = await read_json(request, self.bounds.body_seconds)
         self._check_model(body)
-        start = time.monotonic()
-        url, wanted = api.image_of(body.get("messages")), api.wish(body, self.service.engine.max_tokens)
-        if body.get("stream") and (wanted.count > 1 or wanted.as_json):
-            raise ApiError(400, "invalid_request", "stream goes with n = 1 and response_format text")
-        place.take(wanted.count - 1)
+        url, params = api.image_url(body.get("messages")), self._params(request, body)
+        stream, with_usage, usage_in_every = api.stream_options(body)
+        lease.reserve(len(params.samplings) - 1)
         embeds = await self.service.embed(await self.fetcher.get(url))
-        if body.get("stream"):
-            options = body.get("stream_options")
-            with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-            return self._stream(embeds, wanted, with_usage, start)
-        completions = await self._write(embeds, wanted)
-        tokens = sum(len(c.token_ids) for c in completions)
-        return api.chat(self.model, api.finished(completions, wanted), wanted, self.queries, tokens)
+        if stream:
+            chunks = api.Chunks(self.model, self.queries, with_usage, usage_in_every)
+            return self._stream(embeds, params, chunks, start)
+        completions = await self._caption(embeds, params)
+        return api.chat_completion(self.model, completions, params, self.queries, self.service.engine.token_text)
 
-    async def _stream(self, embeds, wanted: api.CaptionParams, with_usage: bool, start: float) -> AsyncGenerator[bytes]:
-        chunks, cleaner, tokens, silent = api.Chunks(self.model), api.Cleaner(), 0, True
+    async def _stream(
+        self, embeds, params: api.CaptionParams, chunks: api.Chunks, start: float
+    ) -> AsyncGenerator[bytes]:
+        """Yield the events of all choices as they come; one greedy caption is sent as every choice."""
+        samplings = params.samplings
+        texts = [api.StreamedText(params) for _ in samplings]
+        pending: list[list[dict]] = [[] for _ in samplings]  # log probabilities that no event has carried yet
+        silent = True
 
-        def said(text: str) -> bytes:
-            nonlocal silent
-            if silent:
-                self.metrics.first_token.observe(time.monotonic() - start)
-                silent = False
-            return chunks.event({"content": text})
+        def events(number: int, delta: dict, finish_reason: str | None = None) -> bytes:
+            content, pending[number] = pending[number], []
+            logprobs = {"content": content, "refusal": None} if content else None
+            same = range(params.count) if len(samplings) == 1 else [number]
+            return b"".join(chunks.event(index, delta, finish_reason, logprobs) for index in same)
 
-        yield chunks.event({"role": "assistant", "content": ""})
-        async with aclosing(self.service.stream(embeds, wanted.sampling)) as pieces:
-            async for piece in pieces:
-                tokens += len(piece.token_ids)
-                if text := piece.text if wanted.raw else cleaner.push(piece.text):
-                    yield said(text)
-                reason = piece.finish_reason
-        if not wanted.raw and (text := cleaner.end()):
-            yield said(text)
-        yield chunks.event({}, reason)
-        if with_usage:
-            yield chunks.usage(self.queries, tokens)
-        yield api.DONE
+        for number in range(len(samplings)):
+            yield events(number, {"role": "assistant", "content": ""})
+        async with aclosing(merge([self.service.stream(embeds, sampling) for sampling in samplings])) as pieces:
+            async for number, piece in pieces:
+                chunks.tokens += len(piece.token_ids)
+                if values := api.logprobs(piece, params.sampling.logprobs, self.service.engine.token_text):
+                    pending[number] += values["content"]
+                text = texts[number].push(piece.text) + (texts[number].end() if piece.finish_reason else "")
+                if text and silent:
+                    self.metrics.first_token.observe(time.monotonic() - start)
+                    silent = False
+                if text:
+                    yield events(number, {"content": text})
+                if piece.finish_reason:
+                    yield events(number, {}, piece.finish_reason)
+        yield chunks.end()
 
-    async def _write(self, embeds, wanted: api.CaptionParams) -> list:
-        """The captions of one image, each from a seed of its own."""
-        first = wanted.sampling
-        draws = [replace(first, seed=first.seed + i) for i in range(wanted.count)]
-        return await all_of([self.service.caption(embeds, draw) for draw in draws])
+    async def _caption(self, embeds, params: api.CaptionParams) -> list[Completion]:
+        """Return the captions of one image, one for each sampling."""
+        return await gather_or_cancel([self.service.caption(embeds, sampling) for sampling in params.samplings])
 
-    async def captions(self, request: Request, place: AdmissionLease) -> dict:
-        """POST /v1/captions: multipart files, or JSON {"images": [url, ...]}; one result an image, in order."""
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+    def _params(self, request: Request, body: dict) -> api.CaptionParams:
+        """Read the decoding fields; a caption that is asked to be longer than possible is said in a header."""
+        engine = self.service.engine
+        params = api.caption_params(body, engine.max_tokens, engine.has_logprobs)
+        if params.clamped is not None:
+            info_of(request).headers["X-VLV-Max-Tokens"] = str(params.clamped)
+        return params
+
+    async def captions(self, request: Request, lease: AdmissionLease) -> dict:
+        """POST /v1/captions: an image file, multipart files, or JSON {"images": [url, ...]}; one result per image."""
+        kind = request.headers.get("content-type", "")
+        if kind.startswith("multipart/form-data"):
             sources, body = await read_form(request, self.bounds.body_seconds, self.bounds.images)
+        elif kind.startswith(("image/", "application/octet-stream")):
+            content = await read_bytes(request, self.bounds.body_seconds)
+            sources, body = [(None, _awaitable(content))], read_fields(request.query_params.multi_items())
         else:
             body = await read_json(request, self.bounds.body_seconds)
-            sources = [(None, self.fetcher.get(url)) for url in api.urls_of(body, "images", self.bounds.images)]
+            sources = [(None, self.fetcher.get(url)) for url in api.image_urls(body, "images", self.bounds.images)]
         try:
             self._check_model(body)
-            wanted = api.wish(body, self.service.engine.max_tokens)
-            place.take(len(sources) * wanted.count - 1)
+            params = self._params(request, body)
+            lease.reserve(len(sources) * len(params.samplings) - 1)
         except BaseException:
             for _, content in sources:
                 content.close()  # never awaited
             raise
-        return {
-            "model": self.model,
-            "captions": await all_of([self._result(i, *s, wanted) for i, s in enumerate(sources)]),
-        }
+        results = await gather_or_cancel([self._result(i, *source, params) for i, source in enumerate(sources)])
+        return {"model": self.model, "captions": results}
 
-    async def _result(self, index: int, name: str | None, content: Awaitable[bytes], wanted) -> dict:
+    async def _result(self, index: int, name: str | None, content: Awaitable[bytes], params: api.CaptionParams) -> dict:
         result = {"index": index} | ({"filename": name} if name else {})
         try:
-            completions = await self._write(await self.service.embed(await content), wanted)
-        except ApiError as refusal:
-            if refusal.status != 400:
+            completions = await self._caption(await self.service.embed(await content), params)
+        except ApiError as error:
+            if error.status != 400:
                 raise
-            return result | api.error_body(refusal)
-        (text, first), *others = api.finished(completions, wanted)
-        more = {"captions": [text, *(t for t, _ in others)]} if wanted.count > 1 else {}
+            return result | api.error_body(error)
+        texts = list(distinct_texts(completions, params.raw))
         tokens = sum(len(c.token_ids) for c in completions)
-        return {**result, "caption": text, **more, "tokens": tokens, "finish_reason": first.finish_reason}
+        more = {"captions": texts} if params.count > 1 else {}
+        result |= {"caption": texts[0], **more, "tokens": tokens}
+        return result | {"finish_reason": completions[0].finish_reason}
 
-    async def embed(self, request: Request, place: AdmissionLease) -> dict:
-        """POST /v1/embeddings: `input` is one image URL or several."""
+    async def embed(self, request: Request, lease: AdmissionLease) -> dict:
+        """POST /v1/embeddings: `input` is one image URL or a list."""
         body = await read_json(request, self.bounds.body_seconds)
         self._check_model(body)
-        urls, encoding = api.urls_of(body, "input", self.bounds.images), body.get("encoding_format") or "float"
+        urls, encoding = api.image_urls(body, "input", self.bounds.images), body.get("encoding_format") or "float"
         if encoding not in ("float", "base64") or body.get("dimensions") is not None:
-            raise ApiError(400, "invalid_request", "encoding_format must be float or base64, and dimensions left out")
-        place.take(len(urls) - 1)
+            raise invalid_value("encoding_format", "encoding_format must be float or base64, and dimensions left out")
+        lease.reserve(len(urls) - 1)
 
         async def one(url: str):
             return await self.service.embed(await self.fetcher.get(url))
 
-        rows = await all_of([one(url) for url in urls])
+        rows = await gather_or_cancel([one(url) for url in urls])
         return api.embeddings(self.model, rows, encoding, (self.queries, self.width))
 
-    async def draw(self, request: Request, place: AdmissionLease) -> dict:
-        """POST /v1/reconstructions: what one image's embeddings hold, drawn; of two their mixture, with a caption."""
+    async def reconstruct(self, request: Request, lease: AdmissionLease) -> dict:
+        """POST /v1/reconstructions: reconstruct one image from its embeddings, or mix two and caption the mixture."""
         body = await read_json(request, self.bounds.body_seconds)
         self._check_model(body)
-        urls, drawing = api.urls_of(body, "images", 2), Drawing.of(body)
-        place.take(len(urls) - 1)
+        urls, params = api.image_urls(body, "images", 2), ReconstructionParams.from_body(body)
+        lease.reserve(len(urls) - 1)
 
         async def one(url: str):
             return await self.service.crop(await self.fetcher.get(url))
 
-        crops = await all_of([one(url) for url in urls])
+        crops = await gather_or_cancel([one(url) for url in urls])
         with self.metrics.stage("draw"):
-            drawn = await self.painter.paint(crops, drawing)
-        answer = {"model": self.model, "picture": "data:image/png;base64," + base64.b64encode(drawn.png).decode()}
+            result = await self.reconstruction.reconstruct(crops, params)
+        answer = {"model": self.model, "picture": "data:image/png;base64," + base64.b64encode(result.png).decode()}
         if len(urls) == 2:  # a mixture has no caption yet
-            wanted = api.wish({}, self.service.engine.max_tokens)
-            completion = await self.service.caption(drawn.prompts, wanted.sampling)
-            ((text, _),) = api.finished([completion], wanted)
+            caption_params = api.caption_params({}, self.service.engine.max_tokens)
+            completion = await self.service.caption(result.prompts, caption_params.sampling)
+            text = api.caption_text(completion, caption_params)
             answer |= {"caption": text, "tokens": len(completion.token_ids)}
         return answer
 
     async def models(self, request: Request) -> Response:
-        try:
-            self.keys.find(request.headers.get("authorization"))
-        except ApiError as refusal:
-            return self.refused(refusal)
+        """GET /v1/models"""
+        self.authenticate(request)
+        return JSONResponse({"object": "list", "data": [self._model_entry()]})
+
+    async def retrieve_model(self, request: Request) -> Response:
+        """GET /v1/models/{model}"""
+        self.authenticate(request)
+        self._check_model(request.path_params)
+        return JSONResponse(self._model_entry())
+
+    def _model_entry(self) -> dict:
         entry = {"id": self.model, "object": "model", "created": 0, "owned_by": "vlv"}
         shape = {"queries": self.queries, "width": self.width, "max_tokens": self.service.engine.max_tokens}
-        draws = {"reconstructs": not self.painter.unavailable_reason}
-        return JSONResponse({"object": "list", "data": [{**entry, **shape, **draws}]})
+        return {**entry, **shape, "reconstructs": not self.reconstruction.unavailable_reason}
+
+    async def openapi(self, _) -> Response:
+        """GET /openapi.json: the description of this API."""
+        return JSONResponse(OPENAPI)
+
+    async def docs(self, _) -> Response:
+        """GET /docs: the same as a page."""
+        return HTMLResponse(DOCS, headers=HEADERS)
 
     async def page(self, _) -> Response:
+        """GET /: the page."""
         return HTMLResponse(PAGE, headers=HEADERS)
 
     def _check_model(self, body: dict) -> None:
         if body.get("model") not in (None, self.model):
-            raise ApiError(404, "model_not_found", f"there is no such model here; there is {self.model}")
+            message = f"there is no such model here; there is {self.model}"
+            raise ApiError(404, "model_not_found", message, param="model")
+
+
+async def _awaitable(content: bytes) -> bytes:
+    return content
+
+
+@asynccontextmanager
+async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
+    """Start the service, which loads its models in the background, and close it at the end. Raises Misuse."""
+    keys = read_keys(config.keys, config.no_auth, config.host)
+    model = Model.of(config)
+    stages = ServiceConfig(config.prompt_batch, config.workers, config.max_pixels, config.encoder, config.artifacts)
+    service = Service(model.checkpoint, model.engine, stages)
+    fetcher = Fetcher(tuple(config.image_host), config.max_image << 20)
+    bounds = Bounds(config.deadline, config.body_seconds, config.max_body << 20, config.max_images)
+    name = config.model_name or model.checkpoint.folder.resolve().name
+    capacity = None if config.queue is None else config.in_flight + config.queue
+    admission = Admission(capacity, config.max_bodies << 20, config.in_flight, config.deadline)
+    try:
+        await service.start()
+        routes = Routes(service, name, keys, admission, fetcher, bounds)
+        routes.access_log, routes.cors = config.access_log, tuple(config.cors)
+        yield routes
+    finally:
+        await service.close()
+        await fetcher.close()
+
+
+async def serve_captions(config: ServerConfig) -> int:
+    """Run the captioning server until a signal; return the exit code."""
+    async with open_routes(config) as routes:
+        return await listen(routes.app(), routes, config, routes.service.failure)

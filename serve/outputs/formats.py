@@ -1,98 +1,117 @@
-"""Output formats by name, all with FileSink's interface: jsonl, txt, coco, parquet, webdataset.
+"""Write captions as text files, COCO or Parquet, all with FileSink's interface.
 
-    sink = sink_class("parquet")("captions.parquet", model=checkpoint.hash)
-
-Each says where its commit point is: whatever moment a kill -9 comes at, an image is then either finished or not,
-and the next run completes what the commit implies.
+Each class names its commit point: at whatever moment a kill -9 comes, an image is either finished or not, and the next
+run completes what the commit implies.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from serve.core.id_set import IdSet
 from serve.core.inputs import Item
-from serve.outputs.jsonl import FileSink, FolderSink, SinkError, explained, json_bytes
+from serve.outputs.jsonl import FileSink, FolderSink, SinkError, captions_of, explained, json_bytes
+from serve.outputs.text import lines
 from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
 
 ROWS = 10_000  # captions in one Parquet part
+IDENTITY = ("id", "path", "model", "flags", "bytes", "mtime_ns")  # columns that a later run reads
 COCO_HEAD = b'{"info": {"description": "VLV captions'
 
 
-def sink_class(name: str) -> type[FileSink]:
-    """The sink class of a format's name. Raises SinkError where a package for it is missing."""
-    if name == "webdataset":
-        from serve.outputs.webdataset import WebDatasetSink
-
-        return WebDatasetSink
-    if name == "parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise SinkError("--format parquet needs pyarrow: python -m pip install pyarrow") from error
-    return {"jsonl": FileSink, "txt": SidecarSink, "coco": CocoSink, "parquet": ParquetSink}[name]
-
-
 class SidecarSink(FileSink):
-    """`photo.txt` beside `photo.jpg`, as trainers of image models read them; the records as JSON lines in `path`.
+    """Write `photo.txt` beside `photo.jpg`, as trainers of image models read them, and the records to `path`.
 
-    The record is the commit point; the text file of the last record is completed by the next run. A text file
-    that is there already is somebody else's: it stays, and the image is an error of kind `exists`.
+    The record is the commit point; the next run writes the text files that are not there. A text file that exists and
+    is not from this output stays as it is, and the image is an error of kind `exists`.
     """
 
     def _start_over(self) -> None:
         for record in self._journal.records():
-            text = sidecar(record["path"])
-            with contextlib.suppress(OSError):
-                if text.read_text() == _text(record):  # ours, and nobody has worked on it since
-                    text.unlink()
+            _remove(record)
         super()._start_over()
 
     def _read(self) -> None:
-        last = None
-        for last in self._journal.records():
-            self._done(last, self.journal_path)
-        if last is not None and not sidecar(last["path"]).exists():
-            self._write(last)
+        self._written = IdSet()  # the text files of this output
         super()._read()
+        for record in self._journal.records():
+            text = sidecar(record["path"])
+            self._written.add(str(text))
+            if not text.exists() and os.path.exists(record["path"]):
+                self._write(record)
+
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        for record in self._journal.records():
+            if unwanted(record):
+                _remove(record)
+        return super().drop(unwanted)
 
     def caption(self, record: dict, item: Item) -> None:
         text = sidecar(item.path)
         if item.length is not None:
             raise ImageError("format", "an image inside a tar shard has no place for a .txt: use --format webdataset")
+        if "://" in item.path:
+            raise ImageError("format", "an image behind a URL has no place for a .txt: use another --format")
+        if str(text) in self._written:
+            raise ImageError(
+                "exists",
+                f"{text} has the caption of another image of this output, whose name differs in its ending only: "
+                "rename one of them, or use --format jsonl",
+            )
         if text.exists():
             raise ImageError("exists", f"{text} is there already, and not from this run: move it away")
         super().caption(record, item)
+        self._written.add(str(text))
         self._write(record)
 
     def _write(self, record: dict) -> None:
         text = sidecar(record["path"])
         with explained(text), atomic_write(text) as file:
-            file.write_text(_text(record))
+            file.write_text(lines(record), encoding="utf-8")
+
+
+def _remove(record: dict) -> None:
+    """Remove the text file of a record, unless somebody has changed it since."""
+    text = sidecar(record["path"])
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if text.read_text(encoding="utf-8") == lines(record):
+            text.unlink()
 
 
 def sidecar(image: str) -> Path:
-    """The text file that belongs to an image file."""
+    """Return the text file of an image file."""
     return Path(image).with_suffix(".txt")
 
 
-def _text(record: dict) -> str:
-    """All captions of a record, one a line."""
-    return "\n".join(captions_of(record)) + "\n"
+class DerivedSink(FileSink):
+    """Write one file from the records when a run ends; they are kept in a journal beside it, the commit point."""
+
+    def _refuse_foreign(self) -> None:
+        if self.path.exists() and not self.journal_path.exists():
+            raise SinkError(f"{self.path} is there already, without its {self.journal_path.name}: choose another -o")
+
+    def close(self) -> None:
+        try:
+            with explained(self.path), atomic_write(self.path) as path, open(path, "wb") as file:
+                self.write(file)
+        finally:
+            super().close()
+
+    def write(self, file: BinaryIO) -> None:
+        """Write the file's content. Raises SinkError."""
+        raise NotImplementedError
 
 
-def captions_of(record: dict) -> list[str]:
-    """A record's captions: one, or what `-n` left of several."""
-    return record.get("captions") or [record["caption"]]
+class CocoSink(DerivedSink):
+    """Write COCO's captions JSON (`images`, `annotations`) from `NAME.jsonl` beside it.
 
-
-class CocoSink(FileSink):
-    """COCO's captions JSON (`images`, `annotations`), written from `NAME.jsonl` beside it when a run ends.
-
-    That file is the commit point; ids are numbers in the order of its lines, so they stay when a run is taken up.
+    Ids are numbers in the order of its lines, so that a resumed run keeps them.
     """
 
     @property
@@ -105,23 +124,15 @@ class CocoSink(FileSink):
         with explained(self.path), contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
             if file.read(len(COCO_HEAD)) != COCO_HEAD:
                 raise SinkError(f"{self.path} is there already, and not from a run: choose another -o")
+        super()._refuse_foreign()
 
-    def _read(self) -> None:
-        super()._read()
-        if not len(self.finished) and self.path.exists():
-            raise SinkError(f"{self.path} is there already, without its {self.journal_path.name}: choose another -o")
-
-    def close(self) -> None:
-        try:
-            with explained(self.path), atomic_write(self.path) as path, open(path, "wb") as file:
-                file.write(COCO_HEAD + b', model %s"}, ' % self.model.encode())
-                file.write(b'"images": [')
-                file.writelines(_joined(self._images()))
-                file.write(b'\n], "annotations": [')
-                file.writelines(_joined(self._annotations()))
-                file.write(b"\n]}\n")
-        finally:
-            super().close()
+    def write(self, file: BinaryIO) -> None:
+        file.write(COCO_HEAD + b', model %s"}, ' % self.model.encode())
+        file.write(b'"images": [')
+        file.writelines(_joined(self._images()))
+        file.write(b'\n], "annotations": [')
+        file.writelines(_joined(self._annotations()))
+        file.write(b"\n]}\n")
 
     def _images(self) -> Iterator[dict]:
         for number, record in enumerate(self._journal.records(), 1):
@@ -134,13 +145,58 @@ class CocoSink(FileSink):
                 yield {"id": next(count), "image_id": image, "caption": caption}
 
 
+class ImageFolderSink(DerivedSink):
+    """Write `metadata.jsonl` among the images, as datasets.load_dataset("imagefolder") reads it."""
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path.with_name(f".{self.path.stem}.records.jsonl")  # hidden from readers of the folder
+
+    def caption(self, record: dict, item: Item) -> None:
+        self._name(record, item)
+        super().caption(record, item)
+
+    def _name(self, record: dict, item: Item | None = None) -> str:
+        """Return the image's path below the folder. Raises ImageError for an image that is elsewhere."""
+        name = os.path.relpath(record["path"], self.path.parent)
+        if name.startswith("..") or "://" in record["path"] or (item and item.length is not None):
+            raise ImageError("format", f"not a file below {self.path.parent.absolute()}, the folder of -o")
+        return name
+
+    def write(self, file: BinaryIO) -> None:
+        for record in self._journal.records():
+            texts = captions_of(record)
+            more = {"captions": texts} if len(texts) > 1 else {}
+            file.write(json_bytes({"file_name": self._name(record), "text": texts[0], **more}) + b"\n")
+
+
+class KohyaSink(DerivedSink):
+    """Write the JSON of sd-scripts (`in_json`): a caption for the path of each image."""
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path.with_suffix(".records.jsonl")
+
+    def write(self, file: BinaryIO) -> None:
+        file.write(b"{")
+        for number, record in enumerate(self._journal.records()):
+            line = json_bytes({record["path"]: {"caption": captions_of(record)[0]}})
+            file.write((b",\n" if number else b"\n") + line[1:-1])
+        file.write(b"\n}\n")
+
+    def caption(self, record: dict, item: Item) -> None:
+        if item.length is not None:
+            raise ImageError("format", "an image inside a tar shard has no path of its own: use --format webdataset")
+        super().caption(record, item)
+
+
 def _joined(records: Iterator[dict]) -> Iterator[bytes]:
     for number, record in enumerate(records):
         yield (b",\n" if number else b"\n") + json_bytes(record)
 
 
 class ParquetSink(FolderSink):
-    """A folder of Parquet parts, each whole; what is not in a part yet waits in `_pending.jsonl`, which readers skip.
+    """Write a folder of complete Parquet parts; later records wait in `_pending.jsonl`, which readers skip.
 
     The pending line is the commit point. A part appears by one rename; only then its lines are dropped, and a run
     that was killed in between finds their ids in the part.
@@ -151,17 +207,38 @@ class ParquetSink(FolderSink):
     rows = ROWS
 
     def _read(self) -> None:
-        parts = sorted(self.path.glob("part-*" + self.suffix))
-        self._next = 1 + max((int(part.stem.partition("-")[2]) for part in parts), default=-1)
-        for part in parts:
+        self._next = 1 + max((int(part.stem.partition("-")[2]) for part in self._parts()), default=-1)
+        sealed = IdSet()  # a run that was killed between a part and its lines leaves both
+        for part in self._parts():
             with explained(part):
                 for record in self.read_part(part):
-                    self._done(record, part)
-        pending = [r for r in self._journal.records() if r["id"] not in self.finished]
-        if not pending:
-            self._journal.clear()
+                    sealed.add(record["id"])
+        self._journal.drop(lambda record: record["id"] in sealed)
         super()._read()
-        self._pending = len(pending)
+        self._pending = sum(1 for _ in self._journal.records())
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.glob("part-*" + self.suffix))
+
+    def _finished_records(self) -> Iterator[tuple[dict, Path]]:
+        for part in self._parts():
+            with explained(part):
+                for record in self.read_part(part):
+                    yield record, part
+        yield from super()._finished_records()
+
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        count = 0
+        for part in self._parts():
+            with explained(part):
+                found = {record["id"] for record in self.read_part(part) if unwanted(record)}
+                if found:
+                    with atomic_write(part) as file:
+                        self.drop_rows(part, file, found)
+            count += len(found)
+        count += super().drop(unwanted)
+        self._pending = sum(1 for _ in self._journal.records())
+        return count
 
     def caption(self, record: dict, item: Item) -> None:
         try:
@@ -174,7 +251,7 @@ class ParquetSink(FolderSink):
             self._seal()
 
     def _seal(self) -> None:
-        """Pending lines to a part."""
+        """Write the pending lines as a part."""
         part = self.path / f"part-{self._next:05}{self.suffix}"
         with explained(part), atomic_write(part) as file:
             self.write_part(file, list(self._journal.records()))
@@ -194,17 +271,30 @@ class ParquetSink(FolderSink):
         from pyarrow import parquet
 
         rows = [{**r, "captions": captions_of(r), **_seconds(r)} for r in records]
-        text, number = pa.string(), pa.float64()
+        text = pa.string()
+        number = pa.float64()
         fields = {"id": text, "path": text, "caption": text, "captions": pa.list_(text), "tokens": pa.int32()}
-        fields |= {"finish_reason": text, "encode_seconds": number, "llm_seconds": number, "model": text}
+        fields |= {"finish_reason": text, "encode_seconds": number, "llm_seconds": number, "model": text, "flags": text}
+        fields |= {"bytes": pa.int64(), "mtime_ns": pa.int64()}
         table = pa.Table.from_pylist(rows, pa.schema(fields.items()))
         parquet.write_table(table, file, compression="zstd")
 
-    def read_part(self, file: Path) -> Iterator[dict]:
-        """The id and model of every row."""
+    def drop_rows(self, part: Path, file: Path, ids: set[str]) -> None:
+        """Write the rows of a part without those of the given ids."""
+        import pyarrow as pa
         from pyarrow import parquet
 
-        for batch in parquet.ParquetFile(file).iter_batches(columns=["id", "model"]):
+        table = parquet.read_table(part)
+        kept = pa.array([row not in ids for row in table["id"].to_pylist()])
+        parquet.write_table(table.filter(kept), file, compression="zstd")
+
+    def read_part(self, file: Path) -> Iterator[dict]:
+        """Yield what identifies every row; parts of earlier versions lack some columns."""
+        from pyarrow import parquet
+
+        part = parquet.ParquetFile(file)
+        columns = [name for name in IDENTITY if name in part.schema_arrow.names]
+        for batch in part.iter_batches(columns=columns):
             yield from batch.to_pylist()
 
 

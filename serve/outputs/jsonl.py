@@ -1,8 +1,7 @@
-"""Where captions go: JSON lines, each written whole, so that a run can be killed and taken up again.
+"""Write captions as JSON lines, each complete or not at all, so that a run can be killed and resumed.
 
-A sink takes `caption(record, item)` and `error(record)`, holds in `finished` the ids of earlier runs and of this
-one, and is closed at the end. The other formats (serve/outputs/formats.py, serve/outputs/webdataset.py) build on this
-file's.
+A sink takes `caption(record, item)` and `error(record)`, tells which images are finished (`is_finished(item)`), and is
+closed at the end. The other formats (serve/outputs/formats.py, serve/outputs/webdataset.py) build on it.
 """
 
 from __future__ import annotations
@@ -14,69 +13,39 @@ import itertools
 import json
 import os
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
-from serve.core.inputs import Item
+from serve.core.id_set import IdSet
+from serve.core.inputs import Item, key_of, stamp_of
 from vlv.common.command import UserError, why
+from vlv.common.files import atomic_write
+from vlv.common.jsonl import cut_torn_line, read_records
 
-HEAD = b'{"id": "'  # of every record; what begins otherwise is somebody else's file
+HEAD = b'{"id": "'  # of every record; a file that begins otherwise was not written here
 
 
 class SinkError(UserError, OSError):
-    """The output cannot be written or read; the message says which and what to do."""
-
-
-class IdSet:
-    """A set of strings that costs about 10 bytes each: it keeps 64-bit hashes.
-
-    Of n ids, about n² / 2**65 are taken for another: one in 370,000 runs over ten million images.
-    """
-
-    def __init__(self):
-        self._sorted = np.empty(0, np.int64)
-        self._recent: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._sorted) + len(self._recent)
-
-    def __contains__(self, key: str) -> bool:
-        value = hash(key)
-        if value in self._recent:
-            return True
-        at = np.searchsorted(self._sorted, value)
-        return bool(at < len(self._sorted) and self._sorted[at] == value)
-
-    def add(self, key: str) -> bool:
-        """Add; False where it was there already."""
-        if key in self:
-            return False
-        self._recent.add(hash(key))
-        if len(self._recent) > max(1 << 16, len(self._sorted) // 8):
-            recent = np.fromiter(self._recent, np.int64, len(self._recent))
-            self._sorted = np.sort(np.concatenate([self._sorted, recent]))
-            self._recent = set()
-        return True
+    """Raised when the output cannot be written or read; the message says which one and what to do."""
 
 
 class JsonLines:
-    """A file of JSON lines that one run at a time appends to, one write a line."""
+    """Append JSON lines to a file, one write a line; one run at a time."""
 
     def __init__(self, path: Path):
         """Open or create, lock, and cut off a last line that a kill left unfinished.
 
-        Raises SinkError; what is no file of records is left as it is.
+        Raises SinkError; a file that holds no records is left as it is.
         """
         self.path = path
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-            if self._regular:  # and not a device, which any number of runs may write
+            if self._regular:  # not a device, which any number of runs may write
                 self._lock()
                 self._refuse_foreign()
-                self._cut_torn_line()
+                cut_torn_line(path)
 
     def _lock(self) -> None:
         try:
@@ -92,63 +61,71 @@ class JsonLines:
             self.close()
             raise SinkError(f"{self.path} is there already, and no file of captions: choose another -o")
 
-    def _cut_torn_line(self) -> None:
-        end = os.fstat(self._fd).st_size
-        while end:
-            start = max(0, end - (1 << 16))
-            newline = os.pread(self._fd, end - start, start).rfind(b"\n")
-            if newline >= 0:
-                os.ftruncate(self._fd, start + newline + 1)
-                return
-            end = start
-        os.ftruncate(self._fd, 0)
-
     def write(self, record: dict) -> None:
-        """Append one record; it is in the file whole or not at all. Raises SinkError."""
+        """Append one record; it is in the file complete or not at all. Raises SinkError."""
         with explained(self.path):
             append(self._fd, json_bytes(record) + b"\n", self._regular)
 
     def records(self):
-        """The records so far. Raises SinkError where a line is not a JSON object."""
+        """Yield the records so far. Raises SinkError if a line is not a JSON object."""
         if not self._regular:  # a device holds no records
             return
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = json.loads(line)
-                    record["id"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise SinkError(
-                        f"line {number} of {self.path} is no record of a run: remove the line, or choose another -o"
-                    ) from error
+        good = 0
+        try:
+            for record in read_records(self.path):
+                record["id"]
+                good += 1
                 yield record
+        except (ValueError, KeyError, TypeError) as error:
+            raise SinkError(
+                f"line {good + 1} of {self.path} is no record of a run: remove the line, or choose another -o"
+            ) from error
 
     def clear(self) -> None:
-        """Drop all records: they are kept elsewhere. Raises SinkError."""
+        """Drop all records, which are kept elsewhere. Raises SinkError."""
         with explained(self.path):
             os.ftruncate(self._fd, 0)
 
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        """Remove records, atomically, and return how many. Raises SinkError."""
+        if not self._regular or not (count := sum(map(unwanted, self.records()))):
+            return 0
+        old = self._fd
+        try:
+            with explained(self.path), atomic_write(self.path) as file:
+                self._fd = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for record in self.records():
+                    if not unwanted(record):
+                        append(self._fd, json_bytes(record) + b"\n")
+        finally:
+            os.close(old)  # and its lock, once the new file has one and its name
+        return count
+
     def close(self) -> None:
-        """Close the file and give up its lock; a second time does nothing."""
+        """Close the file and release its lock; a second call does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 class FileSink:
-    """`captions.jsonl` for captions and `captions.errors.jsonl` (made when needed) for what failed.
+    """Write captions to `captions.jsonl`, and failed images to `captions.errors.jsonl` (created when needed)."""
 
-    `finished` holds the ids of earlier runs and of this one.
-    """
-
-    def __init__(self, path: str | Path, model: str, resume: bool = True):
+    def __init__(self, path: str | Path, model: str, resume: bool = True, flags: str = ""):
         """Open both files and read what is finished. Without `resume`, old files become `NAME.old`, `NAME.old2` ...
 
-        `model` is the checkpoint's hash: captions of two models are not mixed in one output. Raises SinkError.
+        Captions of two models (by their ids), or with other `flags`, are not mixed in one output. Raises SinkError.
         """
-        self.path, self.model = Path(path), model
+        self.path = Path(path)
+        self.model = model
+        self.flags = flags
         self.errors_path = self.path.with_name(self.path.stem + ".errors.jsonl")
-        self.finished, self._errors = IdSet(), None
+        self.finished = IdSet()  # keys of images, of earlier runs and of this one
+        self.changed = 0  # images that are captioned again, since their files have changed
+        self._moved = IdSet()  # aliases of images whose files have disappeared
+        self._errors = None
         self._refuse_foreign()
         self._journal = JsonLines(self.journal_path)
         try:
@@ -161,11 +138,11 @@ class FileSink:
 
     @property
     def journal_path(self) -> Path:
-        """The JSON lines that captions are appended to."""
+        """Return the file of JSON lines that captions are appended to."""
         return self.path
 
     def _refuse_foreign(self) -> None:
-        """Raise SinkError where `path` holds something that no run of ours has put there; nothing is changed yet."""
+        """Raise SinkError if `path` holds something that no run has written; nothing is changed yet."""
 
     def _start_over(self) -> None:
         self._journal.close()
@@ -176,25 +153,73 @@ class FileSink:
         self._journal = JsonLines(self.journal_path)
 
     def _read(self) -> None:
-        """Fill `finished`."""
-        for record in self._journal.records():
-            self._done(record, self.journal_path)
+        """Fill `finished`; records of images that have changed since are dropped."""
         if self.errors_path.is_file():
             self._errors = JsonLines(self.errors_path)
-            for record in self._errors.records():
-                self.finished.add(record["id"])
+        changed = 0
+        for record, where in self._finished_records():
+            self._refuse_others(record, where)
+            changed += not self._note(record)
+        for record in self._errors.records() if self._errors else ():
+            changed += not self._note(record)
+        if changed:
+            self.changed = self.drop(self._has_changed)
 
-    def _done(self, record: dict, where: Path) -> None:
-        """An earlier run's record, found in `where`. Raises SinkError where another model wrote it."""
+    def _note(self, record: dict) -> bool:
+        """Note the image of a record as finished; return False if its file has changed since."""
+        if self._has_changed(record):
+            return False
+        self.finished.add(key_of(record["id"], record.get("path")))
+        return True
+
+    def _finished_records(self) -> Iterator[tuple[dict, Path]]:
+        """Yield the captions' records, at least with id, path, model and flags, and the file of each."""
+        for record in self._journal.records():
+            yield record, self.journal_path
+
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        """Remove the records of images, captioned or failed, and return how many. Raises SinkError."""
+        return self._journal.drop(unwanted) + (self._errors.drop(unwanted) if self._errors else 0)
+
+    def _has_changed(self, record: dict) -> bool:
+        """Return True if an image is not the file that was captioned; one that has disappeared has not changed."""
+        if "path" not in record or "mtime_ns" not in record:  # of an earlier version
+            return False
+        now, before = stamp_of(record["path"]), (record.get("bytes"), record["mtime_ns"])
+        if before[1] is None:  # an error, because there was no file
+            return "error" in record and now is not None
+        if now is None:
+            self._moved.add(alias(record["id"], before[0]))
+        return now not in (None, before)
+
+    def is_finished(self, item: Item, size: int | None) -> bool:
+        """Return True if an image, whose file has `size` bytes, is finished; note it if not.
+
+        A file that was moved together with the list or folder that names it keeps its id, and stays finished.
+        """
+        return not self.finished.add(item.key) or alias(item.id, size) in self._moved
+
+    def missing(self, listed: IdSet) -> Iterator[str]:
+        """Yield the ids of captioned images that are not listed. `listed`: keys and aliases of images."""
+        for record, _ in self._finished_records():
+            if not is_listed(record, listed):
+                yield record["id"]
+
+    def _refuse_others(self, record: dict, where: Path) -> None:
+        """Raise SinkError for a record, found in `where`, of another model or made with other flags."""
         if record.get("model", self.model) != self.model:
             raise SinkError(
                 f"{where} holds captions of model {record['model']}, and this checkpoint is {self.model}: "
                 "choose another -o, or start over with --no-resume"
             )
-        self.finished.add(record["id"])
+        if (flags := record.get("flags")) not in (None, self.flags):  # None: of an earlier version
+            raise SinkError(
+                f"{where} holds captions made {_with(flags)}, and this run is {_with(self.flags)}: "
+                "choose another -o, or start over with --no-resume"
+            )
 
     def caption(self, record: dict, item: Item) -> None:
-        """Append the record of an item's caption. Raises SinkError; ImageError where the format cannot hold it."""
+        """Append the record of an item's caption. Raises SinkError; ImageError if the format cannot hold it."""
         self._journal.write(record)
 
     def error(self, record: dict) -> None:
@@ -204,14 +229,18 @@ class FileSink:
         self._errors.write(record)
 
     def close(self) -> None:
-        """Complete the output, as far as the run came, and give up its lock. Raises SinkError."""
+        """Complete the output, as far as the run has come, and release its lock. Raises SinkError."""
         for file in (self._journal, self._errors):
             if file is not None:
                 file.close()
 
 
+def _with(flags: str) -> str:
+    return f"with {flags}" if flags else "without flags that change them"
+
+
 class FolderSink(FileSink):
-    """A sink whose `path` is a folder, with the journal in it."""
+    """A sink whose `path` is a folder that contains the journal."""
 
     journal_name: str
 
@@ -226,38 +255,66 @@ class FolderSink(FileSink):
 
 
 class StreamSink:
-    """Captions to a stream of bytes (stdout), errors to another; nothing is resumed."""
+    """Write captions to one stream of bytes (stdout) and errors to another; nothing is resumed."""
 
     errors_path = journal_path = None
+    changed = 0
 
     def __init__(self, captions: int, errors: int):
         self.finished = IdSet()
-        self._captions, self._errors = captions, errors
+        self._captions = captions
+        self._errors = errors
+
+    def is_finished(self, item: Item, size: int | None) -> bool:
+        return not self.finished.add(item.key)
+
+    def missing(self, listed: IdSet) -> Iterator[str]:
+        return iter(())
 
     def caption(self, record: dict, item: Item) -> None:
-        self._write(self._captions, record)
+        write_line(self._captions, record)
 
     def error(self, record: dict) -> None:
-        self._write(self._errors, record)
+        write_line(self._errors, record)
 
     def close(self) -> None:
         """Nothing to close: the streams belong to the process."""
 
-    def _write(self, fd: int, record: dict) -> None:
-        line = (json.dumps(record) + "\n").encode()
-        with explained("stdout"):
-            while line:
-                line = line[os.write(fd, line) :]
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        return 0
+
+
+def write_line(fd: int, record: dict) -> None:
+    """Write a record as a line to a stream. Raises SinkError."""
+    line = (json.dumps(record) + "\n").encode()
+    with explained("stdout"):
+        while line:
+            line = line[os.write(fd, line) :]
+
+
+def is_listed(record: dict, listed: IdSet) -> bool:
+    """Return True if the image of a record is listed, by its key or its alias."""
+    return key_of(record["id"], record.get("path")) in listed or alias(record["id"], record.get("bytes")) in listed
+
+
+def alias(image_id: str, size: int | None) -> str:
+    """Return what identifies an image after its folder was moved."""
+    return f"{image_id}\0{size}"
+
+
+def captions_of(record: dict) -> list[str]:
+    """Return the captions of a record: one, or those that `-n` drew."""
+    return record.get("captions") or [record["caption"]]
 
 
 def put_aside(old: Path) -> None:
-    """Rename to `NAME.old`, or to `NAME.old2` and so on: what is kept already stays."""
+    """Rename to `NAME.old`, or to `NAME.old2` and so on: no earlier file is overwritten."""
     names = (old.with_name(f"{old.name}.old{number}") for number in itertools.chain([""], itertools.count(2)))
     os.rename(old, next(name for name in names if not os.path.lexists(name)))
 
 
 def json_bytes(record: dict) -> bytes:
-    """A record as one line of JSON, in UTF-8 where that is possible."""
+    """Return a record as one line of JSON, in UTF-8 if possible."""
     try:
         return json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # a file name that is not UTF-8
@@ -265,7 +322,7 @@ def json_bytes(record: dict) -> bytes:
 
 
 def append(fd: int, data: bytes, undo: bool = True) -> None:
-    """Append to a file in one write where the system takes it; where it fails half-way, take it back (`undo`)."""
+    """Append to a file in one write if the system accepts it; if it fails half-way, remove the rest (`undo`)."""
     written = os.write(fd, data)
     try:
         while written < len(data):

@@ -1,4 +1,4 @@
-"""What the commands on Ray share: which cluster, how many actors, and how much of a GPU each takes."""
+"""Join a Ray cluster: which one, how many actors, and how much of a GPU each takes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
-from serve.command import Misuse, Parser, positive
+from vlv.common.command import Misuse, Parser, positive
 
 
 def cluster_arguments() -> Parser:
-    """For whatever runs on a Ray cluster."""
+    """Return a parent parser for commands that run on a Ray cluster."""
     p = Parser(add_help=False)
     p.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster (default: this machine alone)")
     p.add_argument("--cpus", type=positive, metavar="N", help="without --address: CPUs that Ray counts on")
@@ -20,34 +20,34 @@ def cluster_arguments() -> Parser:
 
 
 def span(text: str) -> tuple[int, int]:
-    """An argument that is a number of actors, or the fewest and the most of them: 2, or 1-8."""
+    """Parse a number of actors, or the smallest and the largest number: 2, or 1-8."""
     low, _, high = text.partition("-")
     if low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low):
         return int(low), int(high or low)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of actors, such as 2, nor a range, such as 1-8")
+    raise argparse.ArgumentTypeError(f"expected a number of actors such as 2, or a range such as 1-8, got {text!r}")
 
 
 def share(text: str) -> float:
-    """An argument that is a part of a GPU."""
+    """Parse a share of a GPU."""
     try:
         if 0 < (value := float(text)) <= 1:
             return value
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no share of a GPU above 0, up to 1")
+    raise argparse.ArgumentTypeError(f"expected a share of a GPU above 0 and up to 1, got {text!r}")
 
 
 @contextmanager
-def joined(args: argparse.Namespace, part: str) -> Iterator[ModuleType]:
-    """The module ray.`part` (data, serve), in a driver of the cluster that cluster_arguments name. Raises Misuse."""
+def joined(library: str, address: str | None, cpus: int | None, debug: bool = False) -> Iterator[ModuleType]:
+    """Yield the module ray.`library` (data, serve) in a driver of a cluster: at `address`, or local. Raises Misuse."""
     try:
         import ray
 
-        module = import_module(f"ray.{part}")
+        module = import_module(f"ray.{library}")
     except ModuleNotFoundError as error:
-        raise Misuse(f'{error.name} is not installed: python -m pip install "ray[{part}]"') from error
-    place = {"address": args.address} if args.address else {"address": "local", "num_cpus": args.cpus}
-    ray.init(**place, log_to_driver=args.debug, logging_level="ERROR")
+        raise Misuse(f'{error.name} is not installed: python -m pip install "ray[{library}]"') from error
+    cluster = {"address": address} if address else {"address": "local", "num_cpus": cpus}
+    ray.init(**cluster, log_to_driver=debug, logging_level="ERROR")
     try:
         yield module
     finally:
@@ -55,7 +55,7 @@ def joined(args: argparse.Namespace, part: str) -> Iterator[ModuleType]:
 
 
 def on_gpu() -> bool:
-    """Whether the cluster has GPUs."""
+    """Return True if the cluster has GPUs."""
     import ray
 
     return ray.cluster_resources().get("GPU", 0) > 0

@@ -1,27 +1,26 @@
-"""One replica of serve.ray_serve, as an actor of Ray Serve runs it: the routes of serve.server around a service."""
+"""Run one replica of serve.ray_serve as an actor of Ray Serve: the routes of serve.server around a service."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
-from serve.server import opened
+from serve.http.routes import ServerConfig, open_routes
 
-WATCH = 0.1  # seconds between looks at the service while it loads
+WATCH = 0.1  # seconds between two checks of the service while it loads
 
 
 class Replica:
-    """Ray routes requests to it once __init__ has returned, replaces it where check_health raises."""
+    """Answer requests; Ray sends them once __init__ has returned, and replaces the replica if check_health raises."""
 
-    async def __init__(self, args: argparse.Namespace):
-        """Load the models. Raises what keeps them from it."""
-        self._opened = opened(args)
+    async def __init__(self, config: ServerConfig):
+        """Load the models. Raises the error that prevents it."""
+        self._opened = open_routes(config)
         self.routes = await self._opened.__aenter__()
-        self.answer = self.routes.app()  # `app` is taken by Ray
+        self.answer = self.routes.app()  # Ray uses the name `app`
         service = self.routes.service
         while not service.ready and not service.failure.done():
             await asyncio.sleep(WATCH)
@@ -30,23 +29,25 @@ class Replica:
             service.failure.result()
 
     def check_health(self) -> None:
-        """Raise what has ended the service for good; an engine that is started again has not."""
+        """Raise the error that has ended the service for good; an engine that is being restarted is no such error."""
         if self.routes.service.failure.done():
             self.routes.service.failure.result()
 
     async def close(self) -> None:
-        """End the processes; a second time does nothing."""
+        """End the processes; a second call does nothing."""
         self.routes.draining = True
         await self._opened.__aexit__(None, None, None)
 
     async def __del__(self) -> None:
-        """Ray awaits this once the requests are answered, or graceful_shutdown_timeout_s have passed."""
+        """Close; Ray awaits this once the requests are answered, or graceful_shutdown_timeout_s have passed."""
         await self.close()
 
 
 def front() -> Starlette:
-    """An application that hands every request to the replica in whose process it is: Ray wants one before there are
-    any replicas."""
+    """Return an application that passes each request to the replica of its process.
+
+    Ray Serve needs an application before there are any replicas.
+    """
     return Starlette(routes=[Mount("/", app=_forward)])
 
 

@@ -1,83 +1,58 @@
-"""The output folder of serve.ray_batch: its plan, and the parts that say which units of the plan are done.
+"""The output folder of serve.ray_batch: its plan, and the parts that tell which units of the plan are done.
 
     _plan/000000.json ...    the images of each unit, written before anything is captioned
     _plan/complete.json      the plan's terms; without it the plan is made again
-    part-000000.parquet      a unit's captions, put there whole: its presence is what makes the unit done
-    errors/part-000000.parquet    a unit's images that failed, put there before its captions
+    part-000000.parquet      a unit's captions, written atomically: the unit is done when it exists
+    errors/part-000000.parquet    a unit's images that failed, written before its captions
 
-A unit that is done twice, because a worker died after the work and before the news, writes the same file again. So
+A unit that is done twice, because a worker died between its part and its report, writes the same file again. So
 nothing is lost or doubled, whatever is killed, on a local disk as on S3 or GCS (through fsspec).
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from serve.command import Misuse
-from serve.core.inputs import SHARDS, Item, SourceError, expand, image_members, is_image
+from serve.core.id_set import IdSet
+from serve.core.inputs import Item
+from serve.core.remote import Remote, file_system
+from vlv.common.command import Misuse
 from vlv.common.files import atomic_write
-from vlv.data.image import ImageError
-
-HEADERS = 1 << 16  # bytes that are fetched at a time while a shard is listed
-
-
-class Remote(Item):
-    """An image behind a URL that fsspec opens: the object, or a member of the shard that it is."""
-
-    __slots__ = ()
-
-    def read(self) -> bytes:
-        """The image file's content. Raises ImageError."""
-        if self.problem:
-            raise ImageError("unreadable", self.problem)
-        end = None if self.length is None else self.offset + self.length
-        try:
-            fs, path = file_system(self.path)
-            content = fs.cat_file(path, start=self.offset or None, end=end)
-        except FileNotFoundError as error:
-            raise ImageError("missing", "there is no such file") from error
-        except Exception as error:  # every file system has its own
-            raise ImageError("unreadable", f"cannot read the URL: {type(error).__name__}: {error}") from error
-        if self.length is not None and len(content) < self.length:
-            raise ImageError("damaged", f"the shard ends after {len(content)} of {self.length} bytes of this member")
-        return content
 
 
 class Store:
-    """A folder, local or behind a URL, whose files appear whole."""
+    """A folder, local or behind a URL, whose files are written atomically."""
 
     def __init__(self, url: str):
-        """Raises Misuse where fsspec has no file system for the URL."""
+        """Raises Misuse if fsspec has no file system for the URL."""
         self._fs, self._root = file_system(url)
 
     def write(self, name: str, content: bytes) -> None:
-        """Put a file there, or replace it."""
+        """Write a file, or replace it."""
         path = f"{self._root}/{name}"
         if "file" in self._fs.protocol:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with atomic_write(Path(path), shared=True) as file:
                 file.write_bytes(content)
-        else:  # an object store shows an object once it is whole
+        else:  # an object store shows an object once it is complete
             self._fs.pipe_file(path, content)
 
     def remove(self, name: str) -> None:
-        """Take a file away where there is one."""
+        """Remove a file if there is one."""
         path = f"{self._root}/{name}"
         if self._fs.exists(path):
             self._fs.rm_file(path)
 
     def read(self, name: str) -> bytes:
-        """A file's content. Raises FileNotFoundError."""
+        """Return a file's content. Raises FileNotFoundError."""
         return self._fs.cat_file(f"{self._root}/{name}")
 
     def names(self, suffix: str) -> set[str]:
-        """The names at the top of the folder that end so."""
+        """Return the names at the top of the folder that end with `suffix`."""
         if not self._fs.exists(self._root):
             return set()
         self._fs.invalidate_cache()
@@ -85,86 +60,20 @@ class Store:
         return {name for name in found if name.endswith(suffix)}
 
 
-def file_system(url: str):
-    """fsspec's file system for a URL or path, and the path in it. Raises Misuse."""
-    from fsspec.core import url_to_fs
-
-    try:
-        fs, path = url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise Misuse(f"{url} cannot be opened: {error}") from error
-    return fs, path.rstrip("/")
-
-
 def part(unit: int, ending: str = "") -> str:
-    """The name of a unit's part."""
+    """Return the name of a unit's part."""
     return f"part-{unit:06}{ending}"
 
 
-def items_of(paths: list[str], column: str) -> Iterator[Item]:
-    """The images of paths (as serve.core.inputs), of folders, globs and shards behind URLs, and of Parquet files of
-    URLs.
-
-    Raises SourceError or Misuse.
-    """
-    for path in paths:
-        if path.endswith(".parquet"):
-            yield from _listed(path, column)
-        elif "://" in path:
-            yield from _remote(path)
-        else:
-            yield from expand([path])
-
-
-def _listed(path: str, column: str) -> Iterator[Item]:
-    from pyarrow import parquet
-
-    fs, inside = file_system(path)
-    if not fs.exists(inside):
-        raise SourceError(f"no such file: {path}")
-    with fs.open(inside, "rb") as file:
-        table = parquet.ParquetFile(file)
-        if column not in table.schema_arrow.names:
-            raise SourceError(f"{path} has no column {column}: it has {table.schema_arrow.names}; choose --url-column")
-        for batch in table.iter_batches(columns=[column]):
-            for url in batch.column(0).to_pylist():
-                if "://" in (url or ""):
-                    yield Remote(url, url)
-                else:
-                    yield Item(url or "", os.path.abspath(url or ""))
-
-
-def _remote(url: str) -> Iterator[Item]:
-    fs, inside = file_system(url)
-    names = sorted(fs.glob(inside) if glob.has_magic(inside) else fs.find(inside))
-    if not any(is_image(name) or name.lower().endswith(SHARDS) for name in names):
-        raise SourceError(f"no images at {url}")
-    for name in names:
-        whole_url = fs.unstrip_protocol(name)
-        if name.lower().endswith(SHARDS):
-            yield from _remote_shard(fs, name, whole_url)
-        elif is_image(name):
-            yield Remote(whole_url, whole_url)
-
-
-def _remote_shard(fs, name: str, url: str) -> Iterator[Item]:
-    try:
-        # a header is half a kilobyte and images lie between: read little ahead
-        with fs.open(name, "rb", block_size=HEADERS) as file, tarfile.open(fileobj=file, mode="r:") as shard:
-            for member in image_members(shard):
-                yield Remote(f"{url}/{member.name}", url, member.offset_data, member.size)
-    except Exception as error:  # tarfile's, and every file system has its own
-        yield Remote(url, url, problem=f"the shard cannot be read to its end: {type(error).__name__}: {error}")
-
-
 def plan(store: Store, items: Iterable[Item], terms: dict, size: int) -> int:
-    """Write the plan, or find it written; the number of units. Raises Misuse where other terms hold there."""
+    """Write the plan unless it is there; return the number of units. Raises Misuse if it has other terms."""
     try:
         held = json.loads(store.read("_plan/complete.json"))
     except FileNotFoundError:
         pass
     else:
-        if changed := sorted(name for name in terms if held.get(name) != terms[name]):
+        # a plan of an earlier version has no flags
+        if changed := sorted(name for name in terms if held.get(name, terms[name]) != terms[name]):
             name, before = changed[0], held.get(changed[0])
             raise Misuse(f"DST was begun with {name} {before}, and this is {terms[name]}: choose another DST")
         return held["units"]
@@ -182,9 +91,7 @@ def plan(store: Store, items: Iterable[Item], terms: dict, size: int) -> int:
 
 
 def _once(items: Iterable[Item]) -> Iterator[Item]:
-    """Each id once, as its first mention has it."""
-    from serve.outputs.jsonl import IdSet
-
+    """Return the items without those whose id has come before."""
     seen = IdSet()
     return (item for item in items if seen.add(item.id))
 
@@ -195,6 +102,6 @@ def _write_unit(store: Store, unit: int, items: list[Item]) -> None:
 
 
 def unit_items(store: Store, unit: int) -> list[Item]:
-    """The images of one unit."""
+    """Return the images of one unit."""
     entries = json.loads(store.read(f"_plan/{unit:06}.json"))
     return [(Remote if entry.pop("remote") else Item)(**entry) for entry in entries]

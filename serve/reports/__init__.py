@@ -1,1 +1,1 @@
-"""Progress, timeline, gallery, the doctor, and benchmark pages."""
+"""Report: progress, timeline, gallery, doctor, load tests and their page."""

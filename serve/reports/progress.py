@@ -1,4 +1,4 @@
-"""How far a run is: counts, images per second and the time left, on stderr."""
+"""Show the progress of a run on stderr: counts, images per second, and the time left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WINDOW = 60  # seconds over which the rate is taken
 
 @dataclass
 class Progress:
-    """Counts of one run. `total` is filled in once the input has been counted."""
+    """Count one run's images. `total` is set once the input has been counted."""
 
     captioned: int = 0
     failed: int = 0
@@ -22,18 +22,25 @@ class Progress:
     first: float | None = None  # seconds from start to the first caption
     _recent: deque = field(default_factory=deque)
     _width: int = 0
+    _shown: tuple = ()
 
     @property
     def finished(self) -> int:
+        """Return the images of this run that have a caption or an error."""
         return self.captioned + self.failed
 
+    @property
+    def _counts(self) -> tuple:
+        return self.captioned, self.failed, self.skipped, self.first is None
+
     def caption(self) -> None:
+        """Count a captioned image."""
         self.captioned += 1
         if self.first is None:
             self.first = time.monotonic() - self.started
 
     def rate(self) -> float:
-        """Images a second over the last minute, counted from the first caption."""
+        """Return the images per second over the last minute, counted from the first caption."""
         now = time.monotonic()
         if self.first is None:
             return 0.0
@@ -44,7 +51,7 @@ class Progress:
         return (self.finished - before) / (now - then) if now > then else 0.0
 
     def line(self) -> str:
-        """The state of the run: what is done of what, the rate, the time left."""
+        """Return the state of the run: images done, rate, time left."""
         rate, total = self.rate(), self.total
         parts = [f"{self.finished + self.skipped}" + (f"/{total}" if total else "") + " images"]
         if self.first is None:
@@ -53,28 +60,29 @@ class Progress:
             parts.append(f"{rate:.1f} images/s")
             if total and rate:
                 parts.append(f"ETA {_clock(max(0, total - self.skipped - self.finished) / rate)}")
-        return "  ".join(parts + self._oddities())
+        return "  ".join(parts + self._remarks())
 
     def summary(self) -> str:
-        """What the run has done."""
+        """Return the result of the run."""
         seconds = time.monotonic() - self.started
         parts = [f"{self.captioned} images captioned in {_clock(seconds)}"]
         if self.first is not None:
             parts.append(f"the first after {self.first:.1f} s")
             if self.captioned > 1:
                 parts.append(f"then {(self.captioned - 1) / max(seconds - self.first, 1e-3):.1f} images/s")
-        return ", ".join(parts + self._oddities())
+        return ", ".join(parts + self._remarks())
 
-    def _oddities(self) -> list[str]:
+    def _remarks(self) -> list[str]:
         failed = [f"{self.failed} failed"] if self.failed else []
         return failed + ([f"{self.skipped} done before"] if self.skipped else [])
 
     def show(self, line: str, last: bool = False) -> None:
-        """Write a line to stderr, over the previous one on a terminal."""
+        """Write a line to stderr; on a terminal it replaces the previous one."""
         if sys.stderr.isatty():
             sys.stderr.write("\r" + line.ljust(self._width) + ("\n" if last else ""))
             self._width = len(line)
-        else:
+        elif last or self._counts != self._shown:  # in a file or pipe, a line only if something has changed
+            self._shown = self._counts
             sys.stderr.write(line + "\n")
         sys.stderr.flush()
 

@@ -1,4 +1,4 @@
-"""When each stage worked: a trace for Perfetto (https://ui.perfetto.dev, chrome://tracing), and what set the pace.
+"""Record when each stage works: a trace for Perfetto (https://ui.perfetto.dev), and the stage that limits the rate.
 
 timeline = Timeline("out.json")
 timeline.places["the encoder"] = 1
@@ -15,14 +15,16 @@ from pathlib import Path
 
 from serve.outputs.jsonl import explained
 
+MIN_SECONDS = 10.0  # of a run without loading, before its busiest stage says anything about a longer one
+
 
 class Timeline:
-    """Spans are written as they come, so memory does not grow; an interrupted trace is still a readable one."""
+    """Write spans as they come, so that memory does not grow; an interrupted trace can still be read."""
 
     def __init__(self, path: str | Path | None = None):
-        """`path`: the trace's file, if one is wanted. Raises SinkError."""
-        self.places: dict[str, int] = {}  # what a stage can do at a time
-        self.window: float | None = None  # since when all stages could work; loading is left out of the summary
+        """Open the trace's file; without `path` no trace is written. Raises SinkError."""
+        self.places: dict[str, int] = {}  # how many items a stage can work on at a time
+        self.window: float | None = None  # since when all stages were loaded; the summary begins here
         self._busy: dict[str, float] = {}
         self._lanes: dict[str, list[tuple[float, int]]] = {}
         self._start, self._named, self._path = time.monotonic(), set(), path
@@ -33,7 +35,7 @@ class Timeline:
                 self._file.write("[")
 
     def span(self, stage: str, start: float, end: float | None = None, name: str | None = None, **about) -> None:
-        """`stage` worked from `start` to `end` (now)."""
+        """Record that `stage` worked from `start` to `end` (now), in seconds of time.monotonic()."""
         end = time.monotonic() if end is None else end
         if self.window is not None:
             self._busy[stage] = self._busy.get(stage, 0.0) + max(0.0, end - max(start, self.window))
@@ -42,7 +44,7 @@ class Timeline:
             self._write({**event, "dur": round((end - start) * 1e6), "tid": self._lane(stage, start, end)})
 
     def _lane(self, stage: str, start: float, end: float) -> int:
-        """The first row of the stage that is free at `start`: the spans of one row must not overlap."""
+        """Return the first row of the stage that is free at `start`: the spans of one row must not overlap."""
         free = self._lanes.setdefault(stage, [])
         if free and free[0][0] <= start:
             _, lane = heapq.heapreplace(free, (end, free[0][1]))
@@ -63,20 +65,22 @@ class Timeline:
             self._file.write(f"\n{json.dumps({'pid': 1, **event})},")
 
     def utilisation(self) -> dict[str, float]:
-        """Per stage, the part of its places that was at work since all stages could."""
+        """Return for each stage the part of its capacity that was busy since all stages were loaded."""
         if self.window is None:
             return {}
         seconds = max(time.monotonic() - self.window, 1e-9)
         return {stage: self._busy.get(stage, 0.0) / (places * seconds) for stage, places in self.places.items()}
 
     def summary(self) -> str:
-        """One line: how busy each stage was, and which set the pace."""
+        """Return one line: how busy each stage was, and, after MIN_SECONDS, which one limits the rate."""
         used = self.utilisation()
         if not used or not any(used.values()):
             return ""
         parts = [f"{stage} {min(part, 1):.0%} of {self.places[stage]}" for stage, part in used.items()]
-        slowest = max(used, key=used.get)
-        return f"busy: {', '.join(parts)}; the pace was set by {slowest}"
+        busy = f"busy: {', '.join(parts)}"
+        if time.monotonic() - self.window < MIN_SECONDS:
+            return busy
+        return f"{busy}; the pace was set by {max(used, key=used.get)}"
 
     def close(self) -> None:
         """Complete the file."""

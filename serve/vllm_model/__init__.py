@@ -1,1 +1,1 @@
-"""VLV as one of vLLM's multimodal models."""
+"""Run VLV as one of vLLM's multimodal models."""

@@ -1,4 +1,4 @@
-"""What vLLM reads from the config.json of a folder that serve.vllm_plugin has written."""
+"""Define what vLLM reads from the config.json of a folder that serve.vllm_plugin has written."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ ANYWAY = "VLV_ANY_VLLM"  # environment variable: 1 tries another version
 
 
 class VersionError(UserError, ValueError):
-    """This vLLM is none that the plugin was tested with."""
+    """Raised for a version of vLLM that the plugin was not tested with."""
 
 
 class CaptionerConfig(PretrainedConfig):
-    """`encoder`: VLVConfig as a dict; `text_config`: the language model's own configuration."""
+    """Configure encoder and language model. `encoder`: VLVConfig as a dict; `text_config`: the language model's."""
 
     model_type = "vlv"
     has_no_defaults_at_init = True
 
     def __init__(self, encoder: dict, text_config: dict | PretrainedConfig, **kwargs):
-        """Raises VersionError where this is vLLM and not a tested one."""
+        """Read the configuration. Raises VersionError for a version of vLLM that was not tested."""
         require_tested()
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)

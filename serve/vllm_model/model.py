@@ -1,8 +1,8 @@
-"""VLV inside vLLM: the encoder and the language model as one of vLLM's multimodal models.
+"""Run VLV inside vLLM: the encoder and the language model as one of vLLM's multimodal models.
 
-An image becomes `queries` prompt tokens, whose embeddings the encoder writes; nothing else is in the prompt, as in
-training. vLLM imports this file where it meets a folder of serve.vllm_plugin; see there. The classes to derive from
-are those of vLLM's own models (the nearest of these: model_executor/models/blip2.py).
+An image becomes `queries` prompt tokens, whose embeddings come from the encoder; the prompt holds nothing else, as in
+training. vLLM imports this file for a folder of serve.vllm_plugin. The base classes are those of vLLM's own models; the
+most similar one is vLLM's model_executor/models/blip2.py.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from vlv.data.image import MAX_PIXELS, centre
 from vlv.model.config import VLVConfig
 from vlv.model.encoder import VLVEncoder
 
-LLM = "llm."  # prefix of the language model's tensors on their way in
-PLACEHOLDER = 0  # any token: its embedding is never looked at
+LLM = "llm."  # prefix of the language model's tensors while they are loaded
+PLACEHOLDER = 0  # any token: its embedding is never used
 
 
 class Info(BaseProcessingInfo):
-    """What a prompt may hold: one image."""
+    """Tell vLLM what a prompt may hold: one image."""
 
     @property
     def encoder(self) -> VLVConfig:
@@ -51,7 +51,7 @@ class Info(BaseProcessingInfo):
 
 
 class DummyInputs(BaseDummyInputsBuilder[Info]):
-    """A request of the largest size, by which vLLM plans its memory."""
+    """Make a request of the largest size, by which vLLM plans its memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return ""
@@ -62,7 +62,7 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):
 
 
 class Processor(BaseMultiModalProcessor[Info]):
-    """An image to its uint8 crop, and the prompt to the placeholders of its embeddings."""
+    """Turn an image into its uint8 crop, and the prompt into the placeholders of its embeddings."""
 
     def _call_hf_processor(self, hf_data: Mapping, hf_kwargs: Mapping) -> BatchFeature:
         size = self.info.encoder.image_size
@@ -82,9 +82,10 @@ class Processor(BaseMultiModalProcessor[Info]):
 
 
 def _crop(image: Image.Image | np.ndarray | Tensor, size: int) -> np.ndarray:
-    """uint8 [size, size, 3], the crop of vlv.data.image.load_crop. Raises ValueError where it is no picture.
+    """Return the crop of vlv.data.image.load_crop, uint8 [size, size, 3]. Raises ValueError if it is no image.
 
-    vLLM has decoded a file, turned it upright, laid it on white and made it RGB; arrays it lets through as they are.
+    vLLM has decoded a file, applied its orientation, composed it with white and converted it to RGB; it passes arrays
+    through unchanged.
     """
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
@@ -98,14 +99,14 @@ def _crop(image: Image.Image | np.ndarray | Tensor, size: int) -> np.ndarray:
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=DummyInputs)
 class VLVForCaptioning(nn.Module, SupportsMultiModal):
-    """The encoder of the checkpoint, and its language model as vLLM runs it."""
+    """Hold the encoder of the checkpoint, and its language model as vLLM runs it."""
 
     # files of the folder: the encoder's first, then the language model's (below)
     allow_patterns_overrides = ("encoder.safetensors",)
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """What stands for an image in a chat's text: nothing, since the text is dropped."""
+        """Return what stands for an image in a chat's text: nothing, since the text is dropped."""
         return None
 
     def __init__(self, *, vllm_config, prefix: str = ""):
@@ -117,11 +118,11 @@ class VLVForCaptioning(nn.Module, SupportsMultiModal):
         with self._mark_tower_model(vllm_config, "image"):
             self.encoder = VLVEncoder(VLVConfig.from_dict(config.encoder)).requires_grad_(False)
         with self._mark_language_model(vllm_config):
-            # no prefix of its own: a quantised folder names its layers as they are called when it is loaded alone
+            # without a prefix: a quantised folder names its layers as if it were loaded alone
             self.language_model = init_vllm_registered_model(vllm_config, prefix=prefix, hf_config=config.text_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Fill both; returns the names of the parameters that were filled, which vLLM holds against its own list."""
+        """Load both parts; return the names of the loaded parameters, which vLLM compares with its own list."""
         encoder = {}
 
         def of_llm():
@@ -138,13 +139,13 @@ class VLVForCaptioning(nn.Module, SupportsMultiModal):
         return {f"language_model.{name}" for name in loaded} | {f"encoder.{name}" for name in encoder}
 
     def embed_multimodal(self, **kwargs) -> Tensor:
-        """crops: uint8 [B, 3, S, S] -> prompt embeddings [B, queries, llm_width]."""
+        """Return prompt embeddings [B, queries, llm_width] of crops: uint8 [B, 3, S, S]."""
         return self.encoder(kwargs["crops"])
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs) -> Tensor:
-        """Hidden states [T, llm_width] of the tokens of all requests in a row."""
+        """Return hidden states [T, llm_width] of the tokens of all requests, concatenated."""
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """[T, llm_width] -> [T, vocabulary]"""
+        """Return logits [T, vocabulary] of hidden states [T, llm_width]."""
         return self.language_model.compute_logits(hidden_states)

@@ -33,14 +33,16 @@ def installed(clean_venv, wheel):
     return python
 
 
-def test_the_wheel_holds_the_rooms_and_their_data(wheel, tree):
+def test_the_wheel_holds_the_packages_and_their_data(wheel, tree):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info" not in name}
     # not kernels: Hugging Face's library has kernels/__init__.py, and one would overwrite the other
     assert top == {"_vlv", "vlv.pth", "optimum"}
     assert not [name for name in names if name.startswith("optimum/") and name.endswith("__init__.py")]  # a namespace
-    rooms = ("vlv", "export", "serve", "optimum", "kernels")
-    kept = [str(path.relative_to(tree)) for room in rooms for path in (tree / room).rglob("*") if path.is_file()]
+    packages = ("vlv", "export", "serve", "optimum", "kernels")
+    kept = [
+        str(path.relative_to(tree)) for package in packages for path in (tree / package).rglob("*") if path.is_file()
+    ]
     there = {name.removeprefix("_vlv/") for name in names}
     assert not [name for name in kept if name not in there]
     assert "_vlv/vlv/assets/OFL.txt" in names  # the glyphs' licence goes where they go
@@ -49,18 +51,26 @@ def test_the_wheel_holds_the_rooms_and_their_data(wheel, tree):
 def test_the_source_archive_can_be_set_up_and_tested(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {"pyproject.toml", "setup.py", "Makefile", "README.md", "requirements/cpu.lock", "scripts/setup.sh"}
+    needed = {
+        "pyproject.toml",
+        "setup.py",
+        "Makefile",
+        "README.md",
+        "requirements/cpu.lock",
+        "requirements/test.lock",
+        "scripts/setup.sh",
+    }
     assert needed | {"serve/http/web/app.js", "tests/conftest.py", "docs/serving.md"} <= names
 
 
 def test_imports_and_data_are_the_wheels(installed, clean_venv):
     code = """
-import json, export.runtimes.base, kernels.window_attention, serve.http.page, serve.server, vlv.model.encoder,
-vlv.data.scenes
+import json, export.runtimes.base, kernels.window_attention, serve.http.web.page, serve.server, vlv.model.encoder
+import vlv.data.scenes
 vlv.data.scenes.render(vlv.data.scenes.sample(0))
 import kernels.runtime.tuning
-print(json.dumps([m.__file__ for m in (export.runtimes.base, kernels, serve.http.page, vlv.model.encoder)] +
-[serve.http.page.PAGE]))
+print(json.dumps([m.__file__ for m in (export.runtimes.base, kernels, serve.http.web.page, vlv.model.encoder)]
+                 + [serve.http.web.page.PAGE]))
 """
     *files, page = json.loads(installed("-c", code))
     assert all(Path(file).is_relative_to(clean_venv) for file in files), files

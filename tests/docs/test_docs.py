@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
 by_page = pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-ROOMS = ("kernels", "vlv", "export", "serve", "benchmarks")
+PACKAGES = ("kernels", "vlv", "export", "serve", "benchmarks")
 OUTSIDE = {
     "pip",
     "docker",
@@ -31,6 +33,7 @@ OUTSIDE = {
     "helm",
     "curl",
     "source",
+    "bash",
 }  # not ours: only the files that they name are looked at
 RUN = [
     "python -m vlv.checkpoint assets/vlv-tiny",
@@ -81,7 +84,7 @@ def options_of_vllm() -> set[str]:
 
 def parse(module: str, words: list[str]) -> None:
     """Raise AssertionError where a command's parser refuses the words, say because one is missing."""
-    if importlib.util.find_spec(module) is None or module.split(".")[0] not in ROOMS:
+    if importlib.util.find_spec(module) is None or module.split(".")[0] not in PACKAGES:
         return
     if parser := getattr(importlib.import_module(module), "parser", None):
         with contextlib.redirect_stderr(io.StringIO()) as told:
@@ -98,7 +101,9 @@ def check(words: list[str]) -> None:
     used = {word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
     if words[0] in ("python", ".venv/bin/python"):
         assert words[1] == "-m" or (ROOT / words[1]).is_file(), words
-        if words[1] == "-m" and words[2] != "pytest":
+        if words[2].startswith("vllm."):
+            assert used - {"-m"} <= options_of_vllm(), used - options_of_vllm()
+        elif words[1] == "-m" and words[2] != "pytest":
             missing = used - {"-m"} - options_of(words[2])
             if missing and words[3].isalpha():
                 missing -= options_of(*words[2:4])
@@ -147,8 +152,8 @@ def test_quick_commands_run(command, tmp_path):
 def messages() -> list[str]:
     """Every text in the code, with … for what is filled in."""
     found = set()
-    for room in ROOMS[:-1]:
-        for path in (ROOT / room).rglob("*.py"):
+    for package in PACKAGES[:-1]:
+        for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
                     found.add("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
@@ -163,11 +168,37 @@ def test_messages_are_the_codes(title):
     assert any(re.search(pattern, text) for text in messages()), "no message of the code reads so"
 
 
-@by_page
+@pytest.mark.parametrize("page", [*DOCS, README, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     there = {"modules.md", "api.md"}  # made when the site is built
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         assert "://" in target or target in there or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [*DOCS, README, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    if page.name == "log.md":
+        return  # it tells of files that were
+    files = re.findall(r"`((?:kernels|vlv|export|serve|tests|benchmarks|scripts|deploy)/[\w./-]*)`", page.read_text())
+    written = {"benchmarks/gpu/kernels.json"}  # by a run on a GPU
+    assert not [file for file in files if "NAME" not in file and file not in written and not (ROOT / file).exists()]
+
+
+def test_the_readme_commands_for_a_gpu_are_taken():
+    """They cannot run here: their options and files are checked, and that the locked packages are our requirements."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    lines = [
+        line for block in re.findall(r"```bash\n(.*?)```", README.read_text(), re.S) for line in block.splitlines()
+    ]
+    assert any("requirements/gpu.lock" in line for line in lines)
+    for line in lines:
+        words = shlex.split(line)
+        command = Path(words[0]).name
+        if command in scripts:
+            parse(scripts[command].split(":")[0], words[1:])
+        else:
+            assert command.startswith("python") and "pip install" in line, line
+            assert all((ROOT / word).exists() for word in words if word.startswith("requirements/")), line
 
 
 def hook():
@@ -185,9 +216,9 @@ def test_reference_pages_name_every_module_and_public_class():
     for expected in (
         "class VLVEncoder",
         "def resolve(",
-        "class Engine(ABC)",
+        "class LLMEngine(ABC)",
         "async def generate(self",
-        "class Pipeline",
+        "class CaptionRun",
     ):
         assert expected in api
     assert not [module for module in made.PUBLIC if f"\n## {module}\n" not in api]

@@ -19,7 +19,7 @@ def page():
 def test_it_shows_the_committed_figures(page):
     caption = json.loads((report.FOLDER / "caption.json").read_text())
     encoder = json.loads((report.FOLDER / "encoder_cpu.json").read_text())["runs"][0]
-    assert f"{caption['parts']['road']['images_per_second']:.4g} /s" in page
+    assert f"{caption['parts']['service']['images_per_second']:.4g} /s" in page
     assert f"{encoder['error']['ours_to_theirs']['max']:.1e} at most" in page
     assert f"{60 / encoder['seconds']['ours']['median']:.4g} /min" in page
     for file in (report.FOLDER / "training").glob("*.json"):

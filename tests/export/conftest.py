@@ -12,7 +12,7 @@ from export.verification.inputs import VerificationInputs
 from vlv.checkpoints.folder import Checkpoint
 
 BUNDLED = Path(__file__).parents[2] / "assets" / "vlv-tiny"
-LIMITS = ["--max-batch", "5", "--max-pictures", "2"]
+LIMITS = ["--max-batch", "5", "--max-images", "2"]
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import torch
 
 from export import onnx, trace
 from export.manifest import ArtifactError, Manifest, digest
-from export.quantize import precision as quantize
-from export.runtimes.base import open_runtime
+from export.quantize.int8 import to_int8
+from export.runtimes.factory import open_runtime
 from export.runtimes.onnxruntime import OrtSession
 from tests.export.conftest import BUNDLED, LIMITS
 
@@ -79,7 +79,7 @@ def test_int8_of_weights_apart(apart, tmp_path, monkeypatch):
     artifact = Manifest.open(apart).artifacts["context_kv"]
     traced = trace.Traced(list(artifact.files), artifact.blocks, {})
     for _ in range(2):
-        written = quantize.to_int8(traced, apart, tmp_path)
+        written = to_int8(traced, apart, tmp_path)
         assert sorted(f.name for f in tmp_path.iterdir()) == sorted(written.files) == sorted(artifact.files)
         data = (tmp_path / written.files[1]).stat().st_size
         assert data < artifact.files["context_kv.onnx.data"]["bytes"] / 2

@@ -12,28 +12,29 @@ import pytest
 import torch
 
 from export import graphs, trace
+from export.builders.onnx import Exporter
 from export.components import COMPONENTS, Batch
-from export.exporter import Exporter
 from export.manifest import Artifact, Manifest
-from export.quantize import precision as quantize
+from export.quantize.int8 import to_int8
+from export.quantize.precision import block_costs, cheapest_blocks, exclusion_candidates
 from export.verification.inputs import VerificationInputs
 from export.verification.verifier import compare
 from tests.export.toy import Toy, export, scaled
 
 
-def test_int8_leaves_exact_blocks_alone(tmp_path):
+def test_int8_leaves_excluded_blocks_alone(tmp_path):
     """The products of a block that is kept are no 8-bit ones, and its error is none."""
     toy = scaled(Toy())
     traced = trace.to_onnx(toy, tmp_path / "toy.onnx", Batch(1, 1, 4), 20)
     inputs = {"x": torch.randn(4, 64)}
     errors = []
-    for exact, products in (((), 3), (("layers.1",), 2), (toy.blocks, 0)):
-        made = tmp_path / str(products)
-        made.mkdir()
-        written = quantize.to_int8(traced, tmp_path, made, exact=exact)
-        nodes = onnx_library.load(made / written.files[0]).graph.node
+    for excluded, products in (((), 3), (("layers.1",), 2), (toy.blocks, 0)):
+        work_dir = tmp_path / str(products)
+        work_dir.mkdir()
+        written = to_int8(traced, tmp_path, work_dir, excluded_blocks=excluded)
+        nodes = onnx_library.load(work_dir / written.files[0]).graph.node
         assert sum(node.op_type == "MatMulInteger" for node in nodes) == products
-        session = onnxruntime.InferenceSession(made / "toy.onnx", providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(work_dir / "toy.onnx", providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(None, {"x": inputs["x"].numpy()})[0])
         errors.append(compare(found, toy(inputs["x"]).detach())["rms"])
     assert errors[0] > errors[1] > 1e-4 > errors[2]
@@ -41,35 +42,36 @@ def test_int8_leaves_exact_blocks_alone(tmp_path):
 
 @pytest.fixture
 def exporting(tmp_path, monkeypatch):
-    """A function: precision, exact blocks of its trace, enough of them -> problems, attempts, what was published."""
+    """A function: precision, float32 blocks, enough excluded ones -> problems, attempts, what is published."""
     shares = {"a": 0.02, "b": 0.03, "c": 0.1, "d": 0.3, "e": 0.55}
-    monkeypatch.setattr("export.exporter.quantize.costs", lambda graph: shares)
-    monkeypatch.setattr("export.exporter.lint.problems", lambda *_: [])
-    monkeypatch.setattr("export.exporter.OrtSession.on_cpu", lambda *_: None)
+    monkeypatch.setattr("export.builders.onnx.precision.block_costs", lambda graph: shares)
+    monkeypatch.setattr("export.builders.onnx.graph_lint.problems", lambda *_: [])
+    monkeypatch.setattr("export.builders.onnx.OrtSession.on_cpu", lambda *_: None)
 
-    def run(precision, traced, enough, allow_drift=False):
+    def run(precision, fp32_blocks, enough, allow_drift=False):
         tried, published = [], []
 
         class Stub(Exporter):
             def __init__(self):
                 graph = SimpleNamespace(blocks=tuple(shares))
                 session = SimpleNamespace(graph=graph)
-                self.probes = SimpleNamespace(reference=SimpleNamespace(session=lambda name: session))
+                self.inputs = SimpleNamespace(reference=SimpleNamespace(session=lambda name: session))
                 self.manifest = SimpleNamespace(
-                    sampling=True, publish=lambda artifact, made: published.append(artifact)
+                    sampling=True, publish=lambda artifact, work_dir: published.append(artifact)
                 )
                 self.verifier = SimpleNamespace(check=check)
-                self.made, self._trace = tmp_path, lambda wanted: (graph, None, traced)
+                self.config = SimpleNamespace(allow_drift=allow_drift)
+                self.work_dir, self._trace = tmp_path, lambda expected: (graph, None, fp32_blocks)
 
-            def _written(self, wanted, graph, traced, exact):
-                tried.append(exact)
-                return dataclasses.replace(wanted, exact=exact, files={"x": {}})
+            def _write(self, expected, graph, traced):
+                tried.append(expected.excluded_blocks)
+                return dataclasses.replace(expected, files={"x": {}})
 
         def check(artifact, session, folder):
-            return {"problems": [] if len(artifact.exact) >= enough else ["too far"]}
+            return {"problems": [] if len(artifact.excluded_blocks) >= enough else ["too far"]}
 
-        wanted = Artifact("encoder", "onnx", "", precision, 20, (), (), Batch(1, 1, 1), "", "", "", "", {}, "")
-        return Stub().export(wanted, allow_drift), tried, published
+        expected = Artifact("encoder", "onnx", "", precision, 20, (), (), Batch(1, 1, 1), "", "", "", "", {}, "")
+        return Stub().export(expected), tried, published
 
     return run
 
@@ -86,16 +88,16 @@ def test_int8_returns_to_float32_as_little_as_helps(exporting, capsys, enough):
 
 
 def test_other_precisions_are_tried_once(exporting):
-    """With the blocks that their trace kept exact, which the manifest names, however the check ends."""
+    """With the blocks that their trace kept in float32, which the manifest names, however the check ends."""
     problems, tried, published = exporting("mixed", ("c",), 2, allow_drift=True)
-    assert not problems and tried == [("c",)] and published[0].exact == ("c",)
+    assert not problems and tried == [()] and published[0].fp32_blocks == ("c",)
 
 
 @pytest.mark.parametrize("component", sorted(COMPONENTS))
 def test_costs_are_shares_of_the_products(probes, component):
     """Linear layers and convolutions; all layers of the text model cost the same, and what is in no block nothing."""
     graph = probes.reference.session(component).graph
-    shares = quantize.costs(graph)
+    shares = block_costs(graph)
     assert sorted(shares) == sorted(graph.blocks) and list(shares.values()) == sorted(shares.values())
     assert all(0 <= share <= 1 for share in shares.values()) and 0.3 < sum(shares.values()) < 2
     assert not any(module._forward_hooks for module in graph.modules())
@@ -116,20 +118,20 @@ def test_a_block_costs_its_products_or_its_weights():
             return self.layers[1](self.layers[0](x)[:, :1])
 
     # weights 16 and 256; products 9 x 16 and 1 x 256
-    assert quantize.costs(Uneven()) == pytest.approx({"layers.0": 144 / 400, "layers.1": 256 / 272})
+    assert block_costs(Uneven()) == pytest.approx({"layers.0": 144 / 400, "layers.1": 256 / 272})
 
 
-def test_fallbacks_are_tried_once_each():
+def test_exclusion_candidates_are_tried_once_each():
     """3, 6, 12, 24 and 48 %; what an allowance adds nothing to is not tried again."""
     shares = {"a": 0.02, "b": 0.03, "c": 0.3, "d": 0.65}
-    assert quantize.fallbacks(shares) == [("a",), ("a", "b"), ("a", "b", "c")]
-    assert quantize.fallbacks({"a": 0.6, "b": 0.7}) == [()]
+    assert exclusion_candidates(shares) == [("a",), ("a", "b"), ("a", "b", "c")]
+    assert exclusion_candidates({"a": 0.6, "b": 0.7}) == [()]
 
 
 def test_cheapest_blocks_within_an_allowance():
     shares = {"a": 0.1, "b": 0.2, "c": 0.7}
-    assert quantize.cheapest(shares, 0.05) == () and quantize.cheapest(shares, 0.15) == ("a",)
-    assert quantize.cheapest(shares, 0.31) == ("a", "b") and quantize.cheapest({}, 1) == ()
+    assert cheapest_blocks(shares, 0.05) == () and cheapest_blocks(shares, 0.15) == ("a",)
+    assert cheapest_blocks(shares, 0.31) == ("a", "b") and cheapest_blocks({}, 1) == ()
 
 
 def test_calibrated_int8_quantizes_products_with_weights_alone(tmp_path):

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from export import lint
 from export.manifest import Manifest
+from export.verification import graph_lint
 
 
 def graph(tmp_path, nodes, inputs, outputs, initializers=(), imports=(("", 20),)):
@@ -30,7 +31,7 @@ def test_exports_pass_in_seconds(artifacts):
     for artifact in manifest.artifacts.values():
         if artifact.runtime == "onnx":
             for runtime in ("onnx", "rtx", "trt"):
-                assert lint.problems(artifacts / artifact.main_file, artifact, runtime) == []
+                assert graph_lint.problems(artifacts / artifact.main_file, artifact, runtime) == []
     assert time.monotonic() - start < 20
 
 
@@ -39,11 +40,11 @@ def test_operators(tmp_path):
         tmp_path, [helper.make_node("Magic", ["x"], ["y"], "n", domain="ours")], FLOAT[:1], FLOAT[1:], (),
         (("", 20), ("ours", 1)),
     )  # fmt: skip
-    assert lint.problems(file) == ["operator ours::Magic (node n) is not one that onnx runs"]
+    assert graph_lint.problems(file) == ["operator ours::Magic (node n) is not supported by onnx"]
     file = graph(
         tmp_path, [helper.make_node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"], "n")], FLOAT[:1], FLOAT[1:]
     )
-    assert not lint.problems(file) and "DynamicQuantizeLinear" in lint.problems(file, runtime="rtx")[0]
+    assert not graph_lint.problems(file) and "DynamicQuantizeLinear" in graph_lint.problems(file, runtime="rtx")[0]
 
 
 def test_integers_of_64_bits(tmp_path):
@@ -51,13 +52,13 @@ def test_integers_of_64_bits(tmp_path):
     file = graph(
         tmp_path, [helper.make_node("Identity", ["i"], ["y"])], [wide], [("y", TensorProto.INT64, ["batch", 4])]
     )
-    assert lint.problems(file)[0].startswith("i is int64: edges are uint8, int32, float32")
+    assert graph_lint.problems(file)[0].startswith("i is int64: inputs and outputs must be uint8, int32, float32")
     nodes = [
         helper.make_node("Cast", ["x"], ["w"], "c", to=TensorProto.INT64),
         helper.make_node("Abs", ["w"], ["v"], "leak"),
         helper.make_node("Cast", ["v"], ["y"], to=TensorProto.FLOAT),
     ]
-    assert lint.problems(graph(tmp_path, nodes, FLOAT[:1], FLOAT[1:])) == [
+    assert graph_lint.problems(graph(tmp_path, nodes, FLOAT[:1], FLOAT[1:])) == [
         "node leak (Abs) computes on 64-bit integers: cast to int32 before it"
     ]
 
@@ -67,23 +68,26 @@ def test_shapes_outside_the_profile(artifacts, tmp_path):
     name = artifact.inputs[0].name
     fixed = (name, TensorProto.FLOAT, [3, *artifact.inputs[0].shape])
     file = graph(tmp_path, [helper.make_node("Identity", [name], ["y"])], [fixed], FLOAT[1:])
-    assert f"{name} has a fixed batch of 3" in lint.problems(file, artifact)[0]
+    assert f"{name} has a fixed batch of 3" in graph_lint.problems(file, artifact)[0]
     other = (name, TensorProto.FLOAT, ["batch", 7, 7])
     file = graph(tmp_path, [helper.make_node("Identity", [name], ["y"])], [other], FLOAT[1:])
-    assert "outside the profile's" in lint.problems(file, artifact)[0]
+    assert "outside the profile's" in graph_lint.problems(file, artifact)[0]
 
 
 def test_memory(artifacts, monkeypatch):
-    monkeypatch.setattr(lint, "_available", lambda: 1000)
-    assert "of memory and 0.0 GB are free: build elsewhere" in lint.problems(artifacts / "unet.onnx", runtime="rtx")[0]
-    assert not lint.problems(artifacts / "unet.onnx", runtime="onnx")
+    monkeypatch.setattr(graph_lint, "_available", lambda: 1000)
+    assert (
+        "of memory and 0.0 GB are free: build elsewhere"
+        in graph_lint.problems(artifacts / "unet.onnx", runtime="rtx")[0]
+    )
+    assert not graph_lint.problems(artifacts / "unet.onnx", runtime="onnx")
 
 
 def test_command(artifacts, tmp_path, capsys):
     assert lint.main([str(artifacts / "unet.onnx")]) == 0
-    assert "1 graphs without complaint" in capsys.readouterr().out
+    assert "1 graphs without problems" in capsys.readouterr().out
     (tmp_path / "bad.onnx").write_bytes(b"no graph at all, and quite long")
-    assert lint.main([str(tmp_path / "bad.onnx")]) == 1 and "is no ONNX graph" in capsys.readouterr().err
+    assert lint.main([str(tmp_path / "bad.onnx")]) == 1 and "is not an ONNX graph" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         lint.main([])
     assert lint.main([str(tmp_path / "absent.onnx")]) == 2

@@ -10,7 +10,7 @@ import pytest
 
 from export.components import Batch, Component, tolerance
 from export.manifest import Artifact, ArtifactError, Manifest, source_hash
-from export.runtimes.base import open_runtime
+from export.runtimes.factory import open_runtime
 from vlv.checkpoints.folder import Checkpoint
 
 
@@ -48,9 +48,9 @@ def test_weights_of_another_checkpoint(artifacts, random_checkpoint, checkpoint)
 
 def test_a_manifest_that_is_none(copied, tmp_path):
     assert "no artifacts in" in refused(tmp_path)
-    edit(copied, lambda values: values.update(format=2))
-    assert "has format 2; this version reads 1" in refused(copied)
-    (copied / "manifest.json").write_text('{"format": 1, "artifacts": {"encoder": {}}}')
+    edit(copied, lambda values: values.update(format=1))
+    assert "has format 1; this version reads 2" in refused(copied)
+    (copied / "manifest.json").write_text('{"format": 2, "artifacts": {"encoder": {}}}')
     assert "is damaged" in refused(copied)
     (copied / "manifest.json").write_text("[]")
     assert "is damaged" in refused(copied)

@@ -17,8 +17,9 @@ import torch
 from export import onnx, verify
 from export.components import COMPONENTS, Batch, Port
 from export.manifest import Artifact, ArtifactError, Manifest
-from export.runtimes.base import TorchRuntime, open_runtime
+from export.runtimes.factory import open_runtime
 from export.runtimes.onnxruntime import OrtSession
+from export.runtimes.torch import TorchRuntime
 from export.verification.inputs import VerificationInputs
 from tests.export.conftest import BUNDLED, LIMITS
 
@@ -41,7 +42,7 @@ def test_every_component_is_verified(artifacts, checkpoint):
         assert not figures["problems"] and set(figures["outputs"]) == {port.name for port in artifact.outputs}
         for errors in figures["outputs"].values():
             assert errors["rms"] <= figures["allowed"]["rms"] < 1e-4, name
-        assert 1 in figures["batches"] and artifact.profile.most in figures["batches"]
+        assert 1 in figures["batches"] and artifact.profile.max in figures["batches"]
         assert manifest.checked(name) == artifact
     assert manifest.artifacts["encoder"].verification["captions"]["agreement"] == 1
     assert not list(artifacts.glob(".*"))
@@ -69,7 +70,7 @@ def test_reconstruction_is_pytorchs(artifacts, checkpoint):
     from vlv.diffusion.t2i import T2I
 
     engine = open_runtime("onnx", artifacts, checkpoint)
-    context = engine.context(VerificationInputs(checkpoint, 4).pictures[:1])
+    context = engine.context(VerificationInputs(checkpoint, 4).images[:1])
     expected = T2I.load(checkpoint.t2i).reconstruct(context, seed=3).float()
     found = engine.reconstruct(context, seed=3).float()
     error = (found - expected).square().mean().item()
@@ -83,7 +84,7 @@ def test_any_engine_samples_as_diffusers_does(checkpoint):
     from vlv.diffusion.t2i import T2I
 
     engine, t2i = TorchRuntime(checkpoint, "cpu"), T2I.load(checkpoint.t2i)
-    context = engine.context(VerificationInputs(checkpoint, 4).pictures[:2])
+    context = engine.context(VerificationInputs(checkpoint, 4).images[:2])
     for sampler in SAMPLERS:
         for guidance in (1.0, 3.0):
             expected = t2i.reconstruct(context, 3, guidance, 1, sampler).float()
@@ -188,7 +189,7 @@ def test_verify_again(artifacts, capsys):
     [
         (["--ckpt", "nowhere"], 2, "--ckpt: "),
         (["--ckpt", BUNDLED, "--components", "decoder"], 2, "invalid choice: 'decoder'"),
-        (["--ckpt", BUNDLED, "--max-batch", "0"], 2, "'0' is no whole number above 0"),
+        (["--ckpt", BUNDLED, "--max-batch", "0"], 2, "expected a positive integer, got '0'"),
         (["--ckpt", BUNDLED, "--probes", "3"], 2, "argument --probes: 3 are too few: at least 4"),
         (["--ckpt", BUNDLED, "--images", "absent.jpg", "--components", "text_encoder"], 1, "absent.jpg"),
     ],
@@ -214,7 +215,7 @@ def test_two_exports_into_one_folder(copied, capsys):
         assert "another export is writing into" in capsys.readouterr().err
     finally:
         os.close(lock)
-    assert json.loads((copied / "manifest.json").read_text())["format"] == 1
+    assert json.loads((copied / "manifest.json").read_text())["format"] == 2
 
 
 @pytest.mark.parametrize("module", ["onnx", "verify", "trt", "lint", "bench", "reconstruct"])

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import kernels
 from export import graphs, plugins, trace
+from export.builders.tensorrt import wants_plugins
 from export.components import COMPONENTS, PEAK, Batch, Port, tolerance
 from export.manifest import ArtifactError, Manifest, kernels_hash
 from export.runtimes.base import RuntimeUnavailable
-from export.runtimes.tensorrt import _padded
-from export.trt import _wants_plugins
+from export.runtimes.tensorrt import pad_batch
 from kernels.attention import attention
 from kernels.cross_attention import cross_attention
 from kernels.geglu import geglu
@@ -36,7 +36,7 @@ BATCH, PROFILE = 8, Batch(1, 4, 8)
 class Toy(graphs.Graph):
     """All operations in a row, on a tower of one stage."""
 
-    inputs = (Port("picture", "float32", (9, 8, 3)), Port("pixels", "uint8", (3, 4, 4)))
+    inputs = (Port("image", "float32", (9, 8, 3)), Port("pixels", "uint8", (3, 4, 4)))
     outputs = ("found",)
     blocks = ("tower.stages.0", "norm")
     constants = ("resize", "mean", "std")
@@ -49,9 +49,9 @@ class Toy(graphs.Graph):
         for name, value in zip(self.constants, (bicubic_matrix(4, 8), torch.rand(3), torch.rand(3) + 1), strict=True):
             self.register_buffer(name, value)
 
-    def forward(self, picture: Tensor, pixels: Tensor) -> Tensor:
+    def forward(self, image: Tensor, pixels: Tensor) -> Tensor:
         large = upsample_normalize(pixels, self.resize, self.mean, self.std, self.dtype)
-        x = self.tower(torch.cat([picture.to(self.dtype), large], 1))
+        x = self.tower(torch.cat([image.to(self.dtype), large], 1))
         x = groupnorm_silu(x.permute(0, 3, 1, 2), 4, self.norm.weight, self.norm.bias).permute(0, 2, 3, 1)
         heads = geglu(self.wide(x.flatten(1, 2))).unflatten(-1, (2, 16))
         heads = cross_attention(heads, heads[:, :7], heads[:, :7]).transpose(1, 2)
@@ -69,7 +69,7 @@ def twins(toy, tmp_path_factory) -> dict[str, Path]:
     """The same module as a plain graph and as one with nodes of ours."""
     folder = tmp_path_factory.mktemp("twins")
     for kind in ("plain", "nodes"):
-        trace.to_onnx(toy, folder / f"{kind}.onnx", PROFILE, 20, nodes=kind == "nodes")
+        trace.to_onnx(toy, folder / f"{kind}.onnx", PROFILE, 20, plugins.add_bodies if kind == "nodes" else None)
     return {kind: folder / f"{kind}.onnx" for kind in ("plain", "nodes")}
 
 
@@ -95,12 +95,12 @@ def test_onnx_runtime_runs_the_nodes_as_their_plain_twin(toy, twins):
     assert not operations(twins["plain"])
     sessions = [onnxruntime.InferenceSession(file) for file in twins.values()]
     for batch in (1, 3):
-        inputs = dict(zip(("picture", "pixels"), toy.example(batch, torch.Generator().manual_seed(batch)), strict=True))
+        inputs = dict(zip(("image", "pixels"), toy.example(batch, torch.Generator().manual_seed(batch)), strict=True))
         feed = {name: value.numpy() for name, value in inputs.items()}
         plain, nodes = (session.run(None, feed)[0] for session in sessions)
         with torch.no_grad():
             exact = toy(**inputs).numpy()
-        allowed = PEAK * tolerance("fp32", len(toy.blocks), toy.longest) * np.abs(exact).max()
+        allowed = PEAK * tolerance("fp32", len(toy.blocks), toy.longest_sum) * np.abs(exact).max()
         assert np.abs(plain - exact).max() <= allowed and np.abs(nodes - exact).max() <= allowed
 
 
@@ -154,8 +154,8 @@ def test_a_component_with_nothing_to_fuse(artifacts, checkpoint, tmp_path):
 def test_nodes_off_their_plain_twin_are_refused(artifacts, checkpoint, monkeypatch):
     graph = Manifest.open(artifacts).checked("text_encoder")
     monkeypatch.setattr(plugins, "tolerance", lambda *_: -1.0)
-    with pytest.raises(ArtifactError, match="is off its plain twin in context"):
-        plugins._require_twins(checkpoint, graph, 1, *[artifacts / graph.main_file] * 2)
+    with pytest.raises(ArtifactError, match="differs from its plain graph in context"):
+        plugins._require_equal(checkpoint, graph, 1, *[artifacts / graph.main_file] * 2)
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -190,20 +190,20 @@ def test_shapes_that_are_not_known_are_refused():
     ],
 )  # fmt: skip
 def test_when_an_engine_gets_our_kernels(asked, runtime, precision, expected, said, capsys):
-    assert _wants_plugins(asked, runtime, precision) is expected
+    assert wants_plugins(asked, runtime, precision) is expected
     assert said in capsys.readouterr().err
 
 
 def test_without_triton_it_says_so(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not _wants_plugins("auto", "trt", "fp16")
+    assert not wants_plugins("auto", "trt", "fp16")
     with pytest.raises(RuntimeUnavailable, match="pip install triton"):
-        _wants_plugins("on", "trt", "fp16")
+        wants_plugins("on", "trt", "fp16")
 
 
-def test_smaller_batches_are_padded():
+def test_smaller_batches_arepad_batch():
     x = torch.arange(6).view(3, 2)
-    assert torch.equal(_padded(x, 5), x[[0, 1, 2, 2, 2]])
+    assert torch.equal(pad_batch(x, 5), x[[0, 1, 2, 2, 2]])
 
 
 class _Kind(type):

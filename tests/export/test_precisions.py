@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from export.manifest import Manifest
-from export.quantize import precision as quantize
+from export.quantize import precision as precisions
 from export.runtimes.onnxruntime import OrtSession
-from export.verification import layer_drift as blocks
+from export.verification.layer_drift import drift
 from export.verification.verifier import Verifier, compare, hopeless
 from tests.export.toy import Toy, export, scaled
 
@@ -46,27 +46,27 @@ def test_small_component_in_every_precision(tmp_path, precision):
 def test_mixed_keeps_as_few_blocks_as_it_needs():
     """What overflows inside a block is found; what overflows between blocks, no choice of blocks can help."""
     inputs = {"x": torch.randn(16, 64)}
-    errors = quantize.own_errors(Toy(), Toy(), inputs)
+    errors = precisions.own_errors(Toy(), Toy(), inputs)
     assert errors["layers.1"] == float("inf") and errors["layers.0"] < 1e-3
-    with pytest.raises(quantize.NotPossible, match="use fp32 or bf16"):
-        quantize.prepare(Toy(), Toy, "mixed", [inputs])
+    with pytest.raises(precisions.NotPossible, match="use fp32 or bf16"):
+        precisions.prepare(Toy(), Toy, "mixed", [inputs])
     small = lambda: scaled(Toy())  # noqa: E731
-    graph, exact = quantize.prepare(small(), small, "mixed", [inputs])
-    assert exact == ()
+    graph, fp32_blocks = precisions.prepare(small(), small, "mixed", [inputs])
+    assert fp32_blocks == ()
     with torch.inference_mode():
         assert compare(graph(inputs["x"]), small()(inputs["x"]))["rms"] < 5e-3
 
 
-def test_exact_blocks_compute_in_float32():
-    toy = scaled(Toy()).cast(torch.float16, exact=["layers.1"])
-    seen = {}
+def test_fp32_blocks_compute_in_float32():
+    toy = scaled(Toy()).cast(torch.float16, fp32_blocks=["layers.1"])
+    dtypes = {}
     for path in toy.blocks:
         toy.get_submodule(path).register_forward_hook(
-            lambda m, args, out, path=path: seen.update({path: args[0].dtype})
+            lambda m, args, out, path=path: dtypes.update({path: args[0].dtype})
         )
     toy(torch.randn(2, 64))
     assert [layer.weight.dtype for layer in toy.layers] == [torch.float16, torch.float32, torch.float16]
-    assert seen["layers.1"] == torch.float32 and seen["layers.2"] == torch.float16
+    assert dtypes["layers.1"] == torch.float32 and dtypes["layers.2"] == torch.float16
 
 
 def test_the_first_block_that_drifts_is_named(copied, checkpoint, probes):
@@ -84,7 +84,7 @@ def test_the_first_block_that_drifts_is_named(copied, checkpoint, probes):
     else:
         pytest.fail("the bias is not in the graph")
     onnx_library.save(model, copied / artifact.main_file)
-    report = blocks.drift(artifact, copied, graph, probes.inputs("text_encoder")[0])
+    report = drift(artifact, copied, graph, probes.inputs("text_encoder")[0])
     assert [b["block"] for b in report] == list(artifact.blocks)
     assert [b["drifts"] for b in report][:2] == [False, True]
     session = OrtSession.on_cpu(artifact, copied)

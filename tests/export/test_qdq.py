@@ -11,7 +11,8 @@ from export import graphs, trace
 from export.components import Batch
 from export.manifest import Manifest
 from export.quantize import qdq
-from export.quantize.precision import NotPossible, ranges
+from export.quantize.int8 import ranges
+from export.quantize.precision import NotPossible
 from export.runtimes.base import RuntimeUnavailable
 from export.runtimes.onnxruntime import OrtSession
 from export.runtimes.tensorrt_library import LIBRARIES
@@ -34,17 +35,17 @@ class Shared(Toy):
 
 @pytest.fixture
 def quantized(tmp_path):
-    """A function: precision, exact blocks -> the graph, and its RMS error."""
+    """A function: precision, excluded blocks -> the graph, and its RMS error."""
     toy = scaled(Shared()).cast(torch.float16)
     traced = trace.to_onnx(toy, tmp_path / "toy.onnx", Batch(1, 1, 4), 20)
     inputs = {"x": torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(0))}
-    seen = ranges(tmp_path / "toy.onnx", [inputs])
+    measured = ranges(tmp_path / "toy.onnx", [inputs])
     expected = scaled(Shared())(inputs["x"]).detach()
 
-    def make(precision: str, *exact: str):
-        made = tmp_path / f"made-{len(exact)}"
+    def make(precision: str, *excluded: str):
+        made = tmp_path / f"made-{len(excluded)}"
         made.mkdir()
-        qdq.quantized(traced, tmp_path, made, seen, exact, precision)
+        qdq.quantized(traced, tmp_path, made, measured, excluded, precision)
         session = onnxruntime.InferenceSession(made / "toy.onnx", providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(None, {"x": inputs["x"].numpy()})[0])
         return onnx_library.load(made / "toy.onnx").graph, compare(found, expected)["rms"]
@@ -70,24 +71,24 @@ def test_products_of_linear_layers_take_8_bits(quantized, precision):
         raw, scale, zero = made_by[product.input[1]].input
         raw = torch.frombuffer(bytearray(constants[raw].raw_data), dtype=torch.uint8).view(form.torch).float()
         scale = torch.from_numpy(onnx_library.numpy_helper.to_array(constants[scale]).copy())
-        assert scale.dtype == torch.float16 and raw.abs().max() == form.largest and not any(constants[zero].raw_data)
+        assert scale.dtype == torch.float16 and raw.abs().max() == form.max and not any(constants[zero].raw_data)
         assert scale.shape == ((64,) if precision == "int8-trt" else ())
         wanted = layer.weight.detach().T
         step = wanted.abs() / 16 + scale / 500 if precision == "fp8" else 0.51 * scale.float() + 1e-3 * wanted.abs()
         assert ((raw.view(64, 64) * scale - wanted).abs() <= step).all()
     some, less = quantized(precision, "layers.1")
     assert [n.op_type for n in some.node].count("DequantizeLinear") == 4
-    none, least = quantized(precision, *toy.blocks)
+    none, smallest = quantized(precision, *toy.blocks)
     assert "DequantizeLinear" not in [n.op_type for n in none.node]
-    assert 0.1 > error > less > 5 * least
+    assert 0.1 > error > less > 5 * smallest
 
 
 def test_what_overflows_in_float16_is_told(tmp_path):
     traced = trace.to_onnx(Shared().cast(torch.float16), tmp_path / "toy.onnx", Batch(1, 1, 4), 20)
-    seen = ranges(tmp_path / "toy.onnx", [{"x": torch.full((1, 9, 64), 1e5)}])
+    found = ranges(tmp_path / "toy.onnx", [{"x": torch.full((1, 9, 64), 1e5)}])
     (tmp_path / "made").mkdir()
     with pytest.raises(NotPossible, match=r"fp8: .* overflows in float16, .* choose bf16 or fp32"):
-        qdq.quantized(traced, tmp_path, tmp_path / "made", seen, (), "fp8")
+        qdq.quantized(traced, tmp_path, tmp_path / "made", found, (), "fp8")
 
 
 def test_it_is_exported_with_its_captions_and_its_ranges(tmp_path):
@@ -97,7 +98,11 @@ def test_it_is_exported_with_its_captions_and_its_ranges(tmp_path):
     artifact = Manifest.open(tmp_path).checked("encoder")
     figures = artifact.verification
     assert (figures["captions"]["agreement"] >= 0.99) == (not figures["problems"])
-    assert 0.01 < figures["outputs"]["prompts"]["rms"] < 0.1 and artifact.exact and len(artifact.calibration) == 64
+    assert (
+        0.01 < figures["outputs"]["prompts"]["rms"] < 0.1
+        and artifact.excluded_blocks
+        and len(artifact.calibration) == 64
+    )
     graph = onnx_library.load(tmp_path / artifact.main_file).graph
     made_by = {output: node for node in graph.node for output in node.output}
     products = [node for node in graph.node if node.op_type == "MatMul"]

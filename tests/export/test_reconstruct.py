@@ -46,6 +46,6 @@ def test_a_batch_that_was_not_exported(artifacts, scene_images, tmp_path, capsys
     images = [str(file) for file in sorted(scene_images.iterdir())[:3]]
     there = ["--artifacts", str(artifacts), "--batch", "3", "-o", str(tmp_path / "o")]
     assert reconstruct.main([*images, "--ckpt", str(BUNDLED), *there]) == 1
-    assert "split the batch, or export with another --max-batch or --max-pictures" in capsys.readouterr().err
+    assert "split the batch, or export with another --max-batch or --max-images" in capsys.readouterr().err
     assert reconstruct.main([*images, "--ckpt", str(BUNDLED), "--artifacts", str(tmp_path / "none"), *there[2:]]) == 1
     assert "no artifacts in" in capsys.readouterr().err

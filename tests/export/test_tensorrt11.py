@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("export/runtimes/tensorrt_library.py", "export/runtimes/tensorrt.py")
+SOURCES = ("export/builders/tensorrt.py", "export/runtimes/tensorrt_library.py", "export/runtimes/tensorrt.py")
 # our variables, and what they hold
 HOLDS = {
     "trt": "", "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser",

@@ -8,7 +8,8 @@ import pytest
 
 from export import trt
 from export.manifest import ArtifactError, Manifest
-from export.runtimes.base import RuntimeUnavailable, open_runtime
+from export.runtimes.base import RuntimeUnavailable
+from export.runtimes.factory import open_runtime
 from export.runtimes.tensorrt_library import LIBRARIES
 from tests.export.conftest import BUNDLED, LIMITS
 

@@ -1,4 +1,4 @@
-"""A user of vLLM who knows nothing of us: python plugin_user.py FOLDER ANSWERS.json PICTURE... (for test_vllm_plugin).
+"""A user of vLLM who knows nothing of us: python plugin_user.py FOLDER ANSWERS.json IMAGE... (for test_vllm_plugin).
 
 Runs outside the repository, so that VLV is what vLLM's entry points find, in this process and in the engine's.
 """
@@ -12,7 +12,7 @@ def main() -> None:
     from PIL import Image
     from vllm import LLM
 
-    folder, answers, *pictures = sys.argv[1:]
+    folder, answers, *images = sys.argv[1:]
     llm = LLM(folder, dtype="float32", enforce_eager=True, max_num_seqs=16, kv_cache_memory_bytes=64 << 20)
 
     def ask(images, text: str = "") -> list[list[int]]:
@@ -25,10 +25,10 @@ def main() -> None:
         except Exception as error:
             return str(error)
 
-    first = Image.open(pictures[0])
+    first = Image.open(images[0])
     chat = [{"role": "user", "content": [{"type": "image_pil", "image_pil": first}, {"type": "text", "text": "Hi"}]}]
     found = {
-        "tokens": ask([Image.open(picture) for picture in pictures]),
+        "tokens": ask([Image.open(image) for image in images]),
         "with text": ask([first], "What is this?"),
         "array": ask([np.array(first.convert("RGB"))]),
         "chat": [list(output.outputs[0].token_ids) for output in llm.chat(chat)],

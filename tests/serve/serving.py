@@ -1,4 +1,4 @@
-"""A server in this process around an engine that needs no model: for the tests of HTTP."""
+"""Run a server in this process around an engine that needs no model: for the tests of HTTP."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ import httpx
 import uvicorn
 import uvloop
 
-from serve.core.service import Service, ServiceConfig
+from serve.core.service import ServiceConfig
 from serve.engines.base import EngineError, LLMEngine, LLMSpec
+from serve.http.admission import Admission
 from serve.http.app import Bounds
-from serve.http.auth import Admission, Keys
+from serve.http.auth import Keys
 from serve.http.fetch import Fetcher
 from serve.http.routes import Routes
+from serve.http.service import Service
 
 TEXT = "The image shows a cat. It is red! The image shows a cat. A dog is left of it. Its"
 CLEAN = "The image shows a cat. It is red! A dog is left of it."
 
 
 class Scripted(LLMEngine):
-    """Writes TEXT, a token every `pace` seconds; knows what is open, and dies on demand."""
+    """Write TEXT, a token every `pace` seconds; count open requests, and die on demand."""
 
     name = "scripted"
     pace, running, cancelled, dead, starts = 0.001, 0, 0, False, 0
@@ -58,10 +60,10 @@ class Scripted(LLMEngine):
 
 
 class Running:
-    """A server in a thread of its own."""
+    """Run a server in a thread."""
 
-    def __init__(self, checkpoint, engine, capacity=64, keys=None, fetcher=None, bounds=None):
-        self.engine, self._ready = engine, threading.Event()
+    def __init__(self, checkpoint, engine, capacity=64, keys=None, fetcher=None, bounds=None, cors=()):
+        self.cors, self.engine = cors, engine
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -79,7 +81,10 @@ class Running:
         self.service = Service(
             checkpoint, lambda: self.engine(LLMSpec.of(checkpoint), 100, 8), ServiceConfig(8, 1, 1_000_000)
         )
-        self.routes = Routes(self.service, "tiny", keys, Admission(capacity), fetcher, bounds)
+        self.routes = Routes(
+            self.service, "tiny", keys, Admission(capacity, in_flight=8, deadline=bounds.deadline), fetcher, bounds
+        )
+        self.routes.cors = self.cors
         self._server = uvicorn.Server(uvicorn.Config(self.routes.app(), port=self.port, log_level="error"))
         await self.service.start()
         await self._server.serve()

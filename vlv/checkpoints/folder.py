@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
 from vlv.common.command import UserError
+from vlv.common.files import atomic_write, sha256
 from vlv.model.config import FORMAT, VLVConfig
+from vlv.model.encoder import VLVEncoder
+
+_TEXT = frozenset({".json", ".txt", ".jinja"})
+_LOADED = _TEXT | {".safetensors", ".bin", ".model", ".tiktoken"}
 
 
 class CheckpointError(UserError, ValueError):
-    """A folder that is no usable checkpoint; the message says what is wrong and what to do."""
+    """Raised for a folder that is no usable checkpoint; the message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose description has been read and checked; weights load on demand."""
+    """Hold a checkpoint folder whose vlv.json has been read and checked; weights load on demand."""
 
     folder: Path
     config: VLVConfig
@@ -47,35 +54,39 @@ class Checkpoint:
 
     @property
     def encoder_file(self) -> Path:
+        """Return the path of the encoder's weights."""
         return self.folder / "encoder.safetensors"
 
     @property
     def llm(self) -> Path:
-        """The language model's folder. Raises CheckpointError where there is none."""
+        """Return the language model's folder. Raises CheckpointError where there is none."""
         if not (self.folder / "llm" / "config.json").is_file():
             raise CheckpointError(f"{self.folder} has no llm/: it is a stage-1 checkpoint and writes no captions")
         return self.folder / "llm"
 
     @property
     def t2i(self) -> Path:
-        """The text-to-image model's folder. Raises CheckpointError where there is none."""
+        """Return the text-to-image model's folder. Raises CheckpointError where there is none."""
         if not (self.folder / "t2i" / "model_index.json").is_file():
-            raise CheckpointError(f"{self.folder} has no t2i/: it cannot reconstruct pictures")
+            raise CheckpointError(f"{self.folder} has no t2i/: it cannot reconstruct images")
         return self.folder / "t2i"
 
     @property
     def hash(self) -> str:
-        """The first 12 hex digits of the SHA-256 over the encoder's and the LLM's files."""
-        digest = hashlib.sha256()
-        files = [self.folder / "vlv.json", self.encoder_file, *sorted((self.folder / "llm").glob("*"))]
-        for file in files:
+        """Return the first 12 hex digits of the SHA-256 over what is loaded of the encoder and the language model.
+
+        Files that no loader reads (.DS_Store, README.md, the .bin files beside safetensors), the line ends of text
+        files and the layout of vlv.json do not change it.
+        """
+        digest = hashlib.sha256(b"vlv.json" + hashlib.sha256(_description(self.config).encode()).digest())
+        for file in [self.encoder_file, *_loaded_files(self.folder / "llm")]:
             if file.is_file():
-                digest.update(file.name.encode() + _sha256(file))
+                digest.update(file.name.encode() + _content_hash(file))
         return digest.hexdigest()[:12]
 
     @property
     def can(self) -> list[str]:
-        """What the folder is good for as it is."""
+        """Return what the folder can be used for: some of caption, reconstruct, to-published."""
         able = {
             "caption": self.config.llm_width > 0 and (self.folder / "llm" / "config.json").is_file(),
             "reconstruct": (self.folder / "t2i" / "model_index.json").is_file(),
@@ -84,7 +95,7 @@ class Checkpoint:
         return [ability for ability, possible in able.items() if possible]
 
     def describe(self) -> dict:
-        """Parts with their sizes, dtypes and hashes, as JSON takes it; reads every byte for the hashes."""
+        """Return the parts with their sizes, dtypes and hashes, ready for JSON. Reads every byte for the hashes."""
         parts = {"encoder": [self.encoder_file], "published": [self.folder / "published.safetensors"]}
         parts |= {part: sorted((self.folder / part).rglob("*.safetensors")) for part in ("llm", "t2i")}
         return {
@@ -97,18 +108,16 @@ class Checkpoint:
             "model": self.config.to_dict(),
         }
 
-    def load_encoder(self, dtype=None):
-        """The VLVEncoder in eval mode; `dtype` defaults to float32. Raises CheckpointError on a misfit."""
-        import torch
-        from safetensors.torch import load_file
+    def load_encoder(self, dtype: torch.dtype | None = None) -> VLVEncoder:
+        """Load the encoder in eval mode, without gradients; `dtype` defaults to float32.
 
-        from vlv.model.encoder import VLVEncoder
-
+        Raises CheckpointError where the file is missing or damaged, or does not fit vlv.json.
+        """
         if not self.encoder_file.is_file():
             raise CheckpointError(f"{self.folder} has no encoder.safetensors")
         try:
-            tensors = load_file(self.encoder_file)
-        except Exception as error:  # safetensors raises its own type for a truncated or foreign file
+            tensors = safetensors.torch.load_file(self.encoder_file)
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{self.encoder_file} is damaged ({error}): copy it again") from error
         try:
             with torch.device("meta"):
@@ -133,45 +142,79 @@ class Checkpoint:
         return encoder.eval().requires_grad_(False)
 
 
-def save(folder: str | Path, encoder, dtype=None) -> Checkpoint:
-    """Write vlv.json and encoder.safetensors (each atomically); llm/ and t2i/ are saved by their libraries."""
-    from safetensors.torch import save_file
+def save(folder: str | Path, encoder: VLVEncoder, dtype: torch.dtype | None = None) -> Checkpoint:
+    """Write encoder.safetensors, then vlv.json, each atomically; llm/ and t2i/ are saved by their libraries.
 
+    `dtype`: convert the weights; None keeps each tensor's.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: (v.to(dtype) if dtype else v).detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    temporary = folder / "encoder.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "encoder.safetensors")
-    description = {"format": FORMAT, "model": encoder.config.to_dict()}
-    temporary = folder / "vlv.json.tmp"
-    temporary.write_text(json.dumps(description, indent=2) + "\n")
-    os.replace(temporary, folder / "vlv.json")
+    with atomic_write(folder / "encoder.safetensors") as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    with atomic_write(folder / "vlv.json") as temporary:
+        temporary.write_text(_description(encoder.config), encoding="utf-8", newline="\n")
     return Checkpoint(folder, encoder.config)
 
 
-def _sha256(file: Path) -> bytes:
-    """The SHA-256 of a file's content, computed once as long as the file stays the same."""
-    status = file.stat()
-    return _content_sha256(file, status.st_size, status.st_mtime_ns)
+def _description(config: VLVConfig) -> str:
+    """Return the content of vlv.json."""
+    return json.dumps({"format": FORMAT, "model": config.to_dict()}, indent=2) + "\n"
 
 
-@functools.cache
-def _content_sha256(file: Path, size: int, modified: int) -> bytes:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
+def _loaded_files(llm: Path) -> list[Path]:
+    """Return the files of a language model's folder that transformers and vLLM read, sorted by name."""
+    files = [f for f in sorted(llm.glob("*")) if f.suffix in _LOADED and not f.name.startswith(".")]
+    has_safetensors = any(f.suffix == ".safetensors" for f in files)
+    return [f for f in files if not (has_safetensors and f.suffix == ".bin")]
+
+
+def _content_hash(file: Path) -> bytes:
+    """Return the SHA-256 of a file, of a text file with line feeds as its line ends."""
+    if file.suffix in _TEXT and b"\r\n" in (content := file.read_bytes()):
+        return hashlib.sha256(content.replace(b"\r\n", b"\n")).digest()
+    return bytes.fromhex(sha256(file))
+
+
+def read_json(file: Path) -> dict:
+    """Return a JSON file's content, {} where there is no such file. Raises CheckpointError where it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not readable as JSON ({error}): copy it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object: copy it again")
+    return content
+
+
+def safetensors_header(file: Path) -> dict[str, dict]:
+    """Return name -> {"dtype", "shape", "data_offsets"} of a safetensors file. Raises CheckpointError where damaged.
+
+    Reads the header only, and checks that the file is as long as the header says.
+    """
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError("the file is shorter than its header")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if any(not {"dtype", "shape"} <= tensor.keys() for tensor in header.values()):
+            raise ValueError("a tensor has no dtype or shape")
+        if file.stat().st_size != 8 + length + end:
+            raise ValueError("the file is not as long as its header says")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file ({error}): copy it again") from error
+    return header
 
 
 def _describe_file(folder: Path, file: Path) -> dict:
-    """A safetensors file's size, parameters by dtype, and SHA-256."""
-    try:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        counts: dict[str, int] = {}
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: copy it again") from error
+    """Return a safetensors file's size, parameters by dtype, and SHA-256. Raises CheckpointError."""
+    counts: dict[str, int] = {}
+    for tensor in safetensors_header(file).values():
+        counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
     name = str(file.relative_to(folder))
-    return {"file": name, "bytes": file.stat().st_size, "parameters": counts, "sha256": _sha256(file).hex()}
+    return {"file": name, "bytes": file.stat().st_size, "parameters": counts, "sha256": sha256(file)}

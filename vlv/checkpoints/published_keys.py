@@ -1,4 +1,4 @@
-"""The published state dict's names and ours: which tensors, or which rows of them, make up each of ours.
+"""Map the names of a published state dict to ours: which tensors, or which rows of them, make up each of ours.
 
 Published names (models/VLV_stage1.py and VLV_stage2.py of the authors' code, Florence-2's
 modeling_florence2.py): `qwen2_model.*`, `VLV_model.{model,language_proj,query_embed,text_encoder}.*`,
@@ -29,7 +29,7 @@ TABLES = tuple(f"{BART}{t}.weight" for t in ("shared", "encoder.embed_tokens", "
     STAGE1 + "model.language_model.lm_head.weight",
 )
 _FREQUENCIES = r"qwen2_model\..*rotary_emb\.inv_freq"  # older transformers saved them; they are constants
-# Published tensors that our encoder has no use for; a conversion keeps them beside.
+# Published tensors that our encoder does not use; a conversion keeps them in published.safetensors.
 _UNUSED = re.compile(
     "|".join(re.escape(t) for t in TABLES)
     + rf"|{re.escape(STAGE1)}model\.language_model\.final_logits_bias"
@@ -40,13 +40,13 @@ _UNUSED = re.compile(
 
 
 def is_llm(name: str) -> bool:
-    """Whether a published tensor is a weight of the language model."""
+    """Return True if a published tensor is a weight of the language model."""
     return name.startswith(LLM) and not re.fullmatch(_FREQUENCIES, name)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One published tensor inside one of ours: `rows` of it where not all, transposed, or below a leading 1."""
+    """Describe one published tensor inside one of ours: `rows` of it (None: all), transposed, or with a leading 1."""
 
     name: str
     rows: slice | tuple[int, ...] | None = None
@@ -54,16 +54,16 @@ class Piece:
     leading: bool = False
 
     def take(self, theirs: Tensor) -> Tensor:
-        """The part of the published tensor that is ours."""
+        """Return the part of the published tensor that belongs to ours."""
         theirs = theirs if self.rows is None else theirs[self.rows if isinstance(self.rows, slice) else list(self.rows)]
         return theirs.T if self.transposed else theirs[0] if self.leading else theirs
 
     def give(self, ours: Tensor) -> Tensor:
-        """The inverse of `take`, of the rows at hand."""
+        """Return the published form of our rows, the inverse of `take`."""
         return ours.T if self.transposed else ours[None] if self.leading else ours
 
     def put(self, ours: Tensor, table: Tensor) -> Tensor:
-        """A copy of the published table with our rows in it."""
+        """Return a copy of the published table with our rows in it."""
         table = table.clone()
         table[self.rows if isinstance(self.rows, slice) else list(self.rows)] = ours.to(table.dtype).reshape(
             -1, *table.shape[1:]
@@ -72,7 +72,7 @@ class Piece:
 
     @property
     def last_row(self) -> int:
-        """The highest of `rows`."""
+        """Return the highest of `rows`."""
         return max(self.rows) if isinstance(self.rows, tuple) else self.rows.stop - 1
 
 
@@ -80,7 +80,7 @@ Layout = dict[str, list[Piece]]  # our tensor -> its pieces, stacked along the f
 
 
 def layout(config: VLVConfig, table: str = TABLES[0], prompt: Sequence[int] = PROMPT_IDS) -> Layout:
-    """Which published tensors make up each of the encoder's, for the prompt's ids in the embedding `table`."""
+    """Return the published tensors of each encoder tensor, for the prompt's ids in the embedding `table`."""
     c, made = config, Layout()
 
     def pair(ours: str, *theirs: str) -> None:
@@ -148,13 +148,13 @@ def layout(config: VLVConfig, table: str = TABLES[0], prompt: Sequence[int] = PR
 
 
 def assemble(pieces: Sequence[Piece], theirs: Callable[[str], Tensor], shape: torch.Size) -> Tensor:
-    """Our tensor from its published pieces."""
+    """Assemble our tensor from its published pieces."""
     taken = [piece.take(theirs(piece.name)) for piece in pieces]
     return (taken[0] if len(taken) == 1 else torch.cat(taken)).reshape(shape)
 
 
 def disassemble(made: Layout, ours: Mapping[str, Tensor]) -> dict[str, tuple[str, Piece, Callable[[Tensor], Tensor]]]:
-    """Published name -> (our name, piece, function from our tensor to the published tensor or its rows)."""
+    """Return published name -> (our name, piece, function from our tensor to the published tensor or its rows)."""
 
     def part(piece: Piece, index: int, count: int) -> Callable[[Tensor], Tensor]:
         return lambda tensor: piece.give(tensor.chunk(count)[index])
@@ -168,7 +168,7 @@ def disassemble(made: Layout, ours: Mapping[str, Tensor]) -> dict[str, tuple[str
 
 
 def problems(made: Layout, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
-    """What keeps the encoder from being made of these tensors (meta tensors suffice), one line each."""
+    """Return why the encoder cannot be assembled from these tensors (meta tensors suffice), one line each."""
     found = []
     for name, (our_name, piece, part) in disassemble(made, ours).items():
         if name not in theirs:

@@ -1,4 +1,4 @@
-"""A published checkpoint becomes a folder of ours, tensor by tensor."""
+"""Convert published weights to a checkpoint folder, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def convert(
 ) -> Checkpoint:
     """Convert published weights, a file or a folder, to a checkpoint folder. Raises CheckpointError.
 
-    florence, clip, llm: folders or hub ids of the models it was built from, searched beside the weights
-    when not given. t2i: a Stable Diffusion folder to link, for reconstruction. dtype: None keeps each tensor's.
+    florence, clip, llm: folders or hub ids of the models it was built from (None: searched beside the
+    weights). t2i: a Stable Diffusion folder to link, for reconstruction. dtype: None keeps each tensor's.
     """
     files = weight_files(source)
     beside = Companions.find(source if source.is_dir() else source.parent, florence, clip, llm)
@@ -57,9 +57,9 @@ def convert(
 
 
 class _Plan:
-    """What becomes of every published tensor, as meta tensors by name; it fails before anything is written.
+    """Assign every published tensor (as meta tensors by name) to a file. Raises CheckpointError before any write.
 
-    encoder: our encoder's. llm: the language model's. kept: what neither can give back.
+    encoder: the encoder's tensors. llm: the language model's. kept: those that neither of them can restore.
     """
 
     def __init__(self, tensors: Tensors, beside: Companions, image_size: int, dtype: torch.dtype | None):
@@ -100,21 +100,21 @@ class _Plan:
         return tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
 
     def theirs(self, name: str) -> Tensor:
-        """A published tensor, by its name within stage 2."""
+        """Return a published tensor, by its name within stage 2."""
         return self._cast(self._tensors[self._actual[name]])
 
     def make(self, name: str) -> Tensor:
-        """A tensor of our encoder."""
+        """Assemble a tensor of the encoder."""
         return keys.assemble(self._layout[name], self.theirs, self.encoder[name].shape)
 
     def _same(self, a: str, b: str) -> bool:
-        """Whether two tensors of the language model are equal, bit by bit."""
+        """Return True if two tensors of the language model are equal, bit by bit."""
         first, second = (self._tensors[self._actual[keys.LLM + name]] for name in (a, b))
         return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _copy_small_files(source: Path, target: Path) -> None:
-    """A transformers folder without its weights: configuration, tokenizer, generation settings."""
+    """Copy a transformers folder without its weights: configuration, tokenizer, generation settings."""
     target.mkdir()
     for pattern in SMALL_FILES:
         for file in source.glob(pattern):

@@ -1,7 +1,7 @@
-"""Whole checkpoint folders of random weights, in any preset's size: for benchmarks, exports and tests.
+"""Write checkpoint folders of random weights, in any preset's size: for benchmarks, exports and tests.
 
-Written tensor by tensor. The scales keep activations near one through all layers, so that timings and
-relative errors mean what they would with trained weights.
+The files are written tensor by tensor. The scales keep activations near one through all layers, so that timings and
+relative errors are those of trained weights.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from tokenizers import pre_tokenizers
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from vlv.checkpoints.folder import Checkpoint
 from vlv.checkpoints.tensor_files import Produce, Progress, write_safetensors
@@ -41,7 +43,7 @@ LLMS: dict[str, dict] = {
 
 
 def random_tensor(name: str, meta: Tensor, generator: torch.Generator) -> Tensor:
-    """Matrices of variance 1 / inputs; norms near one, biases near zero, and neither exactly."""
+    """Return a random tensor: matrices of variance 1 / inputs; norms near one and biases near zero, neither exactly."""
     if name.endswith("temporal"):  # a constant: sin(0), cos(0), interleaved
         return torch.tensor([0.0, 1.0]).repeat(meta.numel() // 2 + 1)[: meta.numel()].to(meta.dtype)
     noise = torch.randn(meta.shape, dtype=meta.dtype, generator=generator)
@@ -52,10 +54,8 @@ def random_tensor(name: str, meta: Tensor, generator: torch.Generator) -> Tensor
     return noise.mul_(0.02).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
-def llm_plan(preset: str, dtype: torch.dtype):
-    """A preset's language model: its transformers configuration, and its tensors as meta tensors by name."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
+def llm_plan(preset: str, dtype: torch.dtype) -> tuple[Qwen2Config, dict[str, Tensor]]:
+    """Return a preset's language model: its transformers configuration, and its tensors as meta tensors by name."""
     config = Qwen2Config(**LLMS[preset], dtype=dtype, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     config.architectures = ["Qwen2ForCausalLM"]
     with torch.device("meta"):
@@ -66,12 +66,12 @@ def llm_plan(preset: str, dtype: torch.dtype):
 
 
 def write(preset: str, folder: Path, dtype: str = "bfloat16", force: bool = False) -> Checkpoint:
-    """Write a checkpoint folder of the preset's sizes, without t2i/. Raises CheckpointError where one is."""
+    """Write a checkpoint folder of the preset's sizes, without t2i/. Raises OutputExists where `folder` has content."""
     config, kind = PRESETS[preset], getattr(torch, dtype)
     with torch.device("meta"):
         vision = VLVEncoder(config).to(kind).state_dict()
     llm_config, llm = llm_plan(preset, kind)
-    progress = Progress("made up", sum(tensor.nbytes for part in (vision, llm) for tensor in part.values()))
+    progress = Progress("generated", sum(tensor.nbytes for part in (vision, llm) for tensor in part.values()))
     with atomic_folder(folder, progress.total, force) as made:
         write_safetensors(made / "encoder.safetensors", vision, progress.watch(maker(vision)))
         (made / "llm").mkdir()
@@ -83,7 +83,7 @@ def write(preset: str, folder: Path, dtype: str = "bfloat16", force: bool = Fals
 
 
 def encoder(config: VLVConfig, dtype: torch.dtype = torch.float32) -> VLVEncoder:
-    """A random encoder in memory, in eval mode."""
+    """Return a random encoder in eval mode, without gradients."""
     with torch.device("meta"):
         made = VLVEncoder(config).to(dtype)
     plan = made.state_dict()
@@ -94,16 +94,13 @@ def encoder(config: VLVConfig, dtype: torch.dtype = torch.float32) -> VLVEncoder
 
 
 def maker(plan: Mapping[str, Tensor], seed: int = 0) -> Produce:
-    """Makes the tensors of `plan` by name, the same for the same seed and order."""
+    """Return a function that generates the tensors of `plan` by name, the same for the same seed and order."""
     generator = torch.Generator().manual_seed(seed)
     return lambda name: random_tensor(name, plan[name], generator)
 
 
-def tokenizer(vocab_size: int):
-    """A byte-level Qwen2Tokenizer with a made-up word for every further id, so that any caption decodes to text."""
-    from tokenizers import pre_tokenizers
-    from transformers import Qwen2Tokenizer
-
+def tokenizer(vocab_size: int) -> Qwen2Tokenizer:
+    """Return a byte-level Qwen2Tokenizer with a placeholder word for every further id: any caption decodes to text."""
     words = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     words += [f"Ġw{i}" for i in range(len(words), vocab_size)]
     return Qwen2Tokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=1024)

@@ -1,6 +1,6 @@
-"""Weight files of any usual kind, read and written tensor by tensor: a model need never fit in memory.
+"""Read and write weight files tensor by tensor, so that a model need not fit in memory.
 
-Read: safetensors and torch's zip format, single or sharded with an index. Nothing executable is unpickled.
+Formats read: safetensors and torch's zip format, single or sharded with an index. Nothing executable is unpickled.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import mmap
 import os
 import pickle
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlv.checkpoints.folder import CheckpointError
+from vlv.common.command import say
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "model.pt", "pytorch_model.bin")
@@ -32,14 +33,14 @@ _DTYPES = {
 
 
 def weight_files(source: Path) -> list[Path]:
-    """The files that hold the weights: `source` itself, or what a folder's index or a usual name points to."""
+    """Return the weight files: `source`, or what a folder's index or a usual name shows. Raises CheckpointError."""
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise CheckpointError(f"no weights at {source}: expected a weight file or a folder with one")
     for name in _INDEXES:
         if (source / name).is_file():
-            return _shards(source / name)
+            return shards(source / name)
     for name in _SINGLES:
         if (source / name).exists():
             return weight_files(source / name)  # newer DeepSpeed makes a folder named pytorch_model.bin
@@ -56,7 +57,8 @@ def weight_files(source: Path) -> list[Path]:
     raise CheckpointError(f"{source} holds no weights: expected one of {', '.join((*_INDEXES, *_SINGLES))}")
 
 
-def _shards(index: Path) -> list[Path]:
+def shards(index: Path) -> list[Path]:
+    """Return the files that an index of shards names. Raises CheckpointError where one is missing."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -69,7 +71,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of weight files by name, mapped when asked for; keep no result for long.
+    """Map weight files to tensors by name, read on demand; keep no result for long, it holds the file's mapping.
 
     metas: name -> meta tensor (shape and dtype). aliases: name -> an earlier name with the same storage.
     """
@@ -111,8 +113,6 @@ def _open(file: Path) -> dict[str, Tensor]:
 
 
 def _open_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, "pt") as reader:
             return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118, not a mapping
@@ -147,9 +147,7 @@ def _open_torch(file: Path) -> dict[str, Tensor]:
 
 
 def metadata(file: Path) -> dict[str, str]:
-    """The free-form metadata in a safetensors file's header."""
-    from safetensors import safe_open
-
+    """Return the free-form metadata in a safetensors file's header."""
     with safe_open(file, "pt") as reader:
         return reader.metadata() or {}
 
@@ -160,7 +158,7 @@ Produce = Callable[[str], Tensor]
 def write_safetensors(
     file: Path, plan: Mapping[str, Tensor], produce: Produce, notes: Mapping[str, str] | None = None
 ) -> None:
-    """Write the tensors of `plan` (name -> meta tensor), each made by `produce(name)` when its turn comes.
+    """Write the tensors of `plan` (name -> meta tensor), each computed by `produce(name)` just before it is written.
 
     The format is 8 bytes of header length, a JSON header, and the raw data; wide types first keeps it aligned.
     """
@@ -185,15 +183,15 @@ def write_safetensors(
 def write_state_dict(
     file: Path, names: Sequence[str], plan: Mapping[str, Tensor], produce: Produce, aliases: Mapping[str, str]
 ) -> None:
-    """The same as a torch file, its dict ordered as `names`; an alias (name -> name in `plan`) shares storage.
+    """Write a torch file, its dict ordered as `names`; an alias (name -> name in `plan`) shares storage.
 
-    torch writes the frame around holes, which are then filled through shared mappings, so the zip's
-    checksums are stale: torch.load does not look at them, unzip would complain.
+    torch writes the file with empty tensors, which are then filled through shared mappings, so the zip's
+    checksums are stale: torch.load does not check them, unzip would report them.
     """
     with torch.serialization.skip_data():
         empty = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in plan.items()}
         torch.save({name: empty[aliases.get(name, name)] for name in names}, file)
-    with file.open("r+b") as stream:  # a hole that finds no room later would be a crash, not an OSError
+    with file.open("r+b") as stream:  # without space, filling a hole later would crash instead of raising OSError
         os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
     filled, written = None, 0
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
@@ -217,14 +215,14 @@ def _checked(name: str, tensor: Tensor, plan: Mapping[str, Tensor]) -> Tensor:
 
 
 class Progress:
-    """Bytes done, rate and time left, on stderr every two seconds."""
+    """Show bytes done, rate and time left on stderr every two seconds."""
 
     def __init__(self, verb: str, total: int):
         self.verb, self.total, self.done = verb, total, 0
         self.start = self.shown = time.monotonic()
 
     def watch(self, produce: Produce) -> Produce:
-        """`produce`, with its results counted."""
+        """Return `produce` with its results counted."""
 
         def counted(name: str) -> Tensor:
             tensor = produce(name)
@@ -232,10 +230,9 @@ class Progress:
             now = time.monotonic()
             if now - self.shown > 2:
                 self.shown, rate = now, self.done / (now - self.start)
-                print(
+                say(
                     f"{self.verb} {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s, "
-                    f"{(self.total - self.done) / rate:.0f} s left",
-                    file=sys.stderr,
+                    f"{(self.total - self.done) / rate:.0f} s left"
                 )
             return tensor
 

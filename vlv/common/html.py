@@ -1,8 +1,9 @@
-"""Pages that need nothing but a browser: one look for galleries, reports and benchmarks, by day and by night."""
+"""Build self-contained HTML pages in one style, light and dark, for galleries, reports and benchmarks."""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable, Sequence
 
 STYLE = """\
 :root { color-scheme: light dark; --ink: #1c1c1e; --soft: #6b6b70; --ground: #f5f5f7; --card: #fff; --line: #d8d8dc; }
@@ -23,7 +24,7 @@ svg { color: var(--soft); } svg text { fill: currentColor; font-size: 11px; }
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """A whole document; `style` is what this page has beyond STYLE."""
+    """Return an HTML document; `style` is CSS after STYLE. `title` is escaped, `body` is HTML."""
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -35,3 +36,10 @@ def page(title: str, body: str, style: str = "") -> str:
 {body}
 </html>
 """
+
+
+def html_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Return rows of cells under their head as an HTML table; all text is escaped."""
+    heads = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in head)
+    lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
+    return f"<table><tr>{heads}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

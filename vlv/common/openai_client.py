@@ -1,40 +1,201 @@
-"""Questions to any OpenAI-compatible server: what they cost is said first, and no answer is paid for twice.
+"""Ask any OpenAI-compatible chat server: one client for judges, text-only VQA, layout captions and distillation.
 
-Every answer is appended to a journal as one line as soon as it is there; the same questions to the same model are
-then read from it. The key comes from an environment variable, never from the command line.
+`ChatClient` sends one question and waits and asks again where the server is busy; `JournaledClient` asks many, says
+what they cost first, and keeps every answer in a file as soon as it arrives, so that none is paid for twice. The key
+comes from an environment variable, never from the command line.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from vlv.common import command
-from vlv.evaluate import cli
+import openai
+
+from vlv.common.command import Misuse, UserError, say
+from vlv.common.jsonl import cut_torn_line, read_records
+from vlv.common.openai_config import ClientConfig
+from vlv.common.retry import retry_delay
+from vlv.data.image import ImageError, web_image
 
 T = TypeVar("T")
-CHARACTERS = 4  # of English text in a token, about: for the estimate only
-RETRIES = 5  # of a question that a busy server turns away
+CHARACTERS_PER_TOKEN = 4  # of English text, about: for the estimate only
 THOUGHTS = 2000  # tokens that a reasoning model may think
-HEAD = b'{"digest": "'  # of every line of a journal
+PATIENCE = 20  # questions in a row without an answer that end a run
+JOURNAL_HEAD = b'{"digest": "'  # the beginning of every line of a journal
+REPEATED = (408, 409, 425, 429)  # besides 5xx: status codes after which the same request may succeed
+REFUSED = (400, 413, 415, 422)  # status codes that refuse one question, not the client
 
 
-class ChatError(RuntimeError):
-    """The server cannot be used; the message says what it answered."""
+class ServerError(UserError, RuntimeError):
+    """Raised where the server gives no answers; `fatal` where another question would meet the same."""
+
+    def __init__(self, message: str, fatal: bool = False):
+        super().__init__(message)
+        self.fatal = fatal
+
+
+class NoAnswer(UserError, RuntimeError):
+    """Raised where one question has no usable answer."""
+
+
+class TokenLimitError(NoAnswer):
+    """Raised where the server refuses the number of tokens that an answer may have."""
+
+
+class _BadReply(Exception):
+    """A reply with status 200 that holds no answer; `repeat`: the server says that it is a passing error."""
+
+    def __init__(self, message: str, repeat: bool):
+        super().__init__(message)
+        self.repeat = repeat
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote; `text` is empty where it wrote nothing after its thoughts."""
+
+    text: str
+    finish_reason: str | None
+    model: str | None
+    tokens_in: int
+    tokens_out: int
+
+
+def final_text(text: str) -> str:
+    """Return what follows a model's thoughts: the text after the last </think>; "" where they do not end."""
+    _, closed, after = text.rpartition("</think>")
+    if closed:
+        return after.strip()
+    return "" if re.match(r"\s*<think>", text) else text.strip()
+
+
+def image_url(content: bytes) -> str:
+    """Return an image file's content as a data: URL; see `web_image`. Raises ImageError."""
+    kind, content = web_image(content)
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+class ChatClient:
+    """Asks one question at a time; use it as an async context manager."""
+
+    def __init__(self, config: ClientConfig):
+        self.config = config
+        self._failed = 0  # questions in a row
+        self._client = openai.AsyncOpenAI(
+            base_url=config.url,
+            api_key=os.environ.get(config.key_env) or "none",
+            max_retries=0,  # see `ask`
+            timeout=config.timeout,
+        )
+
+    async def __aenter__(self) -> ChatClient:
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await self._client.close()
+
+    async def ask(self, messages: list[dict], max_tokens: int, **options: object) -> Answer:
+        """Return the answer to the messages; a busy or failing server is asked again after a pause.
+
+        Raises NoAnswer where this question has no usable answer, ServerError where the server cannot be used, or
+        PATIENCE questions in a row had no answer.
+        """
+        try:
+            answer = await self._ask(messages, self._limit(max_tokens) | options)
+        except NoAnswer as error:
+            self._failed += 1
+            if self._failed >= PATIENCE:
+                raise ServerError(f"{self.config.url} gives no answers ({error})", fatal=True) from error
+            raise
+        except ServerError as error:
+            self._failed += 1
+            error.fatal = error.fatal or self._failed >= PATIENCE
+            raise
+        self._failed = 0
+        return answer
+
+    def _limit(self, max_tokens: int) -> dict:
+        if self.config.reasoning:  # thoughts count as tokens too
+            return {"max_completion_tokens": max_tokens + THOUGHTS}
+        return {"max_tokens": max_tokens}
+
+    async def _ask(self, messages: list[dict], options: dict) -> Answer:
+        create = self._client.chat.completions.with_raw_response.create
+        attempt = 0
+        while True:
+            try:
+                reply = await create(model=self.config.model, messages=messages, **options)
+                return _answer(reply.content)
+            except openai.APIStatusError as error:
+                status, headers = error.status_code, error.response.headers
+                if error.code == "unsupported_parameter" and not self.config.reasoning:
+                    raise ServerError(f"{self.config.url} needs --reasoning: {error}", fatal=True) from error
+                if status in REFUSED:
+                    kind = TokenLimitError if re.search(r"max_(completion_)?tokens", str(error)) else NoAnswer
+                    raise kind(f"the server refuses the question: {error}") from error
+                problem = f"{self.config.url} answers {status}: {error}"
+                hopeless = not (status in REPEATED or status >= 500) or error.code == "insufficient_quota"
+                if hopeless or attempt >= self.config.retries:
+                    raise ServerError(problem, fatal=hopeless) from error
+            except openai.APIConnectionError as error:  # timeouts included
+                headers = {}
+                if attempt >= self.config.retries:
+                    raise ServerError(f"{self.config.url} cannot be used: {error}") from error
+            except openai.OpenAIError as error:
+                raise ServerError(f"{self.config.url} cannot be used: {error}", fatal=True) from error
+            except _BadReply as error:
+                headers = reply.headers
+                if attempt >= (self.config.retries if error.repeat else min(1, self.config.retries)):
+                    raise NoAnswer(f"{self.config.url} {error}") from error
+            await asyncio.sleep(retry_delay(attempt, headers))
+            attempt += 1
+
+
+def _answer(content: bytes) -> Answer:
+    """Read the body of a reply with status 200. Raises _BadReply, or NoAnswer where the model refuses."""
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise _BadReply(f"answers no JSON object but {content[:60]!r}", repeat=True)
+    if body.get("error"):
+        error = body["error"]
+        text = error.get("message", error) if isinstance(error, dict) else error
+        raise _BadReply(f"answers 200 with an error: {text}", repeat=True)
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
+        raise _BadReply(f"answers no message: is it a chat server? {content[:60]!r}", repeat=False)
+    text = message.get("content")
+    if isinstance(text, list):  # parts, as some servers write them
+        parts = [part for part in text if isinstance(part, dict) and part.get("type", "text") == "text"]
+        text = "".join(str(part.get("text") or "") for part in parts)
+    if not text and message.get("refusal"):
+        raise NoAnswer(f"the model refuses: {message['refusal']}")
+    thoughts = message.get("reasoning_content") or message.get("reasoning")
+    if not text and thoughts and choice.get("finish_reason") != "length":
+        raise NoAnswer("the server gave the model's thoughts (reasoning_content) and no content")
+    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    tokens_in, tokens_out = (count if isinstance(count, int) else 0 for count in counts)
+    return Answer(str(text or ""), choice.get("finish_reason"), body.get("model"), tokens_in, tokens_out)
 
 
 @dataclass(frozen=True)
 class Question:
-    """`name` is for people; `image` (a file) goes before the text."""
+    """A question with its own name; `image` (a file) goes before the text."""
 
     name: str
     text: str
@@ -43,194 +204,144 @@ class Question:
     image: Path | None = None
 
     def messages(self, reminder: str = "") -> list[dict]:
+        """Return the messages to send; a reminder is added to the text. Raises OSError, ImageError."""
         text = f"{self.text}\n\n{reminder}" if reminder else self.text
         content: list[dict] | str = text
         if self.image:
-            kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp", ".gif": "gif"}
-            data = base64.b64encode(self.image.read_bytes()).decode()
-            url = f"data:image/{kind.get(self.image.suffix.lower(), 'png')};base64,{data}"
-            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+            url = {"url": image_url(self.image.read_bytes())}
+            content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": text}]
         return [{"role": "system", "content": self.system}, {"role": "user", "content": content}]
 
     def digest(self, model: str) -> str:
-        """What the journal knows the question by: model, texts, and the image's content."""
+        """Return the journal's key of the question: a hash of model, texts, and the image's content."""
         digest = hashlib.sha256(json.dumps([model, self.system, self.text, self.max_tokens]).encode())
-        digest.update(_content(self.image) if self.image else b"")
+        digest.update(_image_hash(self.image) if self.image else b"")
         return digest.hexdigest()[:24]
 
 
-def add_flags(p: argparse.ArgumentParser) -> None:
-    """--url, --model and what belongs to them."""
-    p.add_argument("--url", metavar="URL", help="OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
-    p.add_argument("--model", metavar="NAME", help="the model's name there")
-    p.add_argument("--key-env", default="OPENAI_API_KEY", metavar="VAR", help="environment variable with the API key")
-    p.add_argument("--journal", type=Path, metavar="JSONL", help="where answers are kept (default: beside -o)")
-    p.add_argument("--concurrency", type=command.positive, default=8, help="questions at a time (8)")
-    p.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars a million tokens, for the cost")
-    p.add_argument(
-        "--image-tokens", type=command.positive, default=800, help="tokens an image counts, for the cost (800)"
-    )
-    p.add_argument("--max-cost", type=float, metavar="USD", help="stop before it where the estimate is above this")
-    p.add_argument(
-        "--reasoning", action="store_true", help="a model that thinks first: max_completion_tokens, no temperature"
-    )
-    p.add_argument("--estimate", action="store_true", help="say what it would cost, and stop")
+class JournaledClient:
+    """Asks many questions at once, and keeps the answers in a journal."""
 
-
-def check(args: argparse.Namespace) -> None:
-    """Raise Misuse where the flags do not make a server."""
-    if not args.model or not (args.url or args.estimate):
-        raise cli.Misuse("--url and --model are needed: the server that answers, and its model's name")
-    if not (args.journal or args.out or args.estimate):
-        raise cli.Misuse("-o or --journal is needed: answers are kept, so that none is paid for twice")
-    if args.max_cost is not None and not args.price:
-        raise cli.Misuse("--max-cost needs --price IN OUT, in dollars a million tokens")
-
-
-class Chat:
-    """A model behind a URL, and the journal of its answers."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.journal: Path = args.journal or (args.out or Path("estimate")).with_suffix(".journal.jsonl")
+    def __init__(self, config: ClientConfig, journal: Path):
+        """Read the journal. Raises Misuse where the file is something else."""
+        self.config = config
+        self.journal = journal
         self.answers: dict[str, dict] = {}
-        if self.journal.exists():
-            content = self.journal.read_bytes()
-            if not HEAD.startswith(content[: len(HEAD)]):
-                raise cli.Misuse(
-                    f"{self.journal} is there already, and no journal of answers: choose another --journal"
-                )
-            for line in content.splitlines(keepends=True):
-                if line.endswith(b"\n"):  # a kill may leave half a line at the end; it is asked again
-                    record = json.loads(line)
-                    self.answers[record["digest"]] = record
+        if journal.exists():
+            with journal.open("rb") as file:
+                if not JOURNAL_HEAD.startswith(file.read(len(JOURNAL_HEAD))):
+                    raise Misuse(f"{journal} exists and is no journal of answers: choose another --journal")
+            self.answers = {record["digest"]: record for record in read_records(journal)}
+
+    def digest(self, question: Question) -> str:
+        """Return the journal's key of the question."""
+        return question.digest(self.config.model)
 
     def estimate(self, questions: list[Question]) -> dict:
-        """What the questions that are not answered yet will take, said on stderr. Raises Misuse above --max-cost."""
-        new = [q for q in questions if q.digest(self.args.model) not in self.answers]
-        tokens_in = sum((len(q.system) + len(q.text)) // CHARACTERS for q in new)
-        tokens_in += self.args.image_tokens * sum(q.image is not None for q in new)
-        tokens_out = sum(q.max_tokens + THOUGHTS * self.args.reasoning for q in new)
+        """Return and print the cost of the questions without an answer. Raises Misuse above max_cost."""
+        config = self.config
+        new = [q for q in questions if self.digest(q) not in self.answers]
+        tokens_in = sum((len(q.system) + len(q.text)) // CHARACTERS_PER_TOKEN for q in new)
+        tokens_in += config.image_tokens * sum(q.image is not None for q in new)
+        tokens_out = sum(q.max_tokens + THOUGHTS * config.reasoning for q in new)
         found = {"questions": len(new), "in_journal": len(questions) - len(new)}
         found |= {"tokens_in": tokens_in, "tokens_out_at_most": tokens_out}
         text = f"{len(new):,} questions ({found['in_journal']:,} are answered already), about {tokens_in:,} tokens in"
         text += f" and at most {tokens_out:,} out"
-        if self.args.price:
-            found["usd_at_most"] = round(self._dollars(tokens_in, tokens_out), 4)
+        if config.price:
+            found["usd_at_most"] = round(config.dollars(tokens_in, tokens_out), 4)
             text += f": at most about ${found['usd_at_most']:,.2f}"
         else:
-            text += " (--price IN OUT says it in dollars)"
-        cli.say(text)
-        if self.args.max_cost is not None and found["usd_at_most"] > self.args.max_cost:
-            raise cli.Misuse(f"that is above --max-cost {self.args.max_cost:g}: take fewer images, or raise it")
+            text += " (--price IN OUT gives the cost in dollars)"
+        say(text)
+        if config.max_cost is not None and found["usd_at_most"] > config.max_cost:
+            raise Misuse(f"that is above --max-cost {config.max_cost:g}: take fewer images, or raise it")
         return found
 
-    def _dollars(self, tokens_in: int, tokens_out: int) -> float:
-        return (tokens_in * self.args.price[0] + tokens_out * self.args.price[1]) / 1e6
-
     def ask(self, questions: list[Question], parse: Callable[[str], T]) -> tuple[dict[str, T], dict[str, str]]:
-        """What `parse` makes of every answer, by name, and the failures with their reasons.
+        """Return the parsed answers by the questions' names, and the reasons of those that failed.
 
-        `parse` raises ValueError for an answer that it cannot use; such a question is asked once more, with the
-        reason. Raises ChatError where the server cannot be reached or refuses the key or the model.
+        `parse` gets the text after a model's thoughts and raises ValueError for one that it cannot use; such a
+        question is asked once more, with the reason. Raises ServerError where the server cannot be used.
         """
-        new = [q for q in questions if q.digest(self.args.model) not in self.answers]
-        if new:
-            asyncio.run(self._ask_all(new, parse))
-        good, bad = {}, {}
+        new = [q for q in questions if self.digest(q) not in self.answers]
+        failures = asyncio.run(self._ask_all(new, parse)) if new else {}
+        answers = {}
         for question in questions:
-            record = self.answers[question.digest(self.args.model)]
+            record = self.answers.get(self.digest(question))
+            if record is None:
+                continue
             try:
-                if "refused" in record:
-                    raise ValueError(record["refused"])
-                good[question.name] = parse(record["answer"])
+                answers[question.name] = parse(final_text(record["answer"]))
             except ValueError as error:
-                bad[question.name] = str(error)
-        return good, bad
+                cut_off = record.get("finish_reason") == "length" and not final_text(record["answer"])
+                failures[question.name] = (
+                    "no answer within the limit of tokens: a model that thinks first needs --reasoning"
+                    if cut_off
+                    else str(error)
+                )
+        return answers, failures
 
-    async def _ask_all(self, questions: list[Question], parse: Callable) -> None:
-        import openai
-
+    async def _ask_all(self, questions: list[Question], parse: Callable) -> dict[str, str]:
         self.journal.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(self.journal)
-        waiting, done = iter(questions), 0
-        client = openai.AsyncOpenAI(
-            base_url=self.args.url,
-            api_key=os.environ.get(self.args.key_env) or "none",
-            max_retries=RETRIES,
-            timeout=300,
-        )
+        cut_torn_line(self.journal)
+        waiting, done, failures = iter(questions), 0, {}
 
-        async def work(file) -> None:
+        async def work(client: ChatClient, file) -> None:
             nonlocal done
             for question in waiting:
-                record = await self._ask(client, question, parse)
-                if "refused" not in record:  # what was refused cost nothing: another run may ask again
+                try:
+                    record = await self._ask(client, question, parse)
+                except NoAnswer as error:  # not in the journal: another run asks again
+                    failures[question.name] = str(error)
+                else:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                     file.flush()
-                self.answers[record["digest"]] = record
+                    self.answers[record["digest"]] = record
                 done += 1
                 if done % 50 == 0 or done == len(questions):
-                    cli.say(f"{done:,} of {len(questions):,} answered")
+                    say(f"{done:,} of {len(questions):,} answered")
 
-        async with client:
+        async with ChatClient(self.config) as client:
             with self.journal.open("a", encoding="utf-8") as file:
                 try:
                     async with asyncio.TaskGroup() as group:
-                        for _ in range(min(self.args.concurrency, len(questions))):
-                            group.create_task(work(file))
+                        for _ in range(min(self.config.concurrency, len(questions))):
+                            group.create_task(work(client, file))
                 except ExceptionGroup as several:
                     error = several.exceptions[0]
-                    if not isinstance(error, openai.OpenAIError):  # a full disk, a picture that is gone
-                        raise error from None
-                    answered = getattr(error, "status_code", None)
-                    what = f"answers {answered}: {error}" if answered else f"cannot be used: {error}"
-                    raise ChatError(f"{self.args.url} {what} (answers so far are kept in {self.journal})") from error
+                    if isinstance(error, ServerError):
+                        raise ServerError(f"{error} (the answers so far are kept in {self.journal})") from error
+                    raise error from None  # a full disk, an image that was deleted
+        return failures
 
-    async def _ask(self, client, question: Question, parse: Callable) -> dict:
-        import openai
-
-        record, reminder = {"digest": question.digest(self.args.model), "name": question.name, "usage": [0, 0]}, ""
+    async def _ask(self, client: ChatClient, question: Question, parse: Callable) -> dict:
+        record = {"digest": self.digest(question), "name": question.name, "usage": [0, 0]}
+        options, reminder = {} if self.config.reasoning else {"temperature": 0}, ""
         for _ in range(2):
             try:
-                answer = await client.chat.completions.create(
-                    model=self.args.model, messages=question.messages(reminder), **self._options(question)
-                )
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:  # this question, not the server
-                return record | {"refused": f"the server refuses the question: {error}"}
-            choices = getattr(answer, "choices", None)  # a server that is no chat server may answer anything
-            text = (choices[0].message.content if choices else "") or ""
-            if getattr(answer, "usage", None):
-                record["usage"][0] += answer.usage.prompt_tokens
-                record["usage"][1] += answer.usage.completion_tokens
-            record["answer"] = text
+                messages = question.messages(reminder)
+            except ImageError as error:
+                raise NoAnswer(f"{question.image}: {error}") from error
+            answer = await client.ask(messages, question.max_tokens, **options)
+            record["usage"][0] += answer.tokens_in
+            record["usage"][1] += answer.tokens_out
+            record |= {"answer": answer.text, "finish_reason": answer.finish_reason}
             try:
-                parse(text)
+                parse(final_text(answer.text))
                 break
             except ValueError as error:
                 reminder = f"{error}."
         return record
 
-    def _options(self, question: Question) -> dict:
-        if self.args.reasoning:  # its thoughts count as tokens too
-            return {"max_completion_tokens": question.max_tokens + THOUGHTS}
-        return {"max_tokens": question.max_tokens, "temperature": 0}
-
     def usage(self, questions: list[Question]) -> dict:
-        """Tokens that the answers took, whenever they were given, and dollars where --price is given."""
-        records = [self.answers[q.digest(self.args.model)] for q in questions]
+        """Return the tokens that the answers took, in this run or before, and dollars where there is a price."""
+        records = [self.answers.get(self.digest(q), {"usage": [0, 0]}) for q in questions]
         tokens_in, tokens_out = (sum(r["usage"][i] for r in records) for i in (0, 1))
-        found = {"model": self.args.model, "tokens_in": tokens_in, "tokens_out": tokens_out}
-        return found | ({"usd": round(self._dollars(tokens_in, tokens_out), 4)} if self.args.price else {})
+        found = {"model": self.config.model, "tokens_in": tokens_in, "tokens_out": tokens_out}
+        return found | ({"usd": round(self.config.dollars(tokens_in, tokens_out), 4)} if self.config.price else {})
 
 
 @functools.cache
-def _content(image: Path) -> bytes:
-    """The SHA-256 of a file, read once a run."""
+def _image_hash(image: Path) -> bytes:
     return hashlib.sha256(image.read_bytes()).digest()
-
-
-def _cut_torn_line(file: Path) -> None:
-    if file.exists() and not (content := file.read_bytes()).endswith(b"\n"):
-        with file.open("r+b") as torn:
-            torn.truncate(content.rfind(b"\n") + 1)

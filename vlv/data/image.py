@@ -1,4 +1,4 @@
-"""Image files to uint8 crops: the one place where pixels are prepared.
+"""Decode image files to uint8 crops: the only module that opens and prepares images.
 
 The crop equals torchvision's `Resize(size)` and `CenterCrop(size)` of the published preprocessing
 pixel by pixel. Imports only Pillow and numpy, so that a decode process starts fast.
@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 from vlv.common.command import UserError, why
+from vlv.data.decoding.color import lab_to_srgb, srgb_transform
+from vlv.data.decoding.jpeg import START, with_end_marker
+from vlv.data.decoding.png import SIGNATURE, with_transparency, without_side_data
+from vlv.data.decoding.tiff import MAGIC, TiffError, decode_tiff, scale_floats, tiff_size
 
 MAX_PIXELS = 178_956_970  # Pillow's own refusal: 2/3 of a GiB as RGBA
 
@@ -22,6 +28,21 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .pnm".split()
 )
+
+# of each of FORMATS, one of EXTENSIONS; Pillow calls a JPEG file of several images MPO
+_ENDINGS = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "DIB": ".bmp",
+    "TIFF": ".tif",
+    "AVIF": ".avif",
+    "JPEG2000": ".jp2",
+    "PPM": ".ppm",
+}
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -36,10 +57,7 @@ _UPRIGHT = {
 
 
 class ImageError(UserError, ValueError):
-    """A file that gives no picture.
-
-    `kind` is one of missing, unreadable, empty, format, damaged, too-large; the message says more.
-    """
+    """Raised for a file that cannot be decoded; `kind` is missing, unreadable, empty, format, damaged or too-large."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -49,34 +67,137 @@ class ImageError(UserError, ValueError):
         return ImageError, (self.kind, str(self))
 
 
-def load_crop(source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode a file (path or content), turn it upright, make it RGB, resize its short side, crop the centre.
+def load_crop(
+    source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False
+) -> np.ndarray:
+    """Decode a file (path or content) as `decode` does, resize its short side, crop the centre.
 
-    Returns uint8 [3, size, size]. Transparency is laid on white, 16-bit greys are scaled, an animation
-    gives its first frame. Pictures of more than `max_pixels` are refused before they are decoded.
-    Raises ImageError.
+    Returns uint8 [3, size, size]. Raises ImageError.
     """
+    with _quiet():
+        image = _load(source, max_pixels)
+        profile = None if ignore_icc else image.info.get("icc_profile")
+        transform = None if image.has_transparency_data else srgb_transform(profile, image.mode)
+        if transform is None:
+            crop = centre(_rgb(image, profile), size, max_pixels)
+        else:  # the crop has far fewer pixels to convert
+            crop = ImageCms.applyTransform(centre(image, size, max_pixels), transform)
+    return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))
+
+
+def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False) -> Image.Image:
+    """Decode a file (path or content), turn it upright, make it RGB.
+
+    Transparency is laid on white, deeper samples are scaled to 8 bits, an animation gives its first frame. Colours of
+    an ICC profile are converted to sRGB, unless `ignore_icc`, which is the published behaviour; images without a
+    profile, or with sRGB's, give the same pixels either way. Images of more than `max_pixels` are refused before they
+    are decoded. Raises ImageError.
+    """
+    with _quiet():
+        image = _load(source, max_pixels)
+        return _rgb(image, None if ignore_icc else image.info.get("icc_profile"))
+
+
+def web_image(content: bytes) -> tuple[str, bytes]:
+    """Return an image's media type and content as any web service takes it.
+
+    JPEG, PNG, WebP and GIF stay as they are, by their content and not by a name; other formats become PNG, upright, in
+    sRGB. Raises ImageError.
+    """
+    if content.startswith(SIGNATURE):
+        return "image/png", content
+    if content.startswith(START):
+        return "image/jpeg", content
+    if content.startswith((b"GIF87a", b"GIF89a")):
+        return "image/gif", content
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return "image/webp", content
+    return "image/png", png(np.asarray(decode(content)).transpose(2, 0, 1))
+
+
+def file_ending(content: bytes) -> str:
+    """Return the file name's ending for an image file's content, such as ".jpg". Raises ImageError."""
+    for start, ending in ((SIGNATURE, ".png"), *((magic, ".tif") for magic in MAGIC)):
+        if content.startswith(start):  # Pillow cannot open every file of these that is read here
+            return ending
+    return _ENDINGS[_open(content, MAX_PIXELS).format]
+
+
+def image_size(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return width and height from a file's header; the first bytes may be enough. Raises ImageError."""
+    if content.startswith(SIGNATURE) and len(content) >= 24:
+        size = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    elif not content.startswith(MAGIC) or not (size := tiff_size(content)):
+        with _quiet():
+            return _open(content, max_pixels).size
+    _require_size(*size, max_pixels)
+    return size
+
+
+def read_rgba(source: str | Path | bytes) -> Image.Image:
+    """Decode a file to an upright RGBA image, without its profile. Raises ImageError."""
+    with _quiet():
+        return _load(source, MAX_PIXELS).convert("RGBA")
+
+
+def png(image: np.ndarray) -> bytes:
+    """Encode an RGB image uint8 [3, H, W] as the content of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(file, "png")
+    return file.getvalue()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Pillow's warnings of odd metadata and of large images: here an image is usable or an ImageError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _load(source: str | Path | bytes, max_pixels: int) -> Image.Image:
+    """Return the upright image of a file, in a mode of 8 bits. Raises ImageError."""
     content = source if isinstance(source, bytes) else _read(source)
     if not content:
         raise ImageError("empty", "the file is empty (0 bytes)")
-    with warnings.catch_warnings():
-        # Pillow warns of odd metadata and of big pictures; here a picture is usable or an ImageError
-        warnings.simplefilter("ignore")
-        image = _open(content, max_pixels)
-        try:
-            image = _rgb(_upright(image))
-        except ImageError:
-            raise
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error …
-            raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
-    return np.ascontiguousarray(np.asarray(centre(image, size, max_pixels)).transpose(2, 0, 1))
+    image = None
+    try:
+        if content.startswith(MAGIC):
+            image = decode_tiff(content, max_pixels)
+        image = image or _pillow(content, max_pixels)
+        return _eight_bits(_upright(image))
+    except ImageError:
+        raise
+    except TiffError as error:
+        raise ImageError(error.kind, str(error)) from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        name = f"{image.format} data" if image and image.format else "data"
+        raise ImageError("damaged", f"the {name} is damaged or truncated: {error}") from error
 
 
-def png(picture: np.ndarray) -> bytes:
-    """A picture, uint8 [3, H, W], as the content of a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(picture.transpose(1, 2, 0)).save(file, "png")
-    return file.getvalue()
+def _pillow(content: bytes, max_pixels: int) -> Image.Image:
+    """Decode with Pillow; what only Pillow's limits refuse is tried again without it. Raises ImageError."""
+    try:
+        return _loaded(content, max_pixels)
+    except ImageError as error:
+        if content.startswith(SIGNATURE) and error.kind in ("damaged", "format"):
+            bare, profile = without_side_data(content)
+            if len(bare) < len(content):
+                image = _loaded(bare, max_pixels)
+                image.info["icc_profile"] = profile
+                return image
+        elif content.startswith(START) and error.kind == "damaged" and (completed := with_end_marker(content)):
+            return _loaded(completed, max_pixels)
+        raise
+
+
+def _loaded(content: bytes, max_pixels: int) -> Image.Image:
+    image = _open(content, max_pixels)
+    try:
+        image.load()
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
+    return with_transparency(image, content) if content.startswith(SIGNATURE) else image
 
 
 def _read(path: str | Path) -> bytes:
@@ -98,50 +219,61 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("too-large", f"the header announces more than {max_pixels:,} pixels") from error
     except Exception as error:
         raise ImageError("damaged", f"the header is damaged: {error}") from error
-    if image.width * image.height > max_pixels:
-        raise ImageError(
-            "too-large",
-            f"the header announces {image.width} x {image.height} pixels, more than the limit of {max_pixels:,}",
-        )
+    _require_size(image.width, image.height, max_pixels)
     return image
 
 
+def _require_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        message = f"the header announces {width} x {height} pixels, more than the limit of {max_pixels:,}"
+        raise ImageError("too-large", message)
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()
+    """Turn a loaded image as its EXIF data, or decode_tiff, says."""
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        orientation = image.info.pop("orientation", None) or image.getexif().get(_EXIF_ORIENTATION, 1)
+        turn = _UPRIGHT.get(orientation)
     except Exception:  # damaged EXIF says nothing about the pixels
         return image
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
-        image = _eight_bits(image)
+def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert to RGB, in sRGB where there is a profile, with transparency laid on white."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
+        color = rgba.getchannel("R") if image.mode in ("L", "LA", "1") else rgba.convert("RGB")
+        if transform := srgb_transform(profile, color.mode):
+            red, green, blue = ImageCms.applyTransform(color, transform).split()
+            rgba = Image.merge("RGBA", (red, green, blue, rgba.getchannel("A")))
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    if image.mode == "LAB":
+        return lab_to_srgb(image)
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    transform = srgb_transform(profile, image.mode)
+    return ImageCms.applyTransform(image, transform) if transform else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits, 32 bits or floats to 8 bits; Pillow's own conversion would clip them at 255."""
-    values = np.asarray(image).astype(np.float64)
-    low, high = values.min(), values.max()
-    if image.mode != "F" and low >= 0 and high <= 65535:
-        low, high = 0, 65535
-    elif not np.isfinite(values).all():
-        raise ImageError("damaged", "the picture has values that are not finite")
-    return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+    """Scale greys of 16 bits and floats to 8 bits (Pillow's own conversion would clip them); other modes stay."""
+    if image.mode != "I" and image.mode != "F" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.float32)
+    values = scale_floats(values) if image.mode == "F" else values.clip(0, 65535) * (255 / 65535)
+    grey = Image.fromarray(np.rint(values).astype(np.uint8))
+    grey.info = image.info
+    return grey
 
 
 def centre(image: Image.Image, size: int, max_pixels: int) -> Image.Image:
-    """torchvision's Resize(size) and CenterCrop(size), with its rounding."""
+    """Resize the short side to `size` and crop the centre, with torchvision's rounding."""
     short, long = sorted(image.size)
     scaled = int(size * long / short)
     width, height = (size, scaled) if image.width <= image.height else (scaled, size)
     if width * height > max_pixels:
-        # a picture as thin as a thread: resize only what the crop keeps, or it would not fit in memory
+        # an extreme aspect ratio: resize only what the crop keeps, or it would not fit in memory
         left, top = (image.width - short) / 2, (image.height - short) / 2
         return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short))
     if image.size != (width, height):

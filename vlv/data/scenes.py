@@ -1,4 +1,4 @@
-"""The synthetic world of the bundled checkpoint: emoji on a plain background, with true captions.
+"""Generate the synthetic scenes of the bundled checkpoint: emoji on a plain background, with true captions.
 
 A scene has one to three objects of different kinds, each small or large, in one of the four
 quadrants of a square canvas (a small one in a corner of it), on one of eight background colours. Everything follows
@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vlv.data.image import read_rgba
+
 SPRITE = 64  # pixels a side of one glyph in the sheet
 CANVAS = 64  # pixels a side of a scene
 HELD_OUT = 2**31
@@ -36,7 +38,7 @@ ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its kind, size word, quadrant, and its box in pixels of the canvas."""
+    """Describe one object: its kind, size word, quadrant, and its box in pixels of the canvas."""
 
     kind: str
     size: str
@@ -53,7 +55,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; `things` in reading order, `color` the background's RGB."""
+    """Describe what an image shows; `things` in reading order, `color` the background's RGB."""
 
     background: str
     color: tuple[int, int, int]
@@ -66,8 +68,8 @@ class Scene:
 
 @functools.cache
 def _sprites() -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
-    """(kind, side) -> premultiplied RGB [side, side, 3] and transparency [side, side, 1], float32."""
-    sheet = Image.open(Path(__file__).parents[1] / "assets" / "emoji.png").convert("RGBA")
+    """Return (kind, side) -> premultiplied RGB [side, side, 3] and transparency [side, side, 1], float32."""
+    sheet = read_rgba(Path(__file__).parents[1] / "assets" / "emoji.png")
     cache = {}
     for i, kind in enumerate(KINDS):
         glyph = sheet.crop((SPRITE * i, 0, SPRITE * (i + 1), SPRITE))
@@ -79,7 +81,7 @@ def _sprites() -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
 
 
 def sample(seed: int) -> Scene:
-    """The scene of a seed (any non-negative int)."""
+    """Return the scene of a seed (any non-negative int)."""
     rng = np.random.default_rng(seed)
     background = str(rng.choice(list(BACKGROUNDS)))
     color = np.clip(np.array(BACKGROUNDS[background]) + rng.integers(-8, 9), 0, 255)
@@ -96,7 +98,7 @@ def sample(seed: int) -> Scene:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture: uint8 [CANVAS, CANVAS, 3], RGB."""
+    """Render a scene to an RGB image uint8 [CANVAS, CANVAS, 3]."""
     canvas = np.empty((CANVAS, CANVAS, 3), np.float32)
     canvas[:] = scene.color
     for t in scene.things:
@@ -105,6 +107,13 @@ def render(scene: Scene) -> np.ndarray:
         box *= clear
         box += rgb
     return canvas.round().astype(np.uint8)
+
+
+def write_scenes(folder: Path, first: int, count: int) -> None:
+    """Write `count` held-out scenes, from number `first` on, as folder/scene-NUMBER.png. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + count):
+        Image.fromarray(render(sample(HELD_OUT + number))).save(folder / f"scene-{number:05}.png")
 
 
 def _pick(rng: np.random.Generator, *choices: str) -> str:
@@ -116,7 +125,7 @@ def _join(parts: list[str]) -> str:
 
 
 def prompt(scene: Scene, rng: np.random.Generator) -> str:
-    """A short text-to-image prompt that says everything about the scene (at most 30 words and commas)."""
+    """Return a short text-to-image prompt that describes the whole scene (at most 30 words and commas)."""
     parts = [f"a {t.size} {t.kind} at the {t.place}" for t in scene.things]
     if rng.random() < 0.3:
         rng.shuffle(parts)
@@ -126,7 +135,7 @@ def prompt(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A varied, true description: what there is, where it is, and how two objects relate."""
+    """Return a varied, true description: the objects, their places, and how two of them relate."""
     names = _join([f"a {t.size} {t.kind}" for t in scene.things])
     ground = f"{scene.background} background"
     number = ("one object", "two objects", "three objects")[len(scene.things) - 1]
@@ -146,10 +155,10 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _relations(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """One true relation sentence for a scene of two or three objects, none for a single object.
+    """Return one true relation sentence for a scene of two or three objects, none for a single object.
 
-    It names the place before the object. A language model this small finds the object of a place, and not the
-    place of an object, in thousands of steps: without the place it guessed the direction.
+    The sentence names the place before the object: in thousands of steps a language model this small learns the
+    object of a place, but not the place of an object, and without the place it guessed the direction.
     """
     if len(scene.things) < 2:
         return []
@@ -165,7 +174,7 @@ def _relations(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Which claims of a caption hold for its scene; `relations` is (true ones, all that it makes)."""
+    """Hold which claims of a caption are true for its scene; `relations` is (true claims, all claims)."""
 
     objects: bool
     count: bool
@@ -176,7 +185,7 @@ class Judgement:
 
 
 def judge(text: str, scene: Scene) -> Judgement:
-    """Check a caption's claims against the scene it describes; a claim that is not made is not true."""
+    """Check a caption's claims against its scene; a claim that the caption does not make counts as false."""
     things = {t.kind: t for t in scene.things}
     opening = text.split(".")[0]
     named = re.findall(rf"\b({'|'.join(KINDS)})\b", opening)

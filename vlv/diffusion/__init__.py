@@ -1,1 +1,1 @@
-"""The frozen text-to-image model, and reconstruction through it."""
+"""The frozen text-to-image model, and reconstruction with it."""

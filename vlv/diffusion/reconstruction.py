@@ -1,91 +1,97 @@
-"""What draws pictures with a text-to-image model: from embeddings (TorchReconstructor), and from captions
-(CaptionReconstructor).
-"""
+"""Reconstruct images from the encoder's context (TorchReconstructor) or from captions (CaptionReconstructor)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from vlv.diffusion.samplers import each, scheduler
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from vlv.checkpoints.folder import Checkpoint
-    from vlv.model.encoder import VLVEncoder
+from vlv.checkpoints.folder import Checkpoint
+from vlv.common.command import hush
+from vlv.common.device import choose_device, inference_dtype
+from vlv.diffusion.scheduler import batch_seeds, make_scheduler, require_finite
+from vlv.diffusion.t2i import T2I
+from vlv.model.encoder import VLVEncoder
 
 
 class Reconstructor(Protocol):
-    """What draws from embeddings: PyTorch here, and every engine of the room that exports."""
+    """Encode images to a context and reconstruct images from it: in PyTorch here, or in an exported runtime."""
 
     def context(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> context [B, N, C]."""
+        """Encode images uint8 [B, 3, S, S] to a context [B, N, C]."""
         ...
 
     def reconstruct(self, context: Tensor, steps: int, guidance: float, seed: int, sampler: str = "ddim") -> Tensor:
-        """Context -> pictures, uint8 [B, 3, S, S]."""
+        """Reconstruct images uint8 [B, 3, S, S] from a context [B, N, C]."""
         ...
 
 
 class TorchReconstructor:
-    """An encoder and a diffusers folder, as PyTorch runs them."""
+    """Reconstruct with an encoder and a diffusers folder in PyTorch."""
 
-    def __init__(self, encoder: VLVEncoder, folder: Path, device: str, dtype: torch.dtype | None = None):
-        """`dtype`: of the text-to-image model (float32)."""
-        import torch
-
-        from vlv.diffusion.t2i import T2I
-
+    def __init__(self, encoder: VLVEncoder, folder: Path, device: str | torch.device, dtype: torch.dtype | None = None):
+        """Move both models to `device`; `dtype` is that of the text-to-image model (float32)."""
         self.encoder = encoder.to(device)
         self.reconstruct = T2I.load(folder, dtype or torch.float32).to(device).reconstruct
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> TorchReconstructor:
-        """A checkpoint's own models, in bfloat16 on a GPU where there is one. Raises CheckpointError without t2i/."""
-        import torch
-
-        from vlv.common.command import hush
-
+        """Load a checkpoint's own models, on a GPU in bfloat16 where there is one. Raises CheckpointError."""
         folder = checkpoint.t2i  # before anything is loaded
         hush()
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        device = choose_device()
+        dtype = inference_dtype(device)
         return cls(checkpoint.load_encoder(dtype), folder, device, dtype)
 
+    @torch.inference_mode()
     def context(self, images: Tensor) -> Tensor:
-        import torch
-
-        with torch.inference_mode():
-            return self.encoder.context(images.to(self.encoder.device))
+        """Encode images uint8 [B, 3, S, S] to a context [B, N, C]."""
+        return self.encoder.context(images.to(self.encoder.device))
 
 
 class CaptionReconstructor:
-    """Any diffusers text-to-image folder, the way the paper judges captions: it draws what they say."""
+    """Generate images from captions with any diffusers text-to-image folder, as the paper judges captions."""
 
-    def __init__(self, folder: Path, device: str):
-        import diffusers
-        import torch
-
+    def __init__(self, folder: Path, device: str | torch.device):
+        """Load the folder's pipeline in float32, without a safety checker."""
         options = {"safety_checker": None} if (folder / "text_encoder").is_dir() else {}
-        found = diffusers.AutoPipelineForText2Image.from_pretrained(folder, torch_dtype=torch.float32, **options)
-        self._pipeline: Any = found.to(device)
+        pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(folder, torch_dtype=torch.float32, **options)
+        self._pipeline: Any = pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
         self._settings = self._pipeline.scheduler.config
 
-    def draw(self, captions: list[str], steps: int, guidance: float, seed: int | Sequence[int], sampler: str) -> Tensor:
-        """Pictures, uint8 [B, 3, S, S]; each one's noise follows from `seed` alone, one for all or each its own."""
-        import numpy as np
-        import torch
-
+    def reconstruct(
+        self, captions: list[str], steps: int, guidance: float, seed: int | Sequence[int], sampler: str
+    ) -> Tensor:
+        """Generate images uint8 [B, 3, S, S] on the CPU; each image's noise follows from its seed alone."""
         if hasattr(self._pipeline.scheduler, "alphas_cumprod"):  # flow-matching models (SD 3.5) keep their own sampler
-            self._pipeline.scheduler = scheduler(sampler, self._settings)
-        drawn = self._pipeline(
+            self._pipeline.scheduler = make_scheduler(sampler, self._settings, steps)
+        images = self._pipeline(
             captions,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(s) for s in each(seed, len(captions))],
+            generator=[torch.Generator().manual_seed(s) for s in batch_seeds(seed, len(captions))],
             output_type="np",
         ).images
-        return torch.from_numpy(np.round(np.stack(drawn).transpose(0, 3, 1, 2) * 255).astype(np.uint8))
+        values = require_finite("images", torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+        return (values * 255).round().to(torch.uint8)
+
+
+def interpolate(first: Tensor, second: Tensor, count: int) -> Tensor:
+    """Return `count` contexts [count, N, C] on the straight line between two [N, C], both ends included."""
+    weights = torch.linspace(0, 1, count, device=first.device, dtype=first.dtype)[:, None, None]
+    return torch.lerp(first[None], second[None], weights)
+
+
+def mix(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Return the first `share` of one context's tokens, then the second context's remaining tokens: [N, C].
+
+    This is the paper's compositional generation; the length stays that of the unconditional context.
+    """
+    cut = round(share * len(first))
+    return torch.cat([first[:cut], second[cut:]])

@@ -1,7 +1,7 @@
-"""The text-to-image model that VLV reconstructs through: a plain diffusers folder, used frozen.
+"""Load and run the frozen text-to-image model that VLV reconstructs with: a plain diffusers folder.
 
 The folder has the layout of a Stable Diffusion pipeline (`vae`, `unet`, `text_encoder`,
-`tokenizer`, `scheduler`), whatever its width: SD 2.1-base and the toy model are the same to us.
+`tokenizer`, `scheduler`) of any width: SD 2.1-base or the toy model.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from vlv.diffusion.samplers import each, scheduler
+from vlv.diffusion.scheduler import DiffusionError, batch_seeds, make_scheduler, require_finite
 from vlv.diffusion.unet import fixed_context
 
 
 class T2I(nn.Module):
-    """A latent diffusion model conditioned on a context of text-encoder width."""
+    """Hold a latent diffusion model conditioned on a context of text-encoder width."""
 
     def __init__(self, vae, unet, text_encoder, tokenizer, scheduler):
         super().__init__()
-        self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
-        self.tokenizer, self.scheduler = tokenizer, scheduler
+        self.vae = vae
+        self.unet = unet
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> T2I:
-        """Load a diffusers folder, frozen and in eval mode."""
-        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTokenizer
-
+        """Load a diffusers folder, frozen and in eval mode. Raises DiffusionError where it is none."""
         folder = Path(folder)
         if not (folder / "unet").is_dir():
-            raise FileNotFoundError(f"{folder} is no diffusers text-to-image folder: it has no unet/")
+            raise DiffusionError(f"{folder} is no diffusers text-to-image folder: it has no unet/")
         t2i = cls(
             AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype),
             UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype),
@@ -49,9 +51,7 @@ class T2I(nn.Module):
         self.pipeline().save_pretrained(folder)
 
     def pipeline(self) -> Any:
-        """The components as a StableDiffusionPipeline (no safety checker, quiet)."""
-        from diffusers import StableDiffusionPipeline
-
+        """Return the components as a StableDiffusionPipeline without safety checker and progress bar."""
         absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}  # diffusers' types forbid it
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
@@ -66,7 +66,7 @@ class T2I(nn.Module):
         return pipeline
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        """Prompts -> context [B, L, C], padded to the tokenizer's length as Stable Diffusion does."""
+        """Encode prompts to a context [B, L, C], padded to the tokenizer's length as Stable Diffusion does."""
         ids = self.tokenizer(
             prompts,
             padding="max_length",
@@ -77,12 +77,12 @@ class T2I(nn.Module):
         return self.text_encoder(ids.to(self.vae.device)).last_hidden_state
 
     def encode_images(self, pixels: Tensor, sample: bool = True) -> Tensor:
-        """uint8 [B, 3, S, S] -> scaled latents [B, c, s, s] (a sample of the posterior, or its mode)."""
+        """Encode images uint8 [B, 3, S, S] to scaled latents [B, c, s, s]: a sample of the posterior, or its mode."""
         posterior = self.vae.encode(pixels.to(self.vae.dtype) / 127.5 - 1).latent_dist
         return (posterior.sample() if sample else posterior.mode()) * self.vae.config.scaling_factor
 
     def noise_loss(self, latents: Tensor, context: Tensor, draws: int = 1) -> Tensor:
-        """Mean squared error of the UNet's prediction at uniformly drawn time steps (paper section 3.2).
+        """Return the mean squared error of the UNet's prediction at uniformly drawn time steps (paper section 3.2).
 
         latents: [B, c, s, s]; context: [B, N, C]. The target is what the model predicts: the noise (SD
         2.1-base), or the velocity (SD 2.1-768 and the toy model), whose error is the noise's over the
@@ -107,32 +107,36 @@ class T2I(nn.Module):
         seed: int | Sequence[int] = 0,
         sampler: str = "ddim",
     ) -> Tensor:
-        """Context [B, N, C] -> pictures, uint8 [B, 3, S, S]; `sampler` is one of vlv.diffusion.samplers'.
+        """Reconstruct images uint8 [B, 3, S, S] from a context [B, N, C]; `sampler` is a name of SAMPLERS.
 
-        The unconditional context is the empty prompt's, as published (50 steps, guidance 2.0). Each
-        picture's noise follows from `seed` alone, so it does not depend on the batch; several give each its own.
+        The unconditional context is the empty prompt's, as published (50 steps, guidance 2.0). Each image's
+        noise follows from `seed` alone (or from its own of several seeds), so it does not depend on the batch.
+        Raises DiffusionError on an unknown sampler, a number of steps that it cannot take, a context of another length
+        than the empty prompt's, and latents or images that are not finite.
         """
         pipeline = self.pipeline()
-        pipeline.scheduler = scheduler(sampler, self.scheduler.config)
+        pipeline.scheduler = make_scheduler(sampler, self.scheduler.config, steps)
         empty = self.encode_text([""]).expand(len(context), -1, -1)
         if empty.shape[1] != context.shape[1]:
-            raise ValueError(
+            raise DiffusionError(
                 f"the context has {context.shape[1]} tokens, the text encoder's empty prompt {empty.shape[1]}: "
                 "guidance needs equal lengths"
             )
-        draws = [torch.Generator().manual_seed(s) for s in each(seed, len(context))]
+        draws = [torch.Generator().manual_seed(s) for s in batch_seeds(seed, len(context))]
         shape = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
         noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
         context, empty = context.to(self.unet.dtype), empty.to(self.unet.dtype)
         # with guidance the pipeline stacks both, as here
         with fixed_context(self.unet, torch.cat([empty, context]) if guidance > 1 else context):
-            pictures = pipeline(
+            latents = pipeline(
                 prompt_embeds=context,
                 negative_prompt_embeds=empty,
                 latents=noise.to(context.device, self.unet.dtype),
                 generator=draws,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                output_type="pt",
+                output_type="latent",
             ).images
-        return (pictures.float() * 255).round().to(torch.uint8)
+        latents = require_finite("latents", latents) / self.vae.config.scaling_factor
+        images = require_finite("images", self.vae.decode(latents).sample) / 2 + 0.5
+        return (images.clamp(0, 1).float() * 255).round().to(torch.uint8)

@@ -1,10 +1,10 @@
-"""Faster sampling through a diffusers UNet whose context stays the same at every step.
+"""Sample faster with a diffusers UNet whose context stays the same at every step.
 
     with fixed_context(unet, context):
         pipeline(...)      # or any calls of unet(latents, step, encoder_hidden_states=context)
 
 The keys and values of all cross-attentions are computed once, on every device. On CUDA, GroupNorm with SiLU and
-gated GELU are fused as well. The UNet is as it was when the block ends; gradients are for the plain UNet only.
+gated GELU are fused as well. The UNet is restored when the block ends; gradients need the plain UNet.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -22,13 +26,12 @@ from kernels.runtime.dispatch import fused
 
 
 class FixedContext:
-    """An attention processor that holds the keys and values [B, N, heads, d] of one context [B, N, C]."""
+    """Attend to one context [B, N, C] whose keys and values [B, N, heads, d] are computed once."""
 
     def __init__(self, attn, context: Tensor):
         self.shape = context.shape
-        self.key, self.value = (
-            project(context).unflatten(-1, (attn.heads, -1)) for project in (attn.to_k, attn.to_v)
-        )  # fmt: skip
+        self.key = attn.to_k(context).unflatten(-1, (attn.heads, -1))
+        self.value = attn.to_v(context).unflatten(-1, (attn.heads, -1))
 
     def __call__(
         self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None, **_
@@ -46,19 +49,18 @@ class FixedContext:
 
 
 def is_plain_cross_attention(attn: nn.Module) -> bool:
-    """Whether `FixedContext` computes what this diffusers Attention would."""
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
+    """Return True if `FixedContext` computes the same as this diffusers Attention."""
     extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
     return attn.is_cross_attention and isinstance(attn.processor, AttnProcessor2_0) and not any(extras)
 
 
 class FusedNorm(nn.Module):
-    """A GroupNorm, with SiLU if asked."""
+    """Compute a GroupNorm, followed by SiLU if `activation`."""
 
     def __init__(self, norm: nn.GroupNorm, activation: bool):
         super().__init__()
-        self.norm, self.activation = norm, activation
+        self.norm = norm
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm
@@ -66,7 +68,7 @@ class FusedNorm(nn.Module):
 
 
 class FusedGEGLU(nn.Module):
-    """diffusers' GEGLU: projection, then the gated activation."""
+    """Compute diffusers' GEGLU: projection, then the gated activation."""
 
     def __init__(self, projection: nn.Linear):
         super().__init__()
@@ -77,7 +79,7 @@ class FusedGEGLU(nn.Module):
 
 
 class ActivatedProjection(nn.Module):
-    """The projection of the time embedding, with the SiLU that its block would have applied before it."""
+    """Project the time embedding after the SiLU that its block would apply before the projection."""
 
     def __init__(self, projection: nn.Module):
         super().__init__()
@@ -88,11 +90,7 @@ class ActivatedProjection(nn.Module):
 
 
 def fused_parts(unet: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """(parent, attribute, replacement) for what CUDA has fused kernels for, in a UNet or a half of its autoencoder."""
-    from diffusers.models.activations import GEGLU
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-
+    """Return (parent, attribute, fused module) for what has a fused kernel, in a UNet or half an autoencoder."""
     found = []
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D) and isinstance(module.nonlinearity, nn.SiLU):
@@ -113,7 +111,7 @@ def fused_parts(unet: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 @contextmanager
 def fixed_context(unet: nn.Module, context: Tensor) -> Iterator[None]:
-    """Within, `unet` takes this context [B, N, C] only, and computes from it once."""
+    """Fix `unet` to one context [B, N, C] within the block; its keys and values are computed once."""
     processors = dict(unet.attn_processors)
     attentions = {f"{name}.processor": m for name, m in unet.named_modules() if hasattr(m, "is_cross_attention")}
     fixed = {n: FixedContext(m, context) for n, m in attentions.items() if is_plain_cross_attention(m)}

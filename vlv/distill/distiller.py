@@ -1,29 +1,34 @@
-"""The work of vlv.train.distill: what is asked about, how, and what becomes of the answers."""
+"""Caption a source of images by another model: choose the images, ask, check the answers, write the records."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import base64
 import hashlib
 import io
 import json
 import os
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vlv.distill.quality import Limits, caption_problem, image_problem, tidy
+from vlv.common.command import UserError, say
+from vlv.common.jsonl import cut_torn_line, read_records
+from vlv.common.openai_client import Answer, ChatClient, NoAnswer, ServerError, TokenLimitError, final_text, image_url
+from vlv.data.image import MAX_PIXELS, centre, decode, file_ending
+from vlv.data.sources import Sample, Source
+from vlv.distill.config import DistillConfig
+from vlv.distill.duplicates import Duplicates, content_hash, difference_hash
+from vlv.distill.quality import caption_problem, image_problem, tidy
 
-PATIENCE = 20  # requests in a row that fail, retries and all
+
+class DistillError(UserError, ValueError):
+    """Raised where a run stops early; everything that is written stays."""
 
 
 @dataclass
 class Tally:
-    """What a run has done and used."""
+    """Counts of what a run has done and used."""
 
     kept: int = 0
     rejected: int = 0
@@ -32,26 +37,37 @@ class Tally:
     tokens_in: int = 0
     tokens_out: int = 0
 
-    def dollars(self, price: tuple[float, float] | None) -> float:
-        return (self.tokens_in * price[0] + self.tokens_out * price[1]) / 1e6 if price else 0.0
-
 
 @dataclass(frozen=True)
 class Job:
-    """An image that is worth asking about, with what its record will hold."""
+    """An image to ask about, and the beginning of its record."""
 
     record: dict
     image: bytes
 
 
+def estimate(images: int, config: DistillConfig) -> tuple[str, float]:
+    """Return a sentence about the most that a run may cost, and the dollars."""
+    client = config.client
+    tokens_in, tokens_out = images * (client.image_tokens + len(config.prompt) // 3), images * config.max_tokens
+    dollars = client.dollars(tokens_in, tokens_out)
+    text = (
+        f"{images:,} images: at most {tokens_in / 1e6:.2f} M tokens in (taking {client.image_tokens} an image) "
+        f"and {tokens_out / 1e6:.2f} M out"
+    )
+    return text + (f", ${dollars:,.2f}" if client.price else " (--price IN OUT gives the cost)"), dollars
+
+
 class Output:
-    """data.jsonl, data.rejected.jsonl and data.errors.jsonl; every line is whole or absent."""
+    """data.jsonl, data.rejected.jsonl and data.errors.jsonl; every line is complete or absent."""
 
     def __init__(self, path: Path):
         self.path, self.rejected = path, path.with_suffix(".rejected.jsonl")
         self.errors = path.with_suffix(".errors.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.before = [r for file in (self.path, self.rejected) for r in _whole_lines(file)]
+        for file in (self.path, self.rejected):
+            cut_torn_line(file)
+        self.before = [r for file in (self.path, self.rejected) for r in read_records(file)]
         self.errors.unlink(missing_ok=True)
 
     def write(self, file: Path, record: dict) -> None:
@@ -59,83 +75,63 @@ class Output:
             stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 
 
-def _whole_lines(file: Path) -> Iterator[dict]:
-    """The records of a file, from which a line that a killed run left unfinished is cut off."""
-    if not file.exists():
-        return
-    content = file.read_bytes()
-    if not content.endswith(b"\n"):
-        content = content[: content.rfind(b"\n") + 1]
-        with file.open("r+b") as stream:
-            stream.truncate(len(content))
-    for line in content.splitlines():
-        yield json.loads(line)
-
-
 class Distiller:
-    """Goes through a source in order, asks about what is new and good, and writes what comes back."""
+    """Reads a source in order, asks about images that are new and good, and writes the answers."""
 
-    def __init__(self, source, args: argparse.Namespace, limits: Limits):
-        from openai import AsyncOpenAI
-
-        from vlv.distill.duplicates import Duplicates
-
-        self.source, self.args, self.limits, self.tally = source, args, limits, Tally()
-        self.output = Output(args.output)
-        self.duplicates = Duplicates(args.near)
+    def __init__(self, source: Source, config: DistillConfig):
+        self.source = source
+        self.config = config
+        self.tally = Tally()
+        self.output = Output(config.output)
+        self.duplicates = Duplicates(config.near)
         for record in self.output.before:
             if "reason" not in record or not record["reason"].startswith("duplicate"):
                 self._remember(record)
         self.done = {record["id"] for record in self.output.before}
-        self.client = AsyncOpenAI(
-            base_url=args.url, api_key=os.environ.get(args.key_env) or "none", max_retries=args.retries,
-            timeout=args.timeout,
-        )  # fmt: skip
-        self.prompt_hash = hashlib.sha256(args.prompt.encode()).hexdigest()[:12]
-        self.started, self.in_a_row = time.time(), 0
+        self.client = ChatClient(config.client)
+        self.prompt_hash = hashlib.sha256(config.prompt.encode()).hexdigest()[:12]
+        self.started = time.time()
         self.stop: BaseException | None = None  # why nothing more is asked
 
     @property
-    def rows(self) -> int:
-        return sum(self.source.rows)
+    def left(self) -> int:
+        """The number of rows that no earlier run has finished."""
+        return max(0, sum(self.source.rows) - len(self.done))
 
     async def run(self) -> Tally:
         """Caption everything that is left.
 
-        Raises ValueError once --max-cost is spent or no answers come, OSError where an answer cannot be written.
+        Raises DistillError once the limit of the cost is reached or no answers come, OSError where an answer cannot
+        be written.
         """
-        gate, tasks = asyncio.Semaphore(self.args.concurrency), set()
+        semaphore, tasks = asyncio.Semaphore(self.config.client.concurrency), set()
 
         def ended(task: asyncio.Task) -> None:
             tasks.discard(task)
-            gate.release()
+            semaphore.release()
             if not task.cancelled():
                 self.stop = self.stop or task.exception()
 
-        try:
-            for shard, count in enumerate(self.source.rows):
-                for row in range(count):
-                    job = await asyncio.to_thread(self._prepare, shard, row)
-                    if job is None:
-                        continue
-                    await gate.acquire()
-                    self._check()
-                    task = asyncio.create_task(self._ask(job))
-                    tasks.add(task)
-                    task.add_done_callback(ended)
-        finally:
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self.client.close()
+        async with self.client:
+            try:
+                for shard, count in enumerate(self.source.rows):
+                    for row in range(count):
+                        job = await asyncio.to_thread(self._prepare, shard, row)
+                        if job is None:
+                            continue
+                        await semaphore.acquire()
+                        self._check()
+                        task = asyncio.create_task(self._ask(job))
+                        tasks.add(task)
+                        task.add_done_callback(ended)
+            finally:
+                await asyncio.gather(*tasks, return_exceptions=True)
         if self.stop:
             raise self.stop
         return self.tally
 
     def _prepare(self, shard: int, row: int) -> Job | None:
-        """Read an image; None if it was done before, or is rejected here."""
-        from PIL import Image
-
-        from vlv.distill.duplicates import content_hash, difference_hash
-
+        """Read an image; return None if it was finished before, or is rejected here."""
         sample = None
         if self.source.name(shard, row) in self.done:
             return None
@@ -143,97 +139,91 @@ class Distiller:
             sample = self.source.read(shard, row)
             if sample.id in self.done:
                 return None
-            with Image.open(io.BytesIO(sample.image)) as opened:
-                width, height = opened.size
-            difference = difference_hash(sample.image)
-            shown = self._shown(sample.image)
-        except Exception as error:  # of a damaged file Pillow and its decoders raise nearly anything
+            image = decode(sample.image)
+        except Exception as error:  # a source's libraries raise nearly any type for a damaged row
             id = sample.id if sample else f"{shard}:{row}"
             self._reject({"id": id}, f"unreadable: {error}")
             return None
+        width, height = image.size
+        difference = difference_hash(image)
         about = sample.about
         record = {
-            "id": sample.id, "sha256": content_hash(sample.image), "dhash": f"{difference:016x}", "width": width,
-            "height": height, "license": about.get("license") or self.args.license,
-            "source": about.get("url") or about.get("source") or self.args.source or sample.id,
+            "id": sample.id,
+            "sha256": content_hash(sample.image),
+            "dhash": f"{difference:016x}",
+            "width": width,
+            "height": height,
+            "license": about.get("license") or self.config.license,
+            "source": about.get("url") or about.get("source") or self.config.source or sample.id,
             **{k: v for k, v in about.items() if k not in ("license", "url", "source")},
-        }  # fmt: skip
-        if problem := image_problem(width, height, about, self.limits):
+        }
+        if problem := image_problem(width, height, about, self.config.limits):
             self._reject(record, problem)
             return None
-        if earlier := self.duplicates.of(record["sha256"], difference):
+        if earlier := self.duplicates.find(record["sha256"], difference):
             self._reject(record, f"duplicate of {earlier}")
             return None
         self._remember(record)
-        return Job(record | {"path": self._path(sample)}, shown)
+        sent = sample.image
+        if size := self.config.size:  # the crop that VLV sees
+            buffer = io.BytesIO()
+            centre(image, size, MAX_PIXELS).save(buffer, "JPEG", quality=95)
+            sent = buffer.getvalue()
+        return Job(record | {"path": self._path(sample)}, sent)
 
-    def _shown(self, image: bytes) -> bytes:
-        """What the model gets: the crop that VLV sees, at --size; the file itself with --size 0."""
-        if not self.args.size:
-            return image
-        from PIL import Image
-
-        from vlv.data.image import load_crop
-
-        buffer = io.BytesIO()
-        Image.fromarray(load_crop(image, self.args.size).transpose(1, 2, 0)).save(buffer, "JPEG", quality=95)
-        return buffer.getvalue()
-
-    def _path(self, sample) -> str:
-        """Where training finds the image: its file, or for a row of a shard a copy beside the output."""
+    def _path(self, sample: Sample) -> str:
+        """Return where training finds the image: its file, or for a row of a shard a copy beside the output."""
         if os.path.exists(sample.id):
             return os.path.abspath(sample.id)
         if "://" in sample.id and not any(part in sample.id for part in (".tar/", ".parquet#")):
             return sample.id
         name = hashlib.sha256(sample.image).hexdigest()[:16]
-        target = self.args.output.with_suffix(".images") / name[:2] / f"{name}.img"
+        target = self.config.output.with_suffix(".images") / name[:2] / f"{name}{file_ending(sample.image)}"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(sample.image)
-        return os.path.relpath(target, self.args.output.parent)
+        return os.path.relpath(target, self.config.output.parent)
 
     async def _ask(self, job: Job) -> None:
-        import openai
-
-        kind = {b"\x89P": "png", b"\xff\xd8": "jpeg", b"RI": "webp"}.get(job.image[:2], "jpeg")
-        url = f"data:image/{kind};base64,{base64.b64encode(job.image).decode()}"
-        content = [{"type": "text", "text": self.args.prompt}, {"type": "image_url", "image_url": {"url": url}}]
+        content = [
+            {"type": "text", "text": self.config.prompt},
+            {"type": "image_url", "image_url": {"url": image_url(job.image)}},
+        ]
         try:
-            answer = await self.client.chat.completions.create(
-                model=self.args.model, messages=[{"role": "user", "content": content}], max_tokens=self.args.max_tokens
-            )
-            choice = answer.choices[0]
-            text = choice.message.content or ""
-        except (openai.OpenAIError, IndexError, TypeError, AttributeError) as error:  # no chat server: any answer
+            answer = await self.client.ask([{"role": "user", "content": content}], self.config.max_tokens)
+        except (NoAnswer, ServerError) as error:
             self.tally.failed += 1
-            record = {"id": job.record["id"], "error": f"{type(error).__name__}: {error}"[:500]}
-            self.output.write(self.output.errors, record)
-            self.in_a_row += 1
-            hopeless = isinstance(
-                error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
-            )
-            if hopeless or self.in_a_row >= PATIENCE:
-                self.stop = ValueError(f"{self.args.url} gives no answers ({error}): what is written stays")
+            text = f"{type(error.__cause__ or error).__name__}: {error}"[:500]
+            self.output.write(self.output.errors, {"id": job.record["id"], "error": text})
+            url, tokens = self.config.client.url, self.config.max_tokens
+            if isinstance(error, TokenLimitError):  # every image would meet it
+                self.stop = DistillError(f"{url} refuses --max-tokens {tokens}, choose a smaller one ({error})")
+            elif getattr(error, "fatal", False):
+                self.stop = DistillError(f"{url} gives no answers ({error}): what is written stays")
             return
-        self.in_a_row = 0
-        usage = answer.usage
         self.tally.answers += 1
-        self.tally.tokens_in += usage.prompt_tokens if usage else 0
-        self.tally.tokens_out += usage.completion_tokens if usage else 0
-        cut_off = choice.finish_reason == "length"
-        caption = tidy(text, cut_off)
-        teacher = {
-            "model": answer.model or self.args.model, "url": self.args.url, "prompt": self.prompt_hash,
-            "date": datetime.now(UTC).date().isoformat(), "finish_reason": choice.finish_reason,
-            "tokens": usage.completion_tokens if usage else None,
-        }  # fmt: skip
+        self.tally.tokens_in += answer.tokens_in
+        self.tally.tokens_out += answer.tokens_out
+        self._write(job, answer)
+        self._progress()
+
+    def _write(self, job: Job, answer: Answer) -> None:
+        """Write the caption with its origin, or why it is rejected."""
+        cut_off = answer.finish_reason == "length"
+        caption = tidy(final_text(answer.text), cut_off)
         record = {"id": job.record["id"], "path": job.record["path"], "caption": caption, **job.record}
-        record["teacher"] = teacher
-        if problem := caption_problem(caption, cut_off, self.limits):
+        record["teacher"] = {
+            "model": answer.model or self.config.client.model,
+            "url": self.config.client.url,
+            "prompt": self.prompt_hash,
+            "date": datetime.now(UTC).date().isoformat(),
+            "finish_reason": answer.finish_reason,
+            "tokens": answer.tokens_out or None,
+        }
+        if problem := caption_problem(caption, cut_off, self.config.limits):
             self._reject(record, problem)
         else:
             self.output.write(self.output.path, record)
             self.tally.kept += 1
-        self._progress()
 
     def _remember(self, record: dict) -> None:
         if "dhash" in record:
@@ -243,23 +233,27 @@ class Distiller:
         self.output.write(self.output.rejected, record | {"reason": reason})
         self.tally.rejected += 1
 
+    @property
+    def _spent(self) -> float:
+        return self.config.client.dollars(self.tally.tokens_in, self.tally.tokens_out)
+
     def _check(self) -> None:
+        """Raise why the run must stop."""
         if self.stop:
             raise self.stop
-        spent = self.tally.dollars(self.args.price)
-        if self.args.max_cost is not None and spent >= self.args.max_cost:
-            raise ValueError(f"${spent:.2f} are spent, --max-cost is {self.args.max_cost:g}: what is written stays")
+        limit = self.config.client.max_cost
+        if limit is not None and self._spent >= limit:
+            raise DistillError(f"${self._spent:.2f} are spent, --max-cost is {limit:g}: what is written stays")
 
     def _progress(self) -> None:
         t = self.tally
         if t.answers % 100 and t.answers != 10:
             return
-        left = self.rows - len(self.done) - t.kept - t.rejected - t.failed
+        left = self.left - t.kept - t.rejected - t.failed
         rate = t.answers / (time.time() - self.started)
-        each = t.dollars(self.args.price) / t.answers
-        money = f", ${t.dollars(self.args.price):.2f} so far, about ${each * left:.2f} to go" if self.args.price else ""
-        print(
+        each = self._spent / t.answers
+        money = f", ${self._spent:.2f} so far, about ${each * left:.2f} to go" if self.config.client.price else ""
+        say(
             f"{t.answers} answers, {t.rejected} rejected, {t.failed} failed, {rate:.1f}/s, "
-            f"about {left / rate / 3600:.2f} h to go{money}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            f"about {left / rate / 3600:.2f} h to go{money}"
+        )

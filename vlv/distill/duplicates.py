@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 
 import numpy as np
@@ -13,14 +12,13 @@ BITS = 64
 
 
 def content_hash(image: bytes) -> str:
-    """SHA-256 of an image file, as 16 hex digits."""
+    """Return the SHA-256 of an image file, as 16 hex digits."""
     return hashlib.sha256(image).hexdigest()[:16]
 
 
-def difference_hash(image: bytes) -> int:
-    """64 bits: in a grey 9 x 8 miniature, is each pixel brighter than its left neighbour? Survives new compression."""
-    with Image.open(io.BytesIO(image)) as opened:
-        small = opened.convert("L").resize((9, 8), Image.Resampling.BOX)
+def difference_hash(image: Image.Image) -> int:
+    """Return 64 bits: is each pixel of a grey 9 x 8 miniature brighter than its left one? Survives recompression."""
+    small = image.convert("L").resize((9, 8), Image.Resampling.BOX)
     pixels = np.asarray(small).astype(np.int16)
     return int.from_bytes(np.packbits(pixels[:, 1:] > pixels[:, :-1]).tobytes(), "big")
 
@@ -29,7 +27,7 @@ class Duplicates:
     """Finds an earlier image with the same content, or whose difference hash differs in at most `near` bits.
 
     Hashes are filed under each of near + 1 slices of their bits: two that differ in at most `near` agree in one.
-    Flat images (a hash of few bits, or nearly all) look alike to it, so those are compared by content alone.
+    Flat images (a hash of few bits, or nearly all) have similar hashes, so they are compared by content alone.
     """
 
     def __init__(self, near: int):
@@ -41,15 +39,15 @@ class Duplicates:
 
     def add(self, id: str, content: str, difference: int) -> None:
         self._contents.setdefault(content, id)
-        if self._telling(difference):
+        if self._distinctive(difference):
             for (low, mask), filed in zip(self._slices, self._filed, strict=True):
                 filed.setdefault(difference >> low & mask, []).append((difference, id))
 
-    def of(self, content: str, difference: int) -> str | None:
-        """The id of an earlier image that this one repeats."""
+    def find(self, content: str, difference: int) -> str | None:
+        """Return the id of an earlier image that this one repeats, None without one."""
         if content in self._contents:
             return self._contents[content]
-        if not self._telling(difference):
+        if not self._distinctive(difference):
             return None
         for (low, mask), filed in zip(self._slices, self._filed, strict=True):
             for other, id in filed.get(difference >> low & mask, ()):
@@ -58,5 +56,5 @@ class Duplicates:
         return None
 
     @staticmethod
-    def _telling(difference: int) -> bool:
+    def _distinctive(difference: int) -> bool:
         return 4 <= difference.bit_count() <= BITS - 4

@@ -1,4 +1,4 @@
-"""Which images and captions are good enough to learn from, and why others are not."""
+"""Decide which images and captions are good enough to learn from, and say why others are not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-# A model that talks about itself or its task rather than the picture
+# a model that talks about itself or its task instead of the image
 _REFUSAL = re.compile(
     r"\b(i['’]?m sorry|i apologi[sz]e|as an ai\b|i (?:can(?:no|['’])t|am unable to|am not able to|won['’]t)\b"
     r"|(?:cannot|unable to) (?:describe|process|see|view|assist|help)|no image (?:was|is|has been)|please provide)",
@@ -25,7 +25,7 @@ def _limit(default, text: str):
 
 @dataclass(frozen=True)
 class Limits:
-    """What is kept.
+    """The limits of what is kept.
 
     The image limits are all that the paper names (section 4.1, for training stability): a shorter side greater than
     512, an aspect ratio from 0.5 to 2, a watermark's probability less than 0.5. It names none for captions: theirs are
@@ -41,7 +41,7 @@ class Limits:
 
 
 def image_problem(width: int, height: int, about: dict, limits: Limits) -> str | None:
-    """Why an image is left out, None if it is not."""
+    """Return why an image is left out, None if it is not."""
     short, long = sorted((width, height))
     if short < limits.min_side:
         return f"small: {width} x {height}"
@@ -54,7 +54,7 @@ def image_problem(width: int, height: int, about: dict, limits: Limits) -> str |
 
 
 def tidy(caption: str, cut_off: bool) -> str:
-    """Without an announcement before it, on one line; one that ran out of tokens ends with its last whole sentence."""
+    """Return a caption without an announcement, on one line; one that was cut off ends with its last full sentence."""
     text = re.sub(r"\s+", " ", _PREAMBLE.sub("", caption.strip())).strip().strip('"“”').strip()
     if cut_off and "." in text:
         text = text[: text.rindex(".") + 1]
@@ -62,7 +62,7 @@ def tidy(caption: str, cut_off: bool) -> str:
 
 
 def caption_problem(caption: str, cut_off: bool, limits: Limits) -> str | None:
-    """Why a tidied caption is left out, None if it is not."""
+    """Return why a tidied caption is left out, None if it is not."""
     words = caption.split()
     if not words:
         return "empty"
@@ -82,6 +82,6 @@ def caption_problem(caption: str, cut_off: bool, limits: Limits) -> str | None:
 
 
 def repetition(words: list[str], length: int = 4) -> float:
-    """The share of runs of `length` words that came before."""
+    """Return the share of runs of `length` words that came before."""
     runs = [tuple(w.lower() for w in words[i : i + length]) for i in range(len(words) - length + 1)]
     return 1 - len(Counter(runs)) / len(runs) if runs else 0.0

@@ -1,4 +1,4 @@
-"""The information bottleneck: image features -> BART -> a few learned queries -> CLIP's text layers.
+"""Define the information bottleneck: image features -> BART -> a few learned queries -> CLIP's text layers.
 
 BART (Lewis et al. 2019, arXiv 1910.13461) is post-norm: residual, then LayerNorm. CLIP's text model
 is pre-norm. Both are causal over the queries, as published.
@@ -15,14 +15,17 @@ from vlv.model.config import VLVConfig
 
 
 def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """[B, N, parts * C] -> `parts` tensors [B, heads, N, C / heads]."""
+    """Split [B, N, parts * C] into `parts` tensors [B, heads, N, C / heads]."""
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class SelfAttention(nn.Module):
+    """Attend within a sequence [B, N, C]."""
+
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads = heads
+        self.causal = causal
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
@@ -32,14 +35,17 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
+    """Attend from queries [B, N, C] to a memory [B, M, C]."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q, self.kv = Linear(width, width), Linear(width, 2 * width)
+        self.q = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """x: [B, N, C], or [1, N, C] for the same queries to every memory; memory: [B, M, C]. [B, N, C]."""
+        """Attend from x [B, N, C], or [1, N, C] for the same queries everywhere, to memory [B, M, C]: [B, N, C]."""
         (q,) = _heads(self.q(x), 1, self.heads)
         q = q.expand(memory.shape[0], -1, -1, -1)
         out = attention(q, *_heads(self.kv(memory), 2, self.heads))
@@ -47,14 +53,18 @@ class CrossAttention(nn.Module):
 
 
 class BartLayer(nn.Module):
-    """A layer of BART's encoder, or of its decoder (`decoder`: causal, with attention to a memory)."""
+    """Compute a layer of BART's encoder, or of its decoder (`decoder`: causal, with attention to a memory)."""
 
     def __init__(self, width: int, heads: int, ffn: int, decoder: bool):
         super().__init__()
-        self.attention, self.attention_norm = SelfAttention(width, heads, causal=decoder), nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads, causal=decoder)
+        self.attention_norm = nn.LayerNorm(width)
         if decoder:
-            self.cross, self.cross_norm = CrossAttention(width, heads), nn.LayerNorm(width)
-        self.fc1, self.fc2, self.norm = Linear(width, ffn, gelu=True), Linear(ffn, width), nn.LayerNorm(width)
+            self.cross = CrossAttention(width, heads)
+            self.cross_norm = nn.LayerNorm(width)
+        self.fc1 = Linear(width, ffn, gelu=True)
+        self.fc2 = Linear(ffn, width)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         x = self.attention_norm(x + self.attention(x))
@@ -64,7 +74,7 @@ class BartLayer(nn.Module):
 
 
 class Bart(nn.Module):
-    """BART's encoder or decoder over embeddings [B, N, width], with learned positions."""
+    """Run BART's encoder or decoder over embeddings [B, N, width], with learned positions."""
 
     def __init__(self, config: VLVConfig, layers: int, decoder: bool):
         super().__init__()
@@ -81,17 +91,21 @@ class Bart(nn.Module):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid approximation of GELU in OpenAI's CLIP."""
+    """Compute the sigmoid approximation of GELU in OpenAI's CLIP."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class ClipLayer(nn.Module):
+    """Compute a causal pre-norm layer of CLIP's text model, [B, N, C]."""
+
     def __init__(self, width: int, heads: int, ffn: int, activation: str):
         super().__init__()
         # GELU is part of the fused linear layer
         self.activation = {"gelu": nn.Identity(), "quick_gelu": quick_gelu}[activation]
-        self.norm1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads, causal=True)
-        self.norm2, self.fc1 = nn.LayerNorm(width), Linear(width, ffn, gelu=activation == "gelu")
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads, causal=True)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = Linear(width, ffn, gelu=activation == "gelu")
         self.fc2 = Linear(ffn, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +114,7 @@ class ClipLayer(nn.Module):
 
 
 class ClipText(nn.Module):
-    """CLIP's text model after its token embedding: [B, N, C] -> context [B, N, C]."""
+    """Run CLIP's text model after its token embedding: [B, N, C] -> context [B, N, C]."""
 
     def __init__(self, config: VLVConfig):
         super().__init__()
@@ -119,7 +133,7 @@ class ClipText(nn.Module):
         return self.norm(x)
 
     def copy_from(self, clip) -> None:
-        """Take over the weights of a transformers CLIPTextModel, all but its token embedding."""
+        """Copy the weights of a transformers CLIPTextModel, except its token embedding."""
         source = clip.state_dict()
         self.positions.data.copy_(source["embeddings.position_embedding.weight"][: len(self.positions)])
         self.norm.load_state_dict({k: source[f"final_layer_norm.{k}"] for k in ("weight", "bias")})
@@ -134,7 +148,7 @@ class ClipText(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Image features [B, M, width] -> context [B, queries, context_width]."""
+    """Map image features [B, M, width] to a context [B, queries, context_width]."""
 
     def __init__(self, config: VLVConfig):
         super().__init__()
@@ -152,7 +166,7 @@ class Bottleneck(nn.Module):
         return self.text(self.projection(self.decode(features)))
 
     def decode(self, features: Tensor) -> Tensor:
-        """The decoder's output at the queries: [B, queries, width]."""
+        """Return the decoder's output at the queries: [B, queries, width]."""
         memory = self.encoder(torch.cat([features, self.prompt.expand(features.shape[0], -1, -1)], dim=1))
-        # one row: up to the first cross-attention nothing depends on the image, and an export folds it to a constant
+        # one row: up to the first cross-attention nothing depends on the image, so an export folds it to a constant
         return self.decoder(self.queries[None], memory)

@@ -1,4 +1,4 @@
-"""Encoder and language model together: the training loss of stage 2 and the reference generation."""
+"""Join encoder and language model: the training loss of stage 2 and the reference generation."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import re
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vlv.checkpoints.folder import Checkpoint
+from vlv.checkpoints.llm_folder import check_llm_folder
 from vlv.model.encoder import VLVEncoder
+from vlv.model.generation import cut_at_end, end_tokens, greedy_generation_config
 
 
 def clean_caption(text: str) -> str:
-    """The published clean-up: cut at the last period, drop sentences that were said before.
+    """Clean a caption as published: cut it at the last period, drop repeated sentences.
 
-    A text without any period is returned stripped, rather than lost.
+    A text without a period is returned stripped.
     """
     text = text.strip()
     if "." in text:
@@ -24,26 +27,32 @@ def clean_caption(text: str) -> str:
 
 
 class Captioner(nn.Module):
-    """VLV stage 2: pictures -> prompt embeddings -> text, with a transformers causal language model."""
+    """Caption images: encoder -> prompt embeddings -> text, with a transformers causal language model."""
 
     def __init__(self, encoder: VLVEncoder, llm, tokenizer):
         super().__init__()
-        self.encoder, self.llm, self.tokenizer = encoder, llm, tokenizer
+        self.encoder = encoder
+        self.llm = llm
+        self.tokenizer = tokenizer
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Captioner:
         """Load a checkpoint's encoder and LLM in eval mode. Raises CheckpointError."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
+        check_llm_folder(checkpoint.llm)
         llm = AutoModelForCausalLM.from_pretrained(checkpoint.llm, dtype=dtype)
         return cls(checkpoint.load_encoder(dtype), llm, AutoTokenizer.from_pretrained(checkpoint.llm)).eval()
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Return the token ids that end a caption; training teaches the first."""
+        return end_tokens(self.llm, self.tokenizer)
+
     def loss(self, pixels: Tensor, captions: list[str], max_length: int = 300, end: bool = True) -> Tensor:
-        """Mean cross-entropy of the captions' tokens (paper section 3.3).
+        """Return the mean cross-entropy of the captions' tokens (paper section 3.3).
 
         pixels: uint8 [B, 3, S, S]. The embeddings come first, then each caption, cut to `max_length`
-        tokens; padding is ignored. `end` learns the end token too. The published loop does not: its
-        padding token is its end token, so `end=False` gives the published loss.
+        tokens; padding is ignored. With `end` the end token is a target too; without it, the loss is the
+        published one (whose padding token is its end token, so that it is ignored).
         """
         ids, mask = self._targets(captions, max_length, end, pixels.device)
         prompt = self.encoder(pixels)
@@ -55,8 +64,8 @@ class Captioner(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.masked_fill(mask == 0, -100).flatten())
 
     def _targets(self, captions: list[str], max_length: int, end: bool, device) -> tuple[Tensor, Tensor]:
-        """Token ids [B, T] and the mask of those that count, padded to the longest."""
-        stop = self.tokenizer.eos_token_id
+        """Return token ids [B, T], padded to the longest, and the mask of the tokens that count."""
+        stop = self.end_tokens[0]
         rows = [
             self.tokenizer(c, add_special_tokens=False).input_ids[: max_length - end] + [stop] * end for c in captions
         ]
@@ -67,25 +76,16 @@ class Captioner(nn.Module):
 
     @torch.inference_mode()
     def generate(self, pixels: Tensor, max_new_tokens: int = 300, num_beams: int = 1, **options) -> list[list[int]]:
-        """Token ids per picture, without end and padding tokens; greedy by default.
+        """Generate token ids for each image, without end and padding tokens; greedy by default.
 
-        The published decode is `num_beams=4`; beams stop early, as published.
+        The published decoding is `num_beams=4` with early stopping.
         """
         prompt = self.encoder(pixels)
-        options.setdefault("do_sample", False)
-        ids = self.llm.generate(
-            inputs_embeds=prompt,
-            attention_mask=prompt.new_ones(prompt.shape[:2], dtype=torch.long),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            early_stopping=num_beams > 1,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.eos_token_id,
-            **options,
-        )
-        end = self.tokenizer.eos_token_id
-        return [row[: row.index(end)] if end in row else row for row in ids.tolist()]
+        config = greedy_generation_config(self.llm, max_new_tokens, self.end_tokens, num_beams=num_beams, **options)
+        mask = prompt.new_ones(prompt.shape[:2], dtype=torch.long)
+        ids = self.llm.generate(inputs_embeds=prompt, attention_mask=mask, generation_config=config)
+        return [cut_at_end(row, self.end_tokens) for row in ids.tolist()]
 
     def captions(self, pixels: Tensor, **options) -> list[str]:
-        """Cleaned captions of pictures uint8 [B, 3, S, S]; `options` as for `generate`."""
+        """Return cleaned captions of images uint8 [B, 3, S, S]; `options` as for `generate`."""
         return [clean_caption(self.tokenizer.decode(row)) for row in self.generate(pixels, **options)]

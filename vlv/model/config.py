@@ -1,4 +1,4 @@
-"""Sizes of the encoder, and the presets by name. Imports nothing heavy."""
+"""Define the sizes of the encoder, and the presets by name. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FORMAT = 1  # of vlv.json; raised when an older reader would misread a folder
 
 @dataclass(frozen=True)
 class DaViTConfig:
-    """The vision tower; one entry per stage. Defaults: Florence-2-large."""
+    """Hold the sizes of the vision tower, one entry per stage. Defaults: Florence-2-large."""
 
     dims: tuple[int, ...] = (256, 512, 1024, 2048)
     heads: tuple[int, ...] = (8, 16, 32, 64)
@@ -24,7 +24,7 @@ class DaViTConfig:
 
 @dataclass(frozen=True)
 class VLVConfig:
-    """The whole encoder. Defaults: the published model around Florence-2-large and SD 2.1-base."""
+    """Hold the sizes of the encoder. Defaults: the published model of Florence-2-large and SD 2.1-base."""
 
     vision: DaViTConfig = DaViTConfig()
     image_size: int = 384  # side of the uint8 crop
@@ -46,6 +46,7 @@ class VLVConfig:
     llm_width: int = 2048  # 0: no projection to a language model (stage 1)
 
     def to_dict(self) -> dict:
+        """Return the fields as nested dicts, ready for JSON."""
         return asdict(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""DaViT, the vision tower of Florence-2, channels last throughout.
+"""Define DaViT, the vision tower of Florence-2, channels last throughout.
 
 Ding et al. 2022 (arXiv 2204.03645) as Florence-2 builds it: every stage embeds patches by a
 convolution, then alternates attention between the tokens of a window and attention between the
@@ -17,7 +17,7 @@ from vlv.model.config import DaViTConfig
 
 
 class PatchEmbed(nn.Module):
-    """A strided convolution with a LayerNorm before it (on its input) or after it."""
+    """Embed patches [B, H, W, C]: a strided convolution with a LayerNorm before it (`prenorm`) or after it."""
 
     def __init__(self, inputs: int, dim: int, patch: int, stride: int, padding: int, prenorm: bool):
         super().__init__()
@@ -32,7 +32,7 @@ class PatchEmbed(nn.Module):
 
 
 class DepthwiseNorm(nn.Module):
-    """x -> (y, norm(y)) with y = x + depthwise 3x3 convolution of x."""
+    """Compute (y, norm(y)) with y = x + depthwise 3x3 convolution of x, all [B, H, W, C]."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -45,9 +45,12 @@ class DepthwiseNorm(nn.Module):
 
 
 class WindowAttention(nn.Module):
+    """Attend between the tokens of each window; a zero-padded border takes part. [B, H, W, C]."""
+
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
-        self.heads, self.window = heads, window
+        self.heads = heads
+        self.window = window
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
@@ -56,6 +59,8 @@ class WindowAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
+    """Attend between the channels of each group, over all tokens. [B, H, W, C]."""
+
     def __init__(self, dim: int, groups: int):
         super().__init__()
         self.groups = groups
@@ -67,26 +72,26 @@ class ChannelAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise convolution + attention, then depthwise convolution + MLP."""
+    """Apply depthwise convolution and attention, then depthwise convolution and MLP. [B, H, W, C]."""
 
     def __init__(self, dim: int, attention: nn.Module):
         super().__init__()
-        self.dw1, self.attention = DepthwiseNorm(dim), attention
-        self.dw2, self.fc1, self.fc2 = DepthwiseNorm(dim), Linear(dim, 4 * dim, gelu=True), Linear(4 * dim, dim)
+        self.dw1 = DepthwiseNorm(dim)
+        self.attention = attention
+        self.dw2 = DepthwiseNorm(dim)
+        self.fc1 = Linear(dim, 4 * dim, gelu=True)
+        self.fc2 = Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, residual = self.parts(x)
-        return x + residual
-
-    def parts(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Compute the block of x, or of x + residual, up to the two terms of its last sum."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, defer: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the block of x, or of x + residual. With `defer` return the two terms of its last sum."""
         x, normed = self.dw1(x, residual)
         x, normed = self.dw2(x, self.attention(normed))
-        return x, self.fc2(self.fc1(normed))
+        residual = self.fc2(self.fc1(normed))
+        return (x, residual) if defer else x + residual
 
 
 class DaViT(nn.Module):
-    """Normalised pixels [B, T, T, 3] -> features [B, T / stride, T / stride, dims[-1]]."""
+    """Map normalised pixels [B, T, T, 3] to features [B, T / stride, T / stride, dims[-1]]."""
 
     def __init__(self, config: DaViTConfig):
         super().__init__()
@@ -120,5 +125,5 @@ class DaViT(nn.Module):
         residual = None
         for pair in stage:
             for block in pair:
-                x, residual = block.parts(x, residual)
+                x, residual = block(x, residual, defer=True)
         return x + residual

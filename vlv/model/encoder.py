@@ -1,4 +1,4 @@
-"""The VLV encoder: a picture in, the embeddings that caption or reconstruct it out."""
+"""Define the VLV encoder: from an image to the embeddings that caption or reconstruct it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageFeatures(nn.Module):
-    """Tower features [B, H, W, C] -> [B, 1 + H*W, width]: positions, a mean token, projection, norm.
+    """Map tower features [B, H, W, C] to [B, 1 + H*W, width]: positions, a mean token, projection, norm.
 
     Source: Florence-2, modeling_florence2.py: _encode_image (one frame, so one temporal embedding).
     """
@@ -41,7 +41,7 @@ class ImageFeatures(nn.Module):
 
 
 class VLVEncoder(nn.Module):
-    """uint8 crop [B, 3, S, S] RGB -> context [B, queries, context_width] -> prompts [B, queries, llm_width]."""
+    """Map RGB crops uint8 [B, 3, S, S] to context [B, queries, context_width] and prompts [B, queries, llm_width]."""
 
     def __init__(self, config: VLVConfig):
         super().__init__()
@@ -64,39 +64,42 @@ class VLVEncoder(nn.Module):
         )
 
     def init_buffers(self) -> None:
-        """(Re)compute the constants of the preprocessing; called after loading into a meta-device module."""
+        """Compute the constants of the preprocessing; called again after loading into a meta-device module."""
         size, device = self.config.image_size, torch.get_default_device()
-        self.mean, self.std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
+        self.mean = torch.tensor(IMAGENET_MEAN, device=device)
+        self.std = torch.tensor(IMAGENET_STD, device=device)
         self.resize = bicubic_matrix(size, size * self.config.upsample).to(device)
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the dtype of the weights."""
         return self.bottleneck.queries.dtype
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the weights."""
         return self.bottleneck.queries.device
 
     def features(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> image features [B, 1 + tokens, width]."""
+        """Encode uint8 [B, 3, S, S] to image features [B, 1 + tokens, width]. Raises ValueError on another input."""
         size = self.config.image_size
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(
-                f"the encoder takes uint8 pictures [B, 3, {size}, {size}], not {pixels.dtype} {list(pixels.shape)}"
+                f"the encoder takes uint8 images [B, 3, {size}, {size}], not {pixels.dtype} {list(pixels.shape)}"
             )
         x = upsample_normalize(pixels, self.resize.float(), self.mean.float(), self.std.float(), self.dtype)
         return self.image(self.vision(x))
 
     def context(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> the context of the text-to-image model [B, queries, context_width]."""
+        """Encode uint8 [B, 3, S, S] to the context of the text-to-image model [B, queries, context_width]."""
         return self.bottleneck(self.features(pixels))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> prompt embeddings [B, queries, llm_width]."""
+        """Encode uint8 [B, 3, S, S] to prompt embeddings [B, queries, llm_width]."""
         return self.prompts(self.context(pixels))
 
     def prompts(self, context: Tensor) -> Tensor:
-        """Context [..., queries, context_width] -> prompt embeddings [..., queries, llm_width]."""
+        """Project a context [..., queries, context_width] to prompt embeddings [..., queries, llm_width]."""
         if self.to_llm is None:
             raise ValueError("this encoder has no projection to a language model: it is a stage-1 checkpoint")
         return self.to_llm(context)

@@ -1,9 +1,9 @@
 """`optimum-cli export vlv`: the command of export.onnx as a subcommand of Hugging Face's optimum.
 
 optimum finds this file by its place in the namespace package `optimum.commands.register`, which therefore has no
-__init__.py. Of optimum's input generators and normalized configs none is used, because of our graphs' inputs they know
-the timestep alone, and as a scalar: they have no type for 8-bit pictures, no name for a cross-attention's keys and
-values, and draw random numbers, where an export here is checked on pictures (export/verification/inputs.py).
+__init__.py. None of optimum's input generators and normalized configs is used: of our graphs' inputs they know only the
+timestep, and as a scalar. They have no dtype for 8-bit images and no name for a cross-attention's keys and values, and
+they draw random numbers, whereas an export is verified on images (export/verification/inputs.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from argparse import ArgumentParser
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from export import cli, onnx
+from export import onnx
+from vlv.common.command import run_command
 
 
 class VLVExportCommand(BaseOptimumCLICommand):
@@ -24,11 +25,11 @@ class VLVExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        cli.debug_argument(parser)
+        parser.add_argument("--debug", action="store_true", help="show tracebacks")
         onnx.add_arguments(parser)
 
     def run(self) -> None:
-        sys.exit(onnx.run(self.args))
+        sys.exit(run_command(onnx.run, self.args))
 
 
 REGISTER_COMMANDS = [(VLVExportCommand, ExportCommand)]

@@ -1,15 +1,15 @@
 "use strict";
-// One list of cards. Captions run AT_ONCE at a time, drawings DRAWN_AT_ONCE; everything else waits its turn here, so
-// that any number of files may be dropped on a server of any size.
-const AT_ONCE = 4, DRAWN_AT_ONCE = 2, TOASTS = 4, TRIES = 30;
+// One list of cards. At most MAX_CAPTIONS captions and MAX_RECONSTRUCTIONS reconstructions are requested at a time;
+// the others wait in the browser, so that any number of files can be dropped on a server of any size.
+const MAX_CAPTIONS = 4, MAX_RECONSTRUCTIONS = 2, MAX_TOASTS = 4, MAX_ATTEMPTS = 30;
 const at = id => document.getElementById(id);
 const cards = [], clock = { busy: 0, since: 0, running: 0 };
-let model = null, chosen = [], redraw = new AbortController(), mixing = new AbortController();
+let model = null, chosen = [], outdated = new AbortController(), mixing = new AbortController();
 
-class Refused extends Error {}
+class RequestError extends Error {}
 
-/** At most `limit` of the given jobs at a time, in their order; one whose signal has been aborted is left out. */
-class Turns {
+/** Runs at most `limit` jobs at a time, in their order; a job whose signal has been aborted is skipped. */
+class Semaphore {
   constructor(limit) { this.free = limit; this.waiting = []; }
   async run(work, signal) {
     if (this.free === 0) await new Promise(go => this.waiting.push(go)); else this.free--;
@@ -20,15 +20,15 @@ class Turns {
     }
   }
 }
-const writing = new Turns(AT_ONCE), drawing = new Turns(DRAWN_AT_ONCE);
+const captioning = new Semaphore(MAX_CAPTIONS), reconstructing = new Semaphore(MAX_RECONSTRUCTIONS);
 
 const pause = (seconds, signal) => new Promise((go, stop) => {
   const timer = setTimeout(go, seconds * 1000);
   signal.addEventListener("abort", () => { clearTimeout(timer); stop(signal.reason); }, { once: true });
 });
 
-/** POST; a server that is loading, full or limits the rate is asked again when it says so. */
-async function ask(path, body, signal) {
+/** Sends a POST request; repeats it after Retry-After if the server is loading, full, or limits the rate. */
+async function post(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
   if (at("key").value) headers.Authorization = "Bearer " + at("key").value;
   for (let attempt = 1; ; attempt++) {
@@ -37,18 +37,18 @@ async function ask(path, body, signal) {
       answer = await fetch(path, { method: "POST", body: JSON.stringify(body), headers, signal });
     } catch (error) {
       if (signal.aborted) throw error;
-      throw new Refused("the server does not answer");
+      throw new RequestError("the server does not answer");
     }
     if (answer.ok) return answer;
-    const told = await answer.json().catch(() => null);
+    const content = await answer.json().catch(() => null);
     if (answer.status === 401) at("lock").hidden = false;
-    if (![429, 503].includes(answer.status) || attempt === TRIES)
-      throw new Refused(told?.error?.message ?? `the server answers with ${answer.status}`);
+    if (![429, 503].includes(answer.status) || attempt === MAX_ATTEMPTS)
+      throw new RequestError(content?.error?.message ?? `the server answers with ${answer.status}`);
     await pause(Number(answer.headers.get("Retry-After")) || 1, signal);
   }
 }
 
-/** The JSON objects of a stream of server-sent events. */
+/** Yields the JSON objects of a stream of server-sent events. */
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -67,7 +67,7 @@ async function* events(answer) {
 const dataUrl = file => new Promise((go, stop) => {
   const reader = new FileReader();
   reader.onload = () => go(reader.result);
-  reader.onerror = () => stop(new Refused("the file cannot be read"));
+  reader.onerror = () => stop(new RequestError("the file cannot be read"));
   reader.readAsDataURL(file);
 });
 
@@ -75,10 +75,10 @@ async function caption(card) {
   const start = performance.now();
   const content = [{ type: "image_url", image_url: { url: await dataUrl(card.file) } }];
   const body = { messages: [{ role: "user", content }], stream: true, stream_options: { include_usage: true } };
-  const answer = await ask("v1/chat/completions", body, card.signal);
+  const answer = await post("v1/chat/completions", body, card.signal);
   let text = "", first = null, tokens = 0, reason = null;
   for await (const event of events(answer)) {
-    if (event.error) throw new Refused(event.error.message);
+    if (event.error) throw new RequestError(event.error.message);
     const choice = event.choices[0];
     if (choice?.delta.content) {
       first ??= (performance.now() - start) / 1000;
@@ -87,28 +87,28 @@ async function caption(card) {
     reason = choice?.finish_reason ?? reason;
     tokens = event.usage?.completion_tokens ?? tokens;
   }
-  if (reason === null) throw new Refused("the server went away in mid-caption");
+  if (reason === null) throw new RequestError("the connection ended before the caption was complete");
   const total = (performance.now() - start) / 1000;
   const round = seconds => Math.round(seconds * 1e4) / 1e4;
   card.record = {
     id: card.name, caption: text, tokens, finish_reason: reason,
     timings: { first: round(first ?? total), total: round(total) }, model: model?.id,
   };
-  card.picture.alt = text;
+  card.image.alt = text;
   card.note(`${tokens} tokens, ${total.toFixed(2)} s`);
 }
 
-async function draw(card) {
-  const signal = AbortSignal.any([card.signal, redraw.signal]);
-  if (!model?.reconstructs || !at("draw").checked) return;
-  const figure = card.node.querySelector(".drawn"), image = figure.querySelector("img");
+async function reconstruct(card) {
+  const signal = AbortSignal.any([card.signal, outdated.signal]);
+  if (!model?.reconstructs || !at("reconstruct").checked) return;
+  const figure = card.node.querySelector(".reconstruction"), image = figure.querySelector("img");
   figure.hidden = false;
   image.className = "waiting";
-  await drawing.run(async () => {
+  await reconstructing.run(async () => {
     const body = { images: [await dataUrl(card.file)], guidance: +at("guidance").value, steps: +at("steps").value };
-    const answer = await (await ask("v1/reconstructions", body, signal)).json();
+    const answer = await (await post("v1/reconstructions", body, signal)).json();
     image.src = answer.picture;
-    image.alt = "What is drawn from the embeddings of " + card.name;
+    image.alt = "Reconstruction from the embeddings of " + card.name;
     image.className = "";
   }, signal).catch(error => { if (!signal.aborted) { figure.hidden = true; toast(card.name, error); } });
 }
@@ -119,13 +119,13 @@ function work(card) {
   card.text.textContent = "waiting …";
   card.record = card.failed = null;
   card.again.hidden = true;
-  writing.run(async () => {
+  captioning.run(async () => {
     if (clock.running++ === 0) clock.since = performance.now();
     card.text.textContent = "…";
     try { await caption(card); } finally {
       if (--clock.running === 0) clock.busy += performance.now() - clock.since;
     }
-  }, card.signal).then(() => draw(card), error => {
+  }, card.signal).then(() => reconstruct(card), error => {
     if (card.signal.aborted) return;
     card.failed = error.message;
     card.node.className = "failed";
@@ -142,19 +142,19 @@ function add(files) {
     const same = cards.filter(card => card.file.name === file.name).length;
     const card = {
       file, node, signal: stop.signal, name: same ? `${file.name} (${same + 1})` : file.name,
-      text: node.querySelector(".caption"), again: node.querySelector(".again"), picture: node.querySelector("img"),
+      text: node.querySelector(".caption"), again: node.querySelector(".again"), image: node.querySelector("img"),
       note: text => { node.querySelector("small").textContent = text ? `${card.name} · ${text}` : card.name; },
     };
     card.note("");
-    card.picture.src = URL.createObjectURL(file);
-    card.picture.alt = card.name;
+    card.image.src = URL.createObjectURL(file);
+    card.image.alt = card.name;
     card.again.onclick = () => work(card);
     const remove = node.querySelector(".remove"), mix = node.querySelector(".mix");
     remove.setAttribute("aria-label", `Remove ${card.name}`);
-    mix.setAttribute("aria-label", `Mix ${card.name} with another picture`);
+    mix.setAttribute("aria-label", `Mix ${card.name} with another image`);
     card.remove = () => {
       stop.abort();
-      URL.revokeObjectURL(card.picture.src);
+      URL.revokeObjectURL(card.image.src);
       cards.splice(cards.indexOf(card), 1);
       choose(card, false);
       node.remove();
@@ -173,10 +173,10 @@ function add(files) {
   }
 }
 
-/** Take a card into the mixture, or out of it; of three, the one that was taken first goes. */
-function choose(card, wanted) {
+/** Adds a card to the mixture, or removes it; a third card replaces the one that was added first. */
+function choose(card, selected) {
   chosen = chosen.filter(other => other !== card);
-  if (wanted) chosen = [...chosen, card].slice(-2);
+  if (selected) chosen = [...chosen, card].slice(-2);
   for (const each of cards) each.node.querySelector(".mix").checked = chosen.includes(each);
   mix();
 }
@@ -188,7 +188,7 @@ async function mix() {
   if (chosen.length < 2) return;
   const signal = mixing.signal, [from, to] = chosen;
   for (const [image, name, card] of [["mixfrom", "fromname", from], ["mixto", "toname", to]]) {
-    at(image).src = card.picture.src;
+    at(image).src = card.image.src;
     at(image).alt = at(name).textContent = card.name;
   }
   at("mixed").className = "waiting";
@@ -197,7 +197,7 @@ async function mix() {
     const images = [await dataUrl(from.file), await dataUrl(to.file)];
     const how = document.querySelector("[name=mix]:checked").value;
     const body = { images, share: at("share").value / 100, mix: how, guidance: +at("guidance").value, steps: +at("steps").value };
-    const answer = await (await ask("v1/reconstructions", body, signal)).json();
+    const answer = await (await post("v1/reconstructions", body, signal)).json();
     if (signal.aborted) return;
     at("mixed").src = answer.picture;
     at("mixcaption").textContent = answer.caption;
@@ -214,7 +214,7 @@ function toast(name, error) {
   node.querySelector("span").textContent = `${name}: ${error.message}`;
   node.querySelector("button").onclick = () => node.remove();
   at("toasts").append(node);
-  while (at("toasts").children.length > TOASTS) at("toasts").firstElementChild.remove();
+  while (at("toasts").children.length > MAX_TOASTS) at("toasts").firstElementChild.remove();
 }
 
 const median = values => values.length ? values.toSorted((a, b) => a - b)[values.length >> 1] : null;
@@ -224,16 +224,16 @@ function show() {
   const busy = (clock.busy + (clock.running ? performance.now() - clock.since : 0)) / 1000;
   const rate = count => busy && count ? (count / busy).toFixed(1) : "–";
   const seconds = which => median(records.map(r => r.timings[which]))?.toFixed(2).concat(" s") ?? "–";
-  const shown = {
+  const texts = {
     done: `${records.length} of ${cards.length}`, failed, rate: rate(records.length),
     tokens: rate(records.reduce((sum, r) => sum + r.tokens, 0)), first: seconds("first"), total: seconds("total"),
   };
-  for (const [id, text] of Object.entries(shown)) at(id).textContent = text;
+  for (const [id, text] of Object.entries(texts)) at(id).textContent = text;
   at("download").disabled = !records.length;
   at("clear").disabled = !cards.length;
   if (model && cards.length && records.length + failed === cards.length)
     at("status").textContent = `${records.length} captioned, ${failed} failed.`;
-  else if (model && cards.length) at("status").textContent = `Captioning ${cards.length} pictures.`;
+  else if (model && cards.length) at("status").textContent = `Captioning ${cards.length} images.`;
 }
 
 function download() {
@@ -244,8 +244,8 @@ function download() {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-/** Which model is here, and whether it draws; asked again when a key has been typed in. */
-async function meet() {
+/** Reads the model's name and whether it can reconstruct; called again when a key has been entered. */
+async function connect() {
   for (;;) {
     try {
       const headers = at("key").value ? { Authorization: "Bearer " + at("key").value } : {};
@@ -258,9 +258,9 @@ async function meet() {
       const ready = await fetch("ready");
       if (answer.ok && ready.ok) {
         model = (await answer.json()).data[0];
-        at("status").textContent = `Model ${model.id}. Pictures are sent to this server only.`;
-        for (const node of [...document.querySelectorAll(".draws")]) node.hidden = !model.reconstructs;
-        at("card").content.querySelector(".draws").hidden = !model.reconstructs;
+        at("status").textContent = `Model ${model.id}. Images are sent to this server only.`;
+        for (const node of [...document.querySelectorAll(".reconstructs")]) node.hidden = !model.reconstructs;
+        at("card").content.querySelector(".reconstructs").hidden = !model.reconstructs;
         return show();
       }
       at("status").textContent = "The models are being loaded …";
@@ -274,18 +274,18 @@ async function meet() {
 at("files").onchange = () => { add(at("files").files); at("files").value = ""; };
 at("download").onclick = download;
 at("clear").onclick = () => { for (const card of [...cards]) card.remove(); at("files").focus(); };
-at("key").onchange = meet;
+at("key").onchange = connect;
 at("settings").onsubmit = event => event.preventDefault();
 at("guidance").oninput = () => { at("strength").textContent = at("guidance").value; };
 at("share").oninput = () => { at("percent").textContent = at("share").value + " %"; mix(); };
 for (const radio of document.getElementsByName("mix")) radio.onchange = mix;
-for (const id of ["guidance", "steps", "draw"])
+for (const id of ["guidance", "steps", "reconstruct"])
   at(id).onchange = () => {
-    redraw.abort();
-    redraw = new AbortController();
+    outdated.abort();
+    outdated = new AbortController();
     for (const card of cards) {
-      if (!at("draw").checked) card.node.querySelector(".drawn").hidden = true;
-      if (card.record) draw(card);
+      if (!at("reconstruct").checked) card.node.querySelector(".reconstruction").hidden = true;
+      if (card.record) reconstruct(card);
     }
     mix();
   };
@@ -299,4 +299,4 @@ document.addEventListener("drop", event => {
 document.addEventListener("paste", event => add(event.clipboardData.files));
 document.addEventListener("keydown", event => { if (event.key === "Escape") at("toasts").lastElementChild?.remove(); });
 setInterval(() => { if (clock.running) show(); }, 250);
-meet();
+connect();

@@ -10,7 +10,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from serve.core.inputs import SourceError, expand
+from serve.core.inputs import LeftOut, SourceError, expand
 from vlv.data.image import ImageError
 
 
@@ -152,3 +152,66 @@ def test_reading_errors(here):
     with pytest.raises(ImageError) as caught:
         item.read()
     assert caught.value.kind == "missing"
+
+
+def test_lists_of_other_tools(here):
+    """Byte order marks, NUL-separated names, comments, names relative to the list's folder; UTF-16 is refused."""
+    touch("a.png", "b c.jpg", "sub/d.png", "sub/e.png")
+    contents = {
+        "bom.txt": b"\xef\xbb\xbfa.png\r\nb c.jpg\r\n",
+        "nul.txt": b"a.png\0b c.jpg\0",
+        "marked.txt": b"# my images\n\na.png\n  \n#b c.jpg\nb c.jpg",
+    }
+    for name, content in contents.items():
+        with open(name, "wb") as file:
+            file.write(content)
+    assert ids("bom.txt") == ids("nul.txt") == ["a.png", "b c.jpg"]
+    assert ids("marked.txt") == ["a.png", "b c.jpg"]
+    with open("sub/list.txt", "w") as file:
+        file.write(f"d.png\n{here}/a.png\ne.png\n")
+    assert ids("sub/list.txt") == ["sub/d.png", f"{here}/a.png", "sub/e.png"]
+    with open("wide.txt", "w", encoding="utf-16") as file:
+        file.write("a.png\n")
+    with pytest.raises(SourceError, match=r"the list wide.txt is UTF-16 text: save it as UTF-8"):
+        ids("wide.txt")
+
+
+def test_a_name_that_comes_twice_in_a_shard(here):
+    """The last member counts, as when tar extracts them, and the earlier one is named."""
+    with tarfile.open("s.tar", "w") as tar:
+        for name, content in (("0.png", b"old"), ("1.png", b"other"), ("0.png", b"newer")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    left_out = LeftOut()
+    items = list(expand(["s.tar"], left_out))
+    with tarfile.open("s.tar") as tar:
+        tar.extractall("extracted", filter="data")
+    for item in items:
+        with open(f"extracted/{item.id.removeprefix('s.tar/')}", "rb") as file:
+            assert item.read() == file.read()
+    assert [item.id for item in items] == ["s.tar/0.png", "s.tar/1.png"]
+    assert str(left_out) == "left out: 1 members of shards with a later one of the same name (s.tar/0.png)"
+
+
+def test_what_is_left_out_is_counted(here):
+    touch("a/1.png", "a/2.heic", "a/deep/3.HEIC", "a/4.svg", "a/5.txt", "a/6.json", "a/noise", ".hidden.heic")
+    os.symlink("absent", "a/7.png")
+    os.mkfifo("a/8.jpg")
+    shard("a/s.tar", {"x.png": b"", "y.jxl": b"", "x.json": b""})
+    left_out = LeftOut()
+    assert [item.id for item in expand(["a"], left_out)] == ["a/1.png", "a/s.tar/x.png"]
+    assert left_out.images == {".heic": 2, ".svg": 1, "links to nothing": 1, "special files": 1, ".jxl": 1}
+    assert left_out.others == {".txt": 1, ".json": 1, "no extension": 1}
+    assert str(left_out).startswith("left out: 2 .heic; ") and "3 other files (" in str(left_out)
+    assert str(LeftOut()) == ""
+
+
+def test_captions_beside_images_are_no_lists(here):
+    """As in `photos/*`, which the shell expands, after a run with --format txt."""
+    touch("p/1.jpg", "p/1.txt", "p/2.PNG", "p/2.txt")
+    left_out = LeftOut()
+    assert [i.id for i in expand(["p/1.jpg", "p/1.txt", "p/2.PNG", "p/2.txt"], left_out)] == ["p/1.jpg", "p/2.PNG"]
+    assert left_out.others == {".txt": 2}
+    with pytest.raises(SourceError, match=r"no images in p/1.txt: .*1 other files \(\.txt\)"):
+        expand(["p/1.txt"])

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from serve.core.decode import DecodeError
-from serve.core.service import Service, ServiceConfig
+from serve.core.service import ServiceConfig
 from serve.engines.base import EngineError, LLMSpec, Sampling
 from serve.engines.transformers import TransformersEngine
-from serve.http.auth import ApiError
+from serve.http.errors import ApiError
+from serve.http.service import Service
 from tests.serve.serving import Scripted
 from vlv.checkpoints.folder import Checkpoint
 
@@ -22,15 +23,26 @@ async def until(condition):
             await asyncio.sleep(0.01)
 
 
+class FakeEncoder:
+    """An encoder's interface, without weights."""
+
+    def __init__(self, checkpoint, runtime, artifacts, batch, threads):
+        self.batch = batch
+
+
 def test_the_encoder_is_the_one_that_is_asked_for(captioning_checkpoint, scene_images, monkeypatch, tmp_path):
     """It is opened with the service's configuration, and its embeddings are the ones handed on."""
     opened, checkpoint = [], Checkpoint.open(captioning_checkpoint)
 
-    def open_encoder(*given):
-        opened.append(given)
-        return lambda crops: torch.full((len(crops), 2, 3), 7.0)
+    class Sevens(FakeEncoder):
+        def __init__(self, *given):
+            opened.append(given)
+            super().__init__(*given)
 
-    monkeypatch.setattr("serve.core.service.open_encoder", open_encoder)
+        def __call__(self, crops):
+            return torch.full((len(crops), 2, 3), 7.0)
+
+    monkeypatch.setattr("serve.core.service.Encoder", Sevens)
     config = ServiceConfig(8, 1, encoder="onnx", artifacts=tmp_path)
 
     async def embed():
@@ -42,18 +54,19 @@ def test_the_encoder_is_the_one_that_is_asked_for(captioning_checkpoint, scene_i
             await service.close()
 
     assert asyncio.run(embed()).tolist() == [[7.0] * 3] * 2
-    assert opened == [(checkpoint, "onnx", tmp_path, None)]  # the scripted engine leaves PyTorch its threads
+    assert opened == [(checkpoint, "onnx", tmp_path, 8, None)]  # the scripted engine leaves PyTorch its threads
 
 
 def encoded(monkeypatch, spec: LLMSpec) -> list[int]:
-    """The sizes of the batches that an encoder of zeros is given from now on."""
+    """Return a list that gets the sizes of the batches, which an encoder of zeros is given from now on."""
     sizes = []
 
-    def encode(crops):
-        sizes.append(len(crops))
-        return torch.zeros(len(crops), spec.queries, spec.width)
+    class Zeros(FakeEncoder):
+        def __call__(self, crops):
+            sizes.append(len(crops))
+            return torch.zeros(len(crops), spec.queries, spec.width)
 
-    monkeypatch.setattr("serve.core.service.open_encoder", lambda *_: encode)
+    monkeypatch.setattr("serve.core.service.Encoder", Zeros)
     return sizes
 
 
@@ -82,7 +95,7 @@ def test_pictures_gather_while_the_language_model_is_full(captioning_checkpoint,
             async with asyncio.TaskGroup() as tasks:
                 for more in range(1, 4):
                     tasks.create_task(captioned(service))
-                    await until(lambda more=more: service._writing == more)
+                    await until(lambda more=more: service.batcher.captions == more)
                 for _ in range(3):
                     tasks.create_task(captioned(service))
                     await asyncio.sleep(0.2)
@@ -126,16 +139,16 @@ def test_what_nobody_waits_for_costs_nothing_more(captioning_checkpoint, scene_i
     async def run():
         service = Service(checkpoint, lambda: Scripted(spec, 10, in_flight=2), ServiceConfig(batch=1, workers=1))
         await service.start()
-        service._room.clear()
+        service.batcher._below_limit.clear()
         try:
             asking = [asyncio.create_task(service.embed(content)) for _ in range(20)]
-            await until(lambda: not service._pool._free and service._crops.qsize() == 2)
+            await until(lambda: not service.pool._free and service.batcher.waiting == 2)
             for task in asking:
                 task.cancel()
             await asyncio.gather(*asking, return_exceptions=True)
-            service._room.set()
+            service.batcher._below_limit.set()
             await service.embed(content)
-            assert sizes == [1] and len(service._pool._free) == 3
+            assert sizes == [1] and len(service.pool._free) == 3
         finally:
             await service.close()
 
@@ -166,7 +179,7 @@ def test_a_request_that_fails_alone_costs_no_other(captioning_checkpoint):
         try:
             await until(lambda: service.ready)
             other = asyncio.create_task(service.caption(embeds, Sampling(20)))
-            await until(lambda: service._writing)
+            await until(lambda: service.batcher.captions)
             for well in (True, False):
                 Choosy.well = well
                 with pytest.raises(ApiError, match="did not answer"):

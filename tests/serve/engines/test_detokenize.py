@@ -21,7 +21,7 @@ def tokenizer(captioning_checkpoint):
 def read(tokenizer, text: str, stop=(), seed=0, tail=()):
     """Text, ids kept and pieces of a caption whose tokens arrive in steps of 1 to 4."""
     ids = tokenizer(text, add_special_tokens=False).input_ids + list(tail)
-    draw, out, kept, pieces = random.Random(seed), Detokenizer(tokenizer, tokenizer.eos_token_id, stop), [], []
+    draw, out, kept, pieces = random.Random(seed), Detokenizer(tokenizer, (tokenizer.eos_token_id,), stop), [], []
     while ids and not out.ended:
         step, ids = ids[: (n := draw.randint(1, 4))], ids[n:]
         piece, new = out.push(step)
@@ -52,5 +52,5 @@ def test_stops_before_the_first_stop_string(tokenizer, stop):
 
 def test_a_torn_character_at_the_end_is_left_out(tokenizer):
     ids = tokenizer("Oh 🍎", add_special_tokens=False).input_ids
-    out = Detokenizer(tokenizer, tokenizer.eos_token_id)
+    out = Detokenizer(tokenizer, (tokenizer.eos_token_id,))
     assert out.push(ids[:-1])[0] + out.rest() == "Oh "

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from email.utils import formatdate
 from pathlib import Path
 
 import httpx
@@ -20,10 +21,10 @@ pytest.importorskip("vllm")
 import torch
 from safetensors.torch import save
 
-from serve import gateway
 from serve.engines.base import EmbedsError, EngineError, LLMSpec, OptionError, Options, Sampling
 from serve.engines.remote import RemoteEngine
 from serve.engines.transformers import TransformersEngine
+from serve.http.gateway import HEADER
 from vlv.checkpoints.folder import Checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -147,7 +148,7 @@ def test_the_same_tokens(place, checkpoint, embeds, reference, request):
 
 def test_the_gateway_takes_nothing_but_sound_embeddings(behind, checkpoint, embeds):
     def post(body: bytes, **wish):
-        headers = {gateway.HEADER: json.dumps(wish)}
+        headers = {HEADER: json.dumps(wish)}
         return httpx.post(behind + "/v1/generate", content=body, headers=headers, timeout=60)
 
     good = embeds[0].bfloat16()
@@ -169,7 +170,7 @@ def test_the_gateway_takes_nothing_but_sound_embeddings(behind, checkpoint, embe
         assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
     assert post(bytes(queries * width * 4 + 5000)).status_code == 413
     assert post(save({"embeds": good}), max_tokens=TOKENS + 1).status_code == 400
-    headers = {gateway.HEADER: "[" * 5000}
+    headers = {HEADER: "[" * 5000}
     assert httpx.post(behind + "/v1/generate", content=save({"embeds": good}), headers=headers).status_code == 400
     for wish in ({"stop": ["x"]}, {"n": 2}, {"raw": True}, {"response_format": {"type": "text"}}, {"stream": 1}):
         answer = post(save({"embeds": good}), temperature=1, **wish)
@@ -185,17 +186,25 @@ def test_where_no_server_is(checkpoint):
         RemoteEngine(LLMSpec.of(checkpoint), TOKENS, 1)
 
 
-def at_fake(checkpoint, work, model: dict, answer=None):
-    """work(engine) with an engine at a server that has `model`; answer(head) -> (status, body), None to hang up."""
+def at_fake(checkpoint, work, model: dict, answer=None, with_body=None):
+    """work(engine) with an engine at a server that has `model`; answer(head) -> (status, body), None to hang up.
+
+    `with_body`: instead of `answer`, answer(head, body).
+    """
 
     async def serve(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
         length = [
             int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
         ]
-        await reader.readexactly(length[0] if length else 0)
-        if (told := answer(head) if head.startswith(b"POST") else ("200 OK", {"data": [model]})) is not None:
+        body = await reader.readexactly(length[0] if length else 0)
+        told = ("200 OK", {"data": [model]})
+        if head.startswith(b"POST"):
+            told = with_body(head, body) if with_body else answer(head)
+        if told is not None:
             content = json.dumps(told[1]).encode()
+            if b'"stream": true' in body:
+                content = b"data: " + content + b"\n\n"
             head = f"HTTP/1.1 {told[0]}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
             writer.write(f"{head}Connection: close\r\n\r\n".encode() + content)
         writer.close()
@@ -227,6 +236,62 @@ def test_busy_servers_are_asked_again(checkpoint, embeds, monkeypatch):
     written = at_fake(checkpoint, lambda engine: engine.generate(embeds[0], Sampling(TOKENS)), {"id": "m"}, answer)
     assert written.token_ids == [5, 6] and len(requests) == 13
     assert all(b"authorization: bearer secret" in head.lower() for head in requests)
+
+
+@pytest.mark.parametrize(
+    ("status", "busy"),
+    [
+        ("429 Slow down\r\nRetry-After: 0.3", {"error": {"message": "slow"}}),
+        ("429 Slow down\r\nRetry-After: DATE", {"error": {"message": "slow"}}),
+        ("200 OK", {"error": {"message": "out of memory", "code": 500}}),
+        ("200 OK", {"error": "overloaded"}),
+        ("200 OK", ["busy"]),
+        ("529 Overloaded", {"type": "error"}),
+    ],
+)
+def test_answers_that_another_attempt_betters(checkpoint, embeds, status, busy):
+    """Also a wait that is given as a date or with decimals, and errors in answers that claim success."""
+    requests = []
+    date = formatdate(time.time() + 2, usegmt=True)
+
+    def answer(head):
+        requests.append(time.monotonic())
+        if len(requests) == 1:
+            return status.replace("DATE", date), busy
+        return "200 OK", {"choices": [{"token_ids": [5, 6], "finish_reason": "length"}]}
+
+    written = at_fake(checkpoint, lambda engine: engine.generate(embeds[0], Sampling(TOKENS)), {"id": "m"}, answer)
+    assert written.token_ids == [5, 6] and len(requests) == 2
+    waited = requests[1] - requests[0]
+    assert waited > 0.3 if "0.3" in status else waited > 0.9 if "DATE" in status else waited < 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_without_token_ids_is_refused(checkpoint, embeds, stream):
+    """An older server ignores return_token_ids; its text is that of another tokenizer perhaps."""
+    choice = {"index": 0, "text": "A fish.", "finish_reason": "stop"}
+
+    async def work(engine):
+        if stream:
+            return [piece async for piece in engine.stream(embeds[0], Sampling(TOKENS))]
+        return await engine.generate(embeds[0], Sampling(TOKENS))
+
+    with pytest.raises(EngineError, match="answers without token_ids: expected a vLLM that"):
+        at_fake(checkpoint, work, {"id": "m"}, lambda _: ("200 OK", {"choices": [choice]}))
+
+
+def test_no_setting_is_left_to_the_server(checkpoint, embeds):
+    """A server takes what a request leaves out from generation_config.json: penalties, top-k."""
+    bodies = []
+
+    def answer(head, body):
+        bodies.append(json.loads(body))
+        return "200 OK", {"choices": [{"token_ids": [5, 6], "finish_reason": "length"}]}
+
+    at_fake(checkpoint, lambda engine: engine.generate(embeds[0], Sampling(TOKENS)), {"id": "m"}, with_body=answer)
+    expected = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_tokens": 0, "ignore_eos": False}
+    expected |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert {name: bodies[0][name] for name in expected} == expected
 
 
 def test_no_more_requests_at_a_time_than_in_flight(checkpoint, embeds):

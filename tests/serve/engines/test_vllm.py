@@ -18,12 +18,13 @@ import pytest
 pytest.importorskip("vllm")
 
 from serve.core.inputs import expand
-from serve.core.pipeline import Pipeline, PipelineConfig
+from serve.core.run import CaptionRun, RunConfig
 from serve.engines.base import EmbedsError, LLMSpec, Options, Sampling
 from serve.engines.vllm import VLLMEngine
 from serve.outputs.jsonl import FileSink
 from serve.reports.progress import Progress
 from vlv.checkpoints.folder import Checkpoint
+from vlv.model.generation import cut_at_end
 
 TOKENS = 48
 ROOT = Path(__file__).parents[3]
@@ -53,13 +54,21 @@ def loop():
     loop.call_soon_threadsafe(loop.stop)
 
 
+def command_line(process: psutil.Process) -> str:
+    """Return a process's command line, empty for one that has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
 @pytest.fixture(scope="module")
 def vllm(checkpoint, loop):
     engine = Shared(LLMSpec.of(checkpoint), TOKENS, 32)
     loop(VLLMEngine.start(engine))
     yield engine
     children = psutil.Process().children(recursive=True)
-    workers = [p for p in children if "VLLM" in "".join(p.cmdline())]
+    workers = [p for p in children if "VLLM" in command_line(p)]
     loop(VLLMEngine.close(engine))
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive, "vLLM's processes outlive close()"
@@ -167,23 +176,27 @@ def test_streams_the_same(vllm, loop, embeds, reference):
 
 
 def test_a_lora_adapter_gives_the_captions_of_merged_weights(loop, checkpoint, embeds, reference, tmp_path):
-    """An engine of its own, with an adapter on the queries' projections, against transformers with W + B A."""
+    """An engine of its own, with an adapter on the queries' projections, against transformers with W + B A.
+
+    One layer has a rank of its own, above that of the others (rank_pattern).
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     llm = AutoModelForCausalLM.from_pretrained(checkpoint.llm, dtype=torch.float32).eval()
-    width, alpha, rank, adapter = llm.config.hidden_size, 8, 4, {}
+    width, alpha, ranks, adapter = llm.config.hidden_size, 8, [4, 20, 4, 4], {}
     torch.manual_seed(1)
     with torch.no_grad():
         for i, layer in enumerate(llm.model.layers):
             name = f"base_model.model.model.layers.{i}.self_attn.q_proj"
-            projection = layer.self_attn.q_proj.weight
+            projection, rank = layer.self_attn.q_proj.weight, ranks[i]
             adapter[f"{name}.lora_A.weight"] = a = torch.randn(rank, width) * width**-0.5
             adapter[f"{name}.lora_B.weight"] = b = torch.randn(len(projection), rank) * 0.5
             projection += alpha / rank * (b @ a)
     save_file(adapter, tmp_path / "adapter_model.safetensors")
-    description = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"], "bias": "none"}
+    description = {"peft_type": "LORA", "r": 4, "lora_alpha": alpha, "target_modules": ["q_proj"], "bias": "none"}
+    description["rank_pattern"] = {"layers.1.self_attn.q_proj": ranks[1]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(description))
     merged = llm.generate(
         inputs_embeds=embeds[:16], attention_mask=torch.ones(16, embeds.shape[1], dtype=torch.long),
@@ -199,8 +212,7 @@ def test_a_lora_adapter_gives_the_captions_of_merged_weights(loop, checkpoint, e
             await engine.close()
 
     tokens = [c.token_ids for c in loop(generate())]
-    end = engine.end
-    expected = [row[: row.index(end)] if end in row else row for row in merged]
+    expected = [cut_at_end(row, engine.ends) for row in merged]
     assert sum(a == b for a, b in zip(tokens, expected, strict=True)) >= 15  # a near tie may fall the other way
     assert tokens != [tokens for tokens, _ in reference[:16]]
 
@@ -232,9 +244,9 @@ def test_files_to_captions(vllm, loop, checkpoint, scene_images, tmp_path, refer
     """The whole road: files on disk, decode processes, encoder, vLLM, records."""
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     sink, progress = FileSink(tmp_path / "c.jsonl", checkpoint.hash), Progress()
-    config = PipelineConfig(Sampling(TOKENS), prompt_batch=8, workers=1)
+    config = RunConfig(Sampling(TOKENS), prompt_batch=8, workers=1)
     paths = [str(scene_images), str(tmp_path / "broken.jpg")]
-    loop(Pipeline(checkpoint, vllm, sink, config, progress).run(expand(paths)))
+    loop(CaptionRun(checkpoint, vllm, sink, config, progress).run(expand(paths)))
     sink.close()
     records = {r["id"]: r for r in map(json.loads, (tmp_path / "c.jsonl").read_text().splitlines())}
     assert (progress.captioned, progress.failed) == (64, 1)
@@ -251,7 +263,7 @@ def command(captioning_checkpoint, scene_images, tmp_path):
         cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     process.engines = lambda: [
-        p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())
+        p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in command_line(p)
     ]
     yield process
     if process.poll() is None:

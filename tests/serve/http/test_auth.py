@@ -1,4 +1,4 @@
-"""Keys, rates and admission, without a server; and the clean-up of a caption while it is written."""
+"""Test keys, rates and admission without a server, and the clean-up of a caption while it is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import random
 
 import pytest
 
-from serve.http.auth import Admission, ApiError, Key, Keys, KeysError
+from serve.http.admission import Admission
+from serve.http.auth import Key, Keys, KeysError
+from serve.http.errors import ApiError
 from serve.http.openai_api import Cleaner
 from vlv.model.captioner import clean_caption
 
@@ -39,33 +41,33 @@ def test_files_that_hold_no_keys(tmp_path, content):
 
 def test_a_rate_is_a_bucket_of_a_minute():
     key = Key("a", per_minute=60)
-    assert key.draw(60, now=1000.0) == 0.0  # a minute's worth at once
-    assert key.draw(1, now=1000.0) == pytest.approx(1.0)  # then one a second
-    assert key.draw(1, now=1000.5) == pytest.approx(0.5)
-    assert key.draw(1, now=1001.0) == 0.0
-    assert key.draw(30, now=1031.0) == 0.0 and key.draw(1, now=1031.0) > 0
-    assert key.draw(60, now=9999.0) == 0.0 and key.draw(1, now=9999.0) > 0  # never more than a minute's
+    assert key.consume(60, now=1000.0) == 0.0  # a minute's worth at once
+    assert key.consume(1, now=1000.0) == pytest.approx(1.0)  # then one a second
+    assert key.consume(1, now=1000.5) == pytest.approx(0.5)
+    assert key.consume(1, now=1001.0) == 0.0
+    assert key.consume(30, now=1031.0) == 0.0 and key.consume(1, now=1031.0) > 0
+    assert key.consume(60, now=9999.0) == 0.0 and key.consume(1, now=9999.0) > 0  # never more than a minute's
 
 
-def test_places_come_back_whatever_happens():
+def test_leases_are_released_whatever_happens():
     admission, key = Admission(4), Key("a", concurrent=3)
-    with pytest.raises(ZeroDivisionError), admission.enter(key) as place:
-        place.take(2)
+    with pytest.raises(ZeroDivisionError), admission.enter(key) as lease:
+        lease.reserve(2)
         assert (admission.active, key.active) == (3, 3)
         with pytest.raises(ApiError) as refused, admission.enter(key):
             pass
         assert refused.value.status == 429
         with pytest.raises(ApiError, match="4 captions in one request: at most 3 here") as refused:
-            place.take(1)
+            lease.reserve(1)
         assert refused.value.status == 400
         with admission.enter(Key("b")) as other, pytest.raises(ApiError) as refused:
-            other.take(1)
+            other.reserve(1)
         assert refused.value.status == 503 and refused.value.retry_after >= 1
         raise ZeroDivisionError
     assert (admission.active, key.active) == (0, 0)
 
 
-def test_bodies_have_room_for_so_much_together():
+def test_all_bodies_together_are_limited():
     admission = Admission(4, max_bytes=100)
     with admission.body() as one:
         one(60)
@@ -77,13 +79,13 @@ def test_bodies_have_room_for_so_much_together():
     assert admission.bytes == 0
 
 
-def test_what_is_refused_costs_no_rate():
+def test_a_refused_request_costs_no_rate():
     admission, key = Admission(1), Key("a", per_minute=2)
     for _ in range(10):
         with admission.enter(Key("b")), pytest.raises(ApiError), admission.enter(key):
             pass
-    with admission.enter(key) as place:
-        assert place.images == 1
+    with admission.enter(key) as lease:
+        assert lease.images == 1
 
 
 @pytest.mark.parametrize("seed", range(200))

@@ -1,4 +1,4 @@
-"""A short run of benchmarks/serve_faults.py: nonsense of every kind has an answer that a client can read."""
+"""Run a short version of benchmarks/serve_faults.py: every invalid request has an answer that a client can read."""
 
 from __future__ import annotations
 

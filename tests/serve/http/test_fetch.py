@@ -1,4 +1,4 @@
-"""Pictures by URL: what is fetched, and every way in which a URL may lead where it should not."""
+"""Test images by URL: what is fetched, and each way in which a URL may lead to a private address."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import time
 
 import pytest
 
-from serve.http.auth import ApiError
+from serve.http.errors import ApiError
 from serve.http.fetch import Fetcher, is_public
 
-PICTURE = b"\x89PNG" + bytes(5000)
+IMAGE = b"\x89PNG" + bytes(5000)
 
 
 class Host(http.server.BaseHTTPRequestHandler):
-    """A host of pictures, good and bad."""
+    """Serve images, and answers that must be refused."""
 
     def do_GET(self):
         if self.path.startswith("/to/"):
@@ -48,11 +48,11 @@ class Host(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "4")
             self.end_headers()
             self.wfile.write(b"bomb")
-        elif self.path == "/picture":
+        elif self.path == "/image":
             self.send_response(200)
-            self.send_header("Content-Length", str(len(PICTURE)))
+            self.send_header("Content-Length", str(len(IMAGE)))
             self.end_headers()
-            self.wfile.write(PICTURE)
+            self.wfile.write(IMAGE)
         else:
             self.send_error(404)
 
@@ -73,15 +73,15 @@ def host():
 
 
 def get(url: str, *hosts: str, private: bool = True, **options):
-    """The content, or the refusal's message."""
+    """Return the content, or the error's message."""
 
     async def fetch():
         fetcher = Fetcher(hosts, **{"max_bytes": 1 << 20, "seconds": 1, **options}, private=private)
         try:
             return await fetcher.get(url)
-        except ApiError as refusal:
-            assert refusal.status == 400
-            return str(refusal)
+        except ApiError as error:
+            assert error.status == 400
+            return str(error)
         finally:
             await fetcher.close()
 
@@ -89,16 +89,41 @@ def get(url: str, *hosts: str, private: bool = True, **options):
 
 
 def test_fetches_from_hosts_on_the_list(host):
-    assert get(f"http://{host}/picture", host) == PICTURE
-    assert get(f"http://{host}/to//picture", host) == PICTURE
+    assert get(f"http://{host}/image", host) == IMAGE
+    assert get(f"http://{host}/to//image", host) == IMAGE
     assert get(f"http://{host}/gzip", host) == b"bomb"  # as it came: nothing is decompressed here
     port = host.partition(":")[2]
-    assert get(f"http://localhost:{port}/picture", f"localhost:{port}") == PICTURE
+    assert get(f"http://localhost:{port}/image", f"localhost:{port}") == IMAGE
     assert get("data:image/png;base64,aGVsbG8=") == b"hello" and get("data:,a%20b") == b"a b"
 
 
-def test_refuses_other_places(host):
-    assert "fetches no images from 127.0.0.1" in get(f"http://{host}/picture")
+@pytest.mark.parametrize(
+    ("url", "content"),
+    [
+        # cases of WHATWG's forgiving-base64 decode, as browsers take them
+        ("data:image/png;base64,aGVs\r\nbG8=\n", b"hello"),  # line breaks, as MIME and base64(1) write them
+        ("data:image/png;base64,aGVsbG8", b"hello"),  # without padding
+        ("data:image/png;base64, aG Vs\tbG8 = ", b"hello"),
+        ("data:;base64,YQ", b"a"),
+        ("data:;base64,YQ%3D%3D", b"a"),
+        ("data:;base64,YWI%0A", b"ab"),
+        ("data:;BASE64,YWJj", b"abc"),
+        ("data:text/plain; base64 ,YWJj#fragment", b"abc"),
+        (" data:;base64,YWJj\n", b"abc"),
+        ("data:text/plain;base64;x=y,YWJj", b"YWJj"),  # base64 must be the last word
+    ],
+)
+def test_data_urls_as_browsers_take_them(url, content):
+    assert get(url) == content
+
+
+@pytest.mark.parametrize("payload", ["YQ=", "Y", "YWJj=", "YWJjZ", "YW=Jj", "Y===", "YWJj====", "YW-_", "YW!j"])
+def test_data_urls_that_browsers_refuse(payload):
+    assert "no base64" in get(f"data:;base64,{payload}")
+
+
+def test_refuses_other_hosts(host):
+    assert "fetches no images from 127.0.0.1" in get(f"http://{host}/image")
     assert "fetches no images from evil.org" in get("http://evil.org/", "images.org", "*.images.org")
     assert "fetches no images from evilimages.org" in get("http://evilimages.org/", "*.images.org")
     assert "fetches no images" in get("http://images.org:8080/", "images.org")
@@ -115,11 +140,11 @@ def test_redirects_are_checked_like_the_first_url(host):
     assert "more than 3 redirects" in get(f"http://{host}/loop", host)
 
 
-def test_inner_addresses_are_refused(host):
+def test_private_addresses_are_refused(host):
     """Even for a host on the list, as a number, as a name, and as a name that changes its answer."""
-    assert "no public address" in get(f"http://{host}/picture", host, private=False)
+    assert "no public address" in get(f"http://{host}/image", host, private=False)
     port = host.partition(":")[2]
-    assert "no public address" in get(f"http://localhost:{port}/picture", f"localhost:{port}", private=False)
+    assert "no public address" in get(f"http://localhost:{port}/image", f"localhost:{port}", private=False)
     # other spellings of 127.0.0.1: as numbers they go through the resolver
     for name in ("2130706433", "0x7f.1", "127.1", "0"):
         told = get(f"http://{name}/", name, private=False)
@@ -137,19 +162,34 @@ def test_a_name_that_changes_its_answer(host, monkeypatch):
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer)
     # nothing listens, or nothing is reached, at the public address; the loopback one would answer
-    told = get(f"http://images.org:{port}/picture", f"images.org:{port}", private=False, seconds=0.5)
+    told = get(f"http://images.org:{port}/image", f"images.org:{port}", private=False, seconds=0.5)
     assert "did not arrive" in told or "cannot be fetched" in told
-    assert asked in (["images.org"], ["images.org"] * 2) and told != PICTURE
+    assert asked in (["images.org"], ["images.org"] * 2) and told != IMAGE
 
 
 @pytest.mark.parametrize(
     "address",
     [
-        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
-        "255.255.255.255", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1", "64:ff9b::10.0.0.1",
-        "2002:7f00:1::", "::ffff:169.254.169.254",
+        "127.0.0.1",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "0.0.0.0",
+        "224.0.0.1",
+        "255.255.255.255",
+        "::1",
+        "::",
+        "fe80::1",
+        "fc00::1",
+        "ff02::1",
+        "::ffff:127.0.0.1",
+        "64:ff9b::10.0.0.1",
+        "2002:7f00:1::",
+        "::ffff:169.254.169.254",
     ],
-)  # fmt: skip
+)
 def test_addresses_that_are_not_public(address):
     assert not is_public(ipaddress.ip_address(address))
 
@@ -160,7 +200,7 @@ def test_addresses_that_are_public():
 
 def test_size_and_time(host):
     assert "more than 1 MiB" in get(f"http://{host}/endless", host)
-    assert "more than 0 MiB" in get(f"http://{host}/picture", host, max_bytes=1000)
+    assert "more than 0 MiB" in get(f"http://{host}/image", host, max_bytes=1000)
     assert "did not arrive within 1 s" in get(f"http://{host}/slow", host)
     assert "answers 404" in get(f"http://{host}/absent", host)
     assert "more than 1 MiB" in get("data:;base64," + "A" * (2 << 20))

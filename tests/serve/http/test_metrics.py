@@ -1,4 +1,4 @@
-"""What the alerts look at."""
+"""Test the metrics that the alerts use."""
 
 from __future__ import annotations
 

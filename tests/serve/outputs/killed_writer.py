@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from serve.core.inputs import Item
-from serve.outputs.formats import ParquetSink, sink_class
+from serve.outputs.factory import sink_class
+from serve.outputs.formats import ParquetSink
 
 
 class JsonParts(ParquetSink):

@@ -16,10 +16,12 @@ from PIL import Image
 
 from serve import FORMATS
 from serve.core.inputs import Item, part_of
-from serve.outputs.formats import sidecar, sink_class
+from serve.outputs.factory import sink_class
+from serve.outputs.formats import sidecar
 from serve.outputs.jsonl import SinkError
 from serve.outputs.webdataset import sample
 from vlv.data.image import ImageError
+from vlv.data.image_files import is_image
 
 WRITER = Path(__file__).with_name("killed_writer.py")
 KILLS = 50
@@ -73,6 +75,60 @@ def test_sidecars(images, tmp_path):
     inside.close()
 
 
+def test_images_that_differ_in_their_endings_only(images, tmp_path):
+    """Both would have the same text file: the first has it, the second says why it has none."""
+    other = images[0].with_suffix(".jpg")
+    other.write_bytes(b"")
+    for _ in range(2):  # also in a run that goes on
+        sink = sink_class("txt")(tmp_path / "c.jsonl", "m")
+        if sink.finished.add(str(images[0])):
+            sink.caption(record(images[0]), Item(str(images[0]), str(images[0])))
+        with pytest.raises(ImageError, match="of another image of this output, whose name differs in its ending only"):
+            sink.caption(record(other), Item(str(other), str(other)))
+        sink.close()
+    assert sidecar(other).read_text() == "Picture a.\n"
+
+
+def test_a_caption_is_one_line_of_a_text(images, tmp_path):
+    fill(sink_class("txt")(tmp_path / "c.jsonl", "m"), images[:1], captions=["One.\nStill one.", "Two."])
+    assert sidecar(images[0]).read_text() == "One. Still one.\nTwo.\n"
+
+
+def test_other_flags_are_not_mixed_in(images, tmp_path):
+    """Captions made with other flags are refused in every format; those of earlier versions name none."""
+    for kind in FORMATS:
+        if kind == "parquet":
+            pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+        output = tmp_path / kind / "c.json" if kind == "coco" else tmp_path / kind / "c.jsonl"
+        folder = output.parent
+        folder.mkdir()
+        if kind in ("parquet", "webdataset"):
+            output = folder / "parts"
+        copies = []
+        for image in images[:2]:
+            copies.append(folder / image.name)
+            copies[-1].write_bytes(image.read_bytes())
+        fill(sink_class(kind)(output, "m", flags="--raw"), copies[:1], flags="--raw")
+        with pytest.raises(SinkError, match=r"holds captions made with --raw, and this run is without flags"):
+            sink_class(kind)(output, "m")
+        fill(sink_class(kind)(output, "m", flags="--raw"), copies, flags="--raw")
+    old = tmp_path / "old.jsonl"
+    fill(sink_class("jsonl")(old, "m"), images[:1])
+    sink = sink_class("jsonl")(old, "m", flags="-n 3 --raw")
+    assert str(images[0]) in sink.finished
+    sink.close()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"])
+def test_shards_hold_only_extensions_that_readers_know(kind, tmp_path):
+    """Also for an image whose own name says nothing, such as a download."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(stream, kind)
+    with tarfile.open(fileobj=io.BytesIO(sample("0", stream.getvalue(), record(tmp_path / "download")))) as made:
+        name = made.getnames()[0]
+    assert is_image(name) and Image.registered_extensions()[Path(name).suffix] in (kind, "JPEG2000", "MPO")
+
+
 def test_coco(images, tmp_path):
     def sink(**more):
         return sink_class("coco")(tmp_path / "c.json", "m", **more)
@@ -124,9 +180,53 @@ def test_webdataset(images, tmp_path):
 
 def test_a_sample_is_named_by_what_it_holds():
     """Whatever an id ends in: a tar member's name is short, and no other member has it."""
-    for name, ending in {"a.JPG": ".jpg", "a.json": ".img", "http://b/a.png?" + "x" * 200: ".img"}.items():
-        with tarfile.open(fileobj=io.BytesIO(sample("0", b"pixels", {"id": name, "caption": "A."}))) as shard:
+    for name, ending in {"a.JPG": ".jpg", "a.json": ".jpg", "http://b/a.png?" + "x" * 200: ".jpg"}.items():
+        with tarfile.open(
+            fileobj=io.BytesIO(sample("0", b"\xff\xd8\xff pixels", {"id": name, "caption": "A."}))
+        ) as shard:
             assert shard.getnames() == [f"0{ending}", "0.txt", "0.json"]
+
+
+def test_an_image_folder_is_read_by_datasets(images, tmp_path):
+    """metadata.jsonl among the images, and no other file that a reader would take for data."""
+    output = images[0].parent / "metadata.jsonl"
+    (images[0].parent / "deep").mkdir()
+    deep = images[1].rename(images[0].parent / "deep" / "b.png")
+    outside = tmp_path / "elsewhere.png"
+    outside.write_bytes(images[0].read_bytes())
+    fill(sink_class("imagefolder")(output, "m"), [images[0], deep, outside])
+    fill(sink_class("imagefolder")(output, "m"), [images[0], deep, images[2], outside])
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {row["file_name"]: row["text"] for row in rows} == {
+        "a.png": "Picture a.", "deep/b.png": "Picture b.", "ü.png": "Picture ü.",
+    }  # fmt: skip
+    error = json.loads((images[0].parent / "metadata.errors.jsonl").read_text())
+    assert error["id"] == str(outside) and error["kind"] == "format"
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    folder = str(output.parent)
+    loaded = datasets.load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=str(tmp_path / "cache"))
+    assert {row["text"]: row["image"].getpixel((0, 0)) for row in loaded} == {
+        "Picture a.": (0, 0, 0), "Picture b.": (1, 1, 1), "Picture ü.": (2, 2, 2),
+    }  # fmt: skip
+
+
+def test_the_json_of_sd_scripts(images, tmp_path):
+    output = tmp_path / "meta.json"
+    fill(sink_class("kohya")(output, "m"), images[:1])
+    fill(sink_class("kohya")(output, "m"), images)
+    content = json.loads(output.read_text())
+    assert content == {str(image): {"caption": f"Picture {image.stem}."} for image in images}
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SinkError, match=r"is there already, without its other\.records\.jsonl: choose another -o"):
+        sink_class("kohya")(tmp_path / "other.json", "m")
+
+
+def test_shards_are_read_by_webdataset(images, tmp_path):
+    fill(sink_class("webdataset")(tmp_path / "shards", "m"), images)
+    webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
+    found = list(webdataset.WebDataset(str(tmp_path / "shards" / "000000.tar"), shardshuffle=False).decode("pil"))
+    assert [sample["txt"] for sample in found] == [f"Picture {image.stem}." for image in images]
+    assert [sample["png"].getpixel((0, 0)) for sample in found] == [(i, i, i) for i in range(3)]
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])

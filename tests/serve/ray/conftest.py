@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from serve import ray_batch
+from serve.command import open_model
+from serve.ray.stages import StageOptions
 
 COUNT = 12
 
@@ -34,3 +36,8 @@ def command(captioning_checkpoint, pictures, tmp_path) -> list[str]:
 @pytest.fixture
 def args(command):
     return ray_batch.parser().parse_args(command)
+
+
+@pytest.fixture
+def options(args) -> StageOptions:
+    return StageOptions(open_model(args).options, args.output, args.format, args.raw)

@@ -6,8 +6,11 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,7 +20,11 @@ import pytest
 ray = pytest.importorskip("ray", reason='ray is not installed: python -m pip install "ray[data]"')
 
 import psutil  # noqa: E402
-from pyarrow import parquet  # noqa: E402
+import uvicorn  # noqa: E402
+from pyarrow import Table, parquet  # noqa: E402
+from starlette.applications import Starlette  # noqa: E402
+from starlette.routing import Mount  # noqa: E402
+from starlette.staticfiles import StaticFiles  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 
@@ -57,6 +64,50 @@ def writers(process: subprocess.Popen) -> list[psutil.Process]:
     """The language-model actors under a driver."""
     children = psutil.Process(process.pid).children(recursive=True)
     return [child for child in children if "MapBatches(Write)" in " ".join(child.cmdline())]
+
+
+@pytest.fixture
+def web(pictures):
+    """The URL of a server of the pictures' folder."""
+    app = Starlette(routes=[Mount("/", StaticFiles(directory=pictures))])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(20)
+
+
+def test_urls_are_read_by_the_workers(web, pictures, captioning_checkpoint, tmp_path):
+    """Images behind http and file URLs, and in a shard behind a URL, have the captions of the local files."""
+    with tarfile.open(pictures / "s.tar", "w") as shard:
+        shard.add(pictures / "02.png", "02.png")
+        shard.add(pictures / "03.png", "03.png")
+    listed = [f"{web}/00.png", (pictures / "01.png").as_uri(), f"{web}/absent.png"]
+    parquet.write_table(Table.from_pydict({"url": listed}), tmp_path / "list.parquet")
+    sources = [str(tmp_path / "list.parquet"), f"{web}/s.tar", *(str(pictures / f"{i:02}.png") for i in range(4))]
+    flags = ["--engine", "transformers", "--max-tokens", "60", "--cpus", "4", "--unit", "3"]
+    words = [*sources, str(tmp_path / "out"), "--ckpt", str(captioning_checkpoint), *flags]
+    run = subprocess.run(
+        [sys.executable, "-m", "serve.ray_batch", *words],
+        cwd=ROOT,
+        env={**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1, run.stderr  # one image is absent
+    rows = [row for file in parts(tmp_path / "out") for row in parquet.read_table(file).to_pylist()]
+    captions = {row["id"]: row["caption"] for row in rows}
+    (error,) = [row for f in (tmp_path / "out").glob("errors/*") for row in parquet.read_table(f).to_pylist()]
+    assert error["id"] == listed[2] and error["kind"] == "missing"
+    for number, url in enumerate([*listed[:2], f"{web}/s.tar/02.png", f"{web}/s.tar/03.png"]):
+        assert captions[url] == captions[str(pictures / f"{number:02}.png")]
+    assert len(captions) == 8
 
 
 def test_a_queue_gets_more_actors(start, scene_images, pictures):

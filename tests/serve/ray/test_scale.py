@@ -32,7 +32,7 @@ def test_losses_cost_what_theory_says():
 
 def test_the_page_quotes_the_committed_figures():
     page = (ROOT / "docs" / "scale.md").read_text()
-    rate = json.loads((ROOT / "benchmarks" / "caption.json").read_text())["parts"]["road"]["images_per_second"]
+    rate = json.loads((ROOT / "benchmarks" / "caption.json").read_text())["parts"]["service"]["images_per_second"]
     assert f"{rate:.0f} captions a second (`benchmarks/caption.json`)" in page
     simulated = json.loads((ROOT / "benchmarks" / "scale.json").read_text())
     assert f"takes {1000 * simulated['decode']['seconds']:.0f} ms" in page

@@ -20,7 +20,9 @@ import pytest
 
 from serve import ray_serve
 from serve.engines.base import EngineError
+from serve.http.routes import ServerConfig
 from serve.ray.replica import Replica
+from serve.server import config_from
 
 ROOT = Path(__file__).parents[3]
 
@@ -63,7 +65,7 @@ def test_a_replica(flags, body, expected):
 
     async def life() -> None:
         replica = Replica.__new__(Replica)
-        await replica.__init__(ray_serve.parser().parse_args(flags))
+        await replica.__init__(config_from(ray_serve.parser().parse_args(flags), ServerConfig))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(replica.answer), base_url="http://here") as client:
             assert (await client.get("/ready")).json() == {"status": "ready"}
             assert captions(await client.post("/v1/captions", json=body, timeout=60)) == expected
@@ -84,7 +86,8 @@ def test_a_replica_that_cannot_load_says_why(flags, monkeypatch):
 
     monkeypatch.setattr("serve.core.service.Service._keep_engine", fails)
     with pytest.raises(EngineError, match="no memory"):
-        asyncio.run(Replica.__new__(Replica).__init__(ray_serve.parser().parse_args(flags)))
+        config = config_from(ray_serve.parser().parse_args(flags), ServerConfig)
+        asyncio.run(Replica.__new__(Replica).__init__(config))
 
 
 def test_how_ray_is_told_to_scale(flags):

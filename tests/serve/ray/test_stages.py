@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ import pytest
 from pyarrow import Table, parquet
 
 from serve import ray_batch
-from serve.command import Misuse
-from serve.core.inputs import SourceError
+from serve.core.inputs import Item, SourceError
+from serve.core.remote import Remote, items_of
 from serve.ray.stages import Decode, Encode, Write
-from serve.ray.store import Remote, Store, items_of, part, plan, unit_items
+from serve.ray.store import Store, part, plan, unit_items
+from vlv.common.command import Misuse
 from vlv.data.image import ImageError
 from vlv.model.config import VLVConfig
 
@@ -31,6 +34,19 @@ def test_the_plan_names_each_image_once(pictures, tmp_path):
     assert plan(store, items_of(sources, "url"), {"model": "a"}, 4) == 4
     with pytest.raises(Misuse, match="DST was begun with model a, and this is b: choose another DST"):
         plan(store, iter([]), {"model": "b"}, 4)
+
+
+def subclasses(cls: type) -> list[type]:
+    return [cls, *(found for child in cls.__subclasses__() for found in subclasses(child))]
+
+
+@pytest.mark.parametrize("kind", subclasses(Item))
+def test_every_kind_of_item_stays_what_it_is_in_another_process(kind):
+    """An item travels to decode processes and to Ray's workers; there it has to know how it is read."""
+    assert len(subclasses(Item)) >= 2
+    for item in (kind("id", "path"), kind("id", "path", 512, 90, "a problem")):
+        copy = pickle.loads(pickle.dumps(item))
+        assert type(copy) is kind and copy == item
 
 
 def test_a_plan_that_was_killed_is_made_again(pictures, tmp_path):
@@ -97,10 +113,10 @@ def test_a_store_in_memory_as_object_stores_are():
         store.read("part-000001.parquet")
 
 
-def test_the_stages_one_after_another(args, pictures, captioning_checkpoint):
+def test_the_stages_one_after_another(args, options, pictures, captioning_checkpoint):
     store = Store(args.output)
     assert plan(store, items_of(args.paths, "url"), {}, args.unit) == 4
-    decode, encode, write = Decode(args), Encode(args), Write(args)
+    decode, encode, write = Decode(options), Encode(options), Write(options)
     try:
         results = [write(encode(decode({"unit": np.array([unit])}))) for unit in range(4)]
         again = write(encode(decode({"unit": np.array([3])})))  # as after a worker's death: the same file
@@ -130,11 +146,11 @@ def captions_of(pictures: Path, checkpoint: Path) -> set[str]:
     return set(captioner.captions(crops, max_new_tokens=60))
 
 
-def test_a_shard_that_loses_an_image_and_is_written_again(args, pictures):
+def test_a_shard_that_loses_an_image_and_is_written_again(args, options, pictures):
     """An image that is gone since it was decoded is an error, and none any more once the unit is done again."""
-    args.format, output = "webdataset", Path(args.output)
+    options, output = replace(options, format="webdataset"), Path(args.output)
     plan(Store(args.output), items_of(args.paths, "url"), {}, args.unit)
-    decode, encode, write = Decode(args), Encode(args), Write(args)
+    decode, encode, write = Decode(options), Encode(options), Write(options)
     gone, content = pictures / "01.png", (pictures / "01.png").read_bytes()
     try:
         batch = encode(decode({"unit": np.array([0])}))
@@ -159,14 +175,14 @@ def test_a_shard_that_loses_an_image_and_is_written_again(args, pictures):
 
 def test_the_page_says_how_many_images_a_unit_may_have():
     page = (Path(__file__).parents[3] / "docs" / "scale.md").read_text()
-    assert f"with the published 3B checkpoint {ray_batch._most_images(VLVConfig()):,} images" in page
+    assert f"with the published 3B checkpoint {ray_batch.max_images(VLVConfig()):,} images" in page
 
 
 def test_refused_in_one_sentence(command, capsys, tmp_path):
     for change, words in {
         ("--ckpt", "/absent"): "error: --ckpt: no checkpoint at /absent",
-        ("--llms", "3-1"): "'3-1' is neither a number of actors",
-        ("--llm-gpu", "2"): "'2' is no share of a GPU",
+        ("--llms", "3-1"): "expected a number of actors such as 2, or a range such as 1-8, got '3-1'",
+        ("--llm-gpu", "2"): "expected a share of a GPU above 0 and up to 1, got '2'",
         ("--unit", "1000000"): "error: --unit 1000000: with this checkpoint at most",
     }.items():
         try:

@@ -1,4 +1,4 @@
-"""The report of what is installed, and the page of captions."""
+"""Test the report of what is installed, and the page of captions."""
 
 from __future__ import annotations
 
@@ -40,6 +40,46 @@ def test_doctor_fails_where_captioning_would(capsys, monkeypatch):
     assert "captioning does not work here: no_such_module" in report
 
 
+SMI = """\
+#!/bin/sh
+case "$1" in
+--query-gpu=name,compute_cap,memory.total,memory.free,driver_version)
+    echo "NVIDIA H100 80GB HBM3, 9.0, 81559, FREE, 580.65.06";;
+*) echo "| NVIDIA-SMI 580.65.06     Driver Version: 580.65.06     CUDA Version: 13.0     |";;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("free", "words"), [(81000, r"fits with --in-flight 512: .* of 84\.9 GB"), (900, "does not fit")]
+)
+def test_doctor_on_a_gpu_node(free, words, captioning_checkpoint, tmp_path, capsys, monkeypatch):
+    """There is no GPU here: nvidia-smi is a script that prints what it prints on an H100."""
+    import torch
+
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(SMI.replace("FREE", str(free)))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(doctor, "NEEDS", ())
+    assert main(["--doctor", "--ckpt", str(captioning_checkpoint)]) == 0
+    report = capsys.readouterr().out
+    assert re.search(r"^GPU 0 +NVIDIA H100 80GB HBM3, SM 9\.0, .* of 85\.5 GB free$", report, re.M), report
+    assert re.search(r"^driver +580\.65\.06, for CUDA up to 13\.0$", report, re.M)
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}, ", report, re.M)
+    if torch.version.cuda is None:
+        assert re.search(r"^torch .*a build without CUDA, which uses no GPU: .*gpu\.lock$", report, re.M)
+    assert re.search(r"^vLLM +\S", report, re.M) and re.search(r"^kernels +SM 9\.0: \S", report, re.M)
+    assert re.search(rf"^checkpoint +{captioning_checkpoint} .*{words}", report, re.M), report
+
+
+def test_what_code_runs_on_which_gpu():
+    assert doctor._runs_on("sm_90", "9.0") and doctor._runs_on("sm_80", "8.9") and doctor._runs_on("sm_120", "12.0")
+    assert doctor._runs_on("compute_80", "9.0") and doctor._runs_on("sm_90a", "9.0")
+    assert not doctor._runs_on("sm_80", "9.0") and not doctor._runs_on("sm_90", "8.9")
+    assert not doctor._runs_on("compute_120", "9.0")
+
+
 @pytest.fixture
 def captioned(scene_images, tmp_path):
     """Items and the records that a run would have left, all but one."""
@@ -67,17 +107,17 @@ def test_gallery_without_t2i(random_checkpoint, captioned, tmp_path):
 
 
 def test_gallery_with_reconstructions(random_checkpoint, captioned, tmp_path):
-    from vlv.train.presets import T2I
-    from vlv.train.t2i import build
+    from vlv.train.config import T2I
+    from vlv.train.initialize import build_t2i
 
     folder = tmp_path / "checkpoint"
     shutil.copytree(random_checkpoint, folder)
-    build(T2I["tiny"]).save(folder / "t2i")
+    build_t2i(T2I["tiny"]).save(folder / "t2i")
     page = tmp_path / "gallery.html"
     gallery.write(page, Checkpoint.open(folder), *captioned, count=3, steps=2)
     text = page.read_text()
     assert text.count("<article>") == 2 and text.count("<figcaption>reconstruction") == 2
-    assert "frozen text-to-image model draws from the 32 embeddings of width 128" in text
+    assert "frozen text-to-image model from the 32 embeddings of width 128" in text
 
 
 def test_gallery_that_cannot_be_written(random_checkpoint, captioned, tmp_path):

@@ -1,4 +1,4 @@
-"""The page at `/` in a real browser: captions that stream, drawings, mixtures, errors, keyboard, dark mode."""
+"""Test the page at `/` in a real browser: streamed captions, reconstructions, mixtures, errors, keyboard, dark mode."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import httpx
 import pytest
 
 from serve.http.auth import Keys
-from serve.http.page import HEADERS, PAGE
+from serve.http.web.page import HEADERS, PAGE
 from tests.serve.serving import CLEAN, Running, Scripted
 from tests.serve.web.browser import Browser, chromium
 from vlv.checkpoints.folder import Checkpoint
 
 DONE = "cards.length && cards.every(card => card.record || card.failed)"
-DRAWN = "[...document.querySelectorAll('.drawn img')].filter(i => i.src && !i.className).length"
+RECONSTRUCTED = "[...document.querySelectorAll('.reconstruction img')].filter(i => i.src && !i.className).length"
 
 
 class LLMEngine(Scripted):
     """Counters of this module's server."""
 
-    most = 0
+    max_running = 0
 
     async def tokens(self, embeds, sampling, every):
         async for ids in super().tokens(embeds, sampling, every):
-            type(self).most = max(self.most, self.running)
+            type(self).max_running = max(self.max_running, self.running)
             yield ids
 
 
 @pytest.fixture(scope="module")
-def server(drawing_checkpoint):
-    running = Running(Checkpoint.open(drawing_checkpoint), LLMEngine)
+def server(t2i_checkpoint):
+    running = Running(Checkpoint.open(t2i_checkpoint), LLMEngine)
     yield running
     running.stop()
 
@@ -47,12 +47,12 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, server):
-    """The page, freshly loaded and drawing in few steps; afterwards it must have thrown nothing."""
+    """Load the page, with few reconstruction steps; afterwards it must have thrown nothing."""
     browser.problems.clear()
     browser.requests.clear()
     browser.open(server.url)
     browser.wait("model !== null")
-    browser.run("at('steps').add(new Option('2', '2', true, true)), at('draw').checked = false")
+    browser.run("at('steps').add(new Option('2', '2', true, true)), at('reconstruct').checked = false")
     yield browser
     assert browser.problems == []
     assert {url.split("/")[2] for url in browser.requests if url.startswith("http")} == {server.url[7:]}
@@ -74,7 +74,7 @@ def test_captions_stream_and_download(page, scene_images):
         LLMEngine.pace = 0.001
     page.wait(DONE)
     assert page.run("cards[0].text.textContent") == CLEAN
-    assert page.run("cards[0].picture.naturalWidth") > 0
+    assert page.run("cards[0].image.naturalWidth") > 0
     text = page.run("""(async () => {
         let blob;
         const make = URL.createObjectURL;
@@ -91,13 +91,13 @@ def test_captions_stream_and_download(page, scene_images):
 
 
 def test_fifty_files_and_a_broken_one(page, scene_images, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture at all")
-    LLMEngine.most = 0
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    LLMEngine.max_running = 0
     page.upload("#files", [*sorted(scene_images.glob("*.png"))[:49], tmp_path / "broken.png"])
     page.wait(DONE, 60)
     assert page.run("at('done').textContent") == "49 of 50" and page.run("at('failed').textContent") == "1"
     assert page.run(f"cards.filter(card => card.text.textContent === {json.dumps(CLEAN)}).length") == 49
-    assert 1 < LLMEngine.most <= page.run("AT_ONCE")
+    assert 1 < LLMEngine.max_running <= page.run("MAX_CAPTIONS")
     toast = page.run("document.querySelector('#toasts p').textContent")
     assert "broken.png: the image cannot be used" in toast and "not recognised as an image" in toast
     assert page.run("document.querySelector('#toasts').role") == "alert"
@@ -108,17 +108,17 @@ def test_fifty_files_and_a_broken_one(page, scene_images, tmp_path):
     page.wait("document.querySelector('#toasts').children.length === 1")
 
 
-def test_drawing_follows_the_guidance(page, scene_images):
-    page.run("at('draw').checked = true")
+def test_reconstruction_follows_the_guidance(page, scene_images):
+    page.run("at('reconstruct').checked = true")
     page.upload("#files", [scene_images / "00.png"])
-    page.wait(f"{DRAWN} === 1")
-    first = page.run("document.querySelector('.drawn img').src")
+    page.wait(f"{RECONSTRUCTED} === 1")
+    first = page.run("document.querySelector('.reconstruction img').src")
     page.run("at('guidance').focus()")
     page.press("ArrowRight")
     assert page.run("at('strength').textContent") == "2.5"
-    page.wait(f"{DRAWN} === 1 && document.querySelector('.drawn img').src !== {json.dumps(first)}")
-    page.run("at('draw').click()")
-    assert page.run("document.querySelector('.drawn').hidden")
+    page.wait(f"{RECONSTRUCTED} === 1 && document.querySelector('.reconstruction img').src !== {json.dumps(first)}")
+    page.run("at('reconstruct').click()")
+    assert page.run("document.querySelector('.reconstruction').hidden")
 
 
 def test_mixing_two(page, scene_images):
@@ -144,7 +144,7 @@ def test_keyboard_names_and_dark_mode(page, scene_images):
     for _ in range(12):
         page.press("Tab")
         reached.append(page.run("document.activeElement.id || document.activeElement.className"))
-    order = ["files", "draw", "guidance", "steps", "download", "clear", "mix", "remove"]
+    order = ["files", "reconstruct", "guidance", "steps", "download", "clear", "mix", "remove"]
     assert [name for name in reached if name in order][: len(order)] == order
     tree = page.call("Accessibility.getFullAXTree")["nodes"]
     controls = {"button", "checkbox", "slider", "combobox", "image", "textbox"}
@@ -188,16 +188,16 @@ def test_a_name_or_caption_is_never_markup(page, scene_images, tmp_path):
     assert page.run("document.querySelectorAll('article img').length") == 2
 
 
-def test_asks_for_a_key_and_waits_where_the_server_is_full(browser, drawing_checkpoint, scene_images, tmp_path):
+def test_asks_for_a_key_and_waits_where_the_server_is_full(browser, t2i_checkpoint, scene_images, tmp_path):
     key = Keys.add(tmp_path / "keys.json", "me", concurrent=1)
-    guarded = Running(Checkpoint.open(drawing_checkpoint), LLMEngine, keys=Keys.load(tmp_path / "keys.json"))
+    guarded = Running(Checkpoint.open(t2i_checkpoint), LLMEngine, keys=Keys.load(tmp_path / "keys.json"))
     try:
         browser.open(guarded.url)
         browser.wait("!at('lock').hidden")
         assert browser.run("at('status').textContent") == "This server asks for an API key."
         browser.run(f"at('key').value = {json.dumps(key)}, at('key').onchange()")
         browser.wait("model !== null")
-        browser.run("at('draw').checked = false")
+        browser.run("at('reconstruct').checked = false")
         browser.upload("#files", [scene_images / f"{i:02}.png" for i in range(3)])
         browser.wait(DONE)  # one image at a time: the others are refused with 429 and come again
         assert browser.run("at('done').textContent") == "3 of 3"
@@ -205,11 +205,11 @@ def test_asks_for_a_key_and_waits_where_the_server_is_full(browser, drawing_chec
         guarded.stop()
 
 
-def draw(server, **body):
+def reconstruct(server, **body):
     return httpx.post(server.url + "/v1/reconstructions", json=body, timeout=60)
 
 
-def test_the_route_draws_what_the_command_draws(server, scene_images):
+def test_the_route_reconstructs_like_the_library(server, scene_images):
     import base64
     import io
 
@@ -223,8 +223,8 @@ def test_the_route_draws_what_the_command_draws(server, scene_images):
     checkpoint = server.service.checkpoint
     files = [scene_images / "00.png", scene_images / "01.png"]
     urls = ["data:image/png;base64," + base64.b64encode(f.read_bytes()).decode() for f in files]
-    answers = [draw(server, images=urls[:1], steps=3), draw(server, images=urls, steps=3, share=0.25)]
-    answers.append(draw(server, images=urls, steps=3, share=0.25, mix="splice"))
+    answers = [reconstruct(server, images=urls[:1], steps=3), reconstruct(server, images=urls, steps=3, share=0.25)]
+    answers.append(reconstruct(server, images=urls, steps=3, share=0.25, mix="splice"))
     assert [a.status_code for a in answers] == [200] * 3
     crops = torch.from_numpy(np.stack([load_crop(f, checkpoint.config.image_size) for f in files]))
     with torch.inference_mode():
@@ -232,11 +232,11 @@ def test_the_route_draws_what_the_command_draws(server, scene_images):
         cut = 3 * len(first) // 4
         contexts = torch.stack([first, 0.75 * first + 0.25 * second, torch.cat([first[:cut], second[cut:]])])
         expected = T2I.load(checkpoint.t2i).reconstruct(contexts, steps=3)
-    for answer, picture in zip(answers, expected, strict=True):
+    for answer, image in zip(answers, expected, strict=True):
         png = base64.b64decode(answer.json()["picture"].split(",")[1])
-        drawn = torch.from_numpy(np.array(Image.open(io.BytesIO(png)))).permute(2, 0, 1)
+        decoded = torch.from_numpy(np.array(Image.open(io.BytesIO(png)))).permute(2, 0, 1)
         # another batch adds in another order: a value at the edge of two steps of 1/255 may fall to either
-        assert (drawn.int() - picture.int()).abs().max() <= 1
+        assert (decoded.int() - image.int()).abs().max() <= 1
     assert "caption" not in answers[0].json() and answers[1].json()["caption"] == CLEAN
 
 
@@ -246,11 +246,11 @@ def test_the_route_draws_what_the_command_draws(server, scene_images):
         ({"images": []}, "images must be one image URL"),
         ({"images": ["data:,x"] * 3}, "3 images in one request; this server takes up to 2"),
         ({"guidance": 0}, "guidance must be a number from 1 to 20, not 0"),
-        ({"steps": 2.5}, "steps must be a whole number from 1 to 100, not 2.5"),
+        ({"steps": 2.5}, "steps must be an integer from 1 to 100, not 2.5"),
         ({"share": float("nan")}, "share must be a number from 0 to 1, not nan"),
         ({"mix": "stir"}, "mix must be blend or splice, not 'stir'"),
-        ({"sampler": "x"}, "sampler is not supported here: a drawing takes steps, guidance"),
-        ({"images": "data:,no picture"}, "not recognised as an image"),
+        ({"sampler": "x"}, "sampler is not supported here: a reconstruction takes steps, guidance"),
+        ({"images": "data:,not an image"}, "not recognised as an image"),
     ],
 )
 def test_refused_in_one_sentence(server, body, words):
@@ -259,35 +259,35 @@ def test_refused_in_one_sentence(server, body, words):
     assert answer.status_code == 400 and words in answer.json()["error"]["message"]
 
 
-def test_a_checkpoint_that_cannot_draw(random_checkpoint, scene_images):
+def test_a_checkpoint_without_a_text_to_image_model(random_checkpoint, scene_images):
     import asyncio
 
     import numpy as np
 
-    from serve.http.auth import ApiError
-    from serve.http.reconstructor import Drawing, ReconstructionService
+    from serve.http.errors import ApiError
+    from serve.http.reconstructor import ReconstructionParams, ReconstructionService
 
-    painter = ReconstructionService(Checkpoint.open(random_checkpoint))
+    service = ReconstructionService(Checkpoint.open(random_checkpoint))
     with pytest.raises(ApiError, match="no text-to-image model") as refused:
-        asyncio.run(painter.paint([np.zeros((3, 64, 64), np.uint8)], Drawing()))
+        asyncio.run(service.reconstruct([np.zeros((3, 64, 64), np.uint8)], ReconstructionParams()))
     assert refused.value.status == 501
 
 
-def test_drawing_is_counted(server):
+def test_reconstructions_are_counted(server):
     text = httpx.get(server.url + "/metrics").text
     assert 'vlv_stage_seconds_count{stage="draw"}' in text
 
 
-def test_a_painter_that_is_busy_or_has_no_memory(drawing_checkpoint, monkeypatch):
+def test_a_reconstructor_that_is_busy_or_has_no_memory(t2i_checkpoint, monkeypatch):
     import asyncio
     import threading
 
     import torch
 
-    from serve.http.auth import ApiError
-    from serve.http.reconstructor import WAITING, Drawing, ReconstructionService
+    from serve.http.errors import ApiError
+    from serve.http.reconstructor import MAX_WAITING, ReconstructionParams, ReconstructionService
 
-    painter, go = ReconstructionService(Checkpoint.open(drawing_checkpoint)), threading.Event()
+    service, go = ReconstructionService(Checkpoint.open(t2i_checkpoint)), threading.Event()
 
     def full(checkpoint):
         go.wait(20)
@@ -296,13 +296,13 @@ def test_a_painter_that_is_busy_or_has_no_memory(drawing_checkpoint, monkeypatch
     monkeypatch.setattr("vlv.diffusion.reconstruction.TorchReconstructor.of", full)
 
     async def ask():
-        first = [asyncio.create_task(painter.paint([], Drawing())) for _ in range(WAITING + 1)]
+        first = [asyncio.create_task(service.reconstruct([], ReconstructionParams())) for _ in range(MAX_WAITING + 1)]
         await asyncio.sleep(0)
-        with pytest.raises(ApiError, match="pictures are being drawn already") as refused:
-            await painter.paint([], Drawing())
+        with pytest.raises(ApiError, match="reconstructions are waiting already") as refused:
+            await service.reconstruct([], ReconstructionParams())
         assert refused.value.status == 503 and refused.value.retry_after
         go.set()
         return await asyncio.gather(*first, return_exceptions=True)
 
     answers = asyncio.run(ask())
-    assert {(type(a), a.status, a.kind) for a in answers} == {(ApiError, 503, "no_memory")}
+    assert {(type(a), a.status, a.code) for a in answers} == {(ApiError, 503, "no_memory")}

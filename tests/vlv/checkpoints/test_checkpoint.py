@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from tests.vlv.agreement import random_weights
+from vlv import checkpoint as command
 from vlv.checkpoints import folder as checkpoint
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.common.files import link_tree
@@ -23,6 +23,30 @@ from vlv.model.encoder import VLVEncoder
 @pytest.fixture(scope="module")
 def encoder() -> VLVEncoder:
     return random_weights(VLVEncoder(PRESETS["tiny"]))
+
+
+def test_the_hash_is_of_what_is_loaded(captioning_checkpoint, tmp_path):
+    """Files that the system or an editor adds, and line ends that a copy changes, are not the model."""
+    copy = Path(shutil.copytree(captioning_checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns("t2i")))
+    expected = Checkpoint.open(copy).hash
+    (copy / "llm" / ".DS_Store").write_bytes(b"Bud1")
+    (copy / "llm" / "._model.safetensors").write_bytes(b"x")
+    (copy / "llm" / "README.md").write_text("about")
+    (copy / "llm" / "pytorch_model.bin").write_bytes(b"stale")
+    for file in (copy / "vlv.json", copy / "llm" / "config.json"):
+        file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert Checkpoint.open(copy).hash == expected
+    values = json.loads((copy / "vlv.json").read_text())
+    (copy / "vlv.json").write_text(json.dumps(values))
+    assert Checkpoint.open(copy).hash == expected == Checkpoint.open(captioning_checkpoint).hash
+    for change in (
+        lambda: rewrite(copy, model={**values["model"], "queries": 31}),
+        lambda: (copy / "llm" / "generation_config.json").write_text("{}"),
+        lambda: (copy / "llm" / "model.safetensors").write_bytes(b"other"),
+    ):
+        change()
+        assert Checkpoint.open(copy).hash != expected
+        expected = Checkpoint.open(copy).hash
 
 
 @pytest.fixture
@@ -66,17 +90,15 @@ def test_saving_over_a_loaded_checkpoint_leaves_the_loaded_one_alone(encoder, fo
     assert torch.equal(loaded.bottleneck.queries, before)
 
 
-def test_description(folder, capsys, monkeypatch):
+def test_description(folder, capsys):
     described = Checkpoint.open(folder).describe()
     (encoder,) = described["parts"]["encoder"]
     assert encoder["bytes"] == (folder / "encoder.safetensors").stat().st_size
     assert described["can"] == [] and described["parts"]["llm"] == []
-    monkeypatch.setattr(sys, "argv", ["vlv.checkpoint", str(folder)])
-    checkpoint.main()
+    assert command.main([str(folder)]) == 0
     text = capsys.readouterr().out
     assert "can only encode" in text and "M F32" in text and encoder["sha256"][:12] in text
-    monkeypatch.setattr(sys, "argv", ["vlv.checkpoint", str(folder), "--json"])
-    checkpoint.main()
+    assert command.main([str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["hash"] == described["hash"]
 
 
@@ -107,11 +129,8 @@ def test_description_of_a_whole_checkpoint(random_checkpoint):
     assert [part["file"] for part in described["parts"]["llm"]] == ["llm/model.safetensors"]
 
 
-def test_command_fails_in_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["vlv.checkpoint", str(tmp_path / "none")])
-    with pytest.raises(SystemExit) as end:
-        checkpoint.main()
-    assert end.value.code == 1
+def test_command_fails_in_one_sentence(tmp_path, capsys):
+    assert command.main([str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err == f"error: no checkpoint at {tmp_path / 'none'}: expected a folder with vlv.json\n"
 
 

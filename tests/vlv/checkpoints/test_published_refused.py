@@ -16,7 +16,7 @@ from tests.vlv.official import Weights, sharded, untied
 from vlv.checkpoints.folder import CheckpointError
 from vlv.checkpoints.published_keys import LLM, TABLES
 from vlv.checkpoints.published_read import convert
-from vlv.common.files import OutputExists
+from vlv.common.files import OutputError, OutputExists
 
 
 def test_problems_are_listed_by_name_and_nothing_is_written(weights: Weights, source: Path):
@@ -139,7 +139,7 @@ def test_an_occupied_place_is_left_alone_unless_forced(weights: Weights, source:
 def test_a_full_disk_is_noticed_before_writing(weights: Weights, source: Path, monkeypatch):
     torch.save(weights, source / "model.pt")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    with pytest.raises(CheckpointError, match=r"0\.0 GB are to be written to .*, where 0\.0 GB are free"):
+    with pytest.raises(OutputError, match=r"needs 0\.0 GB, its disk has 0\.0 GB free: free some space or choose"):
         convert(source, source / "out")
     assert not (source / "out").exists()
 

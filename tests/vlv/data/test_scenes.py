@@ -1,10 +1,11 @@
-"""The synthetic world: scenes follow from their seed, captions are true, and the judge can tell."""
+"""The synthetic scenes: scenes follow from their seed, captions are true, and the judge can tell."""
 
 import re
 
 import numpy as np
 import pytest
 
+from vlv import scenes as command
 from vlv.data import scenes
 from vlv.evaluate.__main__ import main as evaluate
 
@@ -79,13 +80,13 @@ def test_the_judge_sees_a_false_claim(claim, replacement, field):
 
 
 def test_the_command_writes_scenes_or_says_why_not(tmp_path, capsys):
-    assert scenes.main([str(tmp_path / "made"), "--count", "2"]) == 0
+    assert command.main([str(tmp_path / "made"), "--count", "2"]) == 0
     assert [f.name for f in sorted((tmp_path / "made").iterdir())] == ["scene-00000.png", "scene-00001.png"]
     (tmp_path / "file").write_text("")
-    assert scenes.main([str(tmp_path / "file" / "made")]) == 1
+    assert command.main([str(tmp_path / "file" / "made")]) == 1
     assert re.fullmatch("error: .*/made cannot be written: Not a directory\n", capsys.readouterr().err)
     with pytest.raises(SystemExit) as stopped:
-        scenes.main([str(tmp_path), "--count", "0"])
+        command.main([str(tmp_path), "--count", "0"])
     assert stopped.value.code == 2
 
 

@@ -14,7 +14,10 @@ from PIL import Image
 from vlv import reconstruct
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data import scenes
+from vlv.diffusion.reconstruct_files import unique_names
+from vlv.diffusion.reconstruction import CaptionReconstructor, interpolate, mix
 from vlv.diffusion.samplers import SAMPLERS
+from vlv.diffusion.scheduler import DiffusionError, make_scheduler
 from vlv.diffusion.t2i import T2I
 
 
@@ -82,8 +85,8 @@ def test_interpolation_begins_and_ends_with_the_images(pair, bundled, tmp_path):
 
 def test_mixing_takes_tokens_from_both():
     first, second = torch.zeros(8, 2), torch.ones(8, 2)
-    assert reconstruct.mix(first, second, 0.25)[:, 0].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
-    assert reconstruct.interpolate(first, second, 3)[1].unique().tolist() == [0.5]
+    assert mix(first, second, 0.25)[:, 0].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert interpolate(first, second, 3)[1].unique().tolist() == [0.5]
 
 
 def test_mixing_draws_one_picture(pair, bundled, tmp_path):
@@ -102,7 +105,7 @@ def test_from_captions(bundled, tmp_path):
 
 
 def test_every_picture_has_a_name_of_its_own():
-    assert reconstruct._unique(["a", "a-2", "a", "grid", "a"]) == ["a", "a-2", "a-3", "grid-2", "a-4"]
+    assert unique_names(["a", "a-2", "a", "grid", "a"]) == ["a", "a-2", "a-3", "grid-2", "a-4"]
 
 
 def test_only_what_would_be_overwritten_is_refused(pair, bundled, tmp_path, capsys):
@@ -151,3 +154,49 @@ def test_help_is_quick():
     start = time.perf_counter()
     text = subprocess.run([sys.executable, "-m", "vlv.reconstruct", "--help"], capture_output=True, text=True).stdout
     assert "--interpolate" in text and time.perf_counter() - start < 2
+
+
+# the scheduler of SD 2.1-base, as published
+SD21 = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon", "steps_offset": 1, "set_alpha_to_one": False, "timestep_spacing": "leading",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 50, 333, 500, 1000])
+def test_time_steps_stay_within_the_schedule(sampler, steps):
+    schedule = make_scheduler(sampler, SD21, steps)
+    schedule.set_timesteps(steps)
+    assert schedule.timesteps.min() >= 0 and schedule.timesteps.max() <= 999
+    x = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    for step in schedule.timesteps:  # dpm++ and unipc take one step more to the end
+        x = schedule.step(x / 2, step, x).prev_sample
+    assert torch.isfinite(x).all()
+    if steps == 1000:
+        assert schedule.timesteps.max() == 999 and len(schedule.timesteps.unique()) == 1000
+
+
+@pytest.mark.parametrize("steps", [501, 750, 999, 1001])
+def test_numbers_of_steps_that_no_schedule_takes(steps, pair, bundled, tmp_path, capsys):
+    assert run(pair[:1], bundled, tmp_path / "out", "--steps", str(steps)) == 1
+    assert f"{steps} steps: this model's schedule of 1000 time steps takes 1 to 500, or 1000" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_instead_of_black(value, bundled):
+    t2i = T2I.load(Checkpoint.open(bundled).t2i)
+    context = t2i.encode_text(["a large cat"])
+    with pytest.raises(DiffusionError, match="latents are not finite"):
+        t2i.reconstruct(context * value, steps=2)
+    t2i.vae.decoder.conv_out.weight.fill_(value)
+    with pytest.raises(DiffusionError, match="images are not finite"):
+        t2i.reconstruct(context, steps=2)
+
+
+def test_captions_whose_images_are_not_finite(bundled):
+    reconstructor = CaptionReconstructor(Checkpoint.open(bundled).t2i, "cpu")
+    reconstructor._pipeline.vae.decoder.conv_out.weight.data.fill_(float("nan"))
+    with pytest.raises(DiffusionError, match="images are not finite"):
+        reconstructor.reconstruct(["a large cat"], 2, 2.0, 0, "ddim")

@@ -11,7 +11,10 @@ import pytest
 
 
 class Scripted(ThreadingHTTPServer):
-    """`answer(body) -> text`, (status, text) or a whole content; `asked` has each request's path, headers and body."""
+    """`answer(body) -> text`, (status, text or error[, headers]), a whole body as a dict or as bytes.
+
+    `asked` has each request's path, headers and body.
+    """
 
     daemon_threads = True
 
@@ -32,17 +35,22 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, self.headers, body))
         answer = self.server.answer(body)
-        status, text = answer if isinstance(answer, tuple) else (200, answer)
+        status, text, *headers = answer if isinstance(answer, tuple) else (200, answer)
         message = {"role": "assistant", "content": text}
         content = {
             "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
-        } if status == 200 else {"error": {"message": text, "type": "invalid_request_error"}}  # fmt: skip
-        data = json.dumps(answer if isinstance(answer, dict) else content).encode()
+        }  # fmt: skip
+        if status != 200:
+            content = {"error": text if isinstance(text, dict) else {"message": text, "type": "invalid_request_error"}}
+        whole = isinstance(answer, dict | bytes)
+        data = answer if isinstance(answer, bytes) else json.dumps(answer if whole else content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers[0] if headers else {}).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 
@@ -64,7 +72,7 @@ def server():
 @pytest.fixture(scope="session")
 def scene_net(tmp_path_factory):
     """A transformers folder with a small ResNet that a few steps on scenes have trained."""
-    from vlv.evaluate import scene_net
+    from vlv.evaluate.synthetic import scene_net
 
     folder = tmp_path_factory.mktemp("scene-net")
     scene_net.save(scene_net.train(steps=30, batch=32), folder)

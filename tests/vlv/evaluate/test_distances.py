@@ -9,6 +9,7 @@ pytest.importorskip("torchmetrics", reason="pip install --no-deps torchmetrics l
 
 from vlv.evaluate.metrics import distances
 from vlv.evaluate.metrics.lpips import LPIPS, vgg16
+from vlv.evaluate.results import EvaluationError
 
 
 def whitened(count, width, seed):
@@ -87,7 +88,7 @@ def test_lpips_files(tmp_path):
     torch.save(weights, tmp_path / "vgg.pth")
     a, b = torch.randint(0, 256, (2, 1, 3, 32, 32), dtype=torch.uint8)
     assert LPIPS.load(tmp_path / "vgg.safetensors")(a, b) == LPIPS.load(tmp_path / "vgg.pth")(a, b)
-    with pytest.raises(FileNotFoundError, match="takes VGG16's weights"):
+    with pytest.raises(EvaluationError, match="takes VGG16's weights"):
         LPIPS.load(tmp_path / "none.pth")
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="no weights of VGG16"):

@@ -6,12 +6,14 @@ import torch
 from PIL import Image
 
 from vlv.data import scene_batches as data
-from vlv.evaluate import scene_net as scene_nets
+from vlv.evaluate import scene_net as scene_net_command
 from vlv.evaluate.metrics.features import FeatureNet
+from vlv.evaluate.results import EvaluationError
+from vlv.evaluate.synthetic.scene_net import presence
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return data.images(range(6))
 
 
@@ -27,25 +29,25 @@ def save_clip(folder):
     (folder / "preprocessor_config.json").write_text(preparation)
 
 
-def test_a_net_trained_here(scene_net, pictures):
+def test_a_net_trained_here(scene_net, images):
     """What the folder gives is what the classifier's own body gives on the pixels that it was trained on."""
     from transformers import ResNetForImageClassification
 
-    features = FeatureNet(scene_net)(pictures, batch=4)
+    features = FeatureNet(scene_net)(images, batch=4)
     assert features.shape == (6, 128) and features.dtype == torch.float32
     net = ResNetForImageClassification.from_pretrained(scene_net)
     with torch.inference_mode():
-        expected = net.resnet(pictures / 127.5 - 1).pooler_output.flatten(1)
+        expected = net.resnet(images / 127.5 - 1).pooler_output.flatten(1)
     assert (features - expected).abs().max() / expected.abs().max() < 1e-5
 
 
 def test_a_net_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert scene_nets.main([str(tmp_path / "file")]) == 1
+    assert scene_net_command.main([str(tmp_path / "file")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(SystemExit) as stopped:
-        scene_nets.main([str(tmp_path), "--steps", "0"])
-    assert stopped.value.code == 2 and "'0' is no whole number above 0" in capsys.readouterr().err
+        scene_net_command.main([str(tmp_path), "--steps", "0"])
+    assert stopped.value.code == 2 and "expected a positive integer, got '0'" in capsys.readouterr().err
 
 
 def test_training_teaches_it_the_scenes(scene_net):
@@ -55,7 +57,7 @@ def test_training_teaches_it_the_scenes(scene_net):
     from vlv.data import scenes
 
     seeds = range(scenes.HELD_OUT, scenes.HELD_OUT + 64)
-    truth = scene_nets.presence([scenes.sample(s) for s in seeds])
+    truth = presence([scenes.sample(s) for s in seeds])
     config = ResNetConfig.from_pretrained(scene_net)
 
     def loss(net):
@@ -69,14 +71,14 @@ def test_training_teaches_it_the_scenes(scene_net):
     )
 
 
-def test_clip_gives_its_projected_image_embedding(tmp_path, pictures):
+def test_clip_gives_its_projected_image_embedding(tmp_path, images):
     from transformers import CLIPModel
 
     save_clip(tmp_path)
-    features = FeatureNet(tmp_path)(pictures)
+    features = FeatureNet(tmp_path)(images)
     assert features.shape == (6, 12)
     net = CLIPModel.from_pretrained(tmp_path)
-    resized = np.stack([np.asarray(_small(p)) for p in pictures.permute(0, 2, 3, 1).numpy()])
+    resized = np.stack([np.asarray(_small(p)) for p in images.permute(0, 2, 3, 1).numpy()])
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     pixels = torch.tensor((resized / 255 - mean) / std, dtype=torch.float32).permute(0, 3, 1, 2)
     with torch.inference_mode():
@@ -84,12 +86,12 @@ def test_clip_gives_its_projected_image_embedding(tmp_path, pictures):
     assert (features - expected).abs().max() / expected.abs().max() < 1e-4
 
 
-def _small(picture):
-    return Image.fromarray(picture).resize((32, 32), Image.Resampling.BICUBIC)
+def _small(image):
+    return Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
 
 
-def test_the_torchscript_inception(tmp_path, pictures):
-    """The published FID network is a script with `layers`, which takes pictures of 299 pixels from -1 to 1."""
+def test_the_torchscript_inception(tmp_path, images):
+    """The published FID network is a script with `layers`, which takes images of 299 pixels from -1 to 1."""
 
     class Layers(torch.nn.Module):
         def forward(self, x):
@@ -104,17 +106,17 @@ def test_the_torchscript_inception(tmp_path, pictures):
             return self.layers(x)
 
     torch.jit.script(Net()).save(tmp_path / "inception.pt")
-    features = FeatureNet(tmp_path / "inception.pt")(pictures)
+    features = FeatureNet(tmp_path / "inception.pt")(images)
     assert (features[:, -1] == 299).all()
-    # the mean of an enlarged picture is its own, but for the weight of the border
-    assert (features[:, :3] - (pictures.float().mean((2, 3)) - 128) / 128).abs().max() < 0.02
+    # the mean of an enlarged image is its own, but for the weight of the border
+    assert (features[:, :3] - (images.float().mean((2, 3)) - 128) / 128).abs().max() < 0.02
     torch.jit.script(Layers()).save(tmp_path / "other.pt")
     with pytest.raises(ValueError, match="has no `layers`"):
         FeatureNet(tmp_path / "other.pt")
 
 
-def test_what_is_no_feature_net(tmp_path, scene_net, pictures):
-    with pytest.raises(FileNotFoundError, match="neither a transformers folder"):
+def test_what_is_no_feature_net(tmp_path, scene_net, images):
+    with pytest.raises(EvaluationError, match="neither a transformers folder"):
         FeatureNet(tmp_path)
     save_clip(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
@@ -123,4 +125,4 @@ def test_what_is_no_feature_net(tmp_path, scene_net, pictures):
     broken = FeatureNet(scene_net)
     next(broken.model.parameters()).data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        broken(pictures)
+        broken(images)

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from vlv.common import openai_client as chat
-from vlv.evaluate import judge
+from vlv.common.openai_client import THOUGHTS
 from vlv.evaluate.__main__ import main
+from vlv.evaluate.judges import captions as judge
 from vlv.evaluate.metrics.statistics import bootstrap, wilson
 
 KEYS = ["00", "01", "02", "03"]
@@ -16,7 +16,7 @@ KEYS = ["00", "01", "02", "03"]
 
 @pytest.fixture
 def files(tmp_path, scene_images):
-    """Two systems' captions of four pictures."""
+    """Two systems' captions of four images."""
     ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs.json"
     ours.write_text("".join(json.dumps({"id": f"a/{k}.png", "caption": f"good {k}"}) + "\n" for k in KEYS))
     theirs.write_text(json.dumps({f"{k}.png": f"poor {k}" for k in KEYS}))
@@ -97,16 +97,16 @@ def test_estimate_and_limit_ask_nothing(files, server, tmp_path, capsys):
     assert "above --max-cost 0.0001" in capsys.readouterr().err and not server.asked
 
 
-def test_an_unusable_answer_is_asked_once_more_and_then_told(files, server, tmp_path):
+def test_an_unusable_answer_is_asked_once_more_and_then_reported(files, server, tmp_path):
     server.answer = lambda body: '{"coverage": 7, "hallucination": 1, "layout": 1, "score": 1}'
     code, found = run(files, server, tmp_path, "--mode", "rubric", "--limit", "1")
     assert code == 1 and set(found["failures"]) == {"ours/00", "theirs/00"}
     assert len(server.asked) == 4
     assert text_of(server.asked[-1][2]).endswith("from 0 to 6.") and len(server.asked[-1][2]["messages"]) == 2
     assert found["rubric"]["ours"] == {"n": 0}
-    server.answer = lambda body: (400, "no such picture, please")  # this question, not the server
+    server.answer = lambda body: (400, "no such image, please")  # this question, not the server
     code, found = run(files, server, tmp_path, "--mode", "pairs", "--limit", "1")
-    assert code == 1 and "no such picture" in found["failures"]["theirs/00/1"]
+    assert code == 1 and "no such image" in found["failures"]["theirs/00/1"]
     assert found["pairs"]["ours against theirs"] == {"n": 0}
     server.answer = fair  # what was refused is asked again
     assert run(files, server, tmp_path, "--mode", "pairs", "--limit", "1")[0] == 0
@@ -118,10 +118,9 @@ def test_a_server_that_is_no_chat_server(files, server, tmp_path):
     assert code == 1 and len(found["failures"]) == 2
 
 
-def test_nobody_listens(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(chat, "RETRIES", 0)
+def test_nobody_listens(files, tmp_path, capsys):
     words = ["judge", *files, "--url", "http://127.0.0.1:9/v1", "--model", "m", "-o", str(tmp_path / "o.json")]
-    assert main(words) == 1
+    assert main([*words, "--retries", "0"]) == 1
     assert "error: http://127.0.0.1:9/v1 cannot be used: Connection error" in capsys.readouterr().err
 
 
@@ -132,14 +131,14 @@ def test_a_refused_key_stops_the_run(files, server, tmp_path, capsys):
     assert error.startswith(f"error: {server.url} answers 401") and "bad key" in error
 
 
-def test_a_picture_that_goes_away_stops_the_run_in_one_sentence(files, server, tmp_path, capsys):
+def test_a_deleted_image_stops_the_run_in_one_sentence(files, server, tmp_path, capsys):
     photos = shutil.copytree(files[0], tmp_path / "photos")
 
-    def tidy_up(body):
+    def delete_photos(body):
         shutil.rmtree(photos, ignore_errors=True)
         return fair(body)
 
-    server.answer = tidy_up
+    server.answer = delete_photos
     assert run([str(photos), *files[1:]], server, tmp_path, "--concurrency", "1")[0] == 1
     assert re.match("error: .*No such file", capsys.readouterr().err.splitlines()[-1])
 
@@ -148,7 +147,7 @@ def test_a_reasoning_model_gets_its_own_fields(files, server, tmp_path):
     server.answer = fair
     assert run(files, server, tmp_path, "--reasoning", "--limit", "1", "--mode", "rubric")[0] == 0
     body = server.asked[0][2]
-    assert body["max_completion_tokens"] > chat.THOUGHTS and not {"temperature", "max_tokens"} & set(body)
+    assert body["max_completion_tokens"] > THOUGHTS and not {"temperature", "max_tokens"} & set(body)
 
 
 def test_over_our_own_server(files, tmp_path, captioning_checkpoint, capsys):
@@ -190,8 +189,21 @@ def test_misuse(files, options, message, capsys):
 def test_a_file_that_is_no_journal_stays_as_it_is(files, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("a line without an end")
     words = ["judge", *files, "--url", "http://127.0.0.1:1", "--model", "m", "--journal", str(tmp_path / "notes.txt")]
-    assert main(words) == 2 and "no journal of answers: choose another --journal" in capsys.readouterr().err
+    assert main(words) == 2 and "is no journal of answers: choose another --journal" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "a line without an end"
+
+
+def test_coco_results_of_images_with_numbers(files, server, tmp_path, scene_images):
+    """Results have bare ids, the images COCO's file names."""
+    photos = tmp_path / "coco"
+    photos.mkdir()
+    for number in (42, 7):
+        shutil.copy(scene_images / "00.png", photos / f"COCO_val2014_{number:012}.png")
+    (tmp_path / "c.json").write_text('[{"image_id": 7, "caption": "good"}, {"image_id": 42, "caption": "poor"}]')
+    server.answer = fair
+    words = [str(photos), "--captions", f"c={tmp_path / 'c.json'}"]
+    code, found = run(words, server, tmp_path, "--mode", "rubric")
+    assert code == 0 and found["images"] == 2 and found["rubric"]["c"]["coverage"]["mean"] == 3.5
 
 
 def test_captions_that_do_not_match(scene_images, tmp_path, capsys):
@@ -203,13 +215,58 @@ def test_captions_that_do_not_match(scene_images, tmp_path, capsys):
     assert stopped.value.code == 2 and "is not NAME=PATH" in capsys.readouterr().err
 
 
+GRADES = {"coverage": 5, "hallucination": 4, "layout": 3, "score": 2}
+PLAIN = json.dumps(GRADES)
+EXAMPLE = json.dumps(dict.fromkeys(GRADES, 0))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PLAIN,
+        f"```json\n{json.dumps(GRADES, indent=2)}\n```",
+        f"<think>The rubric wants {EXAMPLE} as its form. It is good.</think>\n{PLAIN}",
+        f"The rubric wants {EXAMPLE}.\n</think>\n\n{PLAIN}",
+        f"Following the format {EXAMPLE}, my grades are:\n```json\n{PLAIN}\n```",
+        f'{{"thoughts": "maybe {{coverage: 1}}"}} {PLAIN} {{"note": "done"}}',
+        json.dumps({"scores": GRADES, "reason": "fine {or so}"}),
+        json.dumps({k: {"score": v, "reason": "r"} for k, v in GRADES.items()}),
+        json.dumps({k: str(v) for k, v in GRADES.items()}),
+        json.dumps({k: f"{v}/6" for k, v in GRADES.items()}),
+        json.dumps({k.capitalize(): v for k, v in GRADES.items()}),
+        '{"coverage": 5/6, "hallucination": 4/6, "layout": 3/6, "score": 2/6}',
+        '{"coverage": 5, "hallucination": 4, "layout": 3, "score": 2,}',
+        "{'coverage': 5, 'hallucination': 4, 'layout': 3, 'score': 2}",
+        [{"type": "text", "text": PLAIN}],
+    ],
+)
+def test_the_same_grades_in_every_form(files, server, tmp_path, answer):
+    """What models write: thoughts, an example first, a fence, text for numbers, an object in another."""
+    server.answer = lambda body: answer
+    code, found = run(files, server, tmp_path, "--mode", "rubric", "--limit", "1")
+    assert code == 0 and {k: v["mean"] for k, v in found["rubric"]["ours"].items()} == GRADES
+    assert len(server.asked) == 2  # no caption was asked about twice
+
+
+@pytest.mark.parametrize("answer", ["<think>{}", '<think>\n{"better": 2}', "{'better': 3}", '{"better": 1.5}'])
+def test_no_verdict_from_thoughts(answer):
+    from vlv.common.openai_client import final_text
+
+    with pytest.raises(ValueError, match="JSON object"):
+        judge.parse_pair(final_text(answer))
+
+
+def test_verdicts():
+    assert judge.parse_pair('I take {"better": 1} or {"better": 2}: {"better": "0"}') == 0
+
+
 def test_grades_without_the_papers_score_are_no_answer():
     assert judge.parse_rubric('{"coverage": 4, "hallucination": 6, "layout": 3, "score": 0}')["score"] == 0
     with pytest.raises(ValueError, match='"score": 2'):
         judge.parse_rubric('{"coverage": 4, "hallucination": 6, "layout": 3}')
 
 
-@pytest.mark.parametrize("answer", ["", "none", '{"better": 3}', '{"better": true}', '{"better": "1"}', "{bad}"])
+@pytest.mark.parametrize("answer", ["", "none", '{"better": 3}', '{"better": true}', '{"better": "one"}', "{bad}"])
 def test_no_verdict(answer):
     with pytest.raises(ValueError, match="JSON object"):
         judge.parse_pair(answer)

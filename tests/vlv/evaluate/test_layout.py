@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from vlv.data import scenes
-from vlv.evaluate import layout, layout_captions
 from vlv.evaluate.__main__ import main
-from vlv.evaluate.probes import attributes
-from vlv.evaluate.probes import layout as layout_probe
+from vlv.evaluate.judges import boxes as judge_boxes
+from vlv.evaluate.metrics.boxes import score
+from vlv.evaluate.synthetic import attribute_probe, box_probe, layout
 
 FROG = scenes.Thing("frog", "large", 0, 0, 0, 0, 32)
 CAT = scenes.Thing("cat", "small", 1, 1, 32, 48, 16)
@@ -19,79 +19,79 @@ TEXT = "The image shows a large frog and a small cat on a pink background. The f
 
 def test_scores_by_hand():
     known = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]])
-    there = torch.ones(1, 2, dtype=torch.bool)
+    present = torch.ones(1, 2, dtype=torch.bool)
     moved = known + torch.tensor([0.25, 0.0, 0.25, 0.0])  # half of it overlaps: 0.125 of 0.375
-    found = layout.score(moved, boxes=known, there=there)
+    found = score(moved, boxes=known, present=present)
     assert found["iou"] == pytest.approx(1 / 3) and found["centre_error"] == pytest.approx(0.25)
     # a box that is not placed counts 0, and has no centre
-    found = layout.score(known, torch.tensor([[True, False]]), boxes=known, there=there)
+    found = score(known, torch.tensor([[True, False]]), boxes=known, present=present)
     assert found == {"iou": 0.5, "centre_error": 0.0, "placed": 0.5, "objects": 2}
-    assert layout.score(known, ~there, boxes=known, there=there)["centre_error"] is None
-    apart = layout.score(known.flip(1), boxes=known, there=there)
+    assert score(known, ~present, boxes=known, present=present)["centre_error"] is None
+    apart = score(known.flip(1), boxes=known, present=present)
     assert apart["iou"] == 0 and apart["centre_error"] == pytest.approx(0.5**0.5)
 
 
 def test_boxes_of_captions():
-    boxes, there = layout.truth([SCENE])
-    found, placed = layout.said([TEXT + "The cat sits at the bottom right. The cat is below the frog."])
-    assert torch.equal(placed, there)
-    assert layout.score(found[:, [scenes.KINDS.index("frog")]], boxes=boxes[:, [scenes.KINDS.index("frog")]],
-                        there=there[:, [scenes.KINDS.index("frog")]])["iou"] == 1  # fmt: skip
+    boxes, present = layout.true_boxes([SCENE])
+    found, placed = layout.boxes_of_captions([TEXT + "The cat sits at the bottom right. The cat is below the frog."])
+    assert torch.equal(placed, present)
+    assert score(found[:, [scenes.KINDS.index("frog")]], boxes=boxes[:, [scenes.KINDS.index("frog")]],
+                        present=present[:, [scenes.KINDS.index("frog")]])["iou"] == 1  # fmt: skip
     # the small cat's exact corner is not said: the middle of its quadrant is (0.75, 0.75), it is at (0.625, 0.875)
     cat = [scenes.KINDS.index("cat")]
-    found = layout.score(found[:, cat], boxes=boxes[:, cat], there=there[:, cat])
+    found = score(found[:, cat], boxes=boxes[:, cat], present=present[:, cat])
     assert found["iou"] == pytest.approx(0.125**2 / (2 * 0.25**2 - 0.125**2))
     assert found["centre_error"] == pytest.approx((2 * 0.125**2) ** 0.5)
-    assert layout.said([TEXT])[1].sum() == 1
+    assert layout.boxes_of_captions([TEXT])[1].sum() == 1
 
 
 def test_the_probe_finds_boxes_that_are_there_and_none_in_noise():
     """Embeddings that are the boxes themselves, turned by a random matrix, are read; shuffled they are not."""
     things = [scenes.sample(s) for s in range(600)]
-    boxes, there = layout.truth(things)
+    boxes, present = layout.true_boxes(things)
     generator = torch.Generator().manual_seed(0)
-    flat = (boxes * there[..., None]).flatten(1)
+    flat = (boxes * present[..., None]).flatten(1)
     contexts = (flat @ torch.randn(flat.shape[1], 4 * 64, generator=generator)).unflatten(1, (4, 64))
-    probe = layout_probe.fit(contexts[:500], boxes[:500], there[:500], steps=150)
+    probe = box_probe.fit(contexts[:500], boxes[:500], present[:500], steps=150)
     with torch.inference_mode():
-        found = layout.score(probe(contexts[500:]), boxes=boxes[500:], there=there[500:])
-        other = layout.score(probe(contexts[500:].roll(1, 0)), boxes=boxes[500:], there=there[500:])
+        found = score(probe(contexts[500:]), boxes=boxes[500:], present=present[500:])
+        other = score(probe(contexts[500:].roll(1, 0)), boxes=boxes[500:], present=present[500:])
     assert found["iou"] > 2 * other["iou"] and found["centre_error"] < 0.5 * other["centre_error"]
 
 
 def test_attributes_by_hand():
-    truth = attributes.labels([SCENE, SCENE])
+    truth = attribute_probe.labels([SCENE, SCENE])
     small, large = (list(scenes.SIZES).index(s) for s in ("small", "large"))
     assert truth[0].tolist() == [
         1 + 2 * scenes.KINDS.index("frog") + large, 0, 0, 1 + 2 * scenes.KINDS.index("cat") + small,
         list(scenes.BACKGROUNDS).index("pink"),
     ]  # fmt: skip
     said = truth.clone()
-    assert attributes.compare(said, truth) == dict.fromkeys(
+    assert attribute_probe.compare(said, truth) == dict.fromkeys(
         ("objects", "places", "sizes", "background", "everything"), 1
     )
     said[0, [0, 3]] = said[0, [3, 0]]  # the right objects in each other's place
-    found = attributes.compare(said, truth)
+    found = attribute_probe.compare(said, truth)
     assert (found["objects"], found["places"], found["sizes"], found["everything"]) == (1, 0.5, 0.5, 0.5)
     said = truth.clone()
     said[1, 0] -= 1  # a small frog
-    found = attributes.compare(said, truth)
+    found = attribute_probe.compare(said, truth)
     assert (found["objects"], found["places"], found["sizes"]) == (1, 1, 0.5)
     said[1, 4] += 1
-    assert attributes.compare(said, truth)["background"] == 0.5
+    assert attribute_probe.compare(said, truth)["background"] == 0.5
 
 
 def test_the_linear_probe_reads_what_is_linear():
     things = [scenes.sample(s) for s in range(1200)]
-    truth = attributes.labels(things)
-    sizes = [attributes.CONTENTS] * 4 + [len(scenes.BACKGROUNDS)]
+    truth = attribute_probe.labels(things)
+    sizes = [attribute_probe.CONTENTS] * 4 + [len(scenes.BACKGROUNDS)]
     codes = torch.cat([torch.nn.functional.one_hot(c, n) for c, n in zip(truth.T, sizes, strict=True)], 1).float()
     contexts = (codes @ torch.randn(codes.shape[1], 256, generator=torch.Generator().manual_seed(0))).unflatten(
         1, (2, 128)
     )
-    probe = attributes.fit(contexts[:1000], truth[:1000], epochs=10)
-    assert attributes.compare(probe.says(contexts[1000:]), truth[1000:])["everything"] > 0.8
-    assert attributes.compare(probe.says(contexts[1000:].roll(1, 0)), truth[1000:])["everything"] < 0.05
+    probe = attribute_probe.fit(contexts[:1000], truth[:1000], epochs=10)
+    assert attribute_probe.compare(probe.predict(contexts[1000:]), truth[1000:])["everything"] > 0.8
+    assert attribute_probe.compare(probe.predict(contexts[1000:].roll(1, 0)), truth[1000:])["everything"] < 0.05
 
 
 def test_the_command_on_scenes(captioning_checkpoint, tmp_path):
@@ -125,10 +125,22 @@ def test_boxes_by_a_language_model(photographs, server, tmp_path):
     assert "A cat and a dog." in text and "1. cat\n2. dog" in text
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"1": [0, 0, 0.5, 0.25], "2": null}',
+        '{"1": null, "2": null} is the form. ```json\n{"1": [0, 0, 0.5, 0.25], "2": null}\n``` {"sure": 0.9}',
+        '{"boxes": {"1": [0, 0, "0.5", 0.25], "2": null}}',
+    ],
+)
+def test_boxes_in_every_form(answer):
+    assert judge_boxes.parse(answer) == {"1": (0, 0, 0.5, 0.25), "2": None}
+
+
 @pytest.mark.parametrize("answer", ["", "[1]", '{"1": [0, 0, 1]}', '{"1": [0.5, 0, 0.5, 1]}', '{"1": [0, 0, 2, 1]}'])
 def test_no_boxes(answer):
     with pytest.raises(ValueError, match="JSON object"):
-        layout_captions.parse(answer)
+        judge_boxes.parse(answer)
 
 
 def test_misuse(photographs, tmp_path, capsys):

@@ -6,8 +6,8 @@ import re
 import pytest
 from PIL import Image
 
-from vlv.evaluate import report
 from vlv.evaluate.__main__ import main
+from vlv.evaluate.page import sections
 
 INTERVAL = {"mean": 4.5, "low": 4.25, "high": 4.75, "n": 9}
 USAGE = {"model": "m", "tokens_in": 5, "tokens_out": 6}
@@ -43,7 +43,7 @@ def results(tmp_path):
     for kind, content in found.items():
         files.append(str(tmp_path / f"{kind}.json"))
         (tmp_path / f"{kind}.json").write_text(json.dumps({"kind": kind, "command": f"run {kind}"} | content))
-    assert set(found) == set(report.RENDERERS)
+    assert set(found) == set(sections.RENDERERS)
     return files
 
 
@@ -61,7 +61,7 @@ def test_one_page_of_everything(results, tmp_path, capsys):
 
 
 def test_a_dash_where_nothing_was_measured():
-    assert report.number(None) == report.number({"mean": None, "low": 0.0, "high": 1.0, "n": 0}) == "–"
+    assert sections.number(None) == sections.number({"mean": None, "low": 0.0, "high": 1.0, "n": 0}) == "–"
 
 
 def test_what_is_no_result(results, tmp_path, capsys):

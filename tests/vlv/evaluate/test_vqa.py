@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from vlv.evaluate import vqa
 from vlv.evaluate.__main__ import main
+from vlv.evaluate.judges import vqa
+from vlv.evaluate.judges.answers import short_answer
 from vlv.evaluate.metrics.vqa_accuracy import CONTRACTIONS, accuracy, normalise
 
 
@@ -120,9 +121,9 @@ def test_answers_from_captions_alone(words, server, tmp_path):
     server.answer = answer
     assert main([*words, "--shots", "0"]) == 0
     found = json.loads((tmp_path / "o.json").read_text())
-    # "Cat." is no "cat" where all people agree; "two" is the "2" of six; "yes" that of nine
-    assert found["rows"][0]["by_kind"] == {"number": 100.0, "other": 0.0, "yes/no": 100.0}
-    assert found["rows"][0]["accuracy"]["mean"] == pytest.approx(200 / 3)
+    # "Cat." is written as "cat"; "two" is the "2" of six; "yes" that of nine
+    assert found["rows"][0]["by_kind"] == {"number": 100.0, "other": 100.0, "yes/no": 100.0}
+    assert found["rows"][0]["accuracy"]["mean"] == pytest.approx(100)
     assert (found["questions"], found["without_caption"]) == (3, 1)
     sent = [json.dumps(body["messages"]) for _, _, body in server.asked]  # in any order: they are asked at once
     assert not any("image_url" in s for s in sent) and any("Description: A cat." in s for s in sent)
@@ -149,7 +150,41 @@ def test_what_cannot_be_done(words, tmp_path, capsys):
     assert main([*words, "--shots", "0"]) == 1 and "no pair of official VQA files" in capsys.readouterr().err
 
 
-def test_an_empty_answer_counts_as_wrong_and_is_told(words, server, tmp_path):
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "yes", "Yes", "YES.", "**yes**", "`yes`", '"yes"', "'Yes.'", "“yes”", "answer: yes", "**Answer:** yes",
+        "Answer:\nyes", "The answer is: Yes", "The final answer is **yes**.", "- yes", "> yes", "# Yes",
+        "\\boxed{yes}", "<answer>yes</answer>", "\nyes\nbecause it is said",
+        "<think>\nThe caption says no, then so.\n</think>\n\nyes", "The caption says so.\n</think>\n\nyes",
+        [{"type": "text", "text": "yes"}],
+    ],
+)  # fmt: skip
+def test_a_right_answer_in_every_form_scores_100(server, tmp_path, answer):
+    """All ten people say "yes", so the official rules compare the words as they are."""
+    write(tmp_path, "val", [(1, 2, "Is there a fish?", ["yes"] * 10, "yes/no")])
+    (tmp_path / "c.jsonl").write_text('{"id":"COCO_val2014_000000000002.jpg","caption":"A fish."}\n')
+    server.answer = lambda body: answer
+    command = ["vqa", "--captions", f"ours={tmp_path / 'c.jsonl'}", "--shots", 0, "-o", tmp_path / "o.json"]
+    command += ["--questions", tmp_path / "val-q.json", "--annotations", tmp_path / "val-a.json"]
+    command += ["--url", server.url, "--model", "m"]
+    assert main([str(w) for w in command]) == 0
+    assert json.loads((tmp_path / "o.json").read_text())["rows"][0]["accuracy"]["mean"] == 100
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("U.S.", "u.s."), ("#1", "#1"), ("3.5", "3.5"), ("6'2\"", "6'2\""), ("dogs'", "dogs'"),
+        ("answer phone", "answer phone"), ("t-shirt", "t-shirt"), ("a_b", "a_b"), ("2 * 3", "2 * 3"), ("", ""),
+        ("Black Cat", "black cat"), ("**", "**"), (" \n ", ""), ("no", "no"), ("Answer: 'twas", "'twas"),
+    ],
+)  # fmt: skip
+def test_only_markup_is_taken_off(text, expected):
+    assert short_answer(text) == expected
+
+
+def test_an_empty_answer_counts_as_wrong_and_is_reported(words, server, tmp_path):
     server.answer = lambda body: ""
     assert main([*words, "--shots", "0"]) == 1
     found = json.loads((tmp_path / "o.json").read_text())
@@ -158,4 +193,24 @@ def test_an_empty_answer_counts_as_wrong_and_is_told(words, server, tmp_path):
 
 def test_image_numbers(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"id": "x/COCO_val2014_000000000042.jpg", "caption": "a"}\n')
-    assert vqa.by_number(tmp_path / "c.jsonl") == {42: "a"}
+    assert vqa.captions_by_number(tmp_path / "c.jsonl") == {42: "a"}
+
+
+def test_numbers_of_coco_files_come_from_the_file_name(tmp_path):
+    """Our own COCO output numbers its images from 1; plain COCO results have the real ids."""
+    ours = {
+        "images": [
+            {"id": 1, "file_name": "x/COCO_val2014_000000000003.png"},
+            {"id": 3, "file_name": "y/000000000001.jpg"},
+        ],
+        "annotations": [{"id": 1, "image_id": 1, "caption": "a"}, {"id": 2, "image_id": 3, "caption": "b"}],
+    }
+    (tmp_path / "ours.json").write_text(json.dumps(ours))
+    assert vqa.captions_by_number(tmp_path / "ours.json") == {3: "a", 1: "b"}
+    (tmp_path / "results.json").write_text('[{"image_id": 3, "caption": "a"}, {"image_id": 1, "caption": "b"}]')
+    assert vqa.captions_by_number(tmp_path / "results.json") == {3: "a", 1: "b"}
+    (tmp_path / "both.json").write_text(
+        '{"COCO_val2014_000000000042.jpg": "a", "COCO_train2014_000000000042.jpg": "b"}'
+    )
+    with pytest.raises(ValueError, match="have the same image number 42"):
+        vqa.captions_by_number(tmp_path / "both.json")

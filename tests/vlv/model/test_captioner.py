@@ -6,8 +6,8 @@ import torch
 from vlv.model.captioner import Captioner, clean_caption
 from vlv.model.config import PRESETS
 from vlv.model.encoder import VLVEncoder
-from vlv.train.presets import STAGE2
-from vlv.train.stage2 import build_llm
+from vlv.train.config import Synthetic
+from vlv.train.initialize import build_llm
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_clean_caption(raw, clean):
 @pytest.fixture(scope="module")
 def captioner():
     torch.manual_seed(0)
-    llm, tokenizer = build_llm(STAGE2["tiny"])
+    llm, tokenizer = build_llm(Synthetic(scenes=0))
     return Captioner(VLVEncoder(PRESETS["tiny"]), llm, tokenizer).eval().requires_grad_(False)
 
 

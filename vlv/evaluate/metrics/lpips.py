@@ -9,14 +9,17 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from vlv.evaluate.results import EvaluationError
 
 CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 def vgg16() -> nn.Sequential:
-    """VGG16's convolutions, numbered as torchvision's `vgg16().features[:30]` are."""
+    """Return VGG16's convolutions, numbered as torchvision's `vgg16().features[:30]` are."""
     layers, width = [], 3
     for block in CHANNELS:
         layers += [nn.MaxPool2d(2)] if layers else []
@@ -27,17 +30,17 @@ def vgg16() -> nn.Sequential:
 
 
 class LPIPS(nn.Module):
-    """Pictures uint8 [B, 3, H, W] and as many others -> distances [B]; H and W at least 16."""
+    """Maps images uint8 [B, 3, H, W] and as many others to distances [B]; H and W at least 16."""
 
     def __init__(self, weights: dict[str, Tensor]):
-        """`weights`: VGG16's, under torchvision's names (`features.0.weight` ...). Raises ValueError."""
+        """Load VGG16's weights, under torchvision's names (`features.0.weight` ...). Raises EvaluationError."""
         super().__init__()
         self.net = vgg16()
         own = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
         try:
             self.net.load_state_dict(own)
         except RuntimeError as error:
-            raise ValueError("no weights of VGG16 under torchvision's names (features.0.weight ...)") from error
+            raise EvaluationError("no weights of VGG16 under torchvision's names (features.0.weight ...)") from error
         heads = files("torchmetrics.functional.image").joinpath("lpips_models/vgg.pth")
         with heads.open("rb") as file:
             self.heads = list(torch.load(file, "cpu", weights_only=True).values())  # [1, C, 1, 1] a block
@@ -47,25 +50,23 @@ class LPIPS(nn.Module):
 
     @classmethod
     def load(cls, file: Path) -> LPIPS:
-        """Read a .safetensors file or a torch state dict. Raises OSError, ValueError."""
+        """Read a .safetensors file or a torch state dict. Raises OSError, EvaluationError."""
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; --lpips takes VGG16's weights (torchvision's, or timm's)")
+            raise EvaluationError(f"{file}: no such file; --lpips takes VGG16's weights (torchvision's, or timm's)")
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return cls(load_file(file))
         return cls(torch.load(file, map_location="cpu", weights_only=True))
 
-    def _features(self, pictures: Tensor) -> list[Tensor]:
-        """The five maps, each of unit length over its channels."""
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """Return the five maps [B, C, H, W], each of unit length over its channels."""
         shift, scale = (torch.tensor(v)[:, None, None] for v in (SHIFT, SCALE))
-        x, maps = (pictures.float() / 127.5 - 1 - shift) / scale, []
+        x, maps = (images.float() / 127.5 - 1 - shift) / scale, []
         for block in self.blocks:
             x = block(x)
             maps.append(x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt())
         return maps
 
     @torch.inference_mode()
-    def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
-        pairs = zip(self.heads, self._features(pictures), self._features(others), strict=True)
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        pairs = zip(self.heads, self._features(images), self._features(others), strict=True)
         return sum((head * (a - b).square()).sum(1).mean((1, 2)) for head, a, b in pairs)

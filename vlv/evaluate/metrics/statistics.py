@@ -10,7 +10,7 @@ Z95 = 1.959963984540054
 
 
 def bootstrap(values: list[float], seed: int = 0) -> dict[str, float]:
-    """Mean and 95 % percentile interval over resampled images. Raises ValueError without values."""
+    """Return the mean and 95 % percentile interval over resampled images. Raises ValueError without values."""
     if not values:
         raise ValueError("no judgement to average")
     array = np.asarray(values, np.float64)
@@ -23,7 +23,7 @@ def bootstrap(values: list[float], seed: int = 0) -> dict[str, float]:
 
 
 def wilson(wins: int, trials: int) -> dict[str, float | None]:
-    """A share with its 95 % Wilson score interval (Wilson 1927); without trials no share, and from 0 to 1."""
+    """Return a share with its 95 % Wilson score interval (Wilson 1927); without trials no share, and from 0 to 1."""
     if not 0 <= wins <= trials:
         raise ValueError(f"{wins} wins of {trials} trials")
     if trials == 0:

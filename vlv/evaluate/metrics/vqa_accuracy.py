@@ -32,9 +32,9 @@ _COMMA = re.compile(r"\d,\d")
 
 
 def without_punctuation(text: str) -> str:
-    """Punctuation beside a space, or all of it where a number has a comma, goes; other punctuation becomes a space.
+    """Remove punctuation beside a space, or all of it where a number has a comma; make other punctuation a space.
 
-    Of periods that no digit follows the first 32 go: the official code passes a flag where a count belongs.
+    The first 32 periods that no digit follows are removed: the official code passes a flag in place of a count.
     """
     cleaned = text
     number = _COMMA.search(text) is not None
@@ -45,13 +45,13 @@ def without_punctuation(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """Lower case, digits for number words, no articles, apostrophes where they belong, and no punctuation."""
+    """Return lower case, digits for number words, no articles, apostrophes where they belong, no punctuation."""
     words = [NUMBERS.get(w, w) for w in without_punctuation(text).lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ARTICLES)
 
 
 def accuracy(answer: str, people: list[str]) -> float:
-    """The answer's accuracy against the people's answers: min(1, matches / 3), averaged over leaving each one out.
+    """Return the answer's accuracy against the people's answers: min(1, matches / 3), averaged over leaving one out.
 
     As in the official code, nothing is normalised where all people say the same.
     """

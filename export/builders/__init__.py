@@ -1,0 +1,1 @@
+"""Build artifacts from a checkpoint: verified ONNX graphs, and TensorRT engines from them."""

@@ -1,0 +1,118 @@
+"""Check a graph in seconds, before an engine is built from it for minutes.
+
+Finds unsupported operators, 64-bit integers in the data path, shapes outside the profile, and too little memory for the
+build. Reads the graph, not the weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto, TensorProto
+
+from export.manifest import Artifact
+
+# Standard operators that a trace of our modules can contain and that TensorRT 11 and TensorRT-RTX 1.7 parse
+# (onnx-tensorrt, docs/operators.md).
+COMMON = frozenset(
+    """Abs Add And ArgMax AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv
+    ConvTranspose Cos CumSum DepthToSpace DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Floor Gather
+    GatherElements GatherND Gelu Gemm GlobalAveragePool Greater GreaterOrEqual GroupNormalization HardSigmoid Identity
+    InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log MatMul Max MaxPool Mean Min Mod
+    Mul Neg Not OneHot Or Pad Pow QuantizeLinear Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+    Relu Reshape Resize Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax SpaceToDepth Split
+    Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor""".split()
+)
+ORT_ONLY = frozenset(("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear"))
+# operators on shapes and indices, which are 64-bit integers
+SHAPES = frozenset(
+    """Shape Size Gather Concat Constant ConstantOfShape Slice Squeeze Unsqueeze Reshape Expand Range Cast Identity
+    Add Sub Mul Div Mod Min Max Equal Where Less Greater GreaterOrEqual LessOrEqual Trilu ScatterND
+    ReduceProd""".split()
+)
+# operators of the data path that take 64-bit sizes or indices
+TAKE_INT64 = frozenset("Split Tile Pad Resize ReduceMean ReduceSum Transpose GatherElements TopK Range".split())
+BUILD_MEMORY = 3.2  # peak memory of a TensorRT-RTX build over the size of the weights: measured, 13.8 GB for 4.3 GB
+
+
+def problems(file: Path, artifact: Artifact | None = None, runtime: str = "onnx") -> list[str]:
+    """Return what is wrong with an ONNX file for a runtime; needs neither weights nor a device."""
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception as error:  # protobuf's own exception, whichever implementation it is
+        return [f"{file} is not an ONNX graph ({type(error).__name__}): export again"]
+    found = [*_operators(model, runtime), *_edges(model, artifact), *_leaks(model)]
+    if runtime != "onnx":
+        found += _memory(file)
+    return found
+
+
+def _operators(model: ModelProto, runtime: str) -> list[str]:
+    allowed = COMMON | (ORT_ONLY if runtime == "onnx" else frozenset())
+    wrong: dict[str, str] = {}
+    for node in model.graph.node:
+        kind = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        if node.domain not in ("", "ai.onnx") or node.op_type not in allowed:
+            wrong.setdefault(kind, node.name)
+    return [f"operator {kind} (node {name}) is not supported by {runtime}" for kind, name in sorted(wrong.items())]
+
+
+def _edges(model: ModelProto, artifact: Artifact | None) -> list[str]:
+    kinds = {"uint8": TensorProto.UINT8, "int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
+    names = {value: key for key, value in kinds.items()}
+    found = []
+    for value in (*model.graph.input, *model.graph.output):
+        kind = value.type.tensor_type.elem_type
+        if kind not in names:
+            actual = TensorProto.DataType.Name(kind).lower()
+            found.append(f"{value.name} is {actual}: inputs and outputs must be {', '.join(kinds)}")
+    ports = {port.name: port for port in artifact.inputs} if artifact else {}
+    for value in model.graph.input:
+        shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        if not (port := ports.get(value.name)):
+            continue
+        if port.batched and not isinstance(shape[0], str):
+            found.append(f"{value.name} has a fixed batch of {shape[0]}, but the profile is {artifact.profile}")
+        if tuple(shape[port.batched :]) != port.shape:
+            found.append(f"{value.name} is {shape}, outside the profile's {['B', *port.shape]}")
+    return found
+
+
+def _leaks(model: ModelProto) -> list[str]:
+    """Return the nodes of the data path that compute on 64-bit integers."""
+    int64 = {i.name for i in model.graph.initializer if i.data_type == TensorProto.INT64}
+    found = []
+    for node in model.graph.node:
+        makes = node.op_type in ("Shape", "Size") or (
+            node.op_type == "Cast" and any(a.name == "to" and a.i == TensorProto.INT64 for a in node.attribute)
+        )
+        # an operator on shapes whose inputs are all 64-bit integers passes them on
+        passes = node.op_type in SHAPES - {"Cast", "Equal", "Less", "Greater"} and node.input
+        passes = passes and (
+            {i for i in node.input if i} <= int64 if node.op_type != "Gather" else node.input[0] in int64
+        )
+        if makes or passes:
+            int64.update(node.output)
+        elif node.op_type not in SHAPES | TAKE_INT64 and int64 & set(node.input):
+            found.append(f"node {node.name} ({node.op_type}) computes on 64-bit integers: cast to int32 before it")
+    return found
+
+
+def _memory(file: Path) -> list[str]:
+    weights = file.stat().st_size + sum(f.stat().st_size for f in file.parent.glob(f"{file.name}.data"))
+    needed, free = BUILD_MEMORY * weights, _available()
+    if needed > free:
+        return [
+            f"building takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: build elsewhere"
+        ]
+    return []
+
+
+def _available() -> int:
+    """Return the available memory in bytes."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return sys.maxsize

@@ -1,0 +1,122 @@
+"""Collect decoded images into encoder batches: the one place that decides the batch size.
+
+The rule: whenever the encoder is free, it takes all images that wait, at most `Encoder.batch`. While the language
+model has more captions to write than it decodes together (`in_flight`), the encoder waits and a full batch gathers;
+more embeddings would only wait in memory. At most `in_flight` captions and one batch of images are open at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.runtimes.factory import open_runtime
+from serve.core.decode import DecodePool
+from serve.reports.timeline import Timeline
+from vlv.checkpoints.folder import Checkpoint
+
+
+class Encoder:
+    """Encode arrays of images of any length with a runtime of export.runtimes, `batch` images at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        runtime: str = "torch",
+        artifacts: Path | None = None,
+        batch: int = 32,
+        threads: int | None = None,
+    ):
+        """Load the weights. `threads`: for PyTorch on a CPU, in the thread that calls, which has to encode too.
+
+        Raises ArtifactError or CheckpointError.
+        """
+        if threads:
+            torch.set_num_threads(threads)
+        self._runtime = open_runtime(runtime, artifacts, checkpoint)
+        self._runtime.session("encoder")  # loads it
+        self.batch = min(batch, self._runtime.max_batch or batch)
+
+    def __call__(self, images: np.ndarray) -> Tensor:
+        """Encode uint8 [B, 3, S, S] to prompt embeddings, float32 [B, queries, llm_width] on the CPU."""
+        return torch.cat([self._encode(part) for part in torch.from_numpy(images).split(self.batch)])
+
+    def _encode(self, images: Tensor) -> Tensor:
+        if self._runtime.device.type == "cuda":  # from pinned memory, the copy does not block this thread
+            images = images.pin_memory().to(self._runtime.device, non_blocking=True)
+        return self._runtime.encode(images).cpu()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The prompt embeddings of one image, float32 [queries, llm_width], and the seconds that its batch took."""
+
+    embeds: Tensor
+    seconds: float
+
+
+class Batcher:
+    """Encode the images in the slots of a decode pool, in a thread of its own, by the rule above."""
+
+    def __init__(
+        self, pool: DecodePool, open_encoder: Callable[[], Encoder], in_flight: int, timeline: Timeline | None = None
+    ):
+        self._pool = pool
+        self._open_encoder = open_encoder
+        self._in_flight = in_flight
+        self._timeline = timeline
+        self._thread = ThreadPoolExecutor(1, "encoder")
+        self._decoded: asyncio.Queue[tuple[int, asyncio.Future[Encoded]]] = asyncio.Queue()
+        self._below_limit = asyncio.Event()
+        self._below_limit.set()
+        self.captions = 0  # that the language model has to write
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait for the encoder."""
+        return self._decoded.qsize()
+
+    def count_captions(self, change: int) -> None:
+        """Add to the number of captions that the language model has to write."""
+        self.captions += change
+        (self._below_limit.set if self.captions <= self._in_flight else self._below_limit.clear)()
+
+    async def encode(self, slot: int) -> Encoded:
+        """Encode the image in a slot of the pool, and release the slot."""
+        encoded = asyncio.get_running_loop().create_future()
+        self._decoded.put_nowait((slot, encoded))
+        return await encoded
+
+    async def run(self) -> None:
+        """Encode batches until cancelled. Raises what keeps the encoder from loading or running."""
+        loop = asyncio.get_running_loop()
+        encoder = await loop.run_in_executor(self._thread, self._open_encoder)
+        while True:
+            batch = [await self._decoded.get()]
+            await self._below_limit.wait()
+            while len(batch) < encoder.batch and not self._decoded.empty():
+                batch.append(self._decoded.get_nowait())
+            needed = [(slot, encoded) for slot, encoded in batch if not encoded.done()]  # the others were cancelled
+            images = self._pool.crops[[slot for slot, _ in needed]]  # a copy
+            for slot, _ in batch:
+                self._pool.release(slot)
+            if not needed:
+                continue
+            start = time.monotonic()
+            rows = await loop.run_in_executor(self._thread, encoder, images)
+            seconds = time.monotonic() - start
+            if self._timeline:
+                self._timeline.span("the encoder", start, images=len(needed), waiting=self.waiting)
+            for (_, encoded), row in zip(needed, rows, strict=True):
+                if not encoded.done():
+                    # a copy: a view would keep the full batch in memory until its last image is captioned
+                    encoded.set_result(Encoded(row.clone(), seconds))
+            await asyncio.sleep(0)  # the tasks that waited count their captions before the next batch is taken

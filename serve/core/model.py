@@ -1,0 +1,76 @@
+"""Open what a command captions with: the checkpoint, the limits of its language model, and an engine for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.manifest import ArtifactError, Manifest
+from serve.engines.base import LLMEngine, LLMSpec, Options
+from serve.engines.factory import engine_class
+from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.checkpoints.published import resolve
+from vlv.common.command import Misuse
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the arguments of serve.command say about the models; a field is an argument."""
+
+    ckpt: str | None  # checkpoint folder, published weights, or a hub id
+    max_tokens: int | None = None  # longest caption; None: 300, or what fits
+    in_flight: int = 256  # captions that are decoded together
+    engine: str | None = None  # one of serve.ENGINES; None: vllm, or remote with llm_url
+    llm_url: str | None = None
+    lora: Path | None = None
+    tensor_parallel: int = 1
+    encoder: str = "torch"  # a runtime of export.runtimes
+    artifacts: Path | None = None
+    prompt_batch: int = 32
+    workers: int | None = None
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """Options that have been checked, as far as that goes without loading anything."""
+
+    options: ModelOptions
+    checkpoint: Checkpoint
+    spec: LLMSpec
+    max_tokens: int
+
+    @classmethod
+    def of(cls, options: ModelOptions) -> Model:
+        """Check options. Raises Misuse if they fit neither each other nor what is on the disk; CheckpointError."""
+        if not options.ckpt:
+            raise Misuse("--ckpt is needed (--help shows the usage)")
+        try:
+            checkpoint = resolve(options.ckpt)
+        except CheckpointError as error:
+            raise Misuse(f"--ckpt: {error}") from error
+        if (options.encoder == "torch") != (options.artifacts is None):
+            raise Misuse(f"--encoder {options.encoder} and --artifacts: an exported encoder needs both, torch neither")
+        try:
+            if options.artifacts:
+                Manifest.open(options.artifacts)
+        except ArtifactError as error:
+            raise Misuse(f"--artifacts: {error}") from error
+        spec = LLMSpec.of(checkpoint)
+        try:
+            max_tokens = spec.max_tokens(options.max_tokens)
+        except ValueError as error:
+            raise Misuse(f"--max-tokens: {error}") from error
+        return cls(options, checkpoint, spec, max_tokens)
+
+    @property
+    def flags(self) -> str:
+        """Return the flag of the longest caption where it is not the default, for the records of captions."""
+        return f"--max-tokens {self.max_tokens}" if self.max_tokens != self.spec.max_tokens(None) else ""
+
+    def engine(self) -> LLMEngine:
+        """Return a new engine, not started. Raises OptionError for an option that it does not take."""
+        options = self.options
+        kind = engine_class(options.engine or ("remote" if options.llm_url else "vllm"))
+        engine_options = Options(options.lora, options.tensor_parallel, options.llm_url)
+        return kind(self.spec, self.max_tokens, options.in_flight, options.debug, engine_options)

@@ -1,0 +1,173 @@
+"""The batch command's adapter over the captioning service: items in, records in a sink, progress on stderr.
+
+    items --(slots)--> decode --> batch --> encode --> generate --> record --> sink
+
+Only a listing's part is held in memory, whatever the input: an image becomes a task once a slot of the decode pool is
+free for it. The models load while the first images are already being decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from serve.core.id_set import IdSet
+from serve.core.inputs import Item, stamp_of
+from serve.core.record import PLAIN, caption_record, error_record
+from serve.core.service import CaptionService, ServiceConfig
+from serve.core.style import CaptionStyle
+from serve.engines.base import EmbedsError, LLMEngine, Sampling
+from serve.outputs.jsonl import alias
+from serve.reports.progress import Progress
+from serve.reports.timeline import Timeline
+from vlv.checkpoints.folder import Checkpoint
+from vlv.data.image import MAX_PIXELS, ImageError
+
+LISTED = 64  # items that are read from the listing at a time
+Stamp = tuple[int, int] | None  # size and time of an image file
+Listed = tuple[Item, Stamp]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run does with every image, and the limits of its stages."""
+
+    sampling: Sampling
+    prompt_batch: int = 32  # images that the encoder takes at once
+    workers: int | None = None  # decode processes; None: default_workers()
+    limit: int | None = None  # only the first images of the input
+    raw: bool = False  # captions as the model wrote them, without the clean-up
+    captions: int = 1  # drawn for each image; equal ones count once
+    encoder: str = "torch"  # a runtime of export.runtimes
+    artifacts: Path | None = None  # folder of the exported encoder, for all but torch
+    flags: str = ""  # for the records: what changes captions beside the model
+    style: CaptionStyle = PLAIN  # how captions are edited
+
+
+class CaptionRun:
+    """One run over `items`: every image becomes a caption or an error in the sink."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        engine: LLMEngine,
+        sink,
+        config: RunConfig,
+        progress: Progress,
+        timeline: Timeline | None = None,
+    ):
+        """`timeline` gets the times of the stages, from which it tells what the run was waiting for."""
+        self.checkpoint = checkpoint
+        self.engine = engine
+        self.sink = sink
+        self.config = config
+        self.progress = progress
+        self.timeline = timeline or Timeline()
+        self.model_id = engine.options.model_id(checkpoint.hash)
+        self.listed = IdSet()  # keys and aliases of the images of the input
+        self.complete = False  # the input was listed to its end
+        # a thread of its own: asyncio would wait for its default ones, even at the end of a cancelled run
+        self._listing = ThreadPoolExecutor(1, "listing")
+
+    async def run(self, items: Iterable[Item]) -> None:
+        """Caption what the sink has not finished. Raises SinkError, EngineError, CheckpointError, SourceError."""
+        loop = asyncio.get_running_loop()
+        new = self._new(items)
+        head = await loop.run_in_executor(self._listing, _take, new)
+        if not head:
+            return
+        config = self.config
+        limits = ServiceConfig(
+            config.prompt_batch, config.workers, MAX_PIXELS, config.encoder, config.artifacts, restarts=0
+        )
+        self._service = service = CaptionService(self.checkpoint, lambda: self.engine, limits, self.timeline)
+        images = -(-self.engine.in_flight // config.captions)  # whose captions are decoded together
+        self.timeline.places.update({"decoding": service.workers, "the encoder": 1, "the language model": images})
+        await service.start()
+        try:
+            async with asyncio.TaskGroup() as background:
+                others = [background.create_task(self._show_progress()), background.create_task(self._fail())]
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._feed(head, new, tasks))
+                for task in others:
+                    task.cancel()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        finally:
+            await service.close()
+
+    def _new(self, items: Iterable[Item]) -> Iterator[tuple[Item, Stamp]]:
+        """Yield the items that are not finished, with their files' size and time before they are read."""
+        for item in itertools.islice(items, self.config.limit):
+            stamp = stamp_of(item.path)
+            size = stamp[0] if stamp else None
+            self.listed.add(item.key)
+            self.listed.add(alias(item.id, size))
+            if self.sink.is_finished(item, size):
+                self.progress.skipped += 1
+            else:
+                yield item, stamp
+        self.complete = self.config.limit is None
+
+    async def _show_progress(self) -> None:
+        while True:
+            self.progress.show(self.progress.line())
+            await asyncio.sleep(0.5 if sys.stderr.isatty() else 10)
+
+    async def _fail(self) -> None:
+        """Raise what ends the service for good."""
+        await asyncio.shield(self._service.failure)
+
+    async def _feed(self, head: list[Listed], rest: Iterator[Listed], tasks: asyncio.TaskGroup) -> None:
+        """Start a task for every item, as slots become free."""
+        loop = asyncio.get_running_loop()
+        while head:
+            for item, stamp in head:
+                tasks.create_task(self._caption(item, stamp, await self._service.pool.slot()))
+            head = await loop.run_in_executor(self._listing, _take, rest)  # listing may wait for a slow disk
+
+    async def _caption(self, item: Item, stamp: Stamp, slot: int) -> None:
+        samplings = [self._sampling(item, number) for number in range(self.config.captions)]
+        try:
+            encoded = await self._service.encode(item, slot)
+            generated = await self._service.captions(encoded.embeds, samplings, wait=True)
+            timings = {"encode": encoded.seconds, "llm": generated.seconds}
+            config = self.config
+            record = caption_record(
+                item, generated.completions, config.raw, self.model_id, config.flags, config.style, timings
+            )
+            self.sink.caption(record | _of_file(stamp), item)
+        except (ImageError, EmbedsError) as error:
+            kind = error.kind if isinstance(error, ImageError) else "encoder"
+            self.sink.error(error_record(item, kind, str(error)) | _of_file(stamp))
+            self.progress.failed += 1
+        else:
+            self.progress.caption()
+
+    def _sampling(self, item: Item, number: int) -> Sampling:
+        """Return the sampling of a draw: its seed depends on the image alone, not on what else is captioned."""
+        key = f"{self.config.sampling.seed + number}:{item.id}".encode("utf-8", "surrogateescape")
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
+        return replace(self.config.sampling, seed=seed)
+
+
+def _take(items: Iterator[Listed]) -> list[Listed]:
+    return list(itertools.islice(items, LISTED))
+
+
+def _of_file(stamp: Stamp) -> dict:
+    """Return the fields of a record that tell a later run whether the image has changed."""
+    size, modified = stamp or (None, None)
+    return {"bytes": size, "mtime_ns": modified}
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,139 @@
+"""float16 overflow that ONNX Runtime on a CPU does not show: found by ranges, kept in float32 or refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from export import graphs, trace
+from export.components import Batch
+from export.graphs import load
+from export.manifest import Manifest
+from export.quantize import overflow
+from export.verification.inputs import VerificationInputs
+from export.verification.verifier import compare
+from tests.export import toy
+from tests.export.conftest import BUNDLED, LIMITS
+from vlv.checkpoints.folder import Checkpoint
+
+BLOCK = "encoder.bottleneck.text.layers.1"
+
+
+def rescale(source, target, between: float = 1.0):
+    """Copy a checkpoint with another scale inside a text layer, whose product then leaves float16's range.
+
+    between: a further scale of everything that the text layers add to the residual stream, which a norm removes.
+    """
+    shutil.copytree(source, target)
+    file = target / "encoder.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(file)
+
+    def multiply(name: str, factor: float) -> None:
+        weights[name] = (weights[name].float() * factor).to(weights[name].dtype)
+        assert weights[name].isfinite().all(), name
+
+    text = "bottleneck.text"
+    scale = 2.0**8 * between
+    for name in ("bottleneck.projection.2.weight", "bottleneck.projection.2.bias", f"{text}.positions"):
+        multiply(name, scale)
+    layers = {name.split(".")[3] for name in weights if name.startswith(f"{text}.layers.")}
+    for layer in layers:
+        for part in ("attention.proj.weight", "attention.proj.bias", "fc2.weight", "fc2.bias"):
+            multiply(f"{text}.layers.{layer}.{part}", scale)
+    for part in ("fc1.weight", "fc1.bias"):
+        multiply(f"{text}.layers.1.{part}", 2.0**14)
+    multiply(f"{text}.layers.1.fc2.weight", 2.0**-14)
+    save_file(weights, file, metadata=metadata)
+    return target
+
+
+@pytest.fixture(scope="module")
+def rescaled(tmp_path_factory):
+    return rescale(BUNDLED, tmp_path_factory.mktemp("rescaled") / "checkpoint")
+
+
+def test_onnx_runtime_alone_would_not_see_it(rescaled, checkpoint):
+    """The premise: finite in float32, infinite in float16, and right with that block in float32."""
+    pixels, other = VerificationInputs(checkpoint, 4).images, Checkpoint.open(rescaled)
+    with torch.inference_mode():
+        expected = load(other, "encoder")(pixels)[1]
+        assert expected.isfinite().all()
+        assert not load(other, "encoder").cast(torch.float16)(pixels)[1].isfinite().all()
+        found = load(other, "encoder").cast(torch.float16, [BLOCK])(pixels)[1]
+        assert found.isfinite().all() and compare(found, expected)["rms"] < 5e-3
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8-trt", "fp8"])
+def test_the_block_stays_in_float32(rescaled, tmp_path, capsys, precision):
+    command = ["--components", "encoder", "--no-captions", "--allow-drift"]
+    code = toy.onnx.main(
+        ["--ckpt", str(rescaled), "--out", str(tmp_path), *LIMITS, "--precision", precision, "--probes", "4", *command]
+    )
+    assert code == 0 and f"because values overflow in float16: {BLOCK}" in capsys.readouterr().err
+    artifact = Manifest.open(tmp_path).checked("encoder")
+    assert artifact.fp32_blocks == (BLOCK,)
+    model = onnx.load(tmp_path / artifact.main_file)
+    kinds = {w.name: w.data_type for w in model.graph.initializer}
+    wide = [n for n in model.graph.node if n.op_type == "MatMul" and kinds.get(n.input[1]) == TensorProto.FLOAT]
+    assert wide, "its products are float32, and not quantized"
+
+
+def test_what_no_block_can_help_is_refused(tmp_path, capsys):
+    """The residual stream itself is too large."""
+    other = rescale(BUNDLED, tmp_path / "checkpoint", between=2.0**8)
+    out = tmp_path / "out"
+    for precision in ("fp16", "int8-trt"):
+        code = toy.onnx.main(
+            ["--ckpt", str(other), "--out", str(out), *LIMITS, "--precision", precision, "--probes", "4",
+             "--components", "encoder", "--no-captions", "--allow-drift"]
+        )  # fmt: skip
+        error = capsys.readouterr().err
+        assert code == 1 and "float16 ends at 65,504: use --precision bf16 or fp32" in error
+        assert not (out / "encoder.onnx").exists()
+
+
+@pytest.mark.parametrize("name", ["encoder", "text_encoder", "unet", "vae_encoder"])
+def test_the_bundled_model_needs_no_float32(checkpoint, probes, tmp_path, name):
+    """No mask and no constant counts as an overflow; the ranges are those of the float16 values."""
+    graph = load(checkpoint, name).cast(torch.float16)
+    traced = trace.to_onnx(graph, tmp_path / f"{name}.onnx", Batch(1, 1, 4), 20)
+    rows = ({key: value.numpy() for key, value in row.items()} for row in probes.single(name))
+    ranges = overflow.float16_ranges(tmp_path / traced.files[0], traced, rows)
+    assert len(ranges) > 20 and all(0 <= one.max < overflow.MAX for one in ranges)
+    assert overflow.overflowing(ranges, ()) == (set(), [])
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(traced.files)
+
+
+def test_ranges_are_those_of_the_values(tmp_path):
+    """A block's product, 2 x 3 x 64 = 384 here, and the value between the blocks."""
+
+    class Constant(graphs.Graph):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(2))
+            for layer in self.layers:
+                layer.weight.data.fill_(3.0)
+            self.inputs, self.outputs = (graphs.Port("x", "float32", (64,)),), ("y",)
+            self.blocks = ("layers.0", "layers.1")
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x.to(self.dtype)) * 2).float()
+
+    traced = trace.to_onnx(Constant().cast(torch.float16), tmp_path / "x.onnx", Batch(1, 1, 4), 20)
+    rows = [{"x": torch.full((2, 64), value).numpy()} for value in (-2.0, 1.0)]
+    ranges = {one.value: one for one in overflow.float16_ranges(tmp_path / "x.onnx", traced, rows)}
+    assert sorted((one.block or "", one.max) for one in ranges.values()) == [
+        ("", 2.0), ("", 768.0), ("layers.0", 384.0), ("layers.1", 3.0 * 64 * 768)
+    ]  # fmt: skip
+    blocks, others = overflow.overflowing(ranges.values(), ())
+    assert blocks == {"layers.1"} and not others
+    blocks, others = overflow.overflowing(ranges.values(), {"layers.1"})
+    assert not blocks and [one.block for one in others] == ["layers.1"]

@@ -1,1 +1,0 @@
-"""Small trained readers of embeddings."""

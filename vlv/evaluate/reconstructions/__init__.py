@@ -1,0 +1,1 @@
+"""Reconstructions of a set of images, and their distances to the originals."""

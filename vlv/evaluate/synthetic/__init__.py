@@ -1,0 +1,1 @@
+"""What embeddings and captions hold of synthetic scenes, whose content is known exactly."""
