@@ -76,6 +76,14 @@ print(json.dumps({"seconds": seconds, "images": len(ids) - settings["micro_batch
 """
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Leaves out the traceback of a client that went away."""
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class Server:
     """Serves a folder and counts what it sends.
 
@@ -88,6 +96,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else every answer waits for the client's delayed acknowledgement
 
             def do_HEAD(self) -> None:
                 self._answer(body=False)
@@ -132,7 +141,7 @@ class Server:
             def log_message(self, *_) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -272,7 +281,7 @@ def _urls(folder: Path, url: str) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     p = Parser(prog="python -m benchmarks.data_reading", description=__doc__)
-    p.add_argument("--rows", type=positive, default=2000, help="images (2000)")
+    p.add_argument("--rows", type=positive, default=1200, help="images (1200)")
     p.add_argument("--shards", type=positive, default=4, help="tars, and Parquet files (4)")
     p.add_argument("--workers", type=positive, default=2, help="processes of the loader (2)")
     p.add_argument("--latency", type=float, default=5, help="milliseconds before the server answers (5)")

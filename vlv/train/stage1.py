@@ -70,6 +70,8 @@ def train_stage1(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
             feed = scenes()
         else:
             images = TrainingImages(source, stage.model.image_size, c.seed, limits, selection)
+            if world.first and selection:
+                trainer.skipped.add([selection.bad])
             feed = batches(images, c.micro_batch, trainer.images, c.workers, world.rank, world.size, device)
         train(trainer, feed, options, stage.write)
 

@@ -229,6 +229,8 @@ def test_limits_on_size_and_shape(tmp_path):
     images = TrainingImages(source, 32, limits=limits, selection=selection)
     assert {images[i]["id"][-5:] for i in range(3)} == {"a.png"}
     assert selection.left_out == {"too small or too long": 2, "that are no images": 1}
+    assert [(id[-5:], reason[:17]) for id, reason in selection.bad] == [("d.png", "not recognised as")]
+    assert select(source, limits).bad == selection.bad
     assert str(select(source, limits)) == str(selection) and len(list(tmp_path.rglob("rows/*.npz"))) == 1
     Image.fromarray(np.full((60, 60, 3), 99, np.uint8)).save(tmp_path / "c.png")
     assert [rows.tolist() for rows in select(open_sources([str(tmp_path)]), limits).rows] == [[0, 2]]
