@@ -61,7 +61,8 @@ def main() -> None:
         port = free.getsockname()[1]
     flags = ["--engine", args.engine, "--port", str(port), "--deadline", str(DEADLINE), "--body-seconds", "5"]
     command = [sys.executable, "-m", "serve.server", "--ckpt", args.ckpt, *flags]
-    log = Path(args.output).with_suffix(".log")
+    log = ROOT / "out" / f"{Path(args.output).stem}.log"
+    log.parent.mkdir(exist_ok=True)
     with log.open("w") as stderr, subprocess.Popen(command, cwd=ROOT, stderr=stderr) as server:
         try:
             asyncio.run(_run(parts, args, f"http://127.0.0.1:{port}", server.pid, report))
@@ -269,12 +270,17 @@ async def soak(client: httpx.AsyncClient, args, pid: int) -> dict:
     )
     p99 = statistics.quantiles(seconds, n=100)[98]
     return {
-        "minutes": args.minutes, "capacity_per_second": round(capacity, 1),
+        "minutes": args.minutes,
+        "capacity_per_second": round(capacity, 1),
         "offered_per_second": round(sum(counts.values()) / (60 * args.minutes), 1),
-        "answers": dict(counts), "refused_without_retry_after": unhelpful, "p99_seconds": round(p99, 2),
-        "early_mib": round(early, 1), "late_mib": round(late, 1), "growth_percent": round(100 * (late / early - 1), 2),
+        "answers": dict(counts),
+        "refused_without_retry_after": unhelpful,
+        "p99_seconds": round(p99, 2),
+        "early_mib": round(early, 1),
+        "late_mib": round(late, 1),
+        "growth_percent": round(100 * (late / early - 1), 2),
         "passed": p99 < DEADLINE and late < 1.05 * early and not unhelpful and set(counts) <= {"200", "429", "503"},
-    }  # fmt: skip
+    }
 
 
 async def _steadily(client: httpx.AsyncClient, count: int) -> dict[str, int]:
