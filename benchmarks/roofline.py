@@ -1,6 +1,6 @@
 """How far each operation of the encoder is below the roof of this machine: python -m benchmarks.roofline
 
-The published sizes, one picture, float32, on a CPU (a GPU's are benchmarks.gpu.kernels'): the fused operations' plain
+The published sizes, one image, float32, on a CPU (a GPU's are benchmarks.gpu.kernels'): the fused operations' plain
 references as the encoder calls them here, and the matrix products between them. The roof is the speed of a large matrix
 product, and the bandwidth of a copy times the operations a byte that has to be moved. Each is checked against float64
 before it is timed, in turns with the roof itself; the best of several calls counts, because whatever else the machine

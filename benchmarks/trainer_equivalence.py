@@ -50,9 +50,9 @@ t2i.train(toy, run, run / "t2i", "cpu")
 """
 
 
-def losses(run: Path) -> dict[str, list[float]]:
+def losses(run: Path, stages: tuple[str, ...] = STAGES) -> dict[str, list[float]]:
     """Return the loss of every step of the stages in a run folder."""
-    histories = {name: json.loads((run / f"{name}.json").read_text())["history"] for name in STAGES}
+    histories = {name: json.loads((run / f"{name}.json").read_text())["history"] for name in stages}
     return {name: [line["loss"] for line in history] for name, history in histories.items()}
 
 
@@ -67,8 +67,8 @@ def before(checkout: Path, settings: dict, run: Path) -> dict[str, list[float]]:
     return losses(run)
 
 
-def now(settings: dict, run: Path) -> dict[str, list[float]]:
-    """Train with this code, in one thread."""
+def now(settings: dict, run: Path, with_t2i: bool = True) -> dict[str, list[float]]:
+    """Train with this code, in one thread; the text-to-image model too if `with_t2i`."""
     import torch
 
     from vlv.data.latents import scene_latents
@@ -89,6 +89,9 @@ def now(settings: dict, run: Path) -> dict[str, list[float]]:
     train_stage1(replace(one, synthetic=scenes, **how), Inputs(t2i=BUNDLED / "t2i"), RunOptions(run, run / "stage1"))
     two = replace(two, synthetic=scenes, encoder_from=settings["encoder_from"], **how)
     train_stage2(two, Inputs(BUNDLED), RunOptions(run, run / "stage2"))
+    if not with_t2i:
+        torch.set_num_threads(threads)
+        return losses(run, STAGES[:2])
     toy = replace(toy, scenes=settings["scenes"], vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))
     toy = replace(toy, vae=replace(toy.vae, bf16=False, **how), unet=replace(toy.unet, **how))
     train_t2i(toy, RunOptions(run, run / "t2i"))

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
-from benchmarks.encoder_cpu import flops, picture, prepared
+from benchmarks.encoder_cpu import flops, prepared, random_images
 from benchmarks.gpu.kernels import OURS, THEIRS, Clock, eager_and_compiled, judge, summary
 from benchmarks.published_encoder import PublishedEncoder
 from kernels.runtime.dispatch import references
@@ -45,7 +45,7 @@ def encoder(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: i
         ours = random_weights.encoder(config, dtype)
     exact = VLVEncoder(config).eval()
     exact.load_state_dict(ours.state_dict())  # the same rounded weights, computed with in float32
-    pixels = picture(config, batch).to(clock.device)
+    pixels = random_images(config, batch).to(clock.device)
     with references():
         expected = exact.to(clock.device)(pixels[:2])
     del exact

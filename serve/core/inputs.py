@@ -242,10 +242,10 @@ def _name(entry: os.DirEntry, left_out: LeftOut) -> str | None:
     try:
         if entry.is_dir():
             return name + os.sep
-        wanted = is_image(name) or name.lower().endswith(SHARDS)
-        if wanted and entry.is_file():
+        readable = is_image(name) or name.lower().endswith(SHARDS)
+        if readable and entry.is_file():
             return name
-        if wanted or (entry.is_symlink() and not os.path.exists(entry.path)):
+        if readable or (entry.is_symlink() and not os.path.exists(entry.path)):
             left_out.images["links to nothing" if entry.is_symlink() else "special files"] += 1
         else:
             left_out.file(name)

@@ -45,7 +45,7 @@ class Remote(Item):
             raise ImageError("missing", "there is no such file") from error
         except Exception as error:  # every file system has its own
             raise ImageError("unreadable", f"cannot read the URL: {one_line(error)}") from error
-        if self.length is not None and len(content) > self.length:  # a server without ranges sends the whole file
+        if self.length is not None and len(content) > self.length:  # a server without ranges sends the full file
             content = content[self.offset : end]
         if self.length is not None and len(content) < self.length:
             raise ImageError("damaged", f"the shard ends after {len(content)} of {self.length} bytes of this member")

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from serve.core.id_set import IdSet
 from serve.core.inputs import Item, stamp_of
-from serve.core.record import caption_record, error_record
+from serve.core.record import PLAIN, caption_record, error_record
 from serve.core.service import CaptionService, ServiceConfig
+from serve.core.style import CaptionStyle
 from serve.engines.base import EmbedsError, LLMEngine, Sampling
 from serve.outputs.jsonl import alias
 from serve.reports.progress import Progress
@@ -46,6 +47,7 @@ class RunConfig:
     encoder: str = "torch"  # a runtime of export.runtimes
     artifacts: Path | None = None  # folder of the exported encoder, for all but torch
     flags: str = ""  # for the records: what changes captions beside the model
+    style: CaptionStyle = PLAIN  # how captions are edited
 
 
 class CaptionRun:
@@ -136,8 +138,9 @@ class CaptionRun:
             encoded = await self._service.encode(item, slot)
             generated = await self._service.captions(encoded.embeds, samplings, wait=True)
             timings = {"encode": encoded.seconds, "llm": generated.seconds}
+            config = self.config
             record = caption_record(
-                item, generated.completions, self.config.raw, self.model_id, self.config.flags, timings
+                item, generated.completions, config.raw, self.model_id, config.flags, config.style, timings
             )
             self.sink.caption(record | _of_file(stamp), item)
         except (ImageError, EmbedsError) as error:

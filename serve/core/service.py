@@ -70,7 +70,7 @@ class CaptionService:
         config: ServiceConfig,
         timeline: Timeline | None = None,
     ):
-        """`timeline` is told when each stage worked."""
+        """`timeline` records when each stage worked."""
         self.checkpoint = checkpoint
         self.config = config
         self.engine = make_engine()

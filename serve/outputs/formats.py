@@ -11,10 +11,12 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from serve.core.id_set import IdSet
 from serve.core.inputs import Item
 from serve.outputs.jsonl import FileSink, FolderSink, SinkError, captions_of, explained, json_bytes
+from serve.outputs.text import lines
 from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
 
@@ -71,14 +73,14 @@ class SidecarSink(FileSink):
     def _write(self, record: dict) -> None:
         text = sidecar(record["path"])
         with explained(text), atomic_write(text) as file:
-            file.write_text(_text(record), encoding="utf-8")
+            file.write_text(lines(record), encoding="utf-8")
 
 
 def _remove(record: dict) -> None:
     """Remove the text file of a record, unless somebody has changed it since."""
     text = sidecar(record["path"])
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        if text.read_text(encoding="utf-8") == _text(record):
+        if text.read_text(encoding="utf-8") == lines(record):
             text.unlink()
 
 
@@ -87,15 +89,29 @@ def sidecar(image: str) -> Path:
     return Path(image).with_suffix(".txt")
 
 
-def _text(record: dict) -> str:
-    """Return all captions of a record, one a line: a line break within a caption becomes a space."""
-    return "\n".join(" ".join(caption.split()) for caption in captions_of(record)) + "\n"
+class DerivedSink(FileSink):
+    """Write one file from the records when a run ends; they are kept in a journal beside it, the commit point."""
+
+    def _refuse_foreign(self) -> None:
+        if self.path.exists() and not self.journal_path.exists():
+            raise SinkError(f"{self.path} is there already, without its {self.journal_path.name}: choose another -o")
+
+    def close(self) -> None:
+        try:
+            with explained(self.path), atomic_write(self.path) as path, open(path, "wb") as file:
+                self.write(file)
+        finally:
+            super().close()
+
+    def write(self, file: BinaryIO) -> None:
+        """Write the file's content. Raises SinkError."""
+        raise NotImplementedError
 
 
-class CocoSink(FileSink):
-    """Write COCO's captions JSON (`images`, `annotations`) from `NAME.jsonl` beside it when a run ends.
+class CocoSink(DerivedSink):
+    """Write COCO's captions JSON (`images`, `annotations`) from `NAME.jsonl` beside it.
 
-    That file is the commit point; ids are numbers in the order of its lines, so that a resumed run keeps them.
+    Ids are numbers in the order of its lines, so that a resumed run keeps them.
     """
 
     @property
@@ -108,23 +124,15 @@ class CocoSink(FileSink):
         with explained(self.path), contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
             if file.read(len(COCO_HEAD)) != COCO_HEAD:
                 raise SinkError(f"{self.path} is there already, and not from a run: choose another -o")
+        super()._refuse_foreign()
 
-    def _read(self) -> None:
-        super()._read()
-        if not len(self.finished) and self.path.exists():
-            raise SinkError(f"{self.path} is there already, without its {self.journal_path.name}: choose another -o")
-
-    def close(self) -> None:
-        try:
-            with explained(self.path), atomic_write(self.path) as path, open(path, "wb") as file:
-                file.write(COCO_HEAD + b', model %s"}, ' % self.model.encode())
-                file.write(b'"images": [')
-                file.writelines(_joined(self._images()))
-                file.write(b'\n], "annotations": [')
-                file.writelines(_joined(self._annotations()))
-                file.write(b"\n]}\n")
-        finally:
-            super().close()
+    def write(self, file: BinaryIO) -> None:
+        file.write(COCO_HEAD + b', model %s"}, ' % self.model.encode())
+        file.write(b'"images": [')
+        file.writelines(_joined(self._images()))
+        file.write(b'\n], "annotations": [')
+        file.writelines(_joined(self._annotations()))
+        file.write(b"\n]}\n")
 
     def _images(self) -> Iterator[dict]:
         for number, record in enumerate(self._journal.records(), 1):
@@ -135,6 +143,51 @@ class CocoSink(FileSink):
         for image, record in enumerate(self._journal.records(), 1):
             for caption in captions_of(record):
                 yield {"id": next(count), "image_id": image, "caption": caption}
+
+
+class ImageFolderSink(DerivedSink):
+    """Write `metadata.jsonl` among the images, as datasets.load_dataset("imagefolder") reads it."""
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path.with_name(f".{self.path.stem}.records.jsonl")  # hidden from readers of the folder
+
+    def caption(self, record: dict, item: Item) -> None:
+        self._name(record, item)
+        super().caption(record, item)
+
+    def _name(self, record: dict, item: Item | None = None) -> str:
+        """Return the image's path below the folder. Raises ImageError for an image that is elsewhere."""
+        name = os.path.relpath(record["path"], self.path.parent)
+        if name.startswith("..") or "://" in record["path"] or (item and item.length is not None):
+            raise ImageError("format", f"not a file below {self.path.parent.absolute()}, the folder of -o")
+        return name
+
+    def write(self, file: BinaryIO) -> None:
+        for record in self._journal.records():
+            texts = captions_of(record)
+            more = {"captions": texts} if len(texts) > 1 else {}
+            file.write(json_bytes({"file_name": self._name(record), "text": texts[0], **more}) + b"\n")
+
+
+class KohyaSink(DerivedSink):
+    """Write the JSON of sd-scripts (`in_json`): a caption for the path of each image."""
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path.with_suffix(".records.jsonl")
+
+    def write(self, file: BinaryIO) -> None:
+        file.write(b"{")
+        for number, record in enumerate(self._journal.records()):
+            line = json_bytes({record["path"]: {"caption": captions_of(record)[0]}})
+            file.write((b",\n" if number else b"\n") + line[1:-1])
+        file.write(b"\n}\n")
+
+    def caption(self, record: dict, item: Item) -> None:
+        if item.length is not None:
+            raise ImageError("format", "an image inside a tar shard has no path of its own: use --format webdataset")
+        super().caption(record, item)
 
 
 def _joined(records: Iterator[dict]) -> Iterator[bytes]:

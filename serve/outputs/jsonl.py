@@ -156,11 +156,21 @@ class FileSink:
         """Fill `finished`; records of images that have changed since are dropped."""
         if self.errors_path.is_file():
             self._errors = JsonLines(self.errors_path)
-        self.changed = self.drop(self._has_changed)
+        changed = 0
         for record, where in self._finished_records():
-            self._done(record, where)
+            self._refuse_others(record, where)
+            changed += not self._note(record)
         for record in self._errors.records() if self._errors else ():
-            self.finished.add(key_of(record["id"], record.get("path")))
+            changed += not self._note(record)
+        if changed:
+            self.changed = self.drop(self._has_changed)
+
+    def _note(self, record: dict) -> bool:
+        """Note the image of a record as finished; return False if its file has changed since."""
+        if self._has_changed(record):
+            return False
+        self.finished.add(key_of(record["id"], record.get("path")))
+        return True
 
     def _finished_records(self) -> Iterator[tuple[dict, Path]]:
         """Yield the captions' records, at least with id, path, model and flags, and the file of each."""
@@ -195,8 +205,8 @@ class FileSink:
             if not is_listed(record, listed):
                 yield record["id"]
 
-    def _done(self, record: dict, where: Path) -> None:
-        """Note an earlier run's record, found in `where`. Raises SinkError if it is of another model or other flags."""
+    def _refuse_others(self, record: dict, where: Path) -> None:
+        """Raise SinkError for a record, found in `where`, of another model or made with other flags."""
         if record.get("model", self.model) != self.model:
             raise SinkError(
                 f"{where} holds captions of model {record['model']}, and this checkpoint is {self.model}: "
@@ -207,7 +217,6 @@ class FileSink:
                 f"{where} holds captions made {_with(flags)}, and this run is {_with(self.flags)}: "
                 "choose another -o, or start over with --no-resume"
             )
-        self.finished.add(key_of(record["id"], record.get("path")))
 
     def caption(self, record: dict, item: Item) -> None:
         """Append the record of an item's caption. Raises SinkError; ImageError if the format cannot hold it."""
@@ -263,19 +272,24 @@ class StreamSink:
         return iter(())
 
     def caption(self, record: dict, item: Item) -> None:
-        self._write(self._captions, record)
+        write_line(self._captions, record)
 
     def error(self, record: dict) -> None:
-        self._write(self._errors, record)
+        write_line(self._errors, record)
 
     def close(self) -> None:
         """Nothing to close: the streams belong to the process."""
 
-    def _write(self, fd: int, record: dict) -> None:
-        line = (json.dumps(record) + "\n").encode()
-        with explained("stdout"):
-            while line:
-                line = line[os.write(fd, line) :]
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        return 0
+
+
+def write_line(fd: int, record: dict) -> None:
+    """Write a record as a line to a stream. Raises SinkError."""
+    line = (json.dumps(record) + "\n").encode()
+    with explained("stdout"):
+        while line:
+            line = line[os.write(fd, line) :]
 
 
 def is_listed(record: dict, listed: IdSet) -> bool:

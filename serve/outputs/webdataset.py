@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.core.inputs import Item
-from serve.outputs.jsonl import FolderSink, SinkError, append, captions_of, explained, json_bytes
+from serve.outputs.jsonl import FolderSink, SinkError, append, explained, json_bytes
+from serve.outputs.text import lines
 from vlv.common.files import atomic_write
 from vlv.data.image_files import is_image
 
@@ -46,6 +47,9 @@ class WebDatasetSink(FolderSink):
     def _read(self) -> None:
         self._end, self._samples = 0, 0
         super()._read()
+        if self.changed:  # the shards are others now
+            for _ in self._finished_records():
+                pass
         shards = self._shard_files()
         self._shards = len(shards)
         if shards:  # only the last can be unfinished
@@ -160,7 +164,7 @@ def samples(shard: Path) -> Iterator[Sample | None]:
 def sample(name: str, image: bytes, record: dict) -> bytes:
     """Return an image, its captions and its record as three members of a tar file."""
     extension = os.path.splitext(record["id"])[1].lower() if is_image(record["id"]) else extension_of(image)
-    text = "\n".join(" ".join(caption.split()) for caption in captions_of(record)).encode()
+    text = lines(record).rstrip("\n").encode()
     parts = {extension: image, ".txt": text, ".json": json_bytes(record)}
     return b"".join(_member(name + ending, content) for ending, content in parts.items())
 

@@ -123,13 +123,15 @@ def file_ending(content: bytes) -> str:
     return _ENDINGS[_open(content, MAX_PIXELS).format]
 
 
-def image_size(content: bytes) -> tuple[int, int]:
-    """Return width and height in an image file's header, before it is turned upright. Raises ImageError."""
+def image_size(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return width and height from a file's header; the first bytes may be enough. Raises ImageError."""
     if content.startswith(SIGNATURE) and len(content) >= 24:
-        return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
-    if content.startswith(MAGIC) and (size := tiff_size(content)):
-        return size
-    return _open(content, MAX_PIXELS).size
+        size = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    elif not content.startswith(MAGIC) or not (size := tiff_size(content)):
+        with _quiet():
+            return _open(content, max_pixels).size
+    _require_size(*size, max_pixels)
+    return size
 
 
 def read_rgba(source: str | Path | bytes) -> Image.Image:
@@ -217,12 +219,14 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("too-large", f"the header announces more than {max_pixels:,} pixels") from error
     except Exception as error:
         raise ImageError("damaged", f"the header is damaged: {error}") from error
-    if image.width * image.height > max_pixels:
-        raise ImageError(
-            "too-large",
-            f"the header announces {image.width} x {image.height} pixels, more than the limit of {max_pixels:,}",
-        )
+    _require_size(image.width, image.height, max_pixels)
     return image
+
+
+def _require_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        message = f"the header announces {width} x {height} pixels, more than the limit of {max_pixels:,}"
+        raise ImageError("too-large", message)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The frozen autoencoder's latents, computed once per image and kept on disk: what stage 1's second epoch saves.
+"""Keep the frozen autoencoder's latents on the disk, so that a second epoch of stage 1 does not compute them again.
 
 The posterior's mean and deviation are kept in float16, so that every epoch still draws its own sample. One sparse
 file a shard of the data, in a folder named after the autoencoder's weights; every row has a checksum, so a row half
@@ -23,7 +23,7 @@ from vlv.diffusion.t2i import T2I
 
 
 class LatentCache:
-    """Rows of [2, c, s, s] float16, mean and deviation, by (shard, row) of a source."""
+    """Keeps rows of [2, c, s, s] float16, mean and deviation, by (shard, row) of a source."""
 
     def __init__(self, folder: str | Path, vae_folder: Path, source: Source, size: int):
         # the first row tells sources of equal shape apart; its image too, as many number their rows from 1
@@ -33,7 +33,8 @@ class LatentCache:
         for file in sorted(vae_folder.iterdir()):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        self.folder, self._rows = Path(folder) / digest.hexdigest()[:16], source.rows
+        self.folder = Path(folder) / digest.hexdigest()[:16]
+        self._rows = source.rows
         self.folder.mkdir(parents=True, exist_ok=True)
         self._shape: tuple[int, ...] = ()
         self._open = functools.lru_cache(maxsize=64)(self._open_shard)

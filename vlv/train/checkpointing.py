@@ -6,6 +6,7 @@ without it is what a killed run left behind. A checkpoint loads on any number of
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from concurrent.futures import Future
@@ -16,6 +17,8 @@ import torch.distributed.checkpoint as dcp
 from vlv.train.config import TrainError
 from vlv.train.parallel import World
 
+MIB = 1 << 20
+
 
 class Checkpoints:
     """The checkpoints of one stage in a run folder; the newest `keep` stay."""
@@ -25,6 +28,15 @@ class Checkpoints:
         self.keep = keep
         self.world = world
         self._writing: Future | None = None
+
+    @staticmethod
+    def find(path: Path) -> Path:
+        """Return a run's newest usable checkpoint, or the one that `path` is. Raises TrainError where there is none."""
+        path = Path(path)
+        found = [path] if (path / ".metadata").is_file() else [f.parent for f in sorted(path.glob("*/.metadata"))]
+        if not found:
+            raise TrainError(f"{path} has no checkpoint of a run: expected RUN/NAME.saves, or one folder in there")
+        return found[-1]
 
     def complete(self) -> list[Path]:
         """Return the usable checkpoints, the oldest first."""
@@ -53,12 +65,16 @@ class Checkpoints:
                 (old / ".metadata").unlink()  # first, so that a kill leaves no part that looks complete
                 shutil.rmtree(old)
 
-    def latest(self) -> tuple[Path, dict] | None:
-        """Return the newest usable checkpoint and its progress; the same on every process."""
+    def latest(self) -> Path | None:
+        """Return the newest usable checkpoint; the same on every process."""
         self.world.barrier()
-        if not (found := self.complete()):
-            return None
-        return found[-1], json.loads((found[-1] / "progress.json").read_text())
+        found = self.complete()
+        return found[-1] if found else None
+
+    @staticmethod
+    def progress(folder: Path) -> dict:
+        """Return what a checkpoint holds beside tensors."""
+        return json.loads((folder / "progress.json").read_text())
 
     def read(self, folder: Path, tensors: dict) -> None:
         """Load into `tensors`, in place. Raises TrainError where the checkpoint is of another model."""
@@ -70,3 +86,17 @@ class Checkpoints:
                 f"{folder} does not fit this run ({reason}): it was written with other flags; "
                 "give the same ones, or choose another --run folder"
             ) from error
+
+
+def fingerprint(*paths: Path) -> str:
+    """Return what tells files and folders from others of the same names: names, sizes, first and last MiB."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(path.parent)} {size}".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(MIB))
+                stream.seek(max(0, size - MIB))
+                digest.update(stream.read(MIB))
+    return digest.hexdigest()[:16]

@@ -64,6 +64,7 @@ class TrainConfig:
     warmup: int = _option(0, "steps of linear warm-up")  # sh1, ds, py2
     beta2: float = _option(0.99, "AdamW's second beta; the first is 0.9")  # P4.1, ds
     weight_decay: float = _option(0.01, "AdamW's decoupled weight decay")  # P4.1, ds; py2: torch's default, the same
+    decay_norms: bool = _option(True, "weight decay of norms and biases too")  # py1, py2: of all weights
     clip: float = _option(1.0, "largest norm of the gradients")  # ds; at stage 2 ours: py2 clips nothing
     ema: float = _option(0.0, "decay of an average of the weights, which is then what is written; 0: none")  # py1, py2
     # sh1, sh2: --unfreeze_florence2_language_model
@@ -134,8 +135,9 @@ class TrainConfig:
                 raise Misuse(f"--{name.replace('_', '-')} {getattr(self, name)}: not below 0")
         if not self.clip > 0:
             raise Misuse(f"--clip {self.clip}: above 0, or every step would be empty; inf clips nothing")
-        if not 0 <= self.ema < 1:
-            raise Misuse(f"--ema {self.ema}: from 0 to below 1")
+        for name in ("ema", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise Misuse(f"--{name} {getattr(self, name)}: from 0 to below 1")
         if self.encoder_from and self.parallel == "fsdp":
             raise Misuse("--encoder-from needs --parallel ddp: FSDP2 shards only what is trained from the first step")
         return self
@@ -210,6 +212,7 @@ class Inputs:
     t2i: Path | None = None  # stage 1: diffusers folder
     llm: str | Path | None = None  # stage 2: transformers folder
     data: tuple[str, ...] = ()
+    image_key: str | None = None  # column or ending of the images where it is not the usual one
     cache_latents: Path | None = None  # stage 1: folder of the autoencoder's latents
 
 
@@ -223,6 +226,7 @@ class RunOptions:
     log: str = "none"
     gpu_hour: float | None = None  # price in USD
     max_cost: float | None = None
+    continue_from: Path | None = None  # a checkpoint of another run whose weights this one starts from
 
     @classmethod
     def of(cls, stage: str, preset: str, run: Path | None, out: Path | None, **more) -> RunOptions:
@@ -235,7 +239,7 @@ def check_inputs(preset: str, config: TrainConfig, inputs: Inputs, options: RunO
     """Raise Misuse where a toy preset is given a flag of runs on files, or another preset lacks one."""
     if config.synthetic:
         given = {"data": inputs.data, "ckpt": inputs.ckpt, "cache-latents": inputs.cache_latents, "plan": plan}
-        given |= {"llm": inputs.llm, "log": options.log != "none"}
+        given |= {"llm": inputs.llm, "log": options.log != "none", "image-key": inputs.image_key}
         named = [name for name, value in given.items() if value]
         named += [n for n in ("gpu_hour", "max_cost") if getattr(options, n) is not None]
         if named:
@@ -265,6 +269,11 @@ def add_flags(parser: argparse.ArgumentParser, preset: str, defaults: TrainConfi
     group = parser.add_argument_group(f"with --preset {preset}, on any number of processes under torchrun")
     group.add_argument("--data", nargs="+", metavar="SRC", help="images: folders, .tar, .parquet, .jsonl, hf:NAME")
     group.add_argument("--ckpt", metavar="DIR", help="checkpoint to start from: a folder, published weights, a hub id")
+    group.add_argument("--image-key", metavar="NAME", help="images' column, or their ending in a tar (mask.png)")
+    group.add_argument(
+        "--continue-from", type=Path, metavar="DIR",
+        help="start a new run from the weights of another: its RUN/NAME.saves, or one folder in there",
+    )  # fmt: skip
     # the longer spelling is for torchrun, which takes --log for its own --log-dir
     group.add_argument("--log", "--logger", default="none", help="wandb, tensorboard or trackio, beside RUN/*.jsonl")
     group.add_argument(

@@ -1,4 +1,4 @@
-"""What the paper's stage 1 starts from: Florence-2's weights, the text-to-image model's CLIP layers, random queries.
+"""Write the start of the paper's stage 1: Florence-2's weights, the text-to-image model's CLIP layers, random queries.
 
     python -m vlv.train.florence --florence Florence-2-large --t2i stable-diffusion-2-1-base --out START
     python -m vlv.train.stage1 --preset paper-stage1 --ckpt START --data ...
@@ -17,7 +17,7 @@ from pathlib import Path
 from vlv.common.command import Parser, debug_argument, positive, run_command
 
 
-def start(florence: Path, t2i: Path, out: Path, queries: int = 77, seed: int = 0, force: bool = False):
+def write_start(florence: Path, t2i: Path, out: Path, queries: int = 77, seed: int = 0, force: bool = False):
     """Write the checkpoint folder `out`, with a link to `t2i`. Raises CheckpointError on weights of other models."""
     import torch
     from torch import nn
@@ -71,7 +71,7 @@ def parser() -> Parser:
 
 
 def work(args: argparse.Namespace) -> None:
-    print(start(args.florence, args.t2i, args.out, args.queries, args.seed, args.force).folder)
+    print(write_start(args.florence, args.t2i, args.out, args.queries, args.seed, args.force).folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,11 +1,13 @@
 """Build what a stage trains: the start's weights, which of them are trained, and the objective over them.
 
-`stage1` and `stage2` assemble a stage for a run, and without weights (`weights=False`, under torch's FakeTensorMode)
-for the memory plan.
+`build_stage1` and `build_stage2` assemble a stage for a run, and without weights (`weights=False`, under torch's
+FakeTensorMode) for the memory plan.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,15 +31,19 @@ from vlv.checkpoints import folder as checkpoint
 from vlv.checkpoints.folder import Checkpoint
 from vlv.checkpoints.published import resolve
 from vlv.checkpoints.random_weights import llm_plan
-from vlv.common.files import link_tree
+from vlv.common.command import say
+from vlv.common.files import link_tree, write_json
 from vlv.data import scene_batches, scenes
 from vlv.data.latents import LatentCache
+from vlv.data.samples import Source
+from vlv.data.selection import Limits, Selection, select
+from vlv.data.sources import open_sources
 from vlv.data.tokenizers import clip_tokenizer, qwen_tokenizer
 from vlv.diffusion.t2i import T2I
 from vlv.model.captioner import Captioner
 from vlv.model.config import PRESETS, VLVConfig
 from vlv.model.encoder import VLVEncoder
-from vlv.train.config import Synthetic, T2IConfig, TrainConfig, TrainError
+from vlv.train.config import Inputs, Synthetic, T2IConfig, TrainConfig, TrainError
 from vlv.train.objectives import Objective, Stage1, Stage2
 from vlv.train.parallel import World
 
@@ -61,7 +67,7 @@ class Stage:
     t2i: T2I | None = None  # frozen, beside the objective: every process has it whole
 
 
-def stage1(
+def build_stage1(
     config: TrainConfig,
     start: Checkpoint | None,
     t2i_folder: Path | None,
@@ -101,13 +107,14 @@ def stage1(
 
     def write(weights: dict[str, Tensor], out: Path) -> None:
         checkpoint.save(out, _encoder_of(model, weights, "encoder."), _dtype(config, torch.float32))
+        share(out)
         _put_t2i(t2i_folder, out)
 
     objective = Stage1(encoder, t2i, cache, config, readout, scale)
     return Stage(objective.to(device) if device else objective, model, write, t2i)
 
 
-def stage2(
+def build_stage2(
     config: TrainConfig,
     start: Checkpoint | None,
     llm_folder: str | Path | None,
@@ -139,6 +146,10 @@ def stage2(
         llm.config.use_cache, llm.config.dtype = True, dtype
         llm.save_pretrained(out / "llm", state_dict=of_llm)
         tokenizer.save_pretrained(out / "llm")
+        settings = json.loads((out / "llm" / "config.json").read_text())
+        # transformers writes the dtype of the modules, not of the tensors that it is given
+        write_json(out / "llm" / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")})
+        share(out)
         if (start.folder / "t2i").is_dir():
             _put_t2i(start.folder / "t2i", out)
 
@@ -151,6 +162,21 @@ def open_start(ckpt: str | Path, world: World) -> Checkpoint:
     found = resolve(ckpt) if world.first else None
     world.barrier()
     return found or resolve(ckpt)
+
+
+def open_data(inputs: Inputs, limits: Limits, world: World) -> tuple[Source, Selection | None]:
+    """Open the data and choose its rows. One process of each machine indexes what is new, while the others wait."""
+
+    def both() -> tuple[Source, Selection | None]:
+        source = open_sources(inputs.data, inputs.image_key)
+        return source, select(source, limits, say)
+
+    found = both() if world.first_here else None
+    if world.first and found:
+        for note in [*found[0].notes, *([str(found[1])] if found[1] else [])]:
+            say(note)
+    world.barrier()
+    return found or both()
 
 
 def build_t2i(config: T2IConfig) -> T2I:
@@ -358,6 +384,15 @@ def _match_token_scale(encoder: VLVEncoder, t2i: T2I) -> float:
     last.weight.mul_(scale)
     last.bias.mul_(scale)
     return scale
+
+
+def share(folder: Path) -> None:
+    """Give files that were written for their owner alone (safetensors does) the modes that the umask leaves."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (f for f in folder.rglob("*") if f.is_file() and not f.is_symlink()):
+        if file.stat().st_mode & 0o777 == 0o600:
+            file.chmod(0o666 & ~umask)
 
 
 def _dtype(config: TrainConfig, automatic: torch.dtype) -> torch.dtype:

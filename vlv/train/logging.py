@@ -87,7 +87,8 @@ def write_summary(run: Path, name: str, config: dict) -> None:
     for key in sorted(history[0].keys() - NOT_LOSSES) if history else ():
         axis.plot([h["step"] for h in history], [h[key] for h in history], label=key)
     axis.set(xlabel="step", yscale="log", title=name)
-    axis.legend()
+    if history:
+        axis.legend()
     figure.tight_layout()
     with atomic_write(run / f"{name}.png") as file:
         figure.savefig(file, format="png", dpi=100)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -46,7 +47,9 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         try:
-            yield cls(dist.get_rank(), dist.get_world_size(), kind, dist.new_group(backend="gloo"))
+            # the others wait while one process looks through the data
+            background = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            yield cls(dist.get_rank(), dist.get_world_size(), kind, background)
         finally:
             dist.destroy_process_group()
 
@@ -54,6 +57,11 @@ class World:
     def first(self) -> bool:
         """Return True on the process that logs and writes."""
         return self.rank == 0
+
+    @property
+    def first_here(self) -> bool:
+        """Return True on the first process of each machine."""
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
     def mean(self, values: Tensor) -> Tensor:
         """Average over the processes, in place."""

@@ -30,8 +30,10 @@ def train_stage1(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
     from vlv.data import scene_batches
     from vlv.data.latents import LatentCache, scene_latents
     from vlv.data.loader import TrainingImages, batches
-    from vlv.data.sources import open_sources
+    from vlv.data.samples import identity
+    from vlv.data.selection import Limits
     from vlv.train import initialize, logging
+    from vlv.train.checkpointing import fingerprint
     from vlv.train.parallel import World
     from vlv.train.trainer import Trainer, train
 
@@ -39,18 +41,24 @@ def train_stage1(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
     with World.start(options.device or ("cpu" if config.synthetic else None)) as world:
         config.accumulation(world.size)  # refused here rather than after minutes of loading
         device, c = world.device, config
-        start = source = cache = None
+        start = cache = None
+        origin = {}  # what decides the weights beside the configuration
         if toy := config.synthetic:
             t2i = inputs.t2i or options.run / "t2i"
         else:
-            source = open_sources(inputs.data)
+            limits = Limits(False, c.min_side, c.max_aspect)
+            source, selection = initialize.open_data(inputs, limits, world)
             start = initialize.open_start(inputs.ckpt, world)
             t2i = inputs.t2i or start.t2i
+            origin |= {"data": identity(source), "image-key": str(inputs.image_key)}
+            origin |= {"ckpt": fingerprint(start.folder / "vlv.json", start.encoder_file)}
+            origin |= {"cache-latents": str(bool(inputs.cache_latents))}
             if inputs.cache_latents:
                 size = config.image_size or start.config.image_size
                 cache = LatentCache(inputs.cache_latents, t2i / "vae", source, size)
-        stage = initialize.stage1(config, start, t2i, device, cache)
-        trainer = Trainer("stage1", options.run, config, stage.objective, world)
+        stage = initialize.build_stage1(config, start, t2i, device, cache)
+        origin |= {"t2i": fingerprint(t2i / "vae", t2i / "unet", t2i / "text_encoder")}
+        trainer = Trainer("stage1", options.run, config, stage.objective, world, origin, options.continue_from)
 
         def scenes() -> Iterator[dict]:
             latents = scene_latents(stage.t2i, toy.scenes, options.run)
@@ -61,28 +69,32 @@ def train_stage1(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
         if toy:
             feed = scenes()
         else:
-            images = TrainingImages(source, stage.model.image_size, c.seed, False, c.min_side, c.max_aspect)
+            images = TrainingImages(source, stage.model.image_size, c.seed, limits, selection)
             feed = batches(images, c.micro_batch, trainer.images, c.workers, world.rank, world.size, device)
         train(trainer, feed, options, stage.write)
 
 
 def work(args: argparse.Namespace) -> None:
     config = STAGE1[args.preset].override(vars(args))
-    inputs = Inputs(args.ckpt, args.t2i, data=tuple(args.data or ()), cache_latents=args.cache_latents)
+    inputs = Inputs(
+        args.ckpt, args.t2i, data=tuple(args.data or ()), image_key=args.image_key, cache_latents=args.cache_latents
+    )
     options = RunOptions.of(
         "stage1", args.preset, args.run, args.out, device=args.device, log=args.log, gpu_hour=args.gpu_hour,
-        max_cost=args.max_cost,
+        max_cost=args.max_cost, continue_from=args.continue_from,
     )  # fmt: skip
     check_inputs(args.preset, config, inputs, options, args.plan)
     if not args.plan:
         return train_stage1(config, inputs, options)
     from vlv.checkpoints.published import resolve
-    from vlv.train.initialize import stage1
+    from vlv.train.cost import planned
+    from vlv.train.initialize import build_stage1
     from vlv.train.memory_plan import plan
 
     start = resolve(args.ckpt) if args.ckpt else None
     t2i = args.t2i or (start.t2i if start else None)
-    print(plan(lambda c: stage1(c, start, t2i, weights=False), config, args.plan))
+    print(plan(lambda c: build_stage1(c, start, t2i, weights=False), config, args.plan))
+    print(planned(config.steps * config.batch, args.plan, args.gpu_hour))
 
 
 def main(argv: list[str] | None = None) -> int:

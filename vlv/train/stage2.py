@@ -24,13 +24,15 @@ from vlv.train.config import STAGE2, Inputs, RunOptions, TrainConfig, add_flags,
 
 
 def train_stage2(config: TrainConfig, inputs: Inputs, options: RunOptions) -> None:
-    """Train, resuming what the run holds, and write the whole checkpoint folder `options.out`."""
+    """Train, resuming what the run holds, and write the complete checkpoint folder `options.out`."""
     import numpy as np
 
     from vlv.data import scene_batches, scenes
     from vlv.data.loader import TrainingImages, batches
-    from vlv.data.sources import open_sources
+    from vlv.data.samples import identity
+    from vlv.data.selection import Limits
     from vlv.train import initialize, logging
+    from vlv.train.checkpointing import fingerprint
     from vlv.train.parallel import World
     from vlv.train.trainer import Trainer, train
 
@@ -38,11 +40,18 @@ def train_stage2(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
     with World.start(options.device or ("cpu" if config.synthetic else None)) as world:
         config.accumulation(world.size)  # refused here rather than after minutes of loading
         device, c, toy = world.device, config, config.synthetic
-        source = None if toy else open_sources(inputs.data)
+        origin, llm = {}, None  # origin: what decides the weights beside the configuration
+        if not toy:
+            limits = Limits(True, c.min_side, c.max_aspect)
+            source, selection = initialize.open_data(inputs, limits, world)
+            origin |= {"data": identity(source), "image-key": str(inputs.image_key)}
         start = initialize.open_start(inputs.ckpt or options.run / "stage1", world)
-        llm = None if toy else inputs.llm or start.llm
-        stage = initialize.stage2(config, start, llm, device)
-        trainer = Trainer("stage2", options.run, config, stage.objective, world)
+        origin |= {"ckpt": fingerprint(start.folder / "vlv.json", start.encoder_file)}
+        if not toy:
+            llm = inputs.llm or start.llm
+            origin |= {"llm": fingerprint(llm) if Path(llm).is_dir() else str(llm)}
+        stage = initialize.build_stage2(config, start, llm, device)
+        trainer = Trainer("stage2", options.run, config, stage.objective, world, origin, options.continue_from)
 
         def captioned_scenes() -> Iterator[dict]:
             for p in scene_batches.passes(trainer.images, c.batch, c.micro_batch, toy.scenes, world.rank, world.size):
@@ -55,17 +64,17 @@ def train_stage2(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
         if toy:
             feed = captioned_scenes()
         else:
-            images = TrainingImages(source, stage.model.image_size, c.seed, True, c.min_side, c.max_aspect)
+            images = TrainingImages(source, stage.model.image_size, c.seed, limits, selection)
             feed = batches(images, c.micro_batch, trainer.images, c.workers, world.rank, world.size, device)
         train(trainer, feed, options, stage.write)
 
 
 def work(args: argparse.Namespace) -> None:
     config = STAGE2[args.preset].override(vars(args))
-    inputs = Inputs(args.ckpt, llm=args.llm, data=tuple(args.data or ()))
+    inputs = Inputs(args.ckpt, llm=args.llm, data=tuple(args.data or ()), image_key=args.image_key)
     options = RunOptions.of(
         "stage2", args.preset, args.run, args.out, device=args.device, log=args.log, gpu_hour=args.gpu_hour,
-        max_cost=args.max_cost,
+        max_cost=args.max_cost, continue_from=args.continue_from,
     )  # fmt: skip
     check_inputs(args.preset, config, inputs, options, args.plan)
     if config.synthetic:
@@ -77,12 +86,12 @@ def work(args: argparse.Namespace) -> None:
     if not args.plan:
         return train_stage2(config, inputs, options)
     from vlv.checkpoints.published import resolve
-    from vlv.train.initialize import stage2
+    from vlv.train.initialize import build_stage2
     from vlv.train.memory_plan import plan
 
     start = resolve(args.ckpt) if args.ckpt else None
     llm = args.llm or (start.llm if start else None)
-    print(plan(lambda c: stage2(c, start, llm, weights=False), config, args.plan))
+    print(plan(lambda c: build_stage2(c, start, llm, weights=False), config, args.plan))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -75,7 +75,7 @@ def train_t2i(config: T2IConfig, options: RunOptions) -> None:
     import torch
 
     from vlv.common.files import atomic_folder
-    from vlv.train.initialize import build_t2i
+    from vlv.train.initialize import build_t2i, share
     from vlv.train.parallel import World
 
     with World.start(options.device or "cpu") as world:
@@ -88,6 +88,7 @@ def train_t2i(config: T2IConfig, options: RunOptions) -> None:
             size = sum(p.nbytes for p in t2i.parameters())
             with atomic_folder(options.out, size, force=True) as partial:  # a new folder: others may link the old one
                 t2i.save(partial)
+                share(partial)
 
 
 def work(args: argparse.Namespace) -> None:

@@ -11,9 +11,10 @@ takes which of its micro-batches, and a run that was killed continues exactly fr
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from vlv.common.command import say
+from vlv.common.jsonl import cut_torn_line, read_records
 from vlv.train import cost
 from vlv.train.checkpointing import Checkpoints
 from vlv.train.config import RunOptions, TrainConfig, TrainError
@@ -46,19 +48,36 @@ class Diverged(TrainError, FloatingPointError):
 class Trainer:
     """Trains what requires gradients in `objective`; continues the newest checkpoint in the folder `run`."""
 
-    def __init__(self, name: str, run: Path, config: TrainConfig, objective: Objective, world: World):
+    def __init__(
+        self,
+        name: str,
+        run: Path,
+        config: TrainConfig,
+        objective: Objective,
+        world: World,
+        inputs: dict[str, str] | None = None,
+        continue_from: Path | None = None,
+    ):
         self.name = name
         self.run_dir = Path(run)
         self.config = config
         self.world = world
         self.objective = objective
+        self.inputs = inputs or {}
+        self.continue_from = str(Path(continue_from).resolve()) if continue_from else None
         self.passes = config.accumulation(world.size)
         self.module = prepare(objective, config, world)
         named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
         self.names, self.params = [n for n, _ in named], [p for _, p in named]
         if not self.params:
             raise TrainError("nothing is trained: these flags freeze every weight")
-        groups = [group for group in objective.parameter_groups(config.lr) if group["params"]]
+        groups = objective.parameter_groups(config.lr)
+        if not config.decay_norms:
+            groups = [
+                group | {"params": [p for p in group["params"] if (p.ndim < 2) == small], "weight_decay": decay}
+                for group in groups for small, decay in ((False, config.weight_decay), (True, 0.0))
+            ]  # fmt: skip
+        groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
         )
@@ -78,8 +97,12 @@ class Trainer:
         if world.first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(self.run_dir, name, config.keep, world)
+        self.kept = list(self.names)  # weights that a checkpoint holds: those that are trained, and that ever were
         if found := self.checkpoints.latest():
-            self._load(*found)
+            self._load(found)
+        elif continue_from:
+            self._take_weights(Checkpoints.find(continue_from))
+        self.skipped = SkippedRows(self.run_dir / "skipped.jsonl")
 
     def measure_throughput(self, feed: Iterator[dict]) -> tuple[float, Iterator[dict]]:
         """Return images a second of all processes, by passes that change no weight, and the feed, complete again."""
@@ -137,6 +160,7 @@ class Trainer:
             for key, value in self._forward_backward(batch, last=i == self.passes - 1).items():
                 losses[key] = losses.get(key, 0.0) + value
             replaced += sum(batch.get("replaced", ()))
+            self.skipped.add(batch.get("skipped", ()))
         sums = self.world.mean(torch.stack([*losses.values(), torch.tensor(float(replaced), device=self.world.device)]))
         *means, replaced = sums.tolist()
         losses = dict(zip(losses, means, strict=True))
@@ -190,12 +214,12 @@ class Trainer:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
 
-    def _tensors(self) -> dict:
+    def _tensors(self, names: list[str]) -> dict:
         """Return weights, moments and averages by the weights' names; a checkpoint is read into them in place."""
-        named = dict(zip(self.names, self.params, strict=True))
+        every = dict(self.objective.named_parameters())
         return {
-            "model": {name: p.detach() for name, p in named.items()},
-            "optimizer": {name: dict(self.optimizer.state[p]) for name, p in named.items()},
+            "model": {name: every[name].detach() for name in names},
+            "optimizer": {n: dict(self.optimizer.state[p]) for n, p in zip(self.names, self.params, strict=True)},
             "ema": dict(zip(self.names, self.ema, strict=False)),
         }
 
@@ -203,23 +227,44 @@ class Trainer:
         progress = {
             "step": self.step, "images": self.images, "seconds": self.seconds, "gpu_seconds": self.gpu_seconds,
             "replaced": self.replaced, "detector": self.detector.state(), "config": asdict(self.config),
+            "inputs": self.inputs, "continue_from": self.continue_from, "weights": self.kept,
         }  # fmt: skip
-        self.checkpoints.write(self.step, self._tensors(), progress)
+        self.checkpoints.write(self.step, self._tensors(self.kept), progress)
 
-    def _load(self, folder: Path, progress: dict) -> None:
+    def _load(self, folder: Path) -> None:
+        """Continue from a checkpoint of this run. Raises TrainError where anything that decides weights differs."""
+        progress = Checkpoints.progress(folder)
         before, now = progress["config"], asdict(self.config)
-        for name in sorted(now.keys() - FREE):
-            if before.get(name) != now[name]:
-                flag = f"--{name.replace('_', '-')}"
-                raise TrainError(
-                    f"{folder} was written with {flag} {before.get(name)}, this run has {now[name]}, which decides the "
-                    "weights to come: give the same, or choose another --run folder"
-                )
-        self.checkpoints.read(folder, self._tensors())
+        changed = {f"--{n.replace('_', '-')}": (before.get(n), now[n]) for n in now if n not in FREE}
+        changed["--continue-from"] = (progress["continue_from"], self.continue_from)
+        differences = [f"{flag} {old}, this run has {new}" for flag, (old, new) in changed.items() if old != new]
+        differences += [f"another --{n}" for n in self.inputs if progress["inputs"].get(n) != self.inputs[n]]
+        if differences:
+            raise TrainError(
+                f"{folder} was written with {differences[0]}, which decides the weights to come: give the same, or "
+                f"choose another --run folder (--continue-from {folder.parent} starts it from these weights)"
+            )
+        self.kept = progress["weights"]
+        self.checkpoints.read(folder, self._tensors(self.kept))
         self.step, self.images, self.replaced = progress["step"], progress["images"], progress["replaced"]
         self.seconds, self.gpu_seconds = progress["seconds"], progress["gpu_seconds"]
         self.detector = AnomalyDetector(self.config.spike, self.config.patience, **progress["detector"])
         self.say(f"resuming at step {self.step} of {self.config.steps}")
+
+    def _take_weights(self, folder: Path) -> None:
+        """Start from the weights of another run's checkpoint, all that it has."""
+        names = Checkpoints.progress(folder)["weights"]
+        every = dict(self.objective.named_parameters())
+        if foreign := sorted(set(names) - every.keys()):
+            raise TrainError(
+                f"{folder} has weights that this stage has not ({foreign[0]} and {len(foreign) - 1} more): "
+                "--continue-from takes a run of the same stage"
+            )
+        self.checkpoints.read(folder, {"model": {name: every[name].detach() for name in names}})
+        for p, average in zip(self.params, self.ema, strict=False):
+            local(average).copy_(local(p.detach()))
+        self.kept += [name for name in names if name not in set(self.names)]
+        self.say(f"starting from {len(names)} weights of {folder}")
 
 
 def train(
@@ -247,6 +292,26 @@ def train(
     if world.first and write:
         write(weights, options.out)
     world.barrier()
+
+
+class SkippedRows:
+    """RUN/skipped.jsonl: the rows that gave no image, each once, with the reason."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        cut_torn_line(file)
+        self.known = {record["id"] for record in read_records(file)}
+
+    def add(self, rows: Iterable[list[tuple[str, str]]]) -> None:
+        """Note (id, reason) of rows that are not in the file yet; one write, so that processes can share the file."""
+        fresh = {id: reason for skipped in rows for id, reason in skipped if id not in self.known}
+        self.known |= fresh.keys()
+        if fresh:
+            lines = [
+                json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n" for id, reason in fresh.items()
+            ]
+            with self.file.open("ab") as stream:
+                stream.write("".join(lines).encode())
 
 
 class AnomalyDetector:
@@ -280,7 +345,7 @@ class AnomalyDetector:
         if self.in_a_row >= self.patience:
             raise Diverged(
                 f"{self.in_a_row} steps in a row were left out, the last at step {step} because {reason}: "
-                "look at the data there, or go on from the last save with a lower --lr"
+                "look at the data there, or go on with --continue-from, the last checkpoint, and a lower --lr"
             )
         return reason
 

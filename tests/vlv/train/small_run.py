@@ -1,6 +1,6 @@
 """A whole run of vlv.train.trainer on a very small encoder: in this process, or started by torchrun.
 
-python small_run.py DATA RUN ddp|fsdp: trains to its end, resuming what RUN holds.
+python small_run.py DATA RUN ddp|fsdp|late: trains to its end, resuming what RUN holds.
 """
 
 import sys
@@ -46,6 +46,13 @@ class Noisy(Objective):
         return {"loss": (context - torch.randn_like(context)).square().mean()}
 
 
+class Late(Noisy):
+    """Noisy, whose decoder is trained from step 3 on."""
+
+    def before_step(self, step):
+        self.encoder.bottleneck.decoder.requires_grad_(step >= 3)
+
+
 def train(data, folder, config=CONFIG, objective=Noisy):
     """Train to the end in the processes at hand; returns the trainer's whole weights."""
     with World.start("cpu") as world:
@@ -59,4 +66,7 @@ def train(data, folder, config=CONFIG, objective=Noisy):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(sys.argv[1], sys.argv[2], replace(CONFIG, parallel=sys.argv[3]))
+    if sys.argv[3] == "late":
+        train(sys.argv[1], sys.argv[2], replace(CONFIG, encoder_from=3), Late)
+    else:
+        train(sys.argv[1], sys.argv[2], replace(CONFIG, parallel=sys.argv[3]))

@@ -103,6 +103,13 @@ def test_captions_origin_and_what_is_left_out(photos, server, tmp_path, captioni
     assert source.rows == [10] and all(source.read(0, i).caption == kept[i]["caption"] for i in range(10))
 
 
+def test_our_own_server_takes_the_default_limit(photos, server, tmp_path):
+    """400 tokens are more than it gives; it lowers them, and every caption arrives."""
+    default = distill.parser().get_default("max_tokens")
+    assert default == 400 and call(photos, server, tmp_path / "data.jsonl", "--max-tokens", str(default)) == 0
+    assert len(records(tmp_path / "data.jsonl")) == 10 and not (tmp_path / "data.errors.jsonl").exists()
+
+
 def test_kill_9_loses_and_doubles_nothing(photos, server, tmp_path):
     out = tmp_path / "data.jsonl"
     model = httpx.get(server + "/models").json()["data"][0]["id"]

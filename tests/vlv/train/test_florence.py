@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tests.vlv.official import SLIM, slim_weights
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.published_read import convert
-from vlv.train.florence import start
+from vlv.train.florence import write_start
 
 FLORENCE, CLIP = "VLV_model.model.", "VLV_model.text_encoder.text_model."
 
@@ -30,7 +30,7 @@ def parts(tmp_path_factory):
 
 
 def test_everything_that_is_pretrained_is_where_a_published_checkpoint_has_it(parts, tmp_path):
-    made = start(parts / "florence", parts / "sd", tmp_path / "start", queries=9).load_encoder().state_dict()
+    made = write_start(parts / "florence", parts / "sd", tmp_path / "start", queries=9).load_encoder().state_dict()
     beside = [str(SLIM / name) for name in ("florence2", "text_encoder", "qwen")]
     published = convert(parts / "model.pt", tmp_path / "whole", *beside).load_encoder().state_dict()
     fresh = {"bottleneck.queries"} | {f"bottleneck.projection.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")}
@@ -43,5 +43,5 @@ def test_everything_that_is_pretrained_is_where_a_published_checkpoint_has_it(pa
 
 def test_other_weights_are_refused(parts, tmp_path):
     with pytest.raises(CheckpointError, match="expected Florence-2 as Microsoft released it"):
-        start(parts / "sd" / "text_encoder", parts / "sd", tmp_path / "out")
+        write_start(parts / "sd" / "text_encoder", parts / "sd", tmp_path / "out")
     assert not (tmp_path / "out").exists()

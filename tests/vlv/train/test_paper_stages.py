@@ -2,16 +2,20 @@
 
 import contextlib
 import io
+import json
+import os
+import shutil
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vlv.checkpoints.folder import Checkpoint
 from vlv.model.captioner import Captioner
 from vlv.train import stage1, stage2, trainer
 from vlv.train.config import STAGE1, STAGE2, TrainConfig
-from vlv.train.cost import account, estimate
+from vlv.train.cost import account, estimate, planned
 
 SMALL = "--batch 4 --micro-batch 2 --workers 0 --no-bf16 --device cpu --lr 1e-3 --log-every 1".split()
 
@@ -67,6 +71,71 @@ def test_stage_2_trains_the_language_model_and_the_encoder_but_not_the_queries(t
     assert {n.split(".")[1] for n in moved} == {"prompt", "encoder", "decoder"}
     captioner = Captioner.load(end)
     assert len(captioner.generate(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), max_new_tokens=4)) == 1
+
+
+def test_a_narrower_run_is_a_new_run_that_keeps_what_was_trained(trained, run, captioned, tmp_path):
+    """Stage 1's BART encoder, trained by the first run, is in the result of a run that trains the decoder alone."""
+    flags = ["--preset", "paper-stage1", "--ckpt", run / "stage1", "--queries", "8", "--no-clip-layers"]
+    flags += ["--data", captioned, "--cache-latents", trained / "latents", "--steps", "2", *SMALL]
+    flags += ["--encoder-part", "decoder"]
+    with pytest.raises(ValueError, match="was written with --encoder-part language-model, this run has decoder"):
+        command(stage1.main, *flags, "--run", trained)
+    command(stage1.main, *flags, "--run", tmp_path, "--continue-from", trained / "stage1.saves")
+    before, after = (Checkpoint.open(f / "stage1").load_encoder().state_dict() for f in (trained, tmp_path))
+    assert {n.split(".")[1] for n in changed(before, after)} == {"queries", "decoder", "projection"}
+    command(stage1.main, *flags, "--run", tmp_path, "--continue-from", trained / "stage1.saves")  # it is finished
+
+
+def test_other_data_or_another_start_is_refused_on_resume(trained, run, captioned, tmp_path):
+    flags = ["--preset", "paper-stage2", "--run", trained, "--llm", run / "stage2" / "llm", "--steps", "1",
+             "--parallel", "fsdp", *SMALL]  # fmt: skip
+    fewer = shutil.copytree(captioned, tmp_path / "fewer")
+    (fewer / "00.png").unlink()
+    for data, start, llm, flag in (
+        (fewer, trained / "stage1", run / "stage2" / "llm", "data"),
+        (captioned, run / "stage2", run / "stage2" / "llm", "ckpt"),
+    ):
+        with pytest.raises(ValueError, match=f"was written with another --{flag}"):
+            command(stage2.main, *flags, "--data", data, "--ckpt", start, "--llm", llm)
+
+
+def test_files_are_for_other_users_and_say_their_dtype(trained, run):
+    umask = os.umask(0o022)
+    os.umask(umask)
+    for folder in (run / "stage1", run / "stage2", run / "t2i", trained / "stage1", trained / "stage2"):
+        modes = {file: file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file()}
+        assert not {file: oct(mode) for file, mode in modes.items() if mode != 0o666 & ~umask}
+    for folder, dtype in ((run, torch.float16), (trained, torch.float32)):
+        assert load_file(folder / "stage2" / "llm" / "model.safetensors")["model.norm.weight"].dtype == dtype
+        config = json.loads((folder / "stage2" / "llm" / "config.json").read_text())
+        assert config["dtype"] == str(dtype).removeprefix("torch.") and "torch_dtype" not in config
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_noise_is_added_in_float32(run, bf16):
+    """diffusers adds none at the first time steps in bfloat16, whose alphas round to 1: no path of ours is touched."""
+    from vlv.train import initialize
+
+    config = TrainConfig(bf16=bf16, checkpoint_activations=False)
+    stage = initialize.build_stage1(config, Checkpoint.open(run / "stage1"), run / "t2i", torch.device("cpu"))
+    scheduler, seen = stage.t2i.scheduler, []
+    add_noise = scheduler.add_noise
+
+    def record(latents, noise, steps):
+        noisy = add_noise(latents, noise, steps)
+        first = torch.zeros_like(steps)
+        alpha = scheduler.alphas_cumprod[0].double()
+        exact = alpha.sqrt() * latents.double() + (1 - alpha).sqrt() * noise.double()
+        seen.append((latents.dtype, (add_noise(latents, noise, first) - exact).abs().max().item(), noisy.dtype))
+        return noisy
+
+    scheduler.add_noise = record
+    pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    for batch in ({"pixels": pixels}, {"pixels": pixels, "latents": torch.randn(2, 12, 8, 8)}):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            assert stage.objective(batch)["loss"].isfinite()
+    assert len(seen) == 2
+    assert all(dtype == noisy == torch.float32 and error < 1e-5 for dtype, error, noisy in seen)
 
 
 def test_the_cost_is_told_before_and_after(trained):
@@ -185,7 +254,7 @@ def test_more_images_and_kept_activations_need_more_memory(run):
     start, config = Checkpoint.open(run / "stage1"), TrainConfig(micro_batch=2, batch=2, bf16=False)
 
     def build(config):
-        return initialize.stage1(config, start, run / "t2i", weights=False)
+        return initialize.build_stage1(config, start, run / "t2i", weights=False)
 
     base = measure(build, config)
     double = measure(build, replace(config, micro_batch=4))
@@ -202,6 +271,13 @@ def test_the_published_figures():
     assert (two.steps, two.batch, two.lr, two.schedule, two.warmup) == (100_000, 64, 1e-5, "linear", 0)
     assert (two.beta2, two.weight_decay, two.max_tokens, two.unfreeze) == (0.999, 0.01, 300, "encoder")
     assert one.rate(200_000) == pytest.approx(1e-4) and two.rate(100_000) == 0
+
+
+def test_the_planned_cost_takes_the_rate_that_a_gpu_gave(tmp_path):
+    text = planned(102_400_000, 8, 2.0, tmp_path / "none.json")
+    assert "at 37.0 a second and GPU (the paper's, on RTX 6000 Ada): 96.1 h, 768.77 GPU-hours, $1,537.54" in text
+    (tmp_path / "train.json").write_text('{"speedup": 5, "ours": {"images_per_second": 370}, "device": "NVIDIA H200"}')
+    assert "at 370.0 a second and GPU (measured on NVIDIA H200)" in planned(1000, 8, None, tmp_path / "train.json")
 
 
 def test_cost_before_and_after():

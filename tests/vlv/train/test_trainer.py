@@ -18,6 +18,7 @@ from torch import nn
 from kernels.linear import Linear
 from tests.vlv.train import small_run
 from vlv.train.objectives import Objective
+from vlv.train.parallel import World
 from vlv.train.trainer import AnomalyDetector, Trainer
 
 ROOT, SCRIPT = Path(__file__).parents[3], Path(small_run.__file__)
@@ -75,6 +76,26 @@ def test_two_processes_with_shards_of_the_model_do_what_one_does(alone, captione
     # over all of them: where a gradient is near zero, rounding alone turns Adam's step around
     apart = sum((weights[name] - w).double().square().sum() for name, w in alone[1].items())
     assert (apart / sum(w.double().square().sum() for w in weights.values())).sqrt() < 1e-4
+
+
+def test_weights_that_join_late_do_so_in_two_processes_as_in_one(captioned, tmp_path):
+    weights = small_run.train(captioned, tmp_path / "one", replace(small_run.CONFIG, encoder_from=3), small_run.Late)
+    process = start(TWO, captioned, tmp_path / "two", "late")
+    assert process.wait(200) == 0, process.stderr.read().decode()[-2000:]
+    same_losses(log(tmp_path / "two"), log(tmp_path / "one"))
+    start_weights = small_run.Late().state_dict()
+    assert not torch.equal(weights["encoder.bottleneck.decoder.layers.0.attention.qkv.weight"],
+                           start_weights["encoder.bottleneck.decoder.layers.0.attention.qkv.weight"])  # fmt: skip
+
+
+def test_norms_without_weight_decay(captioned, tmp_path):
+    """Their group has none, the others the given one; the losses of the first step are the same."""
+    config = replace(small_run.CONFIG, steps=1, decay_norms=False, weight_decay=0.5)
+    with World.start("cpu") as world:
+        trainer = Trainer("toy", tmp_path, config, small_run.Noisy(), world)
+    decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {decays[id(p)] for p in trainer.params if p.ndim < 2} == {0.0}
+    assert {decays[id(p)] for p in trainer.params if p.ndim > 1} == {0.5} and len(decays) == len(trainer.params)
 
 
 def test_torchrun_starts_a_killed_worker_again_and_the_run_ends_as_if_nothing_had_been(alone, captioned, tmp_path):
