@@ -335,3 +335,12 @@ def test_captions_of_a_tars_members_train(rows, tmp_path):
     (tmp_path / "captions.jsonl").write_text(json.dumps(lines[0] | {"id": "x.tar/none.png"}) + "\n")
     with pytest.raises(DataError, match=r"line 1: expected an id that ends with the name of a member of .*x\.tar, got"):
         open_sources([str(tmp_path / "captions.jsonl")])
+
+
+def test_several_captions_of_a_text_file_as_the_captioner_writes_them(rows, tmp_path):
+    from serve.outputs.text import lines
+
+    record = {"caption": "a cat", "captions": ["a cat", "a cat\non a mat", "two", "three"]}
+    (tmp_path / "1.png").write_bytes(rows[0][1])
+    (tmp_path / "1.txt").write_text(lines(record))
+    assert open_sources([str(tmp_path)]).read(0, 0).captions == ("a cat", "a cat on a mat", "two", "three")
