@@ -53,7 +53,8 @@ class Decode:
         self._store = Store(options.output)
         self._loop = asyncio.new_event_loop()
         workers = options.model.workers or 1
-        self._pool = DecodePool(Model.of(options.model).checkpoint.config.image_size, workers, 4 * workers)
+        size = Model.of(options.model).checkpoint.config.image_size
+        self._pool = DecodePool(size, workers, 4 * workers, ignore_icc=options.model.ignore_icc)
         self._loop.run_until_complete(self._pool.__aenter__())
 
     def __call__(self, batch: Batch) -> Batch:
