@@ -416,7 +416,7 @@ def test_help_is_quick():
 
 
 def test_profiles_are_converted_unless_they_are_to_be_ignored(caption, scene_images, tmp_path):
-    """A scene whose red and green are swapped, with a profile that swaps them back, is the scene; ignored, it is not."""
+    """A scene with red and green swapped, and a profile that swaps them back, is the scene; ignored, it is not."""
     plain, tagged, raw = (tmp_path / name for name in ("plain", "tagged", "raw"))
     for folder in (plain, tagged, raw):
         folder.mkdir()
