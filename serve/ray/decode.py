@@ -17,11 +17,11 @@ Batch = dict[str, Any]
 class Decode:
     """Decode a unit's images in processes of the actor's own: a file that kills its decoder costs that image."""
 
-    def __init__(self, output: str, size: int, workers: int = 1):
+    def __init__(self, output: str, size: int, workers: int = 1, ignore_icc: bool = False):
         """`output`: folder or URL of the parts; `size`: pixels of a crop's side."""
         self._store = Store(output)
         self._loop = asyncio.new_event_loop()
-        self._pool = DecodePool(size, workers, 4 * workers)
+        self._pool = DecodePool(size, workers, 4 * workers, ignore_icc=ignore_icc)
         self._loop.run_until_complete(self._pool.__aenter__())
 
     def __call__(self, batch: Batch) -> Batch:
