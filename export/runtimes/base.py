@@ -63,6 +63,8 @@ class Session(ABC):
                 raise SessionInputError(
                     f"{self.name} takes {port.name} as {port.dtype} {expected}, not {value.dtype} {list(value.shape)}"
                 )
+        if batch < 1:
+            raise SessionInputError(f"{self.name} takes a batch of at least 1, not an empty one")
         if self.profile and not self.profile.min <= batch <= self.profile.max:
             raise SessionInputError(
                 f"a batch of {batch}: this {self.name} takes {self.profile.min} to {self.profile.max}; "
