@@ -1,7 +1,7 @@
 """Check graphs in seconds before engines are built from them for minutes: python -m export.lint FILE.onnx …
 
-Finds unsupported operators, 64-bit integers in the data path, shapes outside the profile, and too little memory for the
-build. Reads the graph, not the weights.
+Finds unsupported operators, 64-bit integers in the data path, shapes outside the profile, operators that compute
+something else than their PyTorch code, and too little memory for the build. Reads the graph, not the weights.
 """
 
 from __future__ import annotations

@@ -179,6 +179,7 @@ def _caption(args: argparse.Namespace) -> int:
         args.artifacts,
         flags,
         CaptionStyle(args.strip_openers, args.max_sentences, args.max_words, args.single_line, args.template),
+        args.ignore_icc,
     )
     engine = model.engine()
     if args.output == "-":

@@ -34,7 +34,8 @@ class Range:
 def float16_ranges(graph: Path, traced: Traced, rows: Iterable[dict[str, np.ndarray]]) -> list[Range]:
     """Return the range, over all `rows` of inputs, of every value that `graph` keeps in float16.
 
-    Infinite values are left out: in float32 only masks have them. A file is made beside `graph` for a while.
+    Masks are left out: infinite values, and the negative values that only a softmax reads (also through sums), which
+    may become infinite without harm. A file is made beside `graph` for a while.
     """
     observed = graph.with_name(f"observed-{graph.name}")
     try:
@@ -92,14 +93,33 @@ def _compute_in_float32(model: ModelProto) -> None:
     model.graph.node.extend(nodes)
 
 
+def _scores(model: ModelProto) -> set[str]:
+    """Return the values that only a softmax reads, also through sums: scores and their masks."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    scores: set[str] = set()
+    for node in reversed(model.graph.node):  # readers come after what they read
+        for value in node.output:
+            read_by = readers.get(value, [])
+            if read_by and all(
+                r.op_type == "Softmax" or (r.op_type == "Add" and r.output[0] in scores) for r in read_by
+            ):
+                scores.add(value)
+    return scores
+
+
 def _observe_magnitudes(model: ModelProto, names: list[str]) -> None:
     """Add an output `<name>_max` for each value: the largest finite magnitude."""
     body = model.graph
     body.initializer.append(helper.make_tensor("observed_zero", TensorProto.FLOAT, [], [0.0]))
+    scores = _scores(model)
     # in reverse: ONNX Runtime visits ends without successors from the last one, and frees what nothing waits for
     for name in reversed(names):
         body.node.append(helper.make_node("IsInf", [name], [f"{name}_infinite"]))
         body.node.append(helper.make_node("Where", [f"{name}_infinite", "observed_zero", name], [f"{name}_finite"]))
-        body.node.append(helper.make_node("Abs", [f"{name}_finite"], [f"{name}_magnitude"]))
+        magnitude = "Relu" if name in scores else "Abs"
+        body.node.append(helper.make_node(magnitude, [f"{name}_finite"], [f"{name}_magnitude"]))
         body.node.append(helper.make_node("ReduceMax", [f"{name}_magnitude"], [f"{name}_max"], keepdims=0))
         body.output.append(helper.make_tensor_value_info(f"{name}_max", TensorProto.FLOAT, []))

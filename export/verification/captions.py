@@ -1,45 +1,108 @@
-"""Compare the greedy captions that a language model writes from two sets of prompt embeddings."""
+"""Compare the greedy captions that a language model writes from the reference's and from an artifact's embeddings.
+
+A rounding that swaps one token changes the rest of its caption, so what a few captions lose is mostly chance. Scenes
+are therefore added until the verdict no longer depends on which ones were drawn.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
+from export.runtimes.torch import TorchRuntime
+from export.verification.inputs import scene_images
 from vlv.checkpoints.folder import Checkpoint
 from vlv.model.captioner import Captioner
+from vlv.model.generation import cut_at_end, greedy_generation_config
+
+TOKENS = 96  # of a caption that are compared
+SCENES = 64  # captioned together
+MAX_SCENES = 1024
+MAX_WORK = 1e12  # multiply-adds for the captions of one check: fewer scenes for a larger language model
+CERTAIN = 4.0  # standard errors between the agreement and the limit that end the check
+ENCODED = 16  # images that the reference encodes together
 
 
 @dataclass(frozen=True)
-class Captions:
-    """Greedy captions of the reference's embeddings, and how many of their tokens other embeddings keep."""
+class Agreement:
+    """The tokens of captions that stayed the same."""
 
-    llm: torch.nn.Module
-    end: int
-    expected: list[list[int]]
+    images: int
+    tokens: int
+    agreement: float  # share of equal tokens, position by position, up to the end of the longer caption
+    error: float  # standard error of the agreement
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, prompts: Tensor) -> Captions:
-        """Caption the reference's embeddings, float32 [B, N, H]."""
+    def of(cls, kept: list[int], totals: list[int]) -> Agreement:
+        """Compute from each caption's equal tokens and its length."""
+        lost, lengths = np.subtract(totals, kept), np.array(totals)
+        share = lost.sum() / lengths.sum()
+        error = np.sqrt(np.square(lost - share * lengths).sum()) / lengths.sum()
+        # captions without any loss say little of the next one: half of it may be lost
+        return cls(len(totals), int(lengths.sum()), float(1 - share), float(max(error, 0.5 / len(totals))))
+
+    def is_certain(self, required: float) -> bool:
+        """Return True if other scenes would hardly change the verdict."""
+        return abs(self.agreement - required) > CERTAIN * self.error
+
+    def passes(self, required: float) -> bool:
+        """Return True if enough tokens stay: one standard error more, if it is uncertain after MAX_SCENES."""
+        doubt = self.images >= MAX_SCENES and not self.is_certain(required)
+        return self.agreement - (self.error if doubt else 0) >= required
+
+
+class Captions:
+    """Greedy captions of the reference, made when first needed: of given images, and of as many scenes as it takes."""
+
+    def __init__(self, checkpoint: Checkpoint, reference: TorchRuntime, images: Tensor, seed: int = 0):
+        """images: uint8 [B, 3, S, S], captioned first; seed: chooses the scenes after them."""
         captioner = Captioner.load(checkpoint)
-        captions = cls(captioner.llm, captioner.tokenizer.eos_token_id, [])
-        captions.expected.extend(captions.generate(prompts))
-        return captions
+        self._llm = captioner.llm
+        self._end_tokens = captioner.end_tokens
+        self._reference = reference
+        self._size = checkpoint.config.image_size
+        self._seed = seed
+        work = TOKENS * sum(parameter.numel() for parameter in self._llm.parameters())
+        self._max_scenes = min(MAX_SCENES, int(MAX_WORK / work))
+        self._batches = [(images, self.generate(self._prompts(images)))]
 
     @torch.inference_mode()
-    def generate(self, prompts: Tensor, tokens: int = 96) -> list[list[int]]:
-        """Return token ids, padded with end tokens to the longest caption."""
-        config = GenerationConfig(max_new_tokens=tokens, eos_token_id=self.end, pad_token_id=self.end)
-        mask = torch.ones(prompts.shape[:2], dtype=torch.long)
-        return self.llm.generate(inputs_embeds=prompts, attention_mask=mask, generation_config=config).tolist()
+    def generate(self, prompts: Tensor) -> list[list[int]]:
+        """Return the token ids of each caption, its end token included. prompts: float32 [B, N, H]."""
+        config = greedy_generation_config(self._llm, TOKENS, self._end_tokens)
+        rows = []
+        for part in prompts.split(SCENES):
+            mask = torch.ones(part.shape[:2], dtype=torch.long)
+            rows += self._llm.generate(inputs_embeds=part, attention_mask=mask, generation_config=config).tolist()
+        return [row[: len(cut_at_end(row, self._end_tokens)) + 1] for row in rows]
 
-    def agreement(self, prompts: Tensor) -> dict:
-        """Return the share of equal tokens, position by position, up to the end of the longer caption."""
-        same = total = 0
-        for found, expected in zip(self.generate(prompts), self.expected, strict=True):
-            found, expected = (row[: row.index(self.end) + 1] if self.end in row else row for row in (found, expected))
-            total += max(len(found), len(expected))
-            same += sum(a == b for a, b in zip(found, expected, strict=False))
-        return {"images": len(self.expected), "tokens": total, "agreement": same / total}
+    def agreement(self, encode: Callable[[Tensor], Tensor], required: float) -> Agreement:
+        """Compare the captions from `encode(images)`, until it is certain whether `required` of the tokens stay.
+
+        If all must stay (1.0), the given images alone are compared.
+        """
+        kept, totals = [], []
+        for images, expected in self._in_batches():
+            for caption, reference in zip(self.generate(encode(images)), expected, strict=True):
+                totals.append(max(len(caption), len(reference)))
+                kept.append(sum(a == b for a, b in zip(caption, reference, strict=False)))
+            found = Agreement.of(kept, totals)
+            if required == 1 or found.is_certain(required):
+                break
+        return found
+
+    def _in_batches(self) -> Iterator[tuple[Tensor, list[list[int]]]]:
+        """Yield the given images, then scenes, with the reference's captions."""
+        yield self._batches[0]
+        for i in range(self._max_scenes // SCENES):
+            if i + 1 == len(self._batches):
+                images = scene_images(self._size, self._seed, i * SCENES, SCENES)
+                self._batches.append((images, self.generate(self._prompts(images))))
+            yield self._batches[i + 1]
+
+    def _prompts(self, images: Tensor) -> Tensor:
+        return torch.cat([self._reference.encode(part) for part in images.split(ENCODED)])

@@ -1,7 +1,7 @@
 """Check a graph in seconds, before an engine is built from it for minutes.
 
-Finds unsupported operators, 64-bit integers in the data path, shapes outside the profile, and too little memory for the
-build. Reads the graph, not the weights.
+Finds unsupported operators, 64-bit integers in the data path, shapes outside the profile, operators that compute
+something else than their PyTorch code, and too little memory for the build. Reads the graph, not the weights.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from export.manifest import Artifact
 
@@ -34,6 +35,7 @@ SHAPES = frozenset(
 )
 # operators of the data path that take 64-bit sizes or indices
 TAKE_INT64 = frozenset("Split Tile Pad Resize ReduceMean ReduceSum Transpose GatherElements TopK Range".split())
+MASKED = -1e4  # what is added to scores, or put in their place, to mask them, is below
 BUILD_MEMORY = 3.2  # peak memory of a TensorRT-RTX build over the size of the weights: measured, 13.8 GB for 4.3 GB
 
 
@@ -43,7 +45,7 @@ def problems(file: Path, artifact: Artifact | None = None, runtime: str = "onnx"
         model = onnx.load(file, load_external_data=False)
     except Exception as error:  # protobuf's own exception, whichever implementation it is
         return [f"{file} is not an ONNX graph ({type(error).__name__}): export again"]
-    found = [*_operators(model, runtime), *_edges(model, artifact), *_leaks(model)]
+    found = [*_operators(model, runtime), *_edges(model, artifact), *_leaks(model), *_inexact(model)]
     if runtime != "onnx":
         found += _memory(file)
     return found
@@ -98,6 +100,68 @@ def _leaks(model: ModelProto) -> list[str]:
         elif node.op_type not in SHAPES | TAKE_INT64 and int64 & set(node.input):
             found.append(f"node {node.name} ({node.op_type}) computes on 64-bit integers: cast to int32 before it")
     return found
+
+
+def _inexact(model: ModelProto) -> list[str]:
+    """Return nodes that compute something else than the PyTorch code that torch.onnx.export makes them from."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    constants = _small_constants(model)
+    found = []
+    for node in model.graph.node:
+        inputs = [makers[name] for name in node.input if name in makers]
+        if node.op_type == "ScatterElements" and _reduction(node) == "none":
+            found.append(
+                f"node {node.name} (ScatterElements) keeps the last value where indices repeat, and "
+                "scatter_reduce(mean) is exported so: divide a sum by a count instead"
+            )
+        elif node.op_type == "Log" and any(one.op_type == "Sigmoid" for one in inputs):
+            found.append(
+                f"node {node.name} (Log) of a sigmoid, as logsigmoid is exported, is -inf for large negative inputs: "
+                "use -softplus(-x)"
+            )
+        elif node.op_type == "Log" and any(_adds_one(one, constants) for one in inputs):
+            found.append(
+                f"node {node.name} (Log) of 1 + x, as log1p is exported, loses x below 1e-7: "
+                "compute the logarithm outside of the module"
+            )
+        elif _has_computed_mask(node, inputs, makers, constants):
+            found.append(
+                f"node {node.name} ({node.op_type}) has a mask that is computed: a row that is masked entirely gives "
+                "zeros or the mean, depending on the opset: keep one value of each row"
+            )
+    return found
+
+
+def _small_constants(model: ModelProto) -> dict[str, np.ndarray]:
+    """Return the constants that lie in the graph's own file and have at most 16 values."""
+    return {
+        one.name: numpy_helper.to_array(one)
+        for one in model.graph.initializer
+        if one.data_location != TensorProto.EXTERNAL and np.prod(one.dims, dtype=int) <= 16
+    }
+
+
+def _reduction(node: NodeProto) -> str:
+    return next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
+
+
+def _adds_one(node: NodeProto, constants: dict[str, np.ndarray]) -> bool:
+    return node.op_type == "Add" and any((constants[name] == 1).all() for name in node.input if name in constants)
+
+
+def _has_computed_mask(
+    node: NodeProto, inputs: list[NodeProto], makers: dict[str, NodeProto], constants: dict[str, np.ndarray]
+) -> bool:
+    """Return True for an attention or a softmax whose mask is neither a constant nor absent."""
+    if node.op_type == "Attention":
+        return len(node.input) > 3 and node.input[3] in makers
+    if node.op_type != "Softmax":
+        return False
+    summands = [makers[name] for one in inputs if one.op_type == "Add" for name in one.input if name in makers]
+    return any(
+        one.op_type == "Where" and any((constants[name] < MASKED).all() for name in one.input[1:] if name in constants)
+        for one in (*inputs, *summands)
+    )
 
 
 def _memory(file: Path) -> list[str]:

@@ -113,12 +113,21 @@ def _images(size: int, count: int, images: Sequence[Path], seed: int) -> Tensor:
     if count <= NOISE:
         raise ValueError(f"{count} images: expected at least {NOISE + 1}, since {NOISE} of them are noise")
     crops = [_photo(path, size) for path in images[: count - NOISE]]
-    for i in range(count - NOISE - len(crops)):
-        scene = Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + 1000 * (seed + 1) + i)))
-        crops.append(np.asarray(scene.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1))
+    crops += [_scene(size, 1000 * (seed + 1) + i) for i in range(count - NOISE - len(crops))]
     random = np.random.default_rng(seed)
     crops += list(random.integers(0, 256, (NOISE, 3, size, size), np.uint8))
     return torch.from_numpy(np.stack(crops))
+
+
+def scene_images(size: int, seed: int, first: int, count: int) -> Tensor:
+    """Return uint8 [count, 3, size, size]: held-out scenes, others than those of any VerificationInputs."""
+    return torch.from_numpy(np.stack([_scene(size, 10**6 * (seed + 1) + first + i) for i in range(count)]))
+
+
+def _scene(size: int, number: int) -> np.ndarray:
+    """Return a held-out scene, uint8 [3, size, size]."""
+    scene = Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + number)))
+    return np.asarray(scene.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 def _photo(path: Path, size: int) -> np.ndarray:

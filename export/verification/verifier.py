@@ -8,7 +8,7 @@ embeddings must stay the same. On failure the blocks of the graph are compared o
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -93,7 +93,7 @@ class Verifier:
             "problems": problems,
         }
         if artifact.component == "encoder" and self._with_captions:
-            figures["captions"] = self._agreement(artifact, found[0]["prompts"], problems)
+            figures["captions"] = self._agreement(artifact, session, problems)
         if problems and artifact.runtime == "onnx":
             figures["blocks"] = drift(artifact, folder, graph, sets[0])
             first = next((b["block"] for b in figures["blocks"] if b["drifts"]), None)
@@ -136,18 +136,20 @@ class Verifier:
             pass
         return tried, outputs
 
-    def _agreement(self, artifact: Artifact, prompts: Tensor, problems: list[str]) -> dict:
+    def _agreement(self, artifact: Artifact, session: Session, problems: list[str]) -> dict:
         if self._captions is None:
-            reference = self._references("encoder", self.inputs.inputs("encoder"))
-            self._captions = Captions.of(self.checkpoint, reference[0]["prompts"][:-NOISE])
-        found = self._captions.agreement(prompts[:-NOISE])  # captions of noise depend on nothing that matters
+            images = self.inputs.images[:-NOISE]  # captions of noise depend on nothing that matters
+            self._captions = Captions(self.checkpoint, self.inputs.reference, images, self.inputs.seed)
         required = 1.0 if artifact.precision == "fp32" else AGREEMENT
-        if found["agreement"] < required:
+        found = self._captions.agreement(
+            lambda images: _in_batches(session, {"pixels": images}, artifact.profile.max)["prompts"], required
+        )
+        if not found.passes(required):
             problems.append(
-                f"captions change: {found['agreement']:.1%} of {found['tokens']} greedy tokens stay, "
-                f"{required:.0%} must"
+                f"captions change: {found.agreement:.1%} of {found.tokens} greedy tokens stay, {required:.0%} must"
+                + ("" if required == 1 else f" (standard error {found.error:.1%})")
             )
-        return found
+        return asdict(found)
 
 
 def _rows(inputs: dict[str, Tensor], artifact: Artifact) -> int:

@@ -48,6 +48,7 @@ class RunConfig:
     artifacts: Path | None = None  # folder of the exported encoder, for all but torch
     flags: str = ""  # for the records: what changes captions beside the model
     style: CaptionStyle = PLAIN  # how captions are edited
+    ignore_icc: bool = False  # take colours as they are stored, as published
 
 
 class CaptionRun:
@@ -84,7 +85,13 @@ class CaptionRun:
             return
         config = self.config
         limits = ServiceConfig(
-            config.prompt_batch, config.workers, MAX_PIXELS, config.encoder, config.artifacts, restarts=0
+            config.prompt_batch,
+            config.workers,
+            MAX_PIXELS,
+            config.encoder,
+            config.artifacts,
+            config.ignore_icc,
+            restarts=0,
         )
         self._service = service = CaptionService(self.checkpoint, lambda: self.engine, limits, self.timeline)
         images = -(-self.engine.in_flight // config.captions)  # whose captions are decoded together

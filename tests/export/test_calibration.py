@@ -10,6 +10,7 @@ from export import trace
 from export.components import Batch
 from export.graphs import Graph, Port
 from export.quantize import calibration
+from export.quantize.calibration import CalibrationError
 
 
 class Two(Graph):
@@ -59,3 +60,13 @@ def test_ranges_are_onnx_runtimes(traced, tmp_path):
         for one, other in zip(found[name].range_value, entry.range_value, strict=True):
             assert one.shape == other.shape and one == other, name
     assert {file.name for file in tmp_path.iterdir()} == before, "nothing is left behind"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 3, 8])
+def test_values_that_are_not_finite_are_named(traced, value, place):
+    """Wherever they are: ReduceMin and ReduceMax of a NaN depend on its place."""
+    graph, rows = traced
+    rows[1]["x"][1, place] = value
+    with pytest.raises(CalibrationError, match=r"x and \d+ more tensors are not finite on the calibration images"):
+        calibration.ranges(graph, ["MatMul", "Gemm"], rows)

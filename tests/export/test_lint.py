@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 
 import onnx
+import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from export import lint
@@ -72,6 +74,69 @@ def test_shapes_outside_the_profile(artifacts, tmp_path):
     other = (name, TensorProto.FLOAT, ["batch", 7, 7])
     file = graph(tmp_path, [helper.make_node("Identity", [name], ["y"])], [other], FLOAT[1:])
     assert "outside the profile's" in graph_lint.problems(file, artifact)[0]
+
+
+class ScatterMean(torch.nn.Module):
+    def forward(self, x):
+        index = (x > 0).int().long()
+        return torch.zeros(x.shape[0], 4).scatter_reduce(1, index, x, "mean", include_self=False)
+
+
+class LogSigmoid(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.logsigmoid(x)
+
+
+class Log1p(torch.nn.Module):
+    def forward(self, x):
+        return torch.log1p(x.abs())
+
+
+class MaskedSoftmax(torch.nn.Module):
+    def forward(self, x):
+        return torch.softmax(x.masked_fill(x > 1, float("-inf")), -1)
+
+
+class MaskedAttention(torch.nn.Module):
+    def forward(self, x):
+        x = x[:, None, :, None].expand(-1, 2, -1, 4)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=x[..., :1] @ x[..., :1].mT > 0)
+
+
+class CausalAttention(torch.nn.Module):
+    def forward(self, x):
+        x = x[:, None, :, None].expand(-1, 2, -1, 4)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "opset", "problem"),
+    [
+        (ScatterMean, 20, "keeps the last value where indices repeat"),
+        (LogSigmoid, 20, "is -inf for large negative inputs"),
+        (Log1p, 20, "loses x below 1e-7"),
+        (MaskedSoftmax, 20, "masked entirely gives zeros or the mean"),
+        (MaskedAttention, 20, "masked entirely gives zeros or the mean"),
+        (MaskedAttention, 23, "masked entirely gives zeros or the mean"),
+        (CausalAttention, 20, None),
+    ],
+)
+def test_what_is_exported_inexactly(tmp_path, module, opset, problem):
+    """The exporter's own graphs of a user's changed module."""
+    program = torch.onnx.export(module().eval(), (torch.randn(3, 8),), dynamo=True, opset_version=opset, verbose=False)
+    program.save(tmp_path / "x.onnx")
+    found = [one for one in graph_lint.problems(tmp_path / "x.onnx") if "not supported" not in one and "64" not in one]
+    assert bool(found) == bool(problem) and all(problem in one for one in found)
+
+
+@pytest.mark.parametrize(("module", "value"), [(LogSigmoid, -200.0), (Log1p, 1e-10)])
+def test_what_the_lint_names_is_wrong_there(tmp_path, module, value):
+    program = torch.onnx.export(module().eval(), (torch.randn(3, 8),), dynamo=True, opset_version=20, verbose=False)
+    program.save(tmp_path / "x.onnx")
+    x = torch.full((3, 8), value)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    assert not torch.allclose(found, module()(x), rtol=1e-2, atol=0)
 
 
 def test_memory(artifacts, monkeypatch):

@@ -104,6 +104,14 @@ def test_batches_outside_the_profile_are_refused(artifacts, checkpoint):
         engine.encode(torch.zeros(2, 3, size, size + 1, dtype=torch.uint8))
 
 
+def test_an_empty_batch_is_refused_by_every_runtime(artifacts, checkpoint):
+    """What would run here returns nothing, fails in a library, or ends the process."""
+    size = checkpoint.config.image_size
+    for runtime in (open_runtime("onnx", artifacts, checkpoint), TorchRuntime(checkpoint, "cpu")):
+        with pytest.raises(ValueError, match="encoder takes a batch of at least 1, not an empty one"):
+            runtime.encode(torch.zeros(0, 3, size, size, dtype=torch.uint8))
+
+
 def test_the_smallest_numbers_count_as_zero_in_sessions_alone(tmp_path):
     """Below 1e-38, where processors are slow; the caller's thread computes on as before."""
     edges = [onnx_library.helper.make_tensor_value_info(name, 1, ["b", 4]) for name in "xy"]

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from serve.vllm_caption import main
+from tests.vlv.data.pixel_cases import PROFILES
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 24
@@ -412,3 +413,30 @@ def test_help_is_quick():
     stdout, _ = run.communicate()
     assert run.returncode == 0 and b"exit codes" in stdout
     assert time.monotonic() - started < 2
+
+
+def test_profiles_are_converted_unless_they_are_to_be_ignored(caption, scene_images, tmp_path):
+    """A scene with red and green swapped, and a profile that swaps them back, is the scene; ignored, it is not."""
+    plain, tagged, raw = (tmp_path / name for name in ("plain", "tagged", "raw"))
+    for folder in (plain, tagged, raw):
+        folder.mkdir()
+    for name in ("00.png", "01.png", "02.png"):
+        image = Image.open(scene_images / name)
+        swapped = Image.fromarray(np.asarray(image)[..., [1, 0, 2]].copy())
+        image.save(plain / name)
+        swapped.save(raw / name)
+        swapped.save(tagged / name, icc_profile=PROFILES["swapped"])
+    texts = {}
+    for folder, flags in ((plain, []), (tagged, []), (raw, []), (tagged, ["--ignore-icc"])):
+        output = tmp_path / f"{folder.name}{len(flags)}.jsonl"
+        code, records, _, _ = caption(folder, *flags, output=output)
+        assert code == 0
+        texts[folder.name, len(flags)] = [record["caption"] for record in sorted(records, key=lambda r: r["id"])]
+    assert texts["tagged", 1] == texts["raw", 0] != texts["plain", 0]
+    grounds = [
+        [text.split(" background")[0].split()[-1] for text in texts[key]] for key in (("plain", 0), ("tagged", 0))
+    ]
+    assert grounds[0] == grounds[1]
+    assert all("--ignore-icc" in record["flags"] for record in lines(tmp_path / "tagged1.jsonl"))
+    code, _, _, said = caption(tagged, output=tmp_path / "tagged1.jsonl")
+    assert code != 0 and "--ignore-icc" in said

@@ -250,10 +250,12 @@ def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     if image.mode == "LAB":
         return lab_to_srgb(image)
-    if image.mode not in ("L", "CMYK"):
+    if image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     transform = srgb_transform(profile, image.mode)
-    return ImageCms.applyTransform(image, transform) if transform else image.convert("RGB")
+    if transform:
+        return ImageCms.applyTransform(image, transform)
+    return image if image.mode == "RGB" else image.convert("RGB")  # converting RGB to RGB copies all pixels
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

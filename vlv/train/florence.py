@@ -55,7 +55,6 @@ def write_start(florence: Path, t2i: Path, out: Path, queries: int = 77, seed: i
         made = convert(
             Path(folder), out, str(florence), str(t2i / "text_encoder"), t2i=t2i, dtype=torch.float32, force=force
         )
-    (out / "published.safetensors").unlink()  # Florence-2's word tables, which nothing here needs
     return made
 
 

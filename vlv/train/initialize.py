@@ -30,6 +30,7 @@ from transformers import (
 from vlv.checkpoints import folder as checkpoint
 from vlv.checkpoints.folder import Checkpoint
 from vlv.checkpoints.published import resolve
+from vlv.checkpoints.published_write import carry_published
 from vlv.checkpoints.random_weights import llm_plan
 from vlv.common.command import say
 from vlv.common.files import link_tree, write_json
@@ -107,6 +108,8 @@ def build_stage1(
 
     def write(weights: dict[str, Tensor], out: Path) -> None:
         checkpoint.save(out, _encoder_of(model, weights, "encoder."), _dtype(config, torch.float32))
+        if start:
+            carry_published(start.folder, out)
         share(out)
         _put_t2i(t2i_folder, out)
 
@@ -149,6 +152,7 @@ def build_stage2(
         settings = json.loads((out / "llm" / "config.json").read_text())
         # transformers writes the dtype of the modules, not of the tensors that it is given
         write_json(out / "llm" / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")})
+        carry_published(start.folder, out)
         share(out)
         if (start.folder / "t2i").is_dir():
             _put_t2i(start.folder / "t2i", out)

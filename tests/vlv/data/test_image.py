@@ -26,8 +26,8 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
     return stream.getvalue()
 
 
-def picture(width: int = 90, height: int = 60) -> np.ndarray:
-    """A smooth picture [height, width, 3] whose four corners differ."""
+def gradient(width: int = 90, height: int = 60) -> np.ndarray:
+    """A smooth image [height, width, 3] whose four corners differ."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], -1).astype(np.uint8)
 
@@ -52,7 +52,7 @@ def test_equals_the_published_preprocessing():
 )
 def test_resizes_and_crops_as_torchvision(width, height):
     """torchvision: the long side is int(size * long / short), the crop's corner int(round((side - size) / 2))."""
-    image, size = Image.fromarray(picture(width, height)), 8
+    image, size = Image.fromarray(gradient(width, height)), 8
     short, long = min(width, height), max(width, height)
     resized = (size, int(size * long / short)) if width <= height else (int(size * long / short), size)
     pixels = np.asarray(image.resize(resized, Image.Resampling.BILINEAR))
@@ -65,7 +65,7 @@ def test_resizes_and_crops_as_torchvision(width, height):
 
 def test_path_and_content_give_the_same(tmp_path):
     file = tmp_path / "a.png"
-    file.write_bytes(encode(Image.fromarray(picture()), "PNG"))
+    file.write_bytes(encode(Image.fromarray(gradient()), "PNG"))
     assert np.array_equal(load_crop(file, 16), load_crop(file.read_bytes(), 16))
 
 
@@ -77,7 +77,7 @@ def test_formats(kind):
 
 def test_exif_rotation():
     """A camera held on its side: the pixels lie, EXIF says how."""
-    upright = Image.fromarray(picture(60, 60))
+    upright = Image.fromarray(gradient(60, 60))
     for orientation, turn in {
         2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
@@ -85,13 +85,13 @@ def test_exif_rotation():
     }.items():  # fmt: skip
         exif = Image.Exif()
         exif[0x0112] = orientation
-        stored = upright.transpose(turn)  # turning it as the tag says gives the upright picture back
+        stored = upright.transpose(turn)  # turning it as the tag says gives the upright image back
         crop = load_crop(encode(stored, "PNG", exif=exif), 60)
-        assert np.array_equal(crop.transpose(1, 2, 0), picture(60, 60)), orientation
+        assert np.array_equal(crop.transpose(1, 2, 0), gradient(60, 60)), orientation
 
 
 def test_damaged_exif_is_ignored():
-    content = encode(Image.fromarray(picture()), "JPEG", exif=b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff")
+    content = encode(Image.fromarray(gradient()), "JPEG", exif=b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff")
     assert load_crop(content, 8).shape == (3, 8, 8)
 
 
@@ -158,7 +158,7 @@ def test_truncated(kind):
 
 
 def test_damaged_in_the_middle():
-    content = bytearray(encode(Image.fromarray(picture(200, 200)), "PNG"))
+    content = bytearray(encode(Image.fromarray(gradient(200, 200)), "PNG"))
     content[len(content) // 2] ^= 0xFF
     assert failure(bytes(content)).kind == "damaged"
 
@@ -166,7 +166,7 @@ def test_damaged_in_the_middle():
 def test_what_is_no_image(tmp_path):
     empty, text = tmp_path / "empty.jpg", tmp_path / "text.jpg"
     empty.touch()
-    text.write_text("this is no picture\n" * 20)
+    text.write_text("this is no image\n" * 20)
     assert failure(empty).kind == "empty"
     assert failure(text).kind == "format"
     assert failure(tmp_path / "absent.jpg").kind == "missing"
@@ -188,7 +188,7 @@ def test_errors_travel_between_processes():
 
 def png_with(*chunks: tuple[bytes, bytes], damaged: bool = False) -> bytes:
     """A PNG file with these chunks after its header; `damaged`: the last one has a wrong checksum."""
-    content = encode(Image.fromarray(picture()), "PNG")
+    content = encode(Image.fromarray(gradient()), "PNG")
     parts = [
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data) ^ (damaged * 1))
         for name, data in chunks
@@ -217,7 +217,7 @@ def test_large_and_damaged_side_data_of_png_does_not_matter(tmp_path):
         assert peak < 40 << 20  # a profile may take 16 MiB
     large = zlib.compress(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + bytes(2 << 20))
     assert np.array_equal(load_crop(png_with((b"iCCP", b"profile\0\0" + large)), 16), plain)
-    key = (b"tRNS", struct.pack(">3H", *picture()[0, 0]))
+    key = (b"tRNS", struct.pack(">3H", *gradient()[0, 0]))
     text = (b"zTXt", b"Comment\0\0" + megabytes)
     assert np.array_equal(load_crop(png_with(text, key), 60), load_crop(png_with(key), 60))
     assert failure(png_with((b"PLTE", bytes(5)), damaged=True)).kind in ("damaged", "format")
@@ -227,7 +227,7 @@ def test_large_and_damaged_side_data_of_png_does_not_matter(tmp_path):
 def test_jpeg_without_its_end_marker(options):
     """All pixels are there: it is decoded. Any of them missing, or passes that may be missing: it is damaged."""
     noise = np.random.default_rng(0).integers(0, 256, (61, 90, 3), np.uint8)
-    for pixels in (noise, picture()):
+    for pixels in (noise, gradient()):
         content = encode(Image.fromarray(pixels), "JPEG", **options)
         assert np.array_equal(load_crop(content[:-2], 16), load_crop(content, 16))
         assert failure(content[: len(content) * 9 // 10]).kind == "damaged"
@@ -239,7 +239,7 @@ def test_jpeg_without_its_end_marker(options):
 
 
 def test_every_cut_of_a_jpeg_is_damaged_or_whole():
-    content = encode(Image.fromarray(picture(40, 40)), "JPEG", quality=30)
+    content = encode(Image.fromarray(gradient(40, 40)), "JPEG", quality=30)
     whole = load_crop(content, 40)
     for end in range(len(content) - 60, len(content)):
         try:
@@ -249,7 +249,7 @@ def test_every_cut_of_a_jpeg_is_damaged_or_whole():
 
 
 def test_media_types_follow_the_content():
-    image = Image.fromarray(picture())
+    image = Image.fromarray(gradient())
     for kind, expected in (("JPEG", "jpeg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif")):
         content = encode(image, kind)
         assert web_image(content) == (f"image/{expected}", content)
@@ -269,7 +269,7 @@ def failure_of(function, content: bytes) -> ImageError:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"])
 def test_size_and_ending_without_decoding(kind):
-    content = encode(Image.fromarray(picture(90, 60)), kind)
+    content = encode(Image.fromarray(gradient(90, 60)), kind)
     assert image_size(content) == (90, 60)
     assert file_ending(content) in EXTENSIONS
 

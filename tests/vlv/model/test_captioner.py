@@ -59,7 +59,7 @@ def test_beams_and_batches_agree(captioner, pixels):
     assert together == [captioner.generate(pixels[i : i + 1], max_new_tokens=8, num_beams=4)[0] for i in range(3)]
 
 
-def test_a_wrong_picture_is_refused_with_its_shape(captioner):
+def test_a_wrong_image_is_refused_with_its_shape(captioner):
     with pytest.raises(ValueError, match=r"\[B, 3, 64, 64\].*\[1, 3, 32, 32\]"):
         captioner.encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="float32"):

@@ -16,6 +16,7 @@ from vlv.model.captioner import Captioner
 from vlv.train import stage1, stage2, trainer
 from vlv.train.config import STAGE1, STAGE2, TrainConfig
 from vlv.train.cost import account, estimate, planned
+from vlv.train.initialize import build_stage1, build_stage2
 
 SMALL = "--batch 4 --micro-batch 2 --workers 0 --no-bf16 --device cpu --lr 1e-3 --log-every 1".split()
 
@@ -375,3 +376,16 @@ def test_figures_go_to_the_tool_and_lines_after_the_save_are_written_again(tmp_p
     lines = (tmp_path / "stage1.log.jsonl").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == [f'{{"step": {i}' for i in (1, 2, 3, 4, 5)]
     assert sent[0]["resume"] == "allow" and sent[0]["id"] == sent[4]["id"] and sent[-1] == (5, {"loss": 5})
+
+
+def test_what_the_published_layout_needs_travels_with_every_result(run, tmp_path):
+    """A run from converted weights, and a run from that run, can be written back to the published layout."""
+    start = tmp_path / "start"
+    shutil.copytree(run / "stage1", start)
+    (start / "published.safetensors").write_bytes(b"kept")
+    first = build_stage1(STAGE1["smoke"], Checkpoint.open(start), run / "t2i")
+    first.write(first.objective.state_dict(), tmp_path / "first")
+    second = build_stage2(STAGE2["smoke"], Checkpoint.open(tmp_path / "first"), None)
+    second.write(second.objective.state_dict(), tmp_path / "second")
+    assert (tmp_path / "second" / "published.safetensors").read_bytes() == b"kept"
+    assert Checkpoint.open(tmp_path / "second").can == ["caption", "reconstruct", "to-published"]

@@ -1,0 +1,81 @@
+"""The check of captions: greedy whatever the model's settings, and the same verdict for any scenes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from export.manifest import Manifest
+from export.runtimes.factory import open_runtime
+from export.verification.captions import MAX_SCENES, Agreement, Captions
+from export.verification.inputs import NOISE, VerificationInputs, scene_images
+from tests.export.conftest import BUNDLED
+from tests.export.toy import export
+from vlv.checkpoints.folder import Checkpoint
+
+HOSTILE = {
+    "do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 2, "min_length": 60, "num_beams": 3,
+}  # fmt: skip
+
+
+def test_agreement_and_its_error():
+    assert Agreement.of([10, 10], [10, 10]) == Agreement(2, 20, 1.0, 0.25)
+    found = Agreement.of([10, 5], [10, 10])
+    assert (found.images, found.tokens, found.agreement) == (2, 20, 0.75) and found.error == pytest.approx(0.25)
+    many = Agreement.of([10] * 300, [10] * 300)
+    assert many.is_certain(0.99) and many.passes(0.99) and not Agreement.of([10] * 100, [10] * 100).is_certain(0.99)
+
+
+def test_an_uncertain_agreement_needs_a_margin_only_at_the_end():
+    kept, totals = [10] * (MAX_SCENES - 20) + [5] * 20, [10] * MAX_SCENES
+    late = Agreement.of(kept, totals)
+    assert late.agreement == pytest.approx(1 - 100 / (10 * MAX_SCENES)) and not late.is_certain(0.99)
+    assert not late.passes(0.99) and late.passes(late.agreement - 2 * late.error)
+    early = Agreement.of([10, 10, 10], [10, 10, 10])
+    assert not early.is_certain(0.99) and early.passes(0.99)
+
+
+def test_the_models_own_settings_change_nothing(checkpoint, tmp_path):
+    """With sampling, penalties, beams and minimum lengths in its file, the reference's captions stay greedy."""
+    shutil.copytree(BUNDLED, tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "llm" / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(settings | HOSTILE))
+    inputs = VerificationInputs(checkpoint, 8)
+    plain = Captions(checkpoint, inputs.reference, inputs.images[:-NOISE])
+    hostile = Captions(Checkpoint.open(tmp_path / "checkpoint"), inputs.reference, inputs.images[:-NOISE])
+    found = hostile.agreement(inputs.reference.encode, 1.0)
+    assert found.agreement == 1 and found.images == 6 and found.tokens > 60
+    prompts = inputs.reference.encode(inputs.images[:-NOISE])
+    assert hostile.generate(prompts) == plain.generate(prompts)
+
+
+def test_scenes_are_others_than_the_verification_inputs(checkpoint):
+    size = checkpoint.config.image_size
+    first, second = scene_images(size, 0, 0, 8), scene_images(size, 0, 8, 8)
+    rows = [one.numpy().tobytes() for one in (*first, *second, *VerificationInputs(checkpoint, 10).images)]
+    assert first.shape == (8, 3, size, size) and first.dtype == torch.uint8 and len(set(rows)) == len(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_the_verdict_is_the_same_for_any_scenes(tmp_path, checkpoint, precision):
+    """Five seeds; eight-bit floats lose more than one token in a hundred, and float16 none."""
+    assert export(tmp_path, precision, "--components", "encoder", "--allow-drift") == 0
+    artifact = Manifest.open(tmp_path).checked("encoder")
+    runtime = open_runtime("onnx", tmp_path, checkpoint)
+
+    def encode(images):
+        return torch.cat([runtime.encode(part) for part in images.split(artifact.profile.max)])
+
+    verdicts = []
+    for seed in range(5):
+        inputs = VerificationInputs(checkpoint, 6, seed=seed)
+        captions = Captions(checkpoint, inputs.reference, inputs.images[:-NOISE], seed)
+        verdicts.append(captions.agreement(encode, 0.99).passes(0.99))
+    assert len(set(verdicts)) == 1 and verdicts[0] == (not artifact.verification["problems"])
+    assert verdicts[0] == (precision == "fp16")
