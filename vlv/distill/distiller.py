@@ -17,6 +17,7 @@ from PIL import Image
 from vlv.common.command import UserError, say
 from vlv.common.jsonl import cut_torn_line, read_records
 from vlv.common.openai_client import Answer, ChatClient, NoAnswer, ServerError, TokenLimitError, final_text, image_url
+from vlv.data import remote
 from vlv.data.image import decode, file_ending, load_crop
 from vlv.data.sources import Sample, Source
 from vlv.distill.config import DistillConfig
@@ -143,6 +144,8 @@ class Distiller:
                 return None
             image = decode(sample.image)
             sent = self._image_to_send(sample.image)
+        except remote.ServerError:  # no fault of the row: it would be rejected for good
+            raise
         except Exception as error:  # a source's libraries raise nearly any type for a damaged row
             id = sample.id if sample else f"{shard}:{row}"
             self._reject({"id": id}, f"unreadable: {error}")

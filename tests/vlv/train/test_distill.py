@@ -1,5 +1,6 @@
 """Captions for stage 2 from a real OpenAI-compatible server: ours, with the reference engine."""
 
+import asyncio
 import base64
 import errno
 import io
@@ -20,7 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlv.common.openai_config import ClientConfig
+from vlv.data import remote
 from vlv.data.image import decode
+from vlv.distill.config import DistillConfig
+from vlv.distill.distiller import Distiller
 from vlv.distill.duplicates import Duplicates, content_hash, difference_hash
 from vlv.distill.quality import Limits, caption_problem, image_problem, repetition, tidy
 from vlv.train import distill
@@ -387,3 +392,23 @@ def test_what_an_image_must_be():
     assert image_problem(500, 800, {}, limits) == "small: 500 x 800"
     assert image_problem(1300, 600, {}, limits) == "aspect: 1300 x 600"
     assert image_problem(600, 800, {"pwatermark": 0.8}, limits) == "watermark: 0.80"
+
+
+class DeadServer:
+    """A source whose object store has stopped to answer."""
+
+    rows = [1]  # noqa: RUF012
+
+    def name(self, shard: int, row: int) -> None:
+        return None
+
+    def read(self, shard: int, row: int):
+        raise remote.ServerError("http://bucket.invalid/a.tar: no answer")
+
+
+def test_a_dead_object_store_ends_the_run_and_rejects_nothing(tmp_path):
+    client = ClientConfig(url="http://127.0.0.1:9/v1", model="m")
+    distiller = Distiller(DeadServer(), DistillConfig(client, tmp_path / "data.jsonl"))
+    with pytest.raises(remote.ServerError, match="no answer"):
+        asyncio.run(distiller.run())
+    assert not (tmp_path / "data.rejected.jsonl").exists()
