@@ -61,5 +61,5 @@ def test_a_context_that_is_not_finite_is_refused_instead_of_black(artifacts):
     assert runtime.reconstruct(context, steps=2).shape[0] == 1
     with pytest.raises(DiffusionError, match="latents are not finite"):
         runtime.reconstruct(context * float("nan"), steps=2)
-    with pytest.raises(DiffusionError, match="750 steps: .* takes 1 to 500, or 1000"):
+    with pytest.raises(DiffusionError, match=r"750 steps: .* takes 1 to 500, or 1000"):
         runtime.reconstruct(context, steps=750)
