@@ -3,7 +3,8 @@
     git worktree add ../before edb08ac
     python -m benchmarks.data_reading --before ../before --out benchmarks/data_reading.json
 
-A local HTTP server serves ranges, counts requests and bytes, and answers after --latency milliseconds. The data:
+A local HTTP server serves ranges, counts requests and bytes, answers after --latency milliseconds and sends --rate MB
+a second over a connection, about what object stores do. The data:
 --rows JPEG files with captions, as WebDataset tars, as Parquet files in row groups of 100, and as single files. One
 epoch with shuffling through the loader, each in a process of its own with an empty cache; for tars and Parquet the
 indexing before is counted by itself. --before measures an earlier version on the same server over --before-rows rows.
@@ -76,18 +77,28 @@ print(json.dumps({"seconds": seconds, "images": len(ids) - settings["micro_batch
 """
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Leaves out the traceback of a client that went away."""
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class Server:
     """Serves a folder and counts what it sends.
 
     The next `failing` requests are answered with an error of the server; without `ranges`, all of a file is sent.
+    A connection sends at most `rate` bytes a second, without limit if 0.
     """
 
-    def __init__(self, folder: Path, latency: float = 0.0, ranges: bool = True):
+    def __init__(self, folder: Path, latency: float = 0.0, ranges: bool = True, rate: float = 0.0):
         self.requests = self.bytes = self.failing = 0
         counts, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else every answer waits for the client's delayed acknowledgement
 
             def do_HEAD(self) -> None:
                 self._answer(body=False)
@@ -123,16 +134,18 @@ class Server:
                 if body:
                     with file.open("rb") as stream:
                         stream.seek(start)
-                        left = end - start
+                        left, began = end - start, time.monotonic()
                         while left:
-                            part = stream.read(min(left, 1 << 20))
+                            part = stream.read(min(left, 1 << 18))
                             self.wfile.write(part)
                             left -= len(part)
+                            if rate:
+                                time.sleep(max(0.0, began + (end - start - left) / rate - time.monotonic()))
 
             def log_message(self, *_) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -216,14 +229,14 @@ def work(args: argparse.Namespace) -> int:
 
     report = {
         "command": command_line("benchmarks.data_reading"), "kind": "data_reading", "machine": machine.describe(),
-        "settings": {n: getattr(args, n) for n in ("rows", "shards", "workers", "latency", "before_rows")},
+        "settings": {n: getattr(args, n) for n in ("rows", "shards", "workers", "latency", "rate", "before_rows")},
         "targets": TARGETS | {"speedup": SPEEDUP}, "now": {}, "before": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = make_data(folder, args.rows, args.shards)
         report["settings"]["bytes_of_images_and_captions"] = size
-        server = Server(folder, args.latency / 1000)
+        server = Server(folder, args.latency / 1000, rate=args.rate * 1e6)
         kinds = {
             "tar": [f"{server.url}/{i:03}.tar" for i in range(args.shards)],
             "parquet": [f"{server.url}/{i:03}.parquet" for i in range(args.shards)],
@@ -272,10 +285,11 @@ def _urls(folder: Path, url: str) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     p = Parser(prog="python -m benchmarks.data_reading", description=__doc__)
-    p.add_argument("--rows", type=positive, default=2000, help="images (2000)")
+    p.add_argument("--rows", type=positive, default=1200, help="images (1200)")
     p.add_argument("--shards", type=positive, default=4, help="tars, and Parquet files (4)")
     p.add_argument("--workers", type=positive, default=2, help="processes of the loader (2)")
     p.add_argument("--latency", type=float, default=5, help="milliseconds before the server answers (5)")
+    p.add_argument("--rate", type=float, default=90, help="MB a second of a connection; 0: no limit (90, as S3's)")
     p.add_argument("--before", type=Path, metavar="DIR", help="checkout of an earlier version, to compare with")
     p.add_argument("--before-rows", type=positive, default=96, help="rows that it reads (96)")
     p.add_argument("--out", type=Path, help="JSON file of the figures")

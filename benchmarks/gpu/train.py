@@ -105,7 +105,7 @@ def gradients(objective: nn.Module, shared: list[Tensor], batch: dict, bf16: boo
 
 def check(toy: bool, device: str, batch: dict) -> dict:
     """Our gradients in bfloat16, and plain PyTorch's, against float32, on weights that both hold."""
-    from benchmarks.gpu.kernels import judge
+    from benchmarks.gpu.kernel_measure import judge
     from vlv.train import initialize
     from vlv.train.config import TrainConfig
     from vlv.train.objectives import Stage1

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlv.data.image import ImageError, load_crop
 from vlv.data.remote import DataError
 from vlv.data.samples import WINDOW, Sample, Source
-from vlv.data.selection import Limits, Selection
+from vlv.data.selection import Limits, Selection, row_name
 
 REPLACEMENTS = 32  # rows tried in place of one that gives no image
 
@@ -118,8 +118,8 @@ class TrainingImages(Dataset):
                     raise ValueError(problem)
                 pixels = load_crop(sample.image, self.size)
             except (ImageError, OSError, ValueError) as error:
-                id = sample.id if isinstance(sample, Sample) else self.source.name(*place)
-                skipped.append((id or f"row {place[1]} of shard {place[0]}", str(error)))
+                id = sample.id if isinstance(sample, Sample) else row_name(self.source, place)
+                skipped.append((id, str(error)))
                 continue
             caption = sample.caption
             if sample.captions:

@@ -7,6 +7,7 @@ choice is kept in $XDG_CACHE_HOME/vlv/rows by the data, their files' sizes and d
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from vlv.data.image import ImageError, image_size
 from vlv.data.remote import DataError, cache_folder
 from vlv.data.samples import Sample, Source
 
-FORMAT = 1
+FORMAT = 2
 HEAD = 65_536  # bytes of an image read for its header; a longer header is read whole
 CHUNK = 256  # rows looked at together
 THREADS = 8
@@ -55,10 +56,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Selection:
-    """The numbers of the rows of each shard that are used, and how many are not, by reason."""
+    """The numbers of the rows of each shard that are used, how many are not, by reason, and which are no images."""
 
     rows: list[np.ndarray]
     left_out: dict[str, int]
+    bad: list[tuple[str, str]]  # id and reason
 
     def __str__(self) -> str:
         """Return a sentence."""
@@ -78,33 +80,34 @@ def select(source: Source, limits: Limits, say: Callable[[str], None] = lambda t
     kept = cache_folder("rows") / f"{digest}.npz"
     if kept.exists():
         with np.load(kept) as file:
-            flags, reasons = file["flags"], dict(zip(file["names"].tolist(), file["counts"].tolist(), strict=True))
+            flags, found = file["flags"], json.loads(str(file["found"]))
     else:
-        flags, reasons = _look(source, limits, say)
+        flags, found = _look(source, limits, say)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(kept, shared=True) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, flags=flags, names=np.array(list(reasons), str), counts=np.array(list(reasons.values())))
+            np.savez(stream, flags=flags, found=np.array(json.dumps(found)))
     rows = [np.flatnonzero(part) for part in np.split(flags, np.cumsum(source.rows)[:-1])]
-    selection = Selection(rows, reasons)
+    selection = Selection(rows, found["left_out"], [tuple(pair) for pair in found["bad"]])
     if not any(map(len, rows)):
         raise DataError(f"no row can be used: {selection}")
     return selection
 
 
-def _look(source: Source, limits: Limits, say: Callable[[str], None]) -> tuple[np.ndarray, dict[str, int]]:
-    """Return which rows meet the limits, in order, and how many do not, by reason."""
-    total, flags, reasons = sum(source.rows), [], Counter()
+def _look(source: Source, limits: Limits, say: Callable[[str], None]) -> tuple[np.ndarray, dict]:
+    """Return which rows meet the limits, in order, and a Selection's `left_out` and `bad`."""
+    total, flags, reasons, bad = sum(source.rows), [], Counter(), []
     start = said = time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:
         for found in pool.map(lambda places: _reasons(source, limits, places), _chunks(source.rows)):
-            flags += [not reason for reason in found]
-            reasons.update(filter(None, found))
+            flags += [not reason for reason, _ in found]
+            reasons.update(reason for reason, _ in found if reason)
+            bad += [error for _, error in found if error]
             now = time.monotonic()
             if now - said > 10:
                 said, rate = now, len(flags) / (now - start)
                 left = (total - len(flags)) / rate / 60
                 say(f"looked at {len(flags):,} of {total:,} rows, {rate:,.0f} a second, {left:.1f} min to go")
-    return np.array(flags), dict(reasons)
+    return np.array(flags), {"left_out": dict(reasons), "bad": bad}
 
 
 def _chunks(rows: list[int]) -> Iterator[list[tuple[int, int]]]:
@@ -113,29 +116,33 @@ def _chunks(rows: list[int]) -> Iterator[list[tuple[int, int]]]:
             yield [(shard, row) for row in range(first, min(first + CHUNK, count))]
 
 
-def _reasons(source: Source, limits: Limits, places: list[tuple[int, int]]) -> list[str]:
-    """Return for each row the kind of reason to leave it out, "" for none."""
+Verdict = tuple[str, tuple[str, str] | None]  # kind of reason, "" for none; id and error of what is no image
+
+
+def _reasons(source: Source, limits: Limits, places: list[tuple[int, int]]) -> list[Verdict]:
+    """Return for each row why it is left out."""
     sizes = bool(limits.min_side or limits.max_aspect)
-    return [
-        _reason(source, limits, place, sample, sizes)
-        for place, sample in zip(
-            places, source.read_many(places, limits.captions, HEAD if sizes else 0), strict=True
-        )
-    ]  # fmt: skip
+    samples = source.read_many(places, limits.captions, HEAD if sizes else 0)
+    return [_reason(source, limits, *of_row, sizes) for of_row in zip(places, samples, strict=True)]
 
 
-def _reason(source: Source, limits: Limits, place: tuple[int, int], sample: Sample | Exception, sizes: bool) -> str:
+def _reason(source: Source, limits: Limits, place: tuple[int, int], sample: Sample | Exception, sizes: bool) -> Verdict:
     if isinstance(sample, Exception):
-        return "that cannot be read"
+        return "that cannot be read", (row_name(source, place), str(sample))
     if limits.problem(sample):
-        return "without a caption"
+        return "without a caption", None
     if not sizes:
-        return ""
+        return "", None
     try:
         size = image_size(sample.image)
     except ImageError:
         try:
             size = image_size(source.read(*place).image)
-        except (ImageError, OSError, ValueError):
-            return "that are no images"
-    return "too small or too long" if limits.problem(sample, *size) else ""
+        except (ImageError, OSError, ValueError) as error:
+            return "that are no images", (sample.id, str(error))
+    return "too small or too long" if limits.problem(sample, *size) else "", None
+
+
+def row_name(source: Source, place: tuple[int, int]) -> str:
+    """Return a row's id if it is known without reading the row, else where it lies."""
+    return source.name(*place) or f"row {place[1]} of shard {place[0]}"

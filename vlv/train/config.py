@@ -251,7 +251,7 @@ def check_inputs(preset: str, config: TrainConfig, inputs: Inputs, options: RunO
             raise Misuse("--max-cost needs --gpu-hour USD, the price that the estimate is made with")
 
 
-def parser(stage: str, presets: Iterable[str], doc: str) -> Parser:
+def stage_parser(stage: str, presets: Iterable[str], doc: str) -> Parser:
     """Return a parser with --preset, --run, --out, --device and --debug of `python -m vlv.train.<stage>`."""
     p = Parser(prog=f"python -m vlv.train.{stage}", description=doc, parents=[debug_argument()])
     p.add_argument("--preset", choices=sorted(presets), default="tiny", help="sizes and schedule")

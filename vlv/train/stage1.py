@@ -21,8 +21,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlv.common.command import run_command
-from vlv.train.config import STAGE1, Inputs, RunOptions, TrainConfig, add_flags, check_inputs, parser
+from vlv.common.command import Parser, run_command
+from vlv.train.config import STAGE1, Inputs, RunOptions, TrainConfig, add_flags, check_inputs, stage_parser
 
 
 def train_stage1(config: TrainConfig, inputs: Inputs, options: RunOptions) -> None:
@@ -70,6 +70,8 @@ def train_stage1(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
             feed = scenes()
         else:
             images = TrainingImages(source, stage.model.image_size, c.seed, limits, selection)
+            if world.first and selection:
+                trainer.skipped.add([selection.bad])
             feed = batches(images, c.micro_batch, trainer.images, c.workers, world.rank, world.size, device)
         train(trainer, feed, options, stage.write)
 
@@ -97,13 +99,17 @@ def work(args: argparse.Namespace) -> None:
     print(planned(config.steps * config.batch, args.plan, args.gpu_hour))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    p = parser("stage1", STAGE1, __doc__)
+def parser() -> Parser:
+    p = stage_parser("stage1", STAGE1, __doc__)
     p.add_argument("--t2i", type=Path, help="diffusers folder to draw through (RUN/t2i; paper's presets: CKPT/t2i)")
     add_flags(p, "paper-stage1", STAGE1["paper-stage1"])
     p.add_argument("--cache-latents", type=Path, metavar="DIR", help="keep the autoencoder's latents in this folder")
-    return run_command(work, p.parse_args(argv))
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(work, parser().parse_args(argv))
 
 
 if __name__ == "__main__":

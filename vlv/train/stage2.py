@@ -19,8 +19,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlv.common.command import Misuse, run_command
-from vlv.train.config import STAGE2, Inputs, RunOptions, TrainConfig, add_flags, check_inputs, parser
+from vlv.common.command import Misuse, Parser, run_command
+from vlv.train.config import STAGE2, Inputs, RunOptions, TrainConfig, add_flags, check_inputs, stage_parser
 
 
 def train_stage2(config: TrainConfig, inputs: Inputs, options: RunOptions) -> None:
@@ -65,6 +65,8 @@ def train_stage2(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
             feed = captioned_scenes()
         else:
             images = TrainingImages(source, stage.model.image_size, c.seed, limits, selection)
+            if world.first and selection:
+                trainer.skipped.add([selection.bad])
             feed = batches(images, c.micro_batch, trainer.images, c.workers, world.rank, world.size, device)
         train(trainer, feed, options, stage.write)
 
@@ -94,13 +96,17 @@ def work(args: argparse.Namespace) -> None:
     print(plan(lambda c: build_stage2(c, start, llm, weights=False), config, args.plan))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    p = parser("stage2", STAGE2, __doc__)
+def parser() -> Parser:
+    p = stage_parser("stage2", STAGE2, __doc__)
     p.add_argument("--stage1", type=Path, help="stage-1 folder (RUN/stage1); with the paper's presets it is --ckpt")
     p.add_argument("--llm", metavar="DIR", help="paper's presets: language model to start from (CKPT's)")
     add_flags(p, "paper-stage2", STAGE2["paper-stage2"])
-    return run_command(work, p.parse_args(argv))
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(work, parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vlv.common.command import run_command
-from vlv.train.config import T2I, RunOptions, T2IConfig, parser
+from vlv.common.command import Parser, run_command
+from vlv.train.config import T2I, RunOptions, T2IConfig, stage_parser
 
 if TYPE_CHECKING:
     from vlv.diffusion.t2i import T2I as Model
@@ -95,9 +95,13 @@ def work(args: argparse.Namespace) -> None:
     train_t2i(T2I[args.preset], RunOptions.of("t2i", args.preset, args.run, args.out, device=args.device))
 
 
+def parser() -> Parser:
+    return stage_parser("t2i", T2I, __doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_command(work, parser("t2i", T2I, __doc__).parse_args(argv))
+    """Run the command; return its exit code."""
+    return run_command(work, parser().parse_args(argv))
 
 
 if __name__ == "__main__":

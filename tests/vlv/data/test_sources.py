@@ -229,6 +229,8 @@ def test_limits_on_size_and_shape(tmp_path):
     images = TrainingImages(source, 32, limits=limits, selection=selection)
     assert {images[i]["id"][-5:] for i in range(3)} == {"a.png"}
     assert selection.left_out == {"too small or too long": 2, "that are no images": 1}
+    assert [(id[-5:], reason[:17]) for id, reason in selection.bad] == [("d.png", "not recognised as")]
+    assert select(source, limits).bad == selection.bad
     assert str(select(source, limits)) == str(selection) and len(list(tmp_path.rglob("rows/*.npz"))) == 1
     Image.fromarray(np.full((60, 60, 3), 99, np.uint8)).save(tmp_path / "c.png")
     assert [rows.tolist() for rows in select(open_sources([str(tmp_path)]), limits).rows] == [[0, 2]]
@@ -333,3 +335,12 @@ def test_captions_of_a_tars_members_train(rows, tmp_path):
     (tmp_path / "captions.jsonl").write_text(json.dumps(lines[0] | {"id": "x.tar/none.png"}) + "\n")
     with pytest.raises(DataError, match=r"line 1: expected an id that ends with the name of a member of .*x\.tar, got"):
         open_sources([str(tmp_path / "captions.jsonl")])
+
+
+def test_several_captions_of_a_text_file_as_the_captioner_writes_them(rows, tmp_path):
+    from serve.outputs.text import lines
+
+    record = {"caption": "a cat", "captions": ["a cat", "a cat\non a mat", "two", "three"]}
+    (tmp_path / "1.png").write_bytes(rows[0][1])
+    (tmp_path / "1.txt").write_text(lines(record))
+    assert open_sources([str(tmp_path)]).read(0, 0).captions == ("a cat", "a cat on a mat", "two", "three")

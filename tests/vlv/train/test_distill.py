@@ -289,6 +289,27 @@ def test_files_are_sent_by_content(photos, flaky, tmp_path, kind, sent):
         assert opened.format == sent.upper()
 
 
+def test_the_crop_that_vlv_sees_is_sent(flaky, tmp_path):
+    """Not the file: upright, the centre square, at --size."""
+    from vlv.data.image import load_crop
+
+    (tmp_path / "one").mkdir()
+    ramp = np.tile(np.arange(120, dtype=np.uint8), (80, 1))
+    photo = Image.fromarray(np.stack([ramp, ramp[:, ::-1], ramp * 2], axis=2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo.save(tmp_path / "one" / "a.jpg", quality=95, exif=exif)
+    assert ask(tmp_path / "one", flaky, tmp_path / "data.jsonl", "--size", "48") == 0
+    head, _, data = FlakyServer.images[0].partition(";base64,")
+    with Image.open(io.BytesIO(base64.b64decode(data))) as sent:
+        pixels = np.asarray(sent).astype(int)
+    expected = load_crop(tmp_path / "one" / "a.jpg", 48).transpose(1, 2, 0).astype(int)
+    assert head == "data:image/jpeg" and pixels.shape == (48, 48, 3)
+    assert abs(pixels - expected).mean() < 2 < abs(pixels[::-1] - expected).mean()  # JPEG's rounding
+    (record,) = records(tmp_path / "data.jsonl")
+    assert (record["width"], record["height"]) == (80, 120)
+
+
 def test_no_program_is_started_for_an_image(flaky, tmp_path, monkeypatch):
     """An EPS file runs Ghostscript in Pillow; the allow-list of vlv.data.image refuses it by its content."""
     (tmp_path / "one").mkdir()

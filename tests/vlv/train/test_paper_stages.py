@@ -100,6 +100,20 @@ def test_other_data_or_another_start_is_refused_on_resume(trained, run, captione
             command(stage2.main, *flags, "--data", data, "--ckpt", start, "--llm", llm)
 
 
+def test_bad_images_are_named_in_the_run(run, captioned, tmp_path, monkeypatch):
+    """One that the pass over the data finds, and one that only decoding finds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = shutil.copytree(captioned, tmp_path / "images")
+    (folder / "03.png").write_bytes(b"broken")
+    (folder / "04.png").write_bytes((folder / "04.png").read_bytes()[:-1000])
+    flags = ["--preset", "paper-stage1", "--ckpt", run / "stage1", "--data", folder, "--min-side", "10"]
+    command(stage1.main, *flags, "--steps", "3", "--run", tmp_path / "run", *SMALL)  # 12 images: an epoch of 11 rows
+    lines = map(json.loads, (tmp_path / "run" / "skipped.jsonl").read_text().splitlines())
+    found = {line["id"][-6:]: line["reason"] for line in lines}
+    assert sorted(found) == ["03.png", "04.png"]
+    assert "not recognised" in found["03.png"] and "damaged or truncated" in found["04.png"]
+
+
 def test_files_are_for_other_users_and_say_their_dtype(trained, run):
     umask = os.umask(0o022)
     os.umask(umask)
