@@ -18,7 +18,7 @@ class Decode:
     """Decode a unit's images in processes of the actor's own: a file that kills its decoder costs that image."""
 
     def __init__(self, output: str, size: int, workers: int = 1, ignore_icc: bool = False):
-        """`output`: folder or URL of the parts; `size`: pixels of a crop's side."""
+        """`output`: folder or URL of the parts; `size`: pixels of a crop's side; `ignore_icc`: as for `load_crop`."""
         self._store = Store(output)
         self._loop = asyncio.new_event_loop()
         self._pool = DecodePool(size, workers, 4 * workers, ignore_icc=ignore_icc)
