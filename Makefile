@@ -3,9 +3,10 @@ BIN := .venv/bin
 CAPTION := assets/samples --ckpt assets/vlv-tiny -o out/captions.jsonl --gallery out/gallery.html --no-resume
 ARGS :=
 HF_KERNELS := .venv/hf-kernels
+CLIENTS := .venv/clients
 export PYTHON
 
-.PHONY: demo test coverage lint setup setup-test clean
+.PHONY: demo test test-clients coverage lint setup setup-test clean
 
 demo: setup
 	@mkdir -p out
@@ -23,6 +24,15 @@ coverage: setup-test $(HF_KERNELS)/done
 	@$(BIN)/python -m coverage run -m pytest $(ARGS)
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --skip-covered
+
+# other people's clients against the server: LangChain, LiteLLM, LlamaIndex, OpenAI for Node (where npm is), vLLM's benchmark
+test-clients: setup-test $(CLIENTS)/done
+	@$(BIN)/python -m pytest tests/serve/http/test_clients.py -rs $(ARGS)
+
+$(CLIENTS)/done: requirements/test-clients.in | setup-test
+	@$(BIN)/python -m venv $(@D) && $(@D)/bin/pip install -q -r $<
+	@if command -v npm >/dev/null; then mkdir -p $(@D)/node && cd $(@D)/node && npm install --silent openai; fi
+	@touch $@
 
 lint: setup-test
 	@$(BIN)/ruff check .

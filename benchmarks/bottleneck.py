@@ -26,12 +26,14 @@ from vlv.checkpoints.folder import Checkpoint
 from vlv.common.command import command_line
 from vlv.data import scene_batches as data
 from vlv.data import scenes
+from vlv.data.latents import scene_latents
 from vlv.diffusion.t2i import T2I
 from vlv.evaluate.synthetic import attribute_probe
 from vlv.model.encoder import VLVEncoder
-from vlv.train.loop import Loop
-from vlv.train.presets import STAGE1, LoopConfig
-from vlv.train.t2i import latents
+from vlv.train.config import STAGE1, TrainConfig
+from vlv.train.objectives import Objective
+from vlv.train.parallel import World
+from vlv.train.trainer import Trainer
 
 PROBE = 2**30  # first scene of the probe's training set: beyond stage 1's pool and below the held-out ones
 CHUNK = 256  # images encoded together
@@ -107,23 +109,40 @@ def context(encoder: VLVEncoder, memory: Tensor) -> Tensor:
     return b.text(b.projection(b.decoder(b.queries[None], memory.float())))
 
 
-def train(point: Point, encoder: VLVEncoder, scale: float, t2i: T2I, memory: Tensor, cache: Tensor, settings, run):
+class FromMemory(Objective):
+    """Stage 1's noise error from the frozen encoder's memory on; `scale` is the last layer's, whose rate is lower."""
+
+    def __init__(self, encoder: VLVEncoder, t2i: T2I, scale: float):
+        super().__init__()
+        self.bottleneck, self.scale = encoder.bottleneck, scale
+        self._beside = (encoder, t2i)  # a tuple, so that they are no parts of the module
+
+    def parameter_groups(self, lr: float) -> list[dict]:
+        slow = {id(p) for p in self.bottleneck.projection[2].parameters()}
+        learning = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in learning if id(p) not in slow], "lr": lr},
+            {"params": [p for p in learning if id(p) in slow], "lr": lr * self.scale},
+        ]
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        encoder, t2i = self._beside
+        return {"loss": t2i.noise_loss(batch["latents"], context(encoder, batch["memory"]), draws=2)}
+
+
+def train(
+    point: Point, encoder: VLVEncoder, scale: float, t2i: T2I, memory: Tensor, cache: Tensor, settings: TrainConfig,
+    run: Path,
+) -> Trainer:  # fmt: skip
     """Teach the new parts to draw the first `point.images` scenes; resumes."""
-    bottleneck, last = encoder.bottleneck, encoder.bottleneck.projection[2]
-    slow = {id(p) for p in last.parameters()}
-    learning = [p for p in encoder.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in learning if id(p) not in slow], "lr": settings.lr},
-        {"params": list(last.parameters()), "lr": settings.lr * scale},
-    ]
-    loop = Loop(point.name, run, settings, {"bottleneck": bottleneck}, groups)
-
-    def loss(step: int) -> dict[str, Tensor]:
-        chosen = data.seeds(step, settings.batch, point.images)
-        return {"loss": t2i.noise_loss(cache[chosen].float(), context(encoder, memory[chosen]), draws=2)}
-
-    loop.run(loss)
-    return loop
+    with World.start("cpu") as world:
+        trainer = Trainer(point.name, run, settings, FromMemory(encoder, t2i, scale), world)
+        trainer.fit(
+            {"memory": memory[p.seeds], "latents": cache[p.seeds].float(), "position": p.position}
+            for p in data.passes(trainer.images, settings.batch, settings.batch, point.images)
+        )
+        trainer.weights()
+    return trainer
 
 
 @torch.inference_mode()
@@ -160,7 +179,9 @@ def main() -> None:
     trained, t2i = checkpoint.load_encoder(), T2I.load(checkpoint.t2i)
     t2i.unet.to(memory_format=torch.channels_last)
     width = trained.config.queries
-    settings: LoopConfig = replace(STAGE1["tiny"].loop, steps=args.steps, batch=args.batch, warmup=50, save_every=50)
+    settings = replace(
+        STAGE1["tiny"], steps=args.steps, batch=args.batch, micro_batch=args.batch, warmup=50, save_every=50
+    )
     points = [Point(q, args.pool, args.steps, args.batch) for q in args.queries]
     points += [Point(width, n, args.steps, args.batch) for n in args.images]
     ranges = {
@@ -170,7 +191,7 @@ def main() -> None:
     }
     memory = {name: memories(trained, seeds, run / f"memory-{name}-{len(seeds)}.pt") for name, seeds in ranges.items()}
     truth = {name: attribute_probe.labels([scenes.sample(s) for s in ranges[name]]) for name in ("probe", "held-out")}
-    cache = latents(t2i, args.pool, run)
+    cache = scene_latents(t2i, args.pool, run)
     with torch.inference_mode():
         held_out = torch.cat(
             [t2i.encode_images(data.images(ranges["held-out"][:NOISE][i : i + CHUNK]), sample=False)
@@ -191,7 +212,7 @@ def main() -> None:
         file = run / f"{point.name}.result.json"
         if not file.exists():
             encoder, scale = fresh(trained, t2i, point.queries)
-            loop = train(point, encoder, scale, t2i, memory["train"], cache, settings, run)
+            trainer = train(point, encoder, scale, t2i, memory["train"], cache, settings, run)
             read = {name: contexts_of(encoder, memory[name]) for name in ("probe", "held-out")}
             probe = attribute_probe.fit(read["probe"], truth["probe"])
             found = {
@@ -199,10 +220,10 @@ def main() -> None:
                 "images": point.images,
                 "noise_error": noise(t2i, held_out, read["held-out"]),
                 "noise_error_shuffled": noise(t2i, held_out, read["held-out"].roll(1, 0)),
-                "training_noise_error": loop.history[-1]["loss"],
+                "training_noise_error": json.loads((run / f"{point.name}.json").read_text())["history"][-1]["loss"],
                 "right": attribute_probe.compare(probe.predict(read["held-out"]), truth["held-out"]),
                 "interpolated_positions": point.queries > width,
-                "training_seconds": round(loop.seconds, 1),
+                "training_seconds": round(trainer.seconds, 1),
             }
             file.write_text(json.dumps(found))
         results["points"] = sorted(

@@ -34,7 +34,7 @@ from vlv.model.encoder import VLVEncoder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def picture(config: VLVConfig, batch: int) -> Tensor:
+def random_images(config: VLVConfig, batch: int) -> Tensor:
     size = config.image_size
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)
@@ -102,7 +102,7 @@ def peak_memory(which: str, preset: str, dtype: str, batch: int) -> int:
 
 
 def print_peak_memory(which: str, config: VLVConfig, dtype: torch.dtype, batch: int) -> None:
-    ours, pixels = random_weights.encoder(config, dtype), picture(config, batch)
+    ours, pixels = random_weights.encoder(config, dtype), random_images(config, batch)
     call = lambda: ours(pixels)  # noqa: E731
     if which != "ours":
         theirs, x = PublishedEncoder(ours, which), prepared(ours, pixels)
@@ -115,7 +115,7 @@ def print_peak_memory(which: str, config: VLVConfig, dtype: torch.dtype, batch: 
 
 def compare(preset: str, dtype: str, batch: int, repeats: int) -> dict:
     config = PRESETS[preset]
-    ours, pixels = random_weights.encoder(config, DTYPES[dtype]), picture(config, batch)
+    ours, pixels = random_weights.encoder(config, DTYPES[dtype]), random_images(config, batch)
     x = prepared(ours, pixels)
     eager, sdpa = PublishedEncoder(ours, "eager"), PublishedEncoder(ours, "sdpa")
     agreement = correctness(ours, eager, pixels)  # warms both up

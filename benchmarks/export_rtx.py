@@ -34,7 +34,7 @@ from export.runtimes.tensorrt_library import LIBRARIES
 from vlv.checkpoints import random_weights
 from vlv.common.command import command_line
 from vlv.model.config import PRESETS
-from vlv.train.memory_plan import SD21_UNET, SD21_VAE
+from vlv.train.initialize import SD21_UNET, SD21_VAE
 
 # of every activation in 8 bits: like weights, ranges decide nothing about a build
 RANGE = SimpleNamespace(range_value=(-8.0, 8.0))

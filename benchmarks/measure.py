@@ -1,4 +1,4 @@
-"""Measure a checkpoint here and see it on one page: python -m benchmarks.measure PICTURES --ckpt DIR -o out/report
+"""Measure a checkpoint here and see it on one page: python -m benchmarks.measure IMAGES --ckpt DIR -o out/report
 
 Runs the project's own commands one after another, as one would by hand: exports of the encoder, export.bench over the
 runtimes that work here, serve.vllm_caption with its trace, a server under serve.bench's load; and at the end
@@ -28,7 +28,7 @@ from vlv.common.files import atomic_write
 def parser() -> argparse.ArgumentParser:
     """The command line; imports nothing heavy."""
     p = Parser(prog="python -m benchmarks.measure", description=__doc__)
-    p.add_argument("paths", nargs="+", metavar="PICTURES", help="pictures to caption: files, folders, globs")
+    p.add_argument("paths", nargs="+", metavar="IMAGES", help="images to caption: files, folders, globs")
     p.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument(
         "--engine", choices=("vllm", "transformers"), default="vllm", help="what runs the language model (vllm)"

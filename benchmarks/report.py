@@ -200,8 +200,8 @@ def page(
     """The whole page; what is not given is the committed one."""
     stages = {f.stem: json.loads(f.read_text()) for f in sorted((FOLDER / "training").glob("*.json"))}
     gallery = FOLDER.parent / "docs" / "gallery.png"
-    measure = "python -m benchmarks.measure PICTURES --ckpt DIR"
-    traced = "python -m serve.vllm_caption PICTURES --ckpt DIR --trace benchmarks/trace.json"
+    measure = "python -m benchmarks.measure IMAGES --ckpt DIR"
+    traced = "python -m serve.vllm_caption IMAGES --ckpt DIR --trace benchmarks/trace.json"
     exported = f"<h3>Exported here</h3>{drift(list(artifacts))}" if artifacts else ""
     sections = [
         section("The encoder", encoder, FOLDER / "encoder_cpu.json", "python -m benchmarks.encoder_cpu"),
@@ -217,12 +217,12 @@ def page(
         ),
         f"<h2>Its training</h2>{training(stages)}",
         section(
-            "A billion pictures", scale, FOLDER / "scale.json", "python -m benchmarks.scale -o benchmarks/scale.json"
+            "A billion images", scale, FOLDER / "scale.json", "python -m benchmarks.scale -o benchmarks/scale.json"
         ),
     ]
     if gallery.is_file():
         data = base64.b64encode(gallery.read_bytes()).decode()
-        about = "A picture, what is drawn from its embeddings alone, and its caption."
+        about = "An image, what is reconstructed from its embeddings alone, and its caption."
         sections.append(f'<h2>Gallery</h2><img alt="{about}" src="data:image/png;base64,{data}"><p>{about}</p>')
     return pages.page("VLV captioning toolkit: what was measured", "\n".join(sections))
 

@@ -1,4 +1,4 @@
-"""What a large set of pictures takes: python -m benchmarks.scale --images 1e9 --gpus 64 -o benchmarks/scale.json
+"""What a large set of images takes: python -m benchmarks.scale --images 1e9 --gpus 64 -o benchmarks/scale.json
 
 Measured here: what decoding a photograph costs on one core. Simulated: units of serve.ray_batch on GPUs that are taken
 away at random, at rates that you give, because no rate of a GPU has been measured yet; every assumption stands in the
@@ -99,8 +99,8 @@ def decode_seconds(count: int = 40) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.scale", description="What a large set of pictures takes.")
-    p.add_argument("--images", type=float, default=1e9, metavar="N", help="pictures (1e9)")
+    p = argparse.ArgumentParser(prog="python -m benchmarks.scale", description="What a large set of images takes.")
+    p.add_argument("--images", type=float, default=1e9, metavar="N", help="images (1e9)")
     p.add_argument("--gpus", type=int, default=64, metavar="N", help="GPUs at a time (64)")
     p.add_argument("--rates", default="25,50,100", help="images a second a GPU, to simulate (25,50,100)")
     p.add_argument("--price", type=float, default=3.0, metavar="X", help="of a GPU's hour (3)")

@@ -4,7 +4,7 @@
     python -m benchmarks.serve --images 128 --engine transformers -o /tmp/try.json
 
 Pipeline, server and the direct calls share one language model in this process; the clients are processes of their
-own, on the same cores. Clients send one picture a request, and then several, as those with many pictures would.
+own, on the same cores. Clients send one image a request, and then several, as those with many images would.
 Captions are compared before speed is. On a GPU at full size: benchmarks/gpu/serve.py.
 """
 
@@ -29,8 +29,8 @@ from vlv.common.command import command_line
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 3  # of each measurement, in turns: the machine's other load hits all alike
 IN_FLIGHT = 256  # captions written together: the default of pipeline and server
-WAITING = 320  # pictures sent at a time, which saturate the server
-FILES = 16  # pictures a request of the second kind
+WAITING = 320  # images sent at a time, which saturate the server
+FILES = 16  # images a request of the second kind
 SINGLE = 40  # requests one after the other, for what HTTP adds
 SHORT = 8  # tokens of these: what HTTP adds does not grow with the caption, whose own noise would hide it
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 async def client(url: str, folder: str, args) -> dict:
-    """Ask for every picture, `at_once` requests of `files` at a time: seconds in all, each request's, the captions."""
+    """Ask for every image, `at_once` requests of `files` at a time: seconds in all, each request's, the captions."""
     import aiohttp
 
     gate, captions, each = asyncio.Semaphore(args.at_once), {}, []
@@ -129,10 +129,10 @@ async def measure(args) -> dict:
         port = free.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(routes.app(), port=port, log_level="error"))
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / "pictures"
-        pictures.mkdir()
+        images = Path(folder) / "images"
+        images.mkdir()
         for i in range(args.images):
-            (pictures / f"{i:05}.png").write_bytes(scene(i))
+            (images / f"{i:05}.png").write_bytes(scene(i))
         await service.start()
         serving = asyncio.create_task(server.serve())
         while not service.ready:
@@ -142,14 +142,14 @@ async def measure(args) -> dict:
             output = Path(folder) / f"{number}.jsonl"
             sink, config = FileSink(output, checkpoint.hash), RunConfig(Sampling(args.max_tokens))
             start = time.perf_counter()
-            await CaptionRun(checkpoint, engine, sink, config, Progress()).run(expand([str(pictures)]))
+            await CaptionRun(checkpoint, engine, sink, config, Progress()).run(expand([str(images)]))
             seconds = time.perf_counter() - start
             sink.close()
             records = map(json.loads, output.read_text().splitlines())
             return seconds, {Path(r["id"]).name: r["caption"] for r in records}
 
         async def ask(count: int, at_once: int, tokens: int = args.max_tokens, files: int = 1) -> dict:
-            command = [sys.executable, "-m", "benchmarks.serve", "--client", f"http://127.0.0.1:{port}", str(pictures)]
+            command = [sys.executable, "-m", "benchmarks.serve", "--client", f"http://127.0.0.1:{port}", str(images)]
             for flag, value in {"images": count, "at-once": at_once, "max-tokens": tokens, "files": files}.items():
                 command += [f"--{flag}", str(value)]
             run = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
@@ -159,7 +159,7 @@ async def measure(args) -> dict:
         async def direct(count: int) -> list[float]:
             seconds = []
             for i in range(count):
-                content, start = (pictures / f"{i:05}.png").read_bytes(), time.perf_counter()
+                content, start = (images / f"{i:05}.png").read_bytes(), time.perf_counter()
                 clean_caption((await service.caption(await service.embed(content), Sampling(SHORT))).text)
                 seconds.append(time.perf_counter() - start)
             return seconds

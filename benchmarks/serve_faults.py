@@ -4,7 +4,8 @@
     python -m benchmarks.serve_faults --parts fuzz_images,fuzz_requests --fuzz 500 --engine transformers -o try.json
 
 Parts: `fuzz_images`, `fuzz_requests` send mutated files and requests; `slow` clients that never finish; `workers` and
-`engine` kill processes; `soak` offers 1.5 times the capacity. Each ends with a valid request, answered as before.
+`engine` kill processes; `burst` sends 500 requests at once; `soak` offers 1.5 times the capacity. Each ends with a
+valid request, answered as before.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from benchmarks.serve_fuzz import fuzzed_images, fuzzed_requests, scene
 from vlv.common.command import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("fuzz_images", "fuzz_requests", "slow", "workers", "engine", "soak")
+PARTS = ("fuzz_images", "fuzz_requests", "slow", "workers", "engine", "burst", "soak")
+BURST = 500  # requests at once
 ALLOWED = {200, 400, 401, 404, 405, 408, 413, 422, 429, 431, 503}  # answers to invalid requests and to overload
 DEADLINE = 30  # seconds, the server's for a request
 SATURATING = 320  # requests at a time: more than the engine decodes together, fewer than are refused
@@ -59,7 +61,8 @@ def main() -> None:
         port = free.getsockname()[1]
     flags = ["--engine", args.engine, "--port", str(port), "--deadline", str(DEADLINE), "--body-seconds", "5"]
     command = [sys.executable, "-m", "serve.server", "--ckpt", args.ckpt, *flags]
-    log = Path(args.output).with_suffix(".log")
+    log = ROOT / "out" / f"{Path(args.output).stem}.log"
+    log.parent.mkdir(exist_ok=True)
     with log.open("w") as stderr, subprocess.Popen(command, cwd=ROOT, stderr=stderr) as server:
         try:
             asyncio.run(_run(parts, args, f"http://127.0.0.1:{port}", server.pid, report))
@@ -193,6 +196,27 @@ async def engine(client: httpx.AsyncClient, args, pid: int) -> dict:
     return {"seconds_until_ready": round(back, 1), "answers": counts, "passed": passed}
 
 
+async def burst(client: httpx.AsyncClient, args, pid: int) -> dict:
+    """Send BURST requests at once, twice: all can be finished within the deadline, so that all must be answered."""
+    import aiohttp
+
+    image, rounds = scene(4), []
+
+    async def ask(session: aiohttp.ClientSession) -> str:
+        form = aiohttp.FormData({"max_tokens": "40"})
+        form.add_field("file", image, filename="a.png")
+        async with session.post("/v1/captions", data=form) as answer:
+            await answer.read()
+            return str(answer.status)
+
+    async with aiohttp.ClientSession(str(client.base_url), connector=aiohttp.TCPConnector(limit=0)) as session:
+        for _ in range(2):
+            start = time.monotonic()
+            answers = Counter(await asyncio.gather(*(ask(session) for _ in range(BURST))))
+            rounds.append({"answers": dict(answers), "seconds": round(time.monotonic() - start, 2)})
+    return {"requests": BURST, "rounds": rounds, "passed": all(r["answers"] == {"200": BURST} for r in rounds)}
+
+
 async def soak(client: httpx.AsyncClient, args, pid: int) -> dict:
     """Poisson arrivals at 1.5 x the measured capacity: memory, latencies of what was accepted, and refusals."""
     import aiohttp  # a quarter of httpx' work for a request: the client shares the server's cores
@@ -246,12 +270,17 @@ async def soak(client: httpx.AsyncClient, args, pid: int) -> dict:
     )
     p99 = statistics.quantiles(seconds, n=100)[98]
     return {
-        "minutes": args.minutes, "capacity_per_second": round(capacity, 1),
+        "minutes": args.minutes,
+        "capacity_per_second": round(capacity, 1),
         "offered_per_second": round(sum(counts.values()) / (60 * args.minutes), 1),
-        "answers": dict(counts), "refused_without_retry_after": unhelpful, "p99_seconds": round(p99, 2),
-        "early_mib": round(early, 1), "late_mib": round(late, 1), "growth_percent": round(100 * (late / early - 1), 2),
+        "answers": dict(counts),
+        "refused_without_retry_after": unhelpful,
+        "p99_seconds": round(p99, 2),
+        "early_mib": round(early, 1),
+        "late_mib": round(late, 1),
+        "growth_percent": round(100 * (late / early - 1), 2),
         "passed": p99 < DEADLINE and late < 1.05 * early and not unhelpful and set(counts) <= {"200", "429", "503"},
-    }  # fmt: skip
+    }
 
 
 async def _steadily(client: httpx.AsyncClient, count: int) -> dict[str, int]:
@@ -283,9 +312,14 @@ async def until_ready(client: httpx.AsyncClient, seconds: float = 300) -> None:
 
 
 _PART = {
-    "fuzz_images": fuzz_images, "fuzz_requests": fuzz_requests, "slow": slow, "workers": workers, "engine": engine,
+    "fuzz_images": fuzz_images,
+    "fuzz_requests": fuzz_requests,
+    "slow": slow,
+    "workers": workers,
+    "engine": engine,
+    "burst": burst,
     "soak": soak,
-}  # fmt: skip
+}
 
 if __name__ == "__main__":
     main()

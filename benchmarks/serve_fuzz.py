@@ -75,8 +75,9 @@ def fuzzed_requests(count: int, seed: int) -> list[dict]:
     boundary = "b0undary"
     form = (
         f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'.encode()
-        + scene(2) + f"\r\n--{boundary}--\r\n".encode()
-    )  # fmt: skip
+        + scene(2)
+        + f"\r\n--{boundary}--\r\n".encode()
+    )
     requests = []
     for _ in range(count):
         path = rng.choice(("/v1/chat/completions", "/v1/captions", "/v1/embeddings"))

@@ -81,14 +81,14 @@ def measure(checkout: Path, args: argparse.Namespace, folder: Path) -> dict[str,
 
 def compare_captions(checkouts: dict[str, Path], folder: Path, images: int) -> tuple[int, int]:
     """Return how many of `images` records are equal in caption, tokens and finish reason."""
-    pictures = folder / "images"
-    pictures.mkdir()
+    inputs = folder / "images"
+    inputs.mkdir()
     for i in range(images):
-        (pictures / f"{i:05}.png").write_bytes(scene(i))
+        (inputs / f"{i:05}.png").write_bytes(scene(i))
     found = []
     for name, checkout in checkouts.items():
         output = folder / f"{name}.jsonl"
-        run(checkout, "-m", "serve.vllm_caption", pictures, "--ckpt", CKPT, "--raw", "-o", output)
+        run(checkout, "-m", "serve.vllm_caption", inputs, "--ckpt", CKPT, "--raw", "-o", output)
         records = map(json.loads, output.read_text().splitlines())
         found.append({r["id"]: (r["caption"], r["tokens"], r["finish_reason"]) for r in records})
     before, after = found

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A shuffled Hugging Face stream, resumed from its state, loses examples and repeats others; with workers it cannot resume.
+# A shuffled Hugging Face stream, resumed from its state, loses and repeats examples; with workers it cannot resume.
 #
 # Guess, written before the first run: an IterableDataset in torchdata's StatefulDataLoader, both of which offer
 #   state_dict, continues after load_state_dict with exactly the examples that were left, each once.
@@ -64,4 +64,5 @@ if __name__ == "__main__":
     else:
         raise SystemExit("a shuffled stream is resumed with workers")
 PY
-HF_HUB_OFFLINE=1 HF_DATASETS_CACHE="$dir/cache" "$dir/env/bin/python" resume.py 2>"$dir/log" || { cat "$dir/log" >&2; exit 1; }
+export HF_HUB_OFFLINE=1 HF_DATASETS_CACHE="$dir/cache"
+"$dir/env/bin/python" resume.py 2>"$dir/log" || { cat "$dir/log" >&2; exit 1; }

@@ -9,8 +9,12 @@
 #   that exporters leave; so an exported float8_e5m2 graph hides an infinity that the PyTorch module shows. OpenVINO
 #   reads the attribute and does as if saturate=0 in either case. Of a NaN all four make NaN.
 # Output seen (casts of 1000000 and of infinity):
-#   float8_e4m3fn: PyTorch 448 448, ml_dtypes nan nan, ONNX Runtime saturate=1 448 448, saturate=0 nan nan, OpenVINO saturate=1 nan nan, saturate=0 nan nan
-#   float8_e5m2: PyTorch inf inf, ml_dtypes inf inf, ONNX Runtime saturate=1 57344 57344, saturate=0 inf inf, OpenVINO saturate=1 inf inf, saturate=0 inf inf
+#   float8_e4m3fn
+#     PyTorch 448 448, ml_dtypes nan nan
+#     ONNX Runtime saturate=1 448 448, saturate=0 nan nan, OpenVINO saturate=1 nan nan, saturate=0 nan nan
+#   float8_e5m2
+#     PyTorch inf inf, ml_dtypes inf inf
+#     ONNX Runtime saturate=1 57344 57344, saturate=0 inf inf, OpenVINO saturate=1 inf inf, saturate=0 inf inf
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -62,7 +66,8 @@ for name in ONNX_TYPES:
     }
     assert all(np.isnan(y[2]) for y in results.values())
     seen[name] = [" ".join(f"{value:g}" for value in y[:2]) for y in results.values()]
-    print(f"{name}:", ", ".join(f"{k.strip()} {v}" for k, v in zip(results, seen[name], strict=True)))
+    parts = [f"{label.strip()} {values}" for label, values in zip(results, seen[name], strict=True)]
+    print(name, ", ".join(parts[:2]), ", ".join(parts[2:]), sep="\n  ")
 assert seen == {
     "float8_e4m3fn": ["448 448", "nan nan", "448 448", "nan nan", "nan nan", "nan nan"],
     "float8_e5m2": ["inf inf", "inf inf", "57344 57344", "inf inf", "inf inf", "inf inf"],

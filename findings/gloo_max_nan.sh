@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Gloo's maximum over ranks keeps a NaN of one rank and drops that of another, and DTensor's amax inherits it.
 #
-# Guess, written before the first run: all_reduce(MAX) of a tensor that is NaN on one rank is NaN on all ranks, whichever
-#   rank it is, as torch.maximum of the same tensors is; amax of a DTensor is the amax of the full tensor.
+# Guess, written before the first run: all_reduce(MAX) of a tensor that is NaN on one rank is NaN on all ranks,
+#   whichever rank it is, as torch.maximum of the same tensors is; amax of a DTensor is the amax of the full tensor.
 # Versions: torch 2.13.0 (gloo, CPU), numpy 2.3.5, Python 3.11, two processes of torchrun.
 # Behaviour: with a single value a NaN on rank 0 survives and one on rank 1 is replaced by rank 0's number. With 8
 #   values, half survive in both cases: each half is reduced in the other order. MIN does the same. DTensor.amax and

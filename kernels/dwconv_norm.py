@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, layer_norm
 
-from kernels.runtime.dispatch import fused
+from kernels.runtime.dispatch import exporting, fused
 from kernels.runtime.launch import launch
 from kernels.runtime.tiles import cdiv, power_of_two, strides, sum_dtype
 from kernels.runtime.tuning import reference_is_faster
@@ -27,15 +27,47 @@ def dwconv_norm_reference(
 
 
 def dwconv_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `dwconv_norm_reference`, fused on CUDA: the map is read once and written twice."""
+    """Compute `dwconv_norm_reference` of x, or of x + residual, fused on CUDA: maps are read once and written twice."""
+    if residual is not None:
+        if adds_residual(x, residual):
+            return add_dwconv_norm_op(x, residual, weight, bias, norm_weight, norm_bias, eps)
+        x = x + residual
     c = x.shape[-1]
     if fused("dwconv_norm", x, weight, bias, norm_weight, norm_bias, fits=c <= 4096) and not reference_is_faster(
         "dwconv_norm", f"c{c}", x
     ):
         return dwconv_norm_op(x, weight, bias, norm_weight, norm_bias, eps)
     return dwconv_norm_reference(x, weight, bias, norm_weight, norm_bias, eps)
+
+
+def adds_residual(x: Tensor, residual: Tensor) -> bool:
+    """Return True if one kernel computes x + residual and what follows: for inference, with contiguous maps."""
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)
+    return (
+        not needs_gradient
+        and not exporting()
+        and x.is_contiguous()
+        and residual.is_contiguous()
+        and x.dtype == residual.dtype
+        and fused("dwconv_norm", x, residual, fits=x.shape[-1] <= 4096)
+        and not reference_is_faster("dwconv_norm", f"c{x.shape[-1]}", x)
+    )
+
+
+def _grid(meta: dict, height: int, width: int, batch: int) -> tuple[int, int, int]:
+    """Return the blocks of each design of kernels/triton/dwconv_norm.py."""
+    if meta["DESIGN"] == 0:
+        return cdiv(height * width, meta["TILE"]), 1, batch
+    along, across = (height, width) if meta["DESIGN"] == 1 else (width, height)
+    return cdiv(across, meta["TILE"]), cdiv(along, meta["LINES"]), batch
 
 
 def _launch(
@@ -45,6 +77,7 @@ def _launch(
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float,
+    residual: Tensor | None = None,
     flip: bool = False,
     norm: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -53,13 +86,26 @@ def _launch(
     y = x.new_empty(b, h, w, c)
     normed = x.new_empty(b, h, w, c) if norm else y
     vectors = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    args = {"x": x, **{name: vector.contiguous() for name, vector in vectors.items()}, "y": y, "normed": normed}
+    args = {
+        "x": x,
+        "residual": x if residual is None else residual,
+        **{name: vector.contiguous() for name, vector in vectors.items()},
+        "y": y,
+        "normed": normed,
+    }
     launch(
         "dwconv_norm.forward",
         f"c{c}",
-        lambda meta: (cdiv(h * w, meta["TILE"]), b),
+        lambda meta: _grid(meta, h, w, b),
         {**args, "height": h, "width": w, **strides("stride", x, "bhwc"), "eps": eps},
-        {"C": c, "BLOCK_C": power_of_two(c), "FLIP": flip, "NORM": norm, "DOUBLE": x.dtype == torch.float64},
+        {
+            "C": c,
+            "BLOCK_C": power_of_two(c),
+            "FLIP": flip,
+            "NORM": norm,
+            "RESIDUAL": residual is not None,
+            "DOUBLE": x.dtype == torch.float64,
+        },
     )
     return y, normed
 
@@ -75,6 +121,21 @@ def dwconv_norm_op(
 @dwconv_norm_op.register_fake
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.custom_op("vlv::add_dwconv_norm", mutates_args=())
+def add_dwconv_norm_op(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return y and LayerNorm(y) of the map x + residual, for inference."""
+    return _launch(x, weight, bias, norm_weight, norm_bias, eps, residual)
+
+
+@add_dwconv_norm_op.register_fake
+def _fake_add(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 

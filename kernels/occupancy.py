@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from kernels.aot.manifest import TARGETS
-from kernels.runtime.tuning import CANDIDATES, FILE, split
+from kernels.runtime.tuning import FILE, candidates, split
 
 # PyTorch's own attention is a well-tuned kernel: ours replaces it only where it measured faster
 REFERENCE = {"eager": {"attention": ["*"]}, "compiled": {"attention": ["*"]}}
@@ -59,9 +59,10 @@ def choose(target: str) -> dict[str, dict[str, dict]]:
         if start.shape in chosen.setdefault(start.kernel, {}):
             continue
         tried = []
-        for candidate in CANDIDATES[start.kernel]:
+        for candidate in candidates(start.kernel, start.shape):
             constants, options = split(candidate)
-            if constants.get("TMA"):  # descriptors need scratch memory, which an ahead-of-time launch does not have
+            # descriptors need scratch memory, which an ahead-of-time launch does not have; designs wait for a GPU
+            if constants.get("TMA") or constants.get("DESIGN"):
                 continue
             trial = replace(start, constants={**start.constants, **constants}, options=options)
             built = compile_launch(trial, int(target.removeprefix("sm")))

@@ -48,6 +48,14 @@ def _windows(height: int, width: int, window: int) -> int:
     return cdiv(height, window) * cdiv(width, window)
 
 
+def _grid(meta: dict, windows: int, heads: int, batch: int) -> tuple[int, int, int]:
+    """Return the blocks of each design of kernels/triton/window_attention.py."""
+    design = meta.get("DESIGN", 0)
+    if design in (1, 2):
+        return windows * cdiv(heads, meta["GROUP"]), 1, batch
+    return cdiv(windows, 2) if design == 3 else windows, heads, batch
+
+
 def _launch(kernel: str, qkv: Tensor, bias: Tensor, heads: int, window: int, args: dict, **constants: bool) -> None:
     b, h, w, c3 = qkv.shape
     head_dim = c3 // 3 // heads
@@ -55,7 +63,7 @@ def _launch(kernel: str, qkv: Tensor, bias: Tensor, heads: int, window: int, arg
     launch(
         f"window_attention.{kernel}",
         f"w{window}d{head_dim}",
-        lambda meta: (_windows(h, w, window), heads, b),
+        lambda meta: _grid(meta, _windows(h, w, window), heads, b),
         {
             "qkv": qkv,
             "bias": bias.contiguous(),

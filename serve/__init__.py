@@ -2,4 +2,4 @@
 
 ENGINES = ("vllm", "transformers", "remote")  # what may run the language model: serve.engines.factory
 # how captions are written: serve.outputs.factory
-FORMATS = ("jsonl", "txt", "coco", "parquet", "webdataset")
+FORMATS = ("jsonl", "txt", "coco", "imagefolder", "kohya", "parquet", "webdataset")

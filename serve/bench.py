@@ -32,7 +32,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--price", type=float, default=0.0, metavar="P", help="of the server per hour, for the cost")
     p.add_argument("--devices", type=positive, default=1, metavar="N", help="that the server uses, for its figures")
     p.add_argument("--seed", type=int, default=0, help="of the arrivals (0)")
-    p.add_argument("-o", "--output", default="bench.json", metavar="JSON", help="figures; the page is NAME.html")
+    p.add_argument(
+        "-o",
+        "--output",
+        default="out/bench.json",
+        metavar="JSON",
+        help="figures (out/bench.json); the page is NAME.html",
+    )
     return p
 
 
@@ -62,6 +68,7 @@ def _bench(args: argparse.Namespace) -> None:
     args.api_key = os.environ.get("VLV_API_KEY")
     report = {"command": command_line("serve.bench"), **asyncio.run(measure(config_from(args, LoadConfig)))}
     output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, report)
     with atomic_write(output.with_suffix(".html")) as file:
         file.write_text(page(report), encoding="utf-8")

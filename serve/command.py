@@ -36,6 +36,7 @@ def engine_arguments() -> Parser:
     p.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the exported encoder (export.onnx)")
     p.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images per encoder batch (32)")
     p.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
+    p.add_argument("--ignore-icc", action="store_true", help="take colours as stored, as published, not as sRGB")
     return p
 
 

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("output", metavar="DST", help="folder or URL of the parts")
     p.add_argument("--format", choices=("parquet", "webdataset"), default="parquet", help="what a part is (parquet)")
     p.add_argument("--unit", type=positive, default=UNIT, metavar="N", help=f"images a part ({UNIT})")
-    p.add_argument("--url-column", default="url", metavar="NAME", help="column of .parquet lists (url)")
+    p.add_argument("--url-column", metavar="NAME", help="column of .parquet, .jsonl and .csv lists (url, path, ...)")
     p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
     p.add_argument("--decoders", type=span, default=(1, 16), metavar="A-B", help="decoding actors (1-16)")
     p.add_argument("--encoders", type=span, default=(1, 8), metavar="A-B", help="encoder actors (1-8)")
@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _batch(args: argparse.Namespace) -> int:
     from serve.core.inputs import LeftOut
+    from serve.core.remote import items_of
     from serve.ray.stages import ENDINGS, StageOptions
-    from serve.ray.store import Store, items_of, part, plan
+    from serve.ray.store import Store, part, plan
 
     model = open_model(args)
     limit = max_images(model.checkpoint.config)
@@ -83,7 +84,8 @@ def _batch(args: argparse.Namespace) -> int:
     start, captions, errors = time.monotonic(), 0, 0
     options = StageOptions(model.options, args.output, args.format, args.raw, flags)
     with joined("data", args.address, args.cpus, args.debug) as data:
-        for row in _results(data, args, options, todo):
+        size = model.checkpoint.config.image_size
+        for row in _results(data, args, options, size, todo):
             captions, errors = captions + row["captions"], errors + row["errors"]
             rate = (captions + errors) / (time.monotonic() - start)
             say(f"{captions} captions, {errors} errors, {rate:.1f} images a second")
@@ -97,26 +99,34 @@ def max_images(config: VLVConfig) -> int:
     return BLOCK // (max(3 * config.image_size**2, 4 * config.queries * config.llm_width) + ROW)
 
 
-def _results(data: ModuleType, args: argparse.Namespace, options: StageOptions, todo: list[int]) -> Iterator[dict]:
-    """Run the stages over units, and yield the counts of each."""
-    from serve.ray.stages import Decode, Encode, Write
+def _results(
+    data: ModuleType, args: argparse.Namespace, options: StageOptions, size: int, todo: list[int]
+) -> Iterator[dict]:
+    """Run the stages over units, and yield the counts of each. `size`: pixels of a crop's side."""
+    from serve.ray.decode import Decode
+    from serve.ray.stages import Encode, Write
 
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK
-    size = args.tensor_parallel
-    shares = {Encode: args.encoder_gpu, Write: args.llm_gpu if size == 1 else size} if on_gpu() else {}
+    gpus = args.llm_gpu if args.tensor_parallel == 1 else args.tensor_parallel
+    stages = (
+        (Decode, (args.output, size, args.workers or 1, args.ignore_icc), args.decoders, 0),
+        (Encode, (options,), args.encoders, args.encoder_gpu),
+        (Write, (options,), args.llms, gpus),
+    )
+    has_gpus = on_gpu()
     for first in range(0, len(todo), WAVE):
         wave = todo[first : first + WAVE]
         units = data.from_items([{"unit": unit} for unit in wave], override_num_blocks=len(wave))
-        for stage, actors in ((Decode, args.decoders), (Encode, args.encoders), (Write, args.llms)):
+        for stage, arguments, actors, share_of_gpu in stages:
             units = units.map_batches(
                 stage,
                 batch_size=None,  # a block is a unit
-                fn_constructor_args=(options,),
+                fn_constructor_args=arguments,
                 compute=data.ActorPoolStrategy(min_size=actors[0], max_size=actors[1]),
                 num_cpus=1,
-                num_gpus=shares.get(stage, 0),
+                num_gpus=share_of_gpu if has_gpus else 0,
             )
         yield from units.iter_rows()
 

@@ -32,7 +32,8 @@ EXIT_CODES = """\
 exit codes: 0 every image of this run has a caption (what earlier runs have finished is not looked at again);
 1 the run failed, or some of its images did (see NAME.errors.jsonl); 2 wrong arguments; 130 stopped by Ctrl-C.
 """
-ENDINGS = {"coco": ".json", "parquet": ".parquet", "webdataset": ""}
+SHOWN = 5  # names in a message
+ENDINGS = {"coco": ".json", "kohya": ".json", "parquet": ".parquet", "webdataset": ""}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,9 +48,10 @@ def parser() -> argparse.ArgumentParser:
             debug_argument("tracebacks, and the engine's log on stderr"),
         ],
     )
-    p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, .txt list, .tar shard")
+    p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, list, .tar shard, or URL")
     p.add_argument("-o", "--output", metavar="FILE", help="file, or folder of shards (captions.*); - for stdout")
     p.add_argument("--format", choices=FORMATS, default="jsonl", help="jsonl (default), .txt beside each image, ...")
+    p.add_argument("--url-column", metavar="NAME", help="column of .parquet, .jsonl and .csv lists (url, path, ...)")
     p.add_argument("--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input; I from 1 to N")
     p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws at a temperature above 0")
@@ -62,7 +64,21 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="skip what the output already holds (default); --no-resume starts over and keeps the old file as NAME.old",
     )
+    texts = p.add_argument_group("text files (--format txt without -o)")
+    texts.add_argument("--caption-extension", default=".txt", metavar="EXT", help="of the text files (.txt)")
+    texts.add_argument("--output-dir", type=Path, metavar="DIR", help="a tree of text files like that of the images")
+    existing = texts.add_mutually_exclusive_group()
+    existing.add_argument("--skip-existing", action="store_true", help="skip images that have a text file (default)")
+    existing.add_argument("--overwrite", action="store_true", help="replace text files that exist")
+    style = p.add_argument_group("form of the captions, in this order")
+    style.add_argument("--strip-openers", action="store_true", help='without "The image shows" and the like')
+    style.add_argument("--max-sentences", type=positive, metavar="N", help="only the first N sentences")
+    style.add_argument("--max-words", type=positive, metavar="N", help="whole sentences that fit into N words")
+    style.add_argument("--single-line", action="store_true", help="line breaks become spaces")
+    style.add_argument("--template", default="{caption}", metavar="TEXT", help='such as "a sks photo, {caption}"')
+    p.add_argument("--dry-run", action="store_true", help="only print the images that would be captioned")
     p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
+    p.add_argument("--prune", action="store_true", help="remove records of images that are not in the input any more")
     p.add_argument("--strict", action="store_true", help="fail if images are left out, such as .heic or dead links")
     p.add_argument("--gallery", metavar="HTML", help="also write a page of image | reconstruction | caption")
     p.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
@@ -132,9 +148,17 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _caption(args: argparse.Namespace) -> int:
     _check(args)
-    model = open_model(args)
+    if args.dry_run:
+        return _dry_run(args)
+
     from serve.core.inputs import LeftOut
+
+    left_out = LeftOut()
+    items = _items(args, left_out)  # before torch is imported: a wrong path is refused at once
+    model = open_model(args)
+
     from serve.core.run import CaptionRun, RunConfig
+    from serve.core.style import CaptionStyle
     from serve.engines.base import Sampling
     from serve.outputs.factory import sink_class
     from serve.outputs.jsonl import StreamSink
@@ -145,20 +169,35 @@ def _caption(args: argparse.Namespace) -> int:
     sampling = Sampling(model.max_tokens, args.temperature, args.seed, tuple(args.stop))
     flags = _flags(args, model)
     config = RunConfig(
-        sampling, args.prompt_batch, args.workers, args.limit, args.raw, args.n, args.encoder, args.artifacts, flags
+        sampling,
+        args.prompt_batch,
+        args.workers,
+        args.limit,
+        args.raw,
+        args.n,
+        args.encoder,
+        args.artifacts,
+        flags,
+        CaptionStyle(args.strip_openers, args.max_sentences, args.max_words, args.single_line, args.template),
+        args.ignore_icc,
     )
-    left_out = LeftOut()
-    items = _items(args, left_out)
     engine = model.engine()
     if args.output == "-":
         sink = StreamSink(_claim_stdout(), sys.stderr.fileno())
+    elif _only_texts(args):
+        sink = _text_sink(args)
     else:
         model_id = engine.options.model_id(model.checkpoint.hash)
         sink = sink_class(args.format)(_output(args), model_id, args.resume, flags)
     progress, timeline = Progress(), Timeline(args.trace)
     threading.Thread(target=_count, args=(args, progress), daemon=True).start()
+    if sink.changed:
+        say(f"{sink.changed} images have changed since they were captioned: they are captioned again")
+    captioning = CaptionRun(model.checkpoint, engine, sink, config, progress, timeline)
     try:
-        _run(CaptionRun(model.checkpoint, engine, sink, config, progress, timeline), items)
+        _run(captioning, items)
+        if captioning.complete:
+            _report_missing(sink, captioning.listed, args.prune)
     finally:
         timeline.close()
         sink.close()
@@ -176,17 +215,68 @@ def _caption(args: argparse.Namespace) -> int:
     return int(args.strict and bool(left_out.images or left_out.replaced))
 
 
+def _only_texts(args: argparse.Namespace) -> bool:
+    """Return True if the text files are the only output."""
+    return args.format == "txt" and args.output is None
+
+
+def _text_sink(args: argparse.Namespace):
+    from serve.outputs.text import TextFiles, TextSink, common_folder
+
+    extension = "." + args.caption_extension.removeprefix(".")
+    base = common_folder(args.paths) if args.output_dir else ""
+    return TextSink(TextFiles(extension, args.output_dir, base), args.overwrite)
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    """Print the ids of images; of text files, only of the images that have none."""
+    from serve.core.inputs import LeftOut, stamp_of
+
+    left_out, count, done = LeftOut(), 0, 0
+    sink = _text_sink(args) if _only_texts(args) else None
+    for item in itertools.islice(_items(args, left_out), args.limit):
+        if sink and sink.is_finished(item, (stamp_of(item.path) or (None,))[0]):
+            done += 1
+        else:
+            print(item.id)
+            count += 1
+    say(f"{count} images to caption" + (f", {done} have a text file" if sink else ", less those in the output"))
+    if line := str(left_out):
+        say(line)
+    return int(args.strict and bool(left_out.images or left_out.replaced))
+
+
+def _report_missing(sink, listed, prune: bool) -> None:
+    """Name the captioned images that are not in the input any more, or remove their records with `prune`."""
+    from serve.outputs.jsonl import is_listed
+
+    missing = sink.missing(listed)
+    names = list(itertools.islice(missing, SHOWN))
+    count = len(names) + sum(1 for _ in missing)
+    if prune:
+        removed = sink.drop(lambda record: not is_listed(record, listed))
+        if removed:
+            say(f"removed the records of {removed} images that are not in the input any more")
+    elif count:
+        more = ", ..." if count > SHOWN else ""
+        say(f"{count} images of the output are not in this input (--prune removes them): {', '.join(names)}{more}")
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raise Misuse for arguments that do not fit together."""
-    if not args.paths or not args.ckpt:
+    if not args.paths or not (args.ckpt or args.dry_run):
         raise Misuse("PATH and --ckpt are needed (--help shows the usage)")
     if args.n > 1 and not args.temperature:
         raise Misuse(f"-n {args.n} draws captions: give --temperature above 0, greedy ones are all the same")
     if "" in args.stop:
         raise Misuse("--stop needs a text: '' would end every caption at once")
+    if "{caption}" not in args.template:
+        raise Misuse(f"--template {args.template!r}: expected a text with {{caption}}, such as 'a photo, {{caption}}'")
+    if (args.overwrite or args.output_dir or args.caption_extension != ".txt") and not _only_texts(args):
+        raise Misuse("--output-dir, --overwrite and --caption-extension go with --format txt and without -o")
     if args.output == "-" and args.format != "jsonl":
         raise Misuse(f"--format {args.format} writes files: give -o a file or folder")
-    if args.gallery and (args.output == "-" or args.format in ("parquet", "webdataset")):
+    if args.gallery and (args.output == "-" or _only_texts(args) or args.format in ("parquet", "webdataset")):
         raise Misuse(
             "--gallery reads the captions back from JSON lines: give -o a file, in --format jsonl, txt or coco"
         )
@@ -198,22 +288,33 @@ def _flags(args: argparse.Namespace, model: Model) -> str:
         "--temperature": args.temperature or None,
         "--seed": args.seed if args.temperature and args.seed else None,
         "-n": args.n if args.n > 1 else None,
+        "--max-sentences": args.max_sentences,
+        "--max-words": args.max_words,
     }
     words = [f"{flag} {value}" for flag, value in given.items() if value is not None]
     words += [f"--stop {shlex.quote(text)}" for text in sorted(args.stop)]
-    return " ".join([model.flags] * bool(model.flags) + words + ["--raw"] * args.raw)
+    switches = {"--raw": args.raw, "--strip-openers": args.strip_openers, "--single-line": args.single_line}
+    words += [flag for flag, given in switches.items() if given]
+    words += [f"--template {shlex.quote(args.template)}"] * (args.template != "{caption}")
+    return " ".join([model.flags] * bool(model.flags) + words)
 
 
 def _items(args: argparse.Namespace, left_out: LeftOut | None = None):
-    from serve.core.inputs import expand, part_of
+    from serve.core.inputs import part_of
+    from serve.core.remote import items_of
 
-    items = expand(args.paths, left_out)
+    items = items_of(args.paths, args.url_column, left_out)
     return part_of(items, *args.shard) if args.shard else items
 
 
 def _output(args: argparse.Namespace) -> Path:
     """Return -o or its default; with --shard, its name tells the part, since every worker has a file of its own."""
-    path = Path(args.output or "captions" + ENDINGS.get(args.format, ".jsonl"))
+    name = "captions" + ENDINGS.get(args.format, ".jsonl")
+    if args.format == "imagefolder":  # among the images
+        from serve.outputs.text import common_folder
+
+        name = os.path.join(common_folder(args.paths), "metadata.jsonl")
+    path = Path(args.output or name)
     if args.shard:
         part, parts = args.shard
         path = path.with_name(f"{path.stem}-{part:0{len(str(parts))}}-of-{parts}{path.suffix}")

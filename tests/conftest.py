@@ -20,12 +20,12 @@ def random_checkpoint(tmp_path_factory) -> Path:
     from vlv.checkpoints import folder as checkpoint
     from vlv.model.config import PRESETS
     from vlv.model.encoder import VLVEncoder
-    from vlv.train.presets import STAGE2
-    from vlv.train.stage2 import build_llm
+    from vlv.train.config import Synthetic
+    from vlv.train.initialize import build_llm
 
     folder = tmp_path_factory.mktemp("checkpoint") / "random"
     torch.manual_seed(0)
-    llm, tokenizer = build_llm(STAGE2["tiny"])
+    llm, tokenizer = build_llm(Synthetic(scenes=0))
     for name, weight in llm.named_parameters():
         # transformers' initial weights give all tokens nearly one logit, and then repeat one token: two
         # implementations would break ties differently, and captions would not depend on the picture

@@ -14,9 +14,20 @@ from kernels import cross_attention as cross
 from kernels import dwconv_norm as dwconv
 from kernels import geglu as gated
 from kernels import groupnorm_silu as norm
+from kernels import linear as dense
 from kernels import upsample_normalize as upsample
 from kernels import window_attention as window
 from vlv.model.encoder import IMAGENET_MEAN, IMAGENET_STD
+
+# side, channels, heads, and blocks of each kind of DaViT's stages at 768 px
+STAGES = ((192, 256, 8, 1), (96, 512, 16, 1), (48, 1024, 32, 9), (24, 2048, 64, 1))
+# queries, keys, heads, causal, and calls in a pass of the encoder (the last: of the UNet)
+ATTENTIONS = (
+    (591, 591, 16, False, 12),
+    (77, 77, 16, True, 24),
+    (77, 591, 16, False, 12),
+    (4096, 4096, 5, False, 5),
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class Case:
     """One operation at one size. Ours and the reference take `inputs`; the first `batched` of them lead with B."""
 
     name: str
-    operation: str  # what kernels/tuned.json calls it
+    operation: str  # its name in kernels/tuned.json
     ours: Callable[..., Tensor | tuple[Tensor, ...]]
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: list[Tensor]
@@ -33,6 +44,9 @@ class Case:
     moved: int  # bytes read and written at the least
     speedup: float = 1.0  # the target, over the best rival
     bandwidth: float = 0.0  # the target, of copying's
+    calls: int = 1  # in one pass of the model
+    tunes: tuple[str, str] | None = None  # (kernel, class of shapes), where no launch of ours tells
+    reference_class: str = ""  # its class of shapes in the "reference" lists of kernels/tuned.json
 
 
 def _size(*tensors: Tensor) -> int:
@@ -40,75 +54,165 @@ def _size(*tensors: Tensor) -> int:
 
 
 def cases(device: str, dtype: torch.dtype, batch: int, toy: bool) -> list[Case]:
-    """All cases; toy sizes are for Triton's interpreter."""
+    """Return all cases; toy sizes are for Triton's interpreter."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
-    found = []
-    stages = [(5, 32, 1)] if toy else [(192, 256, 8), (96, 512, 16), (48, 1024, 32), (24, 2048, 64)]
-    for side, c, heads in stages:
-        size = 4 if toy else 12
-        qkv, bias, n = random(batch, side, side, 3 * c), random(3 * c), side * side
-        found.append(Case(
-            f"window_attention {side}x{side}x{c}", "window_attention",
-            lambda x, b, h=heads, s=size: window.window_attention(x, b, h, s),
-            lambda x, b, h=heads, s=size: window.window_attention_reference(x, b, h, s),
-            [qkv, bias], 1, 4 * batch * n * size**2 * c, _size(qkv) * 4 // 3, speedup=2,
-        ))  # fmt: skip
-        found.append(Case(
-            f"channel_attention {n}x{c}", "channel_attention",
-            lambda x, g=heads: channel.channel_attention(x, g),
-            lambda x, g=heads: channel.channel_attention_reference(x, g),
-            [qkv.flatten(1, 2)], 1, 4 * batch * n * c * (c // heads), _size(qkv) * 4 // 3, speedup=2, bandwidth=0.7,
-        ))  # fmt: skip
-        x = random(batch, side, side, c)
-        found.append(Case(
-            f"dwconv_norm {side}x{side}x{c}", "dwconv_norm", dwconv.dwconv_norm, dwconv.dwconv_norm_reference,
-            [x, random(c, 1, 3, 3), random(c), random(c), random(c)], 1, 18 * x.numel(), 3 * _size(x),
-            speedup=2, bandwidth=0.7,
-        ))  # fmt: skip
-    sizes = [(9, 9, 1, 16, True)] if toy else [
-        (591, 591, 16, 64, False), (77, 77, 16, 64, True), (77, 591, 16, 64, False), (4096, 4096, 5, 64, False)
-    ]  # fmt: skip
-    for m, n, heads, d, causal in sizes:
-        q, k, v = (random(batch, length, heads, d).transpose(1, 2) for length in (m, n, n))
-        found.append(Case(
-            f"attention {m}x{n}{' causal' if causal else ''}", "attention",
-            lambda q, k, v, c=causal: attn.attention_op(q, k, v, c)[0],
-            lambda q, k, v, c=causal: attn.attention_reference(q, k, v, c),
-            [q, k, v], 3, 4 * batch * heads * m * n * d // (2 if causal else 1), _size(q, k, v, q),
-        ))  # fmt: skip
+    stages = ((5, 32, 1, 1),) if toy else STAGES
+    found = [case for stage in stages for case in _stage(random, batch, 4 if toy else 12, *stage)]
+    sizes = ((9, 9, 1, True, 1),) if toy else ATTENTIONS
+    found += [_attention(random, batch, 16 if toy else 64, *size) for size in sizes]
     for m, heads in [(9, 1)] if toy else [(4096, 5), (1024, 10), (256, 20)]:
-        q, k, v = (random(batch, length, heads, 64) for length in (m, 77, 77))
-        found.append(Case(
-            f"cross_attention {m}x77, {heads} heads", "cross_attention", cross.cross_attention,
-            cross.cross_attention_reference, [q, k, v], 3, 4 * batch * heads * m * 77 * 64, _size(q, k, v, q),
-            speedup=1.3,
-        ))  # fmt: skip
+        found.append(_cross_attention(random, batch, m, heads))
     for side, c in [(3, 8)] if toy else [(64, 320), (32, 640), (16, 1280)]:
-        x, groups = random(batch, c, side, side), 4 if toy else 32
-        found.append(Case(
-            f"groupnorm_silu {c}x{side}x{side}", "groupnorm_silu",
-            lambda x, w, b, g=groups: norm.groupnorm_silu(x, g, w, b),
-            lambda x, w, b, g=groups: norm.groupnorm_silu_reference(x, g, w, b),
-            [x, random(c), random(c)], 1, 10 * x.numel(), 2 * _size(x), speedup=1.2,
-        ))  # fmt: skip
-        x = random(batch, side * side, 8 * c)
-        found.append(Case(
-            f"geglu {side * side}x{4 * c}", "geglu", gated.geglu, gated.geglu_reference, [x], 1, 5 * x.numel(),
-            _size(x) * 3 // 2,
-        ))  # fmt: skip
+        found += _unet(random, batch, side, c, 4 if toy else 32)
     small = 4 if toy else 384
-    pixels = torch.randint(
-        0, 256, (batch, 3, small, small), dtype=torch.uint8, generator=generator, device=device
-    )  # fmt: skip
+    pixels = torch.randint(0, 256, (batch, 3, small, small), dtype=torch.uint8, generator=generator, device=device)
     constants = [torch.tensor(x, device=device) for x in (IMAGENET_MEAN, IMAGENET_STD)]
-    found.append(Case(
-        f"upsample_normalize {small} to {2 * small}", "upsample_normalize", upsample.upsample_normalize,
-        upsample.upsample_normalize_reference,
-        [pixels, upsample.bicubic_matrix(small, 2 * small).to(device), *constants], 1, 200 * pixels.numel(),
-        _size(pixels) * 17,
-    ))  # fmt: skip
-    return found
+    upsampling = Case(
+        name=f"upsample_normalize {small} to {2 * small}",
+        operation="upsample_normalize",
+        ours=upsample.upsample_normalize,
+        reference=upsample.upsample_normalize_reference,
+        inputs=[pixels, upsample.bicubic_matrix(small, 2 * small).to(device), *constants],
+        batched=1,
+        flops=200 * pixels.numel(),
+        moved=_size(pixels) * 17,
+    )
+    return [*found, upsampling]
+
+
+def _stage(random: Callable, batch: int, size: int, side: int, c: int, heads: int, blocks: int) -> list[Case]:
+    """Return the operations of a stage of DaViT."""
+    qkv, n = random(batch, side, side, 3 * c), side * side
+    attending = Case(
+        name=f"window_attention {side}x{side}x{c}",
+        operation="window_attention",
+        ours=lambda x, b: window.window_attention(x, b, heads, size),
+        reference=lambda x, b: window.window_attention_reference(x, b, heads, size),
+        inputs=[qkv, random(3 * c)],
+        batched=1,
+        flops=4 * batch * n * size**2 * c,
+        moved=_size(qkv) * 4 // 3,
+        speedup=3,
+        calls=blocks,
+    )
+    between_channels = Case(
+        name=f"channel_attention {n}x{c}",
+        operation="channel_attention",
+        ours=lambda x: channel.channel_attention(x, heads),
+        reference=lambda x: channel.channel_attention_reference(x, heads),
+        inputs=[qkv.flatten(1, 2)],
+        batched=1,
+        flops=4 * batch * n * c * (c // heads),
+        moved=_size(qkv) * 4 // 3,
+        speedup=2,
+        bandwidth=0.7,
+        calls=blocks,
+    )
+    x, weights = random(batch, side, side, c), [random(c, 1, 3, 3), random(c), random(c), random(c)]
+    convolution = Case(
+        name=f"dwconv_norm {side}x{side}x{c}",
+        operation="dwconv_norm",
+        ours=dwconv.dwconv_norm,
+        reference=dwconv.dwconv_norm_reference,
+        inputs=[x, *weights],
+        batched=1,
+        flops=18 * x.numel(),
+        moved=3 * _size(x),
+        speedup=2,
+        bandwidth=0.7,
+        calls=1,
+        reference_class=f"c{c}",
+    )
+    with_residual = Case(
+        name=f"dwconv_norm {side}x{side}x{c} + residual",
+        operation="dwconv_norm",
+        ours=lambda x, r, *w: dwconv.dwconv_norm(x, *w, residual=r),
+        reference=lambda x, r, *w: dwconv.dwconv_norm_reference(x + r, *w),
+        inputs=[x, random(*x.shape), *weights],
+        batched=2,
+        flops=19 * x.numel(),
+        moved=4 * _size(x),
+        speedup=2,
+        bandwidth=0.7,
+        calls=4 * blocks - 1,
+    )
+    hidden, bias = random(4 * c, c) * c**-0.5, random(4 * c)
+    product = Case(
+        name=f"linear {n}x{c} to {4 * c} with GELU",
+        operation="linear",
+        ours=lambda x, w, b: dense.linear(x, w, b, gelu=True),
+        reference=lambda x, w, b: dense.linear_reference(x, w, b, gelu=True),
+        inputs=[x, hidden, bias],
+        batched=1,
+        flops=8 * x.numel() * c,
+        moved=5 * _size(x) + _size(hidden, bias),
+        calls=2 * blocks,
+        tunes=("linear.gelu", f"k{c}n{4 * c}"),
+    )
+    return [attending, between_channels, convolution, with_residual, product]
+
+
+def _attention(random: Callable, batch: int, d: int, m: int, n: int, heads: int, causal: bool, calls: int) -> Case:
+    """Return softmax attention of m queries to n keys, by our kernel even where tuned.json says SDPA."""
+    q, k, v = (random(batch, length, heads, d).transpose(1, 2) for length in (m, n, n))
+    return Case(
+        name=f"attention {m}x{n}{' causal' if causal else ''}",
+        operation="attention",
+        ours=lambda q, k, v: attn.attention_op(q, k, v, causal)[0],
+        reference=lambda q, k, v: attn.attention_reference(q, k, v, causal),
+        inputs=[q, k, v],
+        batched=3,
+        flops=4 * batch * heads * m * n * d // (2 if causal else 1),
+        moved=_size(q, k, v, q),
+        calls=calls,
+        reference_class=f"m{m}n{n}d{d}{' causal' if causal else ''}",
+    )
+
+
+def _cross_attention(random: Callable, batch: int, m: int, heads: int) -> Case:
+    q, k, v = (random(batch, length, heads, 64) for length in (m, 77, 77))
+    return Case(
+        name=f"cross_attention {m}x77, {heads} heads",
+        operation="cross_attention",
+        ours=cross.cross_attention_op,
+        reference=cross.cross_attention_reference,
+        inputs=[q, k, v],
+        batched=3,
+        flops=4 * batch * heads * m * 77 * 64,
+        moved=_size(q, k, v, q),
+        speedup=1.3,
+        reference_class=f"m{m}n77d64",
+    )
+
+
+def _unet(random: Callable, batch: int, side: int, c: int, groups: int) -> list[Case]:
+    """Return the norm and the gated GELU of a level of the UNet, by our kernels."""
+    x, gate = random(batch, c, side, side), random(batch, side * side, 8 * c)
+    normalisation = Case(
+        name=f"groupnorm_silu {c}x{side}x{side}",
+        operation="groupnorm_silu",
+        ours=lambda x, w, b: norm.groupnorm_silu_op(x, groups, w, b, 1e-5, True),
+        reference=lambda x, w, b: norm.groupnorm_silu_reference(x, groups, w, b),
+        inputs=[x, random(c), random(c)],
+        batched=1,
+        flops=10 * x.numel(),
+        moved=2 * _size(x),
+        speedup=1.2,
+        reference_class=f"c{c}p{side * side}",
+    )
+    gated_gelu = Case(
+        name=f"geglu {side * side}x{4 * c}",
+        operation="geglu",
+        ours=gated.geglu_op,
+        reference=gated.geglu_reference,
+        inputs=[gate],
+        batched=1,
+        flops=5 * gate.numel(),
+        moved=_size(gate) * 3 // 2,
+        reference_class=f"f{4 * c}",
+    )
+    return [normalisation, gated_gelu]

@@ -8,73 +8,173 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.encoder_cpu import flops, picture, prepared
-from benchmarks.gpu.kernels import OURS, THEIRS, Clock, eager_and_compiled, judge, summary
+from benchmarks.encoder_cpu import flops, prepared, random_images
+from benchmarks.gpu.kernel_measure import OURS, THEIRS, Clock, eager_and_compiled, judge, line, summary
 from benchmarks.published_encoder import PublishedEncoder
 from kernels.runtime.dispatch import references
 from vlv.checkpoints import random_weights
 from vlv.model.config import PRESETS, DaViTConfig
 from vlv.model.encoder import VLVEncoder
-from vlv.train.memory_plan import SD21_UNET
 
 TOY = replace(
-    PRESETS["tiny"], image_size=16, encoder_layers=1, decoder_layers=1, context_layers=1,
+    PRESETS["tiny"],
+    image_size=16,
+    encoder_layers=1,
+    decoder_layers=1,
+    context_layers=1,
     vision=DaViTConfig((32,), (1,), (1,), (1,), (8,), (8,), (0,), (False,), 4),
-)  # fmt: skip
+)
+TOY_UNET = {
+    "block_out_channels": (32, 32),
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 16,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "layers_per_block": 1,
+    "sample_size": 4,
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+BATCHES = (1, 8, 64)  # besides the run's own
+COMPILE = 90.0  # seconds, about, that compiling an encoder needs
 
 
-def models(
-    clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: int, toy: bool, only: str
-) -> list[Callable[[], dict]]:
-    found = []
-    if only in "encoder":
-        found.append(lambda: encoder(clock, limits, dtype, batch, toy))
-    if only in "unet":
-        if find_spec("diffusers"):
-            found.append(lambda: unet(clock, limits, dtype, 4 if not toy else 1, toy))
-        else:
-            print("no UNet step: diffusers is not installed (pip install diffusers)", file=sys.stderr)
-    return found
+class EncoderBench:
+    """Ours against transformers' implementation of the published encoder, with the same random weights."""
+
+    def __init__(self, contest):
+        self.contest = contest
+        self.clock: Clock = contest.clock
+        self.toy = contest.toy
+        self.config = TOY if self.toy else PRESETS["qwen2.5-3b"]
+        self.times: dict[str, float] = {}
+        self.errors: dict = {}
+
+    def check(self) -> bool:
+        """Build both encoders and compare them with float32 of the same rounded weights."""
+        with torch.device("cpu"):
+            ours = random_weights.encoder(self.config, self.contest.dtype)
+        exact = VLVEncoder(self.config).eval()
+        exact.load_state_dict(ours.state_dict())
+        self.pixels = random_images(self.config, self.contest.batch).to(self.clock.device)
+        with references():
+            expected = exact.to(self.clock.device)(self.pixels[:2])
+        del exact
+        self.ours = ours.to(self.clock.device)
+        self.published = PublishedEncoder(self.ours, "sdpa").to(self.clock.device)
+        self.inputs = prepared(self.ours, self.pixels)
+        self.errors = judge(self.ours(self.pixels)[:2], self.published(self.inputs)[:2], expected)
+        self.contest.report.add("checks", {"name": "encoder", **self.errors})
+        return self.errors["correct"]
+
+    def eager(self) -> None:
+        """Time our encoder as it is in kernels/tuned.json, and its references."""
+        self._time("ours eager before tuning" if self.contest.tune else "ours eager", lambda: self.ours(self.pixels))
+        with references():
+            self._time("references eager", lambda: self.ours(self.pixels))
+
+    def tuned(self) -> None:
+        """Time our encoder after tuning."""
+        self._time("ours eager", lambda: self.ours(self.pixels))
+
+    def batches(self) -> None:
+        """Time our encoder at other batches."""
+        for batch in () if self.toy else BATCHES:
+            pixels = random_images(self.config, batch).to(self.clock.device)
+            self._time(f"ours eager batch {batch}", lambda pixels=pixels: self.ours(pixels))
+
+    def graphs(self) -> None:
+        """Time our encoder replayed from CUDA graphs, which a CPU does not have."""
+        for batch in () if self.toy else (self.contest.batch, 1, 8):
+            pixels = random_images(self.config, batch).to(self.clock.device)
+            before = torch.cuda.memory_allocated()
+            graph = _captured(self.ours, pixels)
+            name = "ours graph" + ("" if batch == self.contest.batch else f" batch {batch}")
+            self._time(name, graph.replay, memory_bytes=torch.cuda.memory_allocated() - before)
+
+    def theirs(self) -> None:
+        """Time transformers' encoder, eager."""
+        self._time("eager", lambda: self.published(self.inputs))
+
+    def compiled(self) -> None:
+        """Time both encoders under torch.compile."""
+        rivals = (("ours compiled", self.ours, self.pixels), ("compile", self.published, self.inputs))
+        for name, model, x in rivals:
+            if self.toy:  # a dry run compiles nothing
+                self._time(name, lambda model=model, x=x: model(x))
+            elif self.contest.time.allows(COMPILE, f"encoder, {name}"):
+                torch._dynamo.reset()
+                fast = torch.compile(model)
+                self._time(name, lambda fast=fast, x=x: fast(x))
+
+    def profile(self) -> None:
+        """Record the GPU time of every kernel in one pass of our encoder."""
+        if self.toy:
+            return
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as record:
+            self.ours(self.pixels)
+            torch.cuda.synchronize()
+        table = [
+            {"kernel": event.key, "calls": event.count, "milliseconds": event.self_device_time_total / 1e3}
+            for event in record.key_averages()
+        ]
+        self.contest.report.content["profile"] = sorted(table, key=lambda one: -one["milliseconds"])[:40]
+        self.contest.report.write()
+
+    def result(self) -> bool:
+        """Add our best against the best rival; return False if the encoder is wrong."""
+        times = {name: ms for name, ms in self.times.items() if "batch" not in name and not name.startswith("ref")}
+        result = {"name": "encoder", **self.errors}
+        if self.errors["correct"] and {"eager"} & set(times) and any(name.startswith("ours") for name in times):
+            floor = flops(self.config, self.contest.batch) / self.contest.limits["flops_per_s"] * 1e3
+            result = summary(result, times, floor, target=2.0) | {
+                "images_per_s": self.contest.batch
+                / min(ms for name, ms in times.items() if name.startswith("ours"))
+                * 1e3,
+                "images_per_s_target": 330,
+                "ceiling_target": 0.75,
+            }
+        print(line(self.contest.report.add("results", result), figures=not self.toy), flush=True)
+        return self.errors["correct"]
+
+    def _time(self, name: str, call: Callable[[], object], **more: float) -> None:
+        if not self.errors["correct"] or not self.contest.time.allows(0 if self.toy else 2, f"encoder, {name}"):
+            return
+        self.times[name] = self.clock(call)
+        self.contest.report.add("encoder", {"name": name, "milliseconds": self.times[name], **more})
 
 
-def encoder(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: int, toy: bool) -> dict:
-    """Ours against transformers' implementation of the published encoder, eager and compiled, same weights."""
-    config = TOY if toy else PRESETS["qwen2.5-3b"]
-    with torch.device("cpu"):
-        ours = random_weights.encoder(config, dtype)
-    exact = VLVEncoder(config).eval()
-    exact.load_state_dict(ours.state_dict())  # the same rounded weights, computed with in float32
-    pixels = picture(config, batch).to(clock.device)
-    with references():
-        expected = exact.to(clock.device)(pixels[:2])
-    del exact
-    ours = ours.to(clock.device)
-    theirs = PublishedEncoder(ours, "sdpa").to(clock.device)
-    x = prepared(ours, pixels)
-    result = {"name": "encoder", **judge(ours(pixels)[:2], theirs(x)[:2], expected)}
-    if not result["correct"]:
-        return result
-    times = eager_and_compiled(clock, OURS, ours, lambda call: call(pixels))
-    times |= eager_and_compiled(clock, THEIRS, theirs, lambda call: call(x))
-    return summary(result, times, flops(config, batch) / limits["flops_per_s"] * 1e3, target=2.0) | {
-        "pictures_per_s": batch / times["ours compiled"] * 1e3, "pictures_per_s_target": 240, "ceiling_target": 0.5,
-    }  # fmt: skip
+def _captured(model: Callable[[Tensor], Tensor], pixels: Tensor) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of one call, after the calls that compile its kernels and choose its algorithms."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(pixels)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(pixels)
+    return graph
 
 
 def unet(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: int, toy: bool) -> dict:
-    """One step of SD 2.1-base's UNet at 512 px with guidance (twice the batch), random weights."""
+    """Time one step of SD 2.1-base's UNet at 512 px with guidance (twice the batch), random weights.
+
+    Returns {} where diffusers is not installed.
+    """
+    if not find_spec("diffusers"):
+        print("no UNet step: diffusers is not installed (pip install diffusers)", file=sys.stderr)
+        return {}
     from diffusers import UNet2DConditionModel
-    from torch.utils.flop_counter import FlopCounterMode
 
     from vlv.diffusion.unet import fixed_context
+    from vlv.train.initialize import SD21_UNET
 
-    sizes = {"block_out_channels": (32, 32), "norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 16}
-    sizes |= {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1, "sample_size": 4,
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }  # fmt: skip
-    sizes, tokens = (sizes, 5) if toy else (SD21_UNET, 77)
+    sizes, tokens = (TOY_UNET, 5) if toy else (SD21_UNET, 77)
     torch.manual_seed(0)
     side = sizes["sample_size"]
     exact = UNet2DConditionModel(**sizes).eval().to(clock.device)

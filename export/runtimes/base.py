@@ -21,7 +21,7 @@ from export.components import Batch, Port
 from export.manifest import Artifact, ArtifactError, Manifest, source_hash
 from vlv.checkpoints.folder import Checkpoint
 from vlv.common.command import UserError
-from vlv.diffusion.scheduler import make_scheduler
+from vlv.diffusion.scheduler import make_scheduler, require_finite
 
 
 class RuntimeUnavailable(ArtifactError):
@@ -142,8 +142,8 @@ class EncoderRuntime(ABC):
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + guidance * (conditional - unconditional)
             latents = schedule.step(prediction, step, latents, **more).prev_sample
-        images = self.session("vae_decoder")(latents=latents)["image"]
-        return (images * 255).round().to(torch.uint8)
+        images = self.session("vae_decoder")(latents=require_finite("latents", latents))["image"]
+        return (require_finite("images", images) * 255).round().to(torch.uint8)
 
     def empty_context(self) -> Tensor:
         """Return the context of the empty prompt, float32 [1, N, C]; computed once."""

@@ -37,7 +37,10 @@ def _encoder(dtype: torch.dtype) -> None:
         _run(window.window_attention_op, empty(BATCH, side, side, 3 * c), empty(3 * c), heads, 12)
         for batch in (8, BATCH):  # their splits are 1, several, and a multiple of 16: all that a build can depend on
             _run(channel.channel_attention_op, empty(batch, side * side, 3 * c), heads)
-        _run(dwconv.dwconv_norm_op, empty(BATCH, side, side, c), empty(c, 1, 3, 3), *[empty(c)] * 3, 1e-5)
+        x, weights = empty(BATCH, side, side, c), (empty(c, 1, 3, 3), *[empty(c)] * 3, 1e-5)
+        # first: kernels.occupancy chooses by the first launch of a class of shapes, and this one needs more registers
+        _run(dwconv.add_dwconv_norm_op, x, empty(*x.shape), *weights)
+        _run(dwconv.dwconv_norm_op, x, *weights)
     for queries, keys, causal in ((591, 591, False), (77, 77, True), (77, 591, False)):
         q = empty(BATCH, queries, 16, 64).transpose(1, 2)
         kv = empty(BATCH, keys, 3, 16, 64).permute(2, 0, 3, 1, 4)

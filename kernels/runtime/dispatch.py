@@ -38,7 +38,7 @@ def fused(op: str, x: Tensor, *others: Tensor, fits: bool = True) -> bool:
 
     fits: False where the kernel does not take these sizes. On CUDA, a reference warns once for each reason.
     """
-    if _exporting():
+    if exporting():
         return _as_nodes and fits and x.dtype in _DTYPES
     if x.device.type == "cpu":  # float64 only here, for gradcheck
         usable = INTERPRET and not _comparing and fits and x.dtype in (*_DTYPES, torch.float64)
@@ -74,7 +74,7 @@ def _constant(function):
 
 
 @_constant
-def _exporting() -> bool:
+def exporting() -> bool:
     """Return True if a graph is exported.
 
     Dynamo must not trace this: torch 2.11's takes torch.compiler.is_exporting for True inside torch.compile as well.

@@ -28,12 +28,36 @@ def _choices(names: str, *rows: tuple[int, ...]) -> list[dict[str, int]]:
 
 # The configurations that tuning chooses from; the first is the default.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
-    "window_attention.forward": _choices("BLOCK_Q", (64, 4, 1), (64, 8, 1), (32, 4, 1), (128, 8, 1)),
+    # DESIGN: see kernels/triton/window_attention.py
+    "window_attention.forward": _choices(
+        "DESIGN GROUP BLOCK_Q",
+        (0, 1, 64, 4, 1),
+        (0, 1, 64, 8, 1),
+        (0, 1, 32, 4, 1),
+        (0, 1, 128, 8, 1),
+        (1, 1, 16, 1, 1),
+        (1, 4, 16, 4, 1),
+        (1, 2, 16, 2, 1),
+        (2, 4, 64, 4, 1),
+        (3, 1, 64, 4, 1),
+        (3, 1, 128, 8, 1),
+    ),
     "window_attention.backward": _choices("BLOCK_Q", (32, 8, 1), (16, 8, 1), (16, 4, 1)),
     "channel_attention.gram": _choices("BLOCK_N", (128, 4, 3), (64, 4, 3), (256, 4, 2), (256, 8, 2)),
     "channel_attention.apply": _choices("BLOCK_N", (128, 4, 3), (64, 4, 3), (256, 4, 2), (256, 8, 2)),
     "channel_attention.backward": _choices("BLOCK_N", (64, 4, 2), (128, 4, 2), (128, 8, 2)),
-    "dwconv_norm.forward": _choices("TILE", (4, 4, 1), (2, 4, 1), (8, 8, 1), (4, 8, 1), (16, 8, 1)),
+    # DESIGN: see kernels/triton/dwconv_norm.py
+    "dwconv_norm.forward": _choices(
+        "DESIGN TILE LINES",
+        (0, 4, 1, 4, 1),
+        (0, 2, 1, 4, 1),
+        (0, 8, 1, 8, 1),
+        (0, 4, 1, 8, 1),
+        (0, 16, 1, 8, 1),
+        *((design, 1, 24, warps, 1) for design in (1, 2) for warps in (1, 2, 4, 8, 16)),
+        *((design, 2, 24, warps, 1) for design in (1, 2) for warps in (1, 2, 4, 8, 16)),
+        *((design, 4, 48, warps, 1) for design in (1, 2) for warps in (4, 8)),
+    ),
     "dwconv_norm.norm_backward": _choices("TILE", (4, 4, 1), (2, 4, 1), (4, 8, 1)),
     "dwconv_norm.weight_backward": _choices("TILE", (16, 4, 1), (8, 4, 1), (32, 8, 1)),
     # TMA 1: keys and values through tensor descriptors, which Hopper and later GPUs copy asynchronously
@@ -53,6 +77,8 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     "cross_attention.forward": _choices("BLOCK_M", (64, 4, 1), (128, 8, 1), (32, 4, 1)),
     "groupnorm_silu.statistics": _choices("BLOCK", (2048, 8, 1), (1024, 4, 1), (4096, 8, 1)),
     "groupnorm_silu.apply": _choices("BLOCK", (2048, 8, 1), (1024, 4, 1), (4096, 8, 1)),
+    # EPILOGUE 1: GELU in the epilogue of the matrix product (kernels/linear.py); no kernel of ours
+    "linear.gelu": _choices("EPILOGUE", (0, 1, 1), (1, 1, 1)),
     "geglu.forward": _choices("BLOCK", (1024, 4, 1), (2048, 8, 1), (2048, 4, 1)),
     "upsample_normalize.forward": _choices("BLOCK", (256, 4, 1), (128, 4, 1), (512, 8, 1)),
 }
@@ -96,11 +122,33 @@ def split(values: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     return {name: value for name, value in values.items() if name not in options}, options
 
 
+def tuned_constant(kernel: str, shape: str, name: str, index: int) -> int:
+    """Return one constant of the configuration of `kernel` on a GPU; a constant of a traced graph."""
+    return config(kernel, shape, torch.device("cuda", index))[0][name]
+
+
+tuned_constant._dynamo_marked_constant = True
+
+
+def candidates(kernel: str, shape: str) -> list[dict[str, int]]:
+    """Return the configurations worth measuring for a class of shapes.
+
+    A thread of a dwconv_norm walk holds at least 4 values of a line, or its loads are narrow, and the nine weights of
+    at most 8 channels, or they do not fit.
+    """
+    found = CANDIDATES[kernel]
+    if kernel == "dwconv_norm.forward":
+        channels = int(shape.removeprefix("c"))
+        walks = lambda one: channels * one["TILE"] >= 128 * one["num_warps"] and channels <= 256 * one["num_warps"]  # noqa: E731
+        found = [one for one in found if not one["DESIGN"] or walks(one)]
+    return found
+
+
 def _by_size(kernel: str) -> list[dict[str, int]]:
     """Return the candidates by falling need of shared memory (blocks times stages), then one stage of blocks of 16."""
     options = {"num_warps": 4, "num_stages": 1}
     smallest = {name: options.get(name, min(value, 16)) for name, value in CANDIDATES[kernel][0].items()}
-    needs = lambda one: prod(value for name, value in one.items() if name not in ("num_warps", "TMA"))  # noqa: E731
+    needs = lambda one: prod(value for name, value in one.items() if name not in ("num_warps", "TMA", "DESIGN"))  # noqa: E731
     return [*sorted(CANDIDATES[kernel], key=needs, reverse=True), smallest]
 
 
@@ -128,8 +176,8 @@ def _listed(op: str, shape: str, index: int, compiled: bool) -> bool:
     if torch.compiler.is_exporting():
         return False
     name, architecture = _names(index)
-    known = [entry for entry in (name, architecture, ALIKE.get(architecture)) if entry in table()]
-    lists = table()[known[0]].get("reference", {}) if known else {}
+    entries = [table().get(entry, {}) for entry in (name, architecture, ALIKE.get(architecture))]
+    lists = next((entry["reference"] for entry in entries if "reference" in entry), {})
     shapes = lists.get("compiled" if compiled else "eager", {}).get(op, [])
     return shape in shapes or "*" in shapes
 

@@ -1,4 +1,14 @@
-"""Window attention: one program computes one window of one head, forward or backward."""
+"""Window attention, forward in four designs and backward.
+
+A window of 12 x 12 tokens is 144 queries and keys: 128 + 16, or nine tiles of 16. Designs of `forward`:
+
+    0 rows      a program computes one window of one head, in tiles of BLOCK_Q queries shared by all its warps
+    1 heads     GROUP heads of a window, each in a warp of its own (num_warps = GROUP), in tiles of 16 queries: no
+                reduction crosses warps, and what neighbouring heads read lies side by side in memory
+    2 tails     GROUP heads of a window: the first 128 queries of each by all warps, the last 16 of each head in a warp
+                of its own (num_warps = GROUP), so that no tile is mostly padding
+    3 windows   two windows of one head: the loads of both are in flight before the first is computed
+"""
 
 import triton
 import triton.language as tl
@@ -19,32 +29,35 @@ def _head(x, o_c, stride_b, stride_h, stride_w, stride_c):
 
 
 @triton.jit
-def _ptrs(head, o_t, height, width, WINDOW: tl.constexpr):
-    """Return pointers to the tokens o_t of this program's window, and the mask of those in the map."""
+def _ptrs(head, i_w, o_t, height, width, WINDOW: tl.constexpr):
+    """Return pointers to the tokens o_t of window i_w, [tokens, D] or [G, tokens, D], and the mask of those in the map.
+
+    The head's pointers are to channels [D], or to those of several heads [G, D].
+    """
     p_c, stride_h, stride_w = head
     across = tl.cdiv(width, WINDOW)
-    rows = tl.program_id(0) // across * WINDOW + o_t // WINDOW
-    columns = tl.program_id(0) % across * WINDOW + o_t % WINDOW
+    rows = i_w // across * WINDOW + o_t // WINDOW
+    columns = i_w % across * WINDOW + o_t % WINDOW
     m_t = (o_t < WINDOW * WINDOW) & (rows < height) & (columns < width)
     o_x = rows.to(tl.int64) * stride_h + columns.to(tl.int64) * stride_w
-    return p_c[None, :] + o_x[:, None], m_t
+    return tl.expand_dims(p_c, len(p_c.shape) - 1) + o_x[:, None], m_t
 
 
 @triton.jit
-def _load(head, o_t, m_d, height, width, WINDOW: tl.constexpr):
-    """Load tokens [tokens, channels], zero beyond the map; return them and the mask of those in the map."""
-    ptrs, m_t = _ptrs(head, o_t, height, width, WINDOW)
-    return tl.load(ptrs, mask=m_t[:, None] & m_d[None, :], other=0.0), m_t
+def _load(head, i_w, o_t, m_d, height, width, WINDOW: tl.constexpr):
+    """Load tokens, zero beyond the map; return them and the mask of those in the map. m_d: the channels that exist."""
+    ptrs, m_t = _ptrs(head, i_w, o_t, height, width, WINDOW)
+    return tl.load(ptrs, mask=m_t[:, None] & tl.expand_dims(m_d, len(m_d.shape) - 1), other=0.0), m_t
 
 
 @triton.jit
-def _projections(qkv, bias, o_t, o_c, m_d, height, width, C, strides, WINDOW: tl.constexpr, PADDED: tl.constexpr):
+def _projections(qkv, bias, i_w, o_t, o_c, m_d, height, width, strides, WINDOW: tl.constexpr, PADDED: tl.constexpr):
     """Load keys or values of the channels o_c; beyond the map they are the bias."""
     stride_b, stride_h, stride_w, stride_c = strides
-    b_x, m_t = _load(_head(qkv, o_c, stride_b, stride_h, stride_w, stride_c), o_t, m_d, height, width, WINDOW)
+    b_x, m_t = _load(_head(qkv, o_c, stride_b, stride_h, stride_w, stride_c), i_w, o_t, m_d, height, width, WINDOW)
     if PADDED:
         padding = tl.load(bias + o_c, mask=m_d, other=0.0).to(b_x.dtype)
-        b_x = tl.where(m_t[:, None], b_x, padding[None, :])
+        b_x = tl.where(m_t[:, None], b_x, tl.expand_dims(padding, len(padding.shape) - 1))
     return b_x
 
 
@@ -52,6 +65,7 @@ def _projections(qkv, bias, o_t, o_c, m_d, height, width, C, strides, WINDOW: tl
 def _keys_and_values(
     qkv,
     bias,
+    i_w,
     o_c,
     m_d,
     height,
@@ -64,26 +78,28 @@ def _keys_and_values(
     BLOCK_K1: tl.constexpr,
     SECOND: tl.constexpr,
 ):
-    """Load the keys and values of the window: a block of BLOCK_K0 tokens and, if SECOND, one of BLOCK_K1.
+    """Load the keys and values of a window: a block of BLOCK_K0 tokens and, if SECOND, one of BLOCK_K1.
 
     The last value is the mask of the last block.
     """
     o_k = tl.arange(0, BLOCK_K0)
-    b_k0 = _projections(qkv, bias, o_k, o_c + C, m_d, height, width, C, strides, WINDOW, PADDED)
-    b_v0 = _projections(qkv, bias, o_k, o_c + 2 * C, m_d, height, width, C, strides, WINDOW, PADDED)
+    b_k0 = _projections(qkv, bias, i_w, o_k, o_c + C, m_d, height, width, strides, WINDOW, PADDED)
+    b_v0 = _projections(qkv, bias, i_w, o_k, o_c + 2 * C, m_d, height, width, strides, WINDOW, PADDED)
     b_k1, b_v1 = b_k0, b_v0
     if SECOND:
         o_k = BLOCK_K0 + tl.arange(0, BLOCK_K1)
-        b_k1 = _projections(qkv, bias, o_k, o_c + C, m_d, height, width, C, strides, WINDOW, PADDED)
-        b_v1 = _projections(qkv, bias, o_k, o_c + 2 * C, m_d, height, width, C, strides, WINDOW, PADDED)
+        b_k1 = _projections(qkv, bias, i_w, o_k, o_c + C, m_d, height, width, strides, WINDOW, PADDED)
+        b_v1 = _projections(qkv, bias, i_w, o_k, o_c + 2 * C, m_d, height, width, strides, WINDOW, PADDED)
     return b_k0, b_k1, b_v0, b_v1, o_k < WINDOW * WINDOW
 
 
 @triton.jit
-def _forward_rows(
-    o_t,
-    q_head,
+def _attend(
+    b_q,
+    m_t,
     out_head,
+    i_w,
+    o_t,
     keys,
     height,
     width,
@@ -93,13 +109,63 @@ def _forward_rows(
     SECOND: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Compute and store the attention of the queries o_t. A padding token's query is zero, its result not stored."""
+    """Compute and store the attention of the queries b_q. A padding token's query is zero, its result not stored."""
     b_k0, b_k1, b_v0, b_v1, m_k = keys
-    b_q, m_t = _load(q_head, o_t, m_d, height, width, WINDOW)
     b_p0, b_p1, row_sum = softmax_two_blocks(b_q, b_k0, b_k1, scale, m_k, SECOND, MASKED)
-    ptrs, _ = _ptrs(out_head, o_t, height, width, WINDOW)
+    ptrs, _ = _ptrs(out_head, i_w, o_t, height, width, WINDOW)
     b_o = values_two_blocks(b_p0, b_p1, row_sum, b_v0, b_v1, SECOND).to(ptrs.dtype.element_ty)
-    tl.store(ptrs, b_o, mask=m_t[:, None] & m_d[None, :])
+    tl.store(ptrs, b_o, mask=m_t[:, None] & tl.expand_dims(m_d, len(m_d.shape) - 1))
+
+
+@triton.jit
+def _attend_rows(
+    q_head,
+    out_head,
+    i_w,
+    keys,
+    height,
+    width,
+    m_d,
+    scale,
+    END: tl.constexpr,
+    STEP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SECOND: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Compute the queries 0 to END of a window in tiles of STEP; the next tile is loaded before one is computed."""
+    o_t = tl.arange(0, STEP)
+    b_q, m_t = _load(q_head, i_w, o_t, m_d, height, width, WINDOW)
+    for start in range(0, END, STEP):
+        o_t = start + tl.arange(0, STEP)
+        b_next, m_next = _load(q_head, i_w, o_t + STEP, m_d, height, width, WINDOW)
+        _attend(b_q, m_t, out_head, i_w, o_t, keys, height, width, m_d, scale, WINDOW, SECOND, MASKED)
+        b_q, m_t = b_next, m_next
+
+
+@triton.jit
+def _attend_window(
+    q_head,
+    out_head,
+    i_w,
+    keys,
+    height,
+    width,
+    m_d,
+    scale,
+    BLOCK_K0: tl.constexpr,
+    BLOCK_K1: tl.constexpr,
+    STEP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SECOND: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Compute all queries of one head of a window: those of the first block in tiles of STEP, then the last block."""
+    _attend_rows(q_head, out_head, i_w, keys, height, width, m_d, scale, BLOCK_K0, STEP, WINDOW, SECOND, MASKED)
+    if SECOND:
+        o_t = BLOCK_K0 + tl.arange(0, BLOCK_K1)
+        b_q, m_t = _load(q_head, i_w, o_t, m_d, height, width, WINDOW)
+        _attend(b_q, m_t, out_head, i_w, o_t, keys, height, width, m_d, scale, WINDOW, SECOND, MASKED)
 
 
 @triton.jit
@@ -122,31 +188,90 @@ def forward(
     BLOCK_K0: tl.constexpr,
     BLOCK_K1: tl.constexpr,
     SECOND: tl.constexpr,
+    DESIGN: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
     """out = softmax(scale q k^T) v within each window: qkv [B, H, W, 3C] strided -> out [B, H, W, C] contiguous.
 
-    Grid: windows, heads, batch.
+    Grid of design 0: windows, heads, batch; of 1 and 2: windows x groups of heads, 1, batch; of 3: pairs of windows,
+    heads, batch.
     """
     MASKED: tl.constexpr = (BLOCK_K0 + BLOCK_K1 if SECOND else BLOCK_K0) > WINDOW * WINDOW
     STEP: tl.constexpr = BLOCK_Q if BLOCK_Q < BLOCK_K0 else BLOCK_K0
-    m_d = tl.arange(0, BLOCK_D) < HEAD_DIM
-    o_c = tl.program_id(1) * HEAD_DIM + tl.arange(0, BLOCK_D)
+    TILES: tl.constexpr = (WINDOW * WINDOW + STEP - 1) // STEP * STEP
     strides = (stride_b, stride_h, stride_w, stride_c)
-    keys = _keys_and_values(qkv, bias, o_c, m_d, height, width, C, strides, WINDOW, PADDED, BLOCK_K0, BLOCK_K1, SECOND)
-    q_head = _head(qkv, o_c, stride_b, stride_h, stride_w, stride_c)
-    out_head = _head(out, o_c, _int64(height) * width * C, _int64(width) * C, C, 1)
-    for start in range(0, BLOCK_K0, STEP):
-        o_t = start + tl.arange(0, STEP)
-        _forward_rows(o_t, q_head, out_head, keys, height, width, m_d, scale, WINDOW, SECOND, MASKED)
-    if SECOND:
-        o_t = BLOCK_K0 + tl.arange(0, BLOCK_K1)
-        _forward_rows(o_t, q_head, out_head, keys, height, width, m_d, scale, WINDOW, SECOND, MASKED)
+    o_d = tl.arange(0, BLOCK_D)
+    if DESIGN == 1 or DESIGN == 2:
+        heads = C // HEAD_DIM
+        groups = tl.cdiv(heads, GROUP)
+        i_w = tl.program_id(0) // groups
+        first = tl.program_id(0) % groups * GROUP
+        o_h = first + tl.arange(0, GROUP)
+        # of several heads: [GROUP, D]
+        o_gc = o_h[:, None] * HEAD_DIM + o_d[None, :]
+        m_gd = (o_h < heads)[:, None] & (o_d < HEAD_DIM)[None, :]
+        q_heads = _head(qkv, o_gc, stride_b, stride_h, stride_w, stride_c)
+        out_heads = _head(out, o_gc, _int64(height) * width * C, _int64(width) * C, C, 1)
+    if DESIGN == 1:
+        keys = _keys_and_values(
+            qkv, bias, i_w, o_gc, m_gd, height, width, C, strides, WINDOW, PADDED, BLOCK_K0, BLOCK_K1, SECOND
+        )
+        _attend_rows(q_heads, out_heads, i_w, keys, height, width, m_gd, scale, TILES, STEP, WINDOW, SECOND, MASKED)
+    elif DESIGN == 2:
+        for head in range(first, tl.minimum(first + GROUP, heads)):
+            o_c = head * HEAD_DIM + o_d
+            m_d = o_d < HEAD_DIM
+            keys = _keys_and_values(
+                qkv, bias, i_w, o_c, m_d, height, width, C, strides, WINDOW, PADDED, BLOCK_K0, BLOCK_K1, SECOND
+            )
+            q_head = _head(qkv, o_c, stride_b, stride_h, stride_w, stride_c)
+            out_head = _head(out, o_c, _int64(height) * width * C, _int64(width) * C, C, 1)
+            _attend_rows(q_head, out_head, i_w, keys, height, width, m_d, scale, BLOCK_K0, STEP, WINDOW, SECOND, MASKED)
+        if SECOND:
+            keys = _keys_and_values(
+                qkv, bias, i_w, o_gc, m_gd, height, width, C, strides, WINDOW, PADDED, BLOCK_K0, BLOCK_K1, SECOND
+            )
+            o_t = BLOCK_K0 + tl.arange(0, BLOCK_K1)
+            b_q, m_t = _load(q_heads, i_w, o_t, m_gd, height, width, WINDOW)
+            _attend(b_q, m_t, out_heads, i_w, o_t, keys, height, width, m_gd, scale, WINDOW, SECOND, MASKED)
+    else:
+        m_d = o_d < HEAD_DIM
+        o_c = tl.program_id(1) * HEAD_DIM + o_d
+        q_head = _head(qkv, o_c, stride_b, stride_h, stride_w, stride_c)
+        out_head = _head(out, o_c, _int64(height) * width * C, _int64(width) * C, C, 1)
+        i_w = tl.program_id(0) * 2 if DESIGN == 3 else tl.program_id(0)
+        keys = _keys_and_values(
+            qkv, bias, i_w, o_c, m_d, height, width, C, strides, WINDOW, PADDED, BLOCK_K0, BLOCK_K1, SECOND
+        )
+        if DESIGN == 3:
+            more_keys = _keys_and_values(
+                qkv, bias, i_w + 1, o_c, m_d, height, width, C, strides, WINDOW, PADDED, BLOCK_K0, BLOCK_K1, SECOND
+            )
+            _attend_window(
+                q_head, out_head, i_w, keys, height, width, m_d, scale, BLOCK_K0, BLOCK_K1, STEP, WINDOW, SECOND, MASKED
+            )
+            i_w += 1
+            keys = more_keys
+        _attend_window(
+            q_head, out_head, i_w, keys, height, width, m_d, scale, BLOCK_K0, BLOCK_K1, STEP, WINDOW, SECOND, MASKED
+        )
 
 
 @triton.jit
 def _backward_rows(
-    o_t, heads, keys, grads, height, width, m_d, scale, WINDOW: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr
+    i_w,
+    o_t,
+    heads,
+    keys,
+    grads,
+    height,
+    width,
+    m_d,
+    scale,
+    WINDOW: tl.constexpr,
+    SECOND: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Store the gradient of the queries o_t, add their part to the gradients of keys and values, and return those.
 
@@ -156,8 +281,8 @@ def _backward_rows(
     q_head, grad_head, out_head = heads
     b_k0, b_k1, b_v0, b_v1, m_k = keys
     b_dk0, b_dk1, b_dv0, b_dv1 = grads
-    b_q, m_t = _load(q_head, o_t, m_d, height, width, WINDOW)
-    b_do, _ = _load(grad_head, o_t, m_d, height, width, WINDOW)
+    b_q, m_t = _load(q_head, i_w, o_t, m_d, height, width, WINDOW)
+    b_do, _ = _load(grad_head, i_w, o_t, m_d, height, width, WINDOW)
     b_p0, b_p1, row_sum = softmax_two_blocks(b_q, b_k0, b_k1, scale * 1.4426950408889634, m_k, SECOND, MASKED)
     b_p0 = b_p0 / row_sum[:, None]
     b_dp0 = dot(b_do, tl.trans(b_v0))
@@ -175,15 +300,15 @@ def _backward_rows(
         b_ds1 = (b_p1 * (b_dp1 - mean[:, None]) * scale).to(b_q.dtype)
         b_dq += dot(b_ds1, b_k1)
         b_dk1 += dot(tl.trans(b_ds1), b_q)
-    ptrs, _ = _ptrs(out_head, o_t, height, width, WINDOW)
+    ptrs, _ = _ptrs(out_head, i_w, o_t, height, width, WINDOW)
     tl.store(ptrs, b_dq.to(ptrs.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
     return b_dk0, b_dk1, b_dv0, b_dv1
 
 
 @triton.jit
-def _store_keys(o_t, out_head, b_dk, b_dv, height, width, C, m_d, WINDOW: tl.constexpr):
+def _store_keys(i_w, o_t, out_head, b_dk, b_dv, height, width, C, m_d, WINDOW: tl.constexpr):
     """Store the gradients of the keys and values o_t; return the sums of those that are padding."""
-    ptrs, m_t = _ptrs(out_head, o_t, height, width, WINDOW)
+    ptrs, m_t = _ptrs(out_head, i_w, o_t, height, width, WINDOW)
     mask = m_t[:, None] & m_d[None, :]
     tl.store(ptrs + C, b_dk.to(ptrs.dtype.element_ty), mask=mask)
     tl.store(ptrs + 2 * C, b_dv.to(ptrs.dtype.element_ty), mask=mask)
@@ -230,7 +355,10 @@ def backward(
     m_d = tl.arange(0, BLOCK_D) < HEAD_DIM
     o_c = tl.program_id(1) * HEAD_DIM + tl.arange(0, BLOCK_D)
     strides = (stride_b, stride_h, stride_w, stride_c)
-    keys = _keys_and_values(qkv, bias, o_c, m_d, height, width, C, strides, WINDOW, PADDED, BLOCK_K0, BLOCK_K1, SECOND)
+    i_w = tl.program_id(0)
+    keys = _keys_and_values(
+        qkv, bias, i_w, o_c, m_d, height, width, C, strides, WINDOW, PADDED, BLOCK_K0, BLOCK_K1, SECOND
+    )
     q_head = _head(qkv, o_c, stride_b, stride_h, stride_w, stride_c)
     grad_head = _head(grad, o_c, grad_b, grad_h, grad_w, grad_c)
     out_head = _head(grad_qkv, o_c, _int64(height) * width * 3 * C, _int64(width) * 3 * C, 3 * C, 1)
@@ -243,19 +371,19 @@ def backward(
         o_t = start + tl.arange(0, STEP)
         grads = (b_dk0, b_dk1, b_dv0, b_dv1)
         b_dk0, b_dk1, b_dv0, b_dv1 = _backward_rows(
-            o_t, heads, keys, grads, height, width, m_d, scale, WINDOW, SECOND, MASKED
+            i_w, o_t, heads, keys, grads, height, width, m_d, scale, WINDOW, SECOND, MASKED
         )
     if SECOND:
         o_t = BLOCK_K0 + tl.arange(0, BLOCK_K1)
         grads = (b_dk0, b_dk1, b_dv0, b_dv1)
         b_dk0, b_dk1, b_dv0, b_dv1 = _backward_rows(
-            o_t, heads, keys, grads, height, width, m_d, scale, WINDOW, SECOND, MASKED
+            i_w, o_t, heads, keys, grads, height, width, m_d, scale, WINDOW, SECOND, MASKED
         )
 
-    bias_k, bias_v = _store_keys(tl.arange(0, BLOCK_K0), out_head, b_dk0, b_dv0, height, width, C, m_d, WINDOW)
+    bias_k, bias_v = _store_keys(i_w, tl.arange(0, BLOCK_K0), out_head, b_dk0, b_dv0, height, width, C, m_d, WINDOW)
     if SECOND:
         o_t = BLOCK_K0 + tl.arange(0, BLOCK_K1)
-        more_k, more_v = _store_keys(o_t, out_head, b_dk1, b_dv1, height, width, C, m_d, WINDOW)
+        more_k, more_v = _store_keys(i_w, o_t, out_head, b_dk1, b_dv1, height, width, C, m_d, WINDOW)
         bias_k += more_k
         bias_v += more_v
     if PADDED:

@@ -1,7 +1,7 @@
 """Collect decoded images into encoder batches: the one place that decides the batch size.
 
 The rule: whenever the encoder is free, it takes all images that wait, at most `Encoder.batch`. While the language
-model has more captions to write than it decodes together (`in_flight`), the encoder waits and a whole batch gathers;
+model has more captions to write than it decodes together (`in_flight`), the encoder waits and a full batch gathers;
 more embeddings would only wait in memory. At most `in_flight` captions and one batch of images are open at a time.
 """
 
@@ -117,6 +117,6 @@ class Batcher:
                 self._timeline.span("the encoder", start, images=len(needed), waiting=self.waiting)
             for (_, encoded), row in zip(needed, rows, strict=True):
                 if not encoded.done():
-                    # a copy: a view would keep the whole batch in memory until its last image is captioned
+                    # a copy: a view would keep the full batch in memory until its last image is captioned
                     encoded.set_result(Encoded(row.clone(), seconds))
             await asyncio.sleep(0)  # the tasks that waited count their captions before the next batch is taken

@@ -31,7 +31,7 @@ class DecodeError(UserError, RuntimeError):
     """Raised when decode processes cannot be started at all."""
 
 
-def _work(pipe: Connection, max_pixels: int, memory, slots: int, size: int) -> None:
+def _work(pipe: Connection, max_pixels: int, ignore_icc: bool, memory, slots: int, size: int) -> None:
     """Send None once running; then decode (item, slot) until the pipe ends.
 
     Sends for each item an error (kind, message) or None, and its start and end by the machine's monotonic clock.
@@ -47,7 +47,7 @@ def _work(pipe: Connection, max_pixels: int, memory, slots: int, size: int) -> N
             return
         start = time.monotonic()
         try:
-            crops[slot] = load_crop(item.read(), size, max_pixels)
+            crops[slot] = load_crop(item.read(), size, max_pixels, ignore_icc)
             answer = None
         except ImageError as error:
             answer = (error.kind, str(error))
@@ -87,7 +87,8 @@ class DecodePool:
     from one event loop.
     """
 
-    def __init__(self, size: int, workers: int, slots: int, max_pixels: int = MAX_PIXELS):
+    def __init__(self, size: int, workers: int, slots: int, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False):
+        """size: of the crops. max_pixels, ignore_icc: as for `vlv.data.image.load_crop`."""
         self._context = multiprocessing.get_context("spawn")
         self._args = (self._context.RawArray(ctypes.c_uint8, slots * 3 * size * size), slots, size)
         self.crops = _crops(*self._args)  # uint8 [slots, 3, size, size]
@@ -96,6 +97,7 @@ class DecodePool:
         self._count = workers
         self._workers: list[DecodeWorker] = []
         self._max_pixels = max_pixels
+        self._ignore_icc = ignore_icc
         self._backlog: deque[_Job] = deque()
         self._broken: DecodeError | None = None
 
@@ -133,7 +135,7 @@ class DecodePool:
         return await answer
 
     def _start(self) -> None:
-        worker = DecodeWorker(self._context, self._max_pixels, *self._args)
+        worker = DecodeWorker(self._context, self._max_pixels, self._ignore_icc, *self._args)
         self._workers.append(worker)
         asyncio.get_running_loop().add_reader(worker.pipe.fileno(), self._readable, worker)
 

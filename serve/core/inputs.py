@@ -7,13 +7,15 @@ The order is that of the arguments, sorted by name within a folder.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import glob
 import itertools
 import os
+import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vlv.common.command import Misuse, why
@@ -21,6 +23,7 @@ from vlv.data.image import EXTENSIONS, ImageError
 from vlv.data.image_files import is_image
 
 LISTS = (".txt",)
+TABLES = (".parquet", ".jsonl", ".csv")
 SHARDS = (".tar",)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 # endings of images that cannot be read here
@@ -29,6 +32,8 @@ UNREAD_IMAGES = frozenset(
     " .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw".split()
 )
 SHOWN = 5  # names in a message
+# opens a URL or table; True if a list names it, which is not checked then
+Opener = Callable[[str, "LeftOut", bool], Iterator["Item"]]
 Members = dict[str, tuple[int, int]]  # by name: offset and size of the content
 
 
@@ -50,6 +55,11 @@ class Item:
     length: int | None = None
     problem: str | None = None
 
+    @property
+    def key(self) -> str:
+        """Return what identifies the image, however the arguments spell its path."""
+        return key_of(self.id, self.path)
+
     def __reduce__(self):  # every image is pickled once, and the dataclass's own method is several times slower
         return type(self), (self.id, self.path, self.offset, self.length, self.problem)
 
@@ -68,6 +78,30 @@ class Item:
         if self.length is not None and len(content) < self.length:
             raise ImageError("damaged", f"the shard ends after {len(content)} of {self.length} bytes of this member")
         return content
+
+
+def key_of(image_id: str, path: str | None) -> str:
+    """Return what identifies an image: its path, with the folder's links resolved, and its name within a shard."""
+    if not path or "://" in path:
+        return image_id
+    folder, name = os.path.split(path)
+    key = os.path.join(_real_folder(folder), name)
+    member = image_id.find(f"{name}/")
+    return key if os.path.basename(image_id) == name or member < 0 else key + image_id[member + len(name) :]
+
+
+@functools.lru_cache(1 << 12)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def stamp_of(path: str) -> tuple[int, int] | None:
+    """Return size and time (ns) of the last change of a file, None if there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass
@@ -100,20 +134,24 @@ class LeftOut:
         return f"left out: {'; '.join(parts)}" if parts else ""
 
 
-def expand(paths: Sequence[str], left_out: LeftOut | None = None) -> Iterator[Item]:
+def expand(paths: Sequence[str], left_out: LeftOut | None = None, other: Opener | None = None) -> Iterator[Item]:
     """Yield the images of files, folders (recursive), globs, .txt lists of paths and .tar shards, in order.
 
-    Hidden files and folders are left out of folders and globs; `left_out` counts what else is. A .txt file with an
-    image of the same name beside it is that image's caption, not a list. Raises SourceError at once if a path does
-    not exist or all of them together hold no image.
+    A path with {00000..00099} stands for the paths with these numbers. Hidden files and folders are left out of
+    folders and globs; `left_out` counts what else is. A .txt file with an image of the same name beside it is that
+    image's caption, not a list. `other` opens URLs and tables. Raises SourceError at once if a path does not exist or
+    all of them together hold no image.
     """
+    paths = [one for path in paths for one in _numbered(path)]
     for path in paths:
+        if other and _is_other(path):
+            continue
         if not os.path.lexists(path) and not glob.has_magic(path):
             raise SourceError(f"no such file or folder: {path}")
         if path.lower().endswith(COMPRESSED):
             raise SourceError(f"{path} is a compressed shard, whose members cannot be read at random: decompress it")
     counts = left_out or LeftOut()
-    items = itertools.chain.from_iterable(_argument(os.path.normpath(path), counts) for path in paths)
+    items = itertools.chain.from_iterable(_argument(path, counts, other) for path in paths)
     first = next(items, None)
     if first is None:
         kinds = " ".join(sorted(EXTENSIONS))
@@ -127,14 +165,32 @@ def part_of(items: Iterator[Item], part: int, parts: int) -> Iterator[Item]:
     return (item for item in items if zlib.crc32(os.fsencode(item.id)) % parts == part - 1)
 
 
-def _argument(path: str, left_out: LeftOut) -> Iterator[Item]:
+def _numbered(path: str) -> list[str]:
+    """Return the paths of a pattern such as shard-{00000..00099}.tar; another path as it is."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", path)
+    if match is None or os.path.lexists(path):
+        return [path]
+    first, last = match.groups()
+    numbers = range(int(first), int(last) + 1)
+    return [f"{path[: match.start()]}{number:0{len(first)}}{path[match.end() :]}" for number in numbers]
+
+
+def _is_other(path: str) -> bool:
+    """Return True for a URL or a table, which serve.core.remote opens."""
+    return "://" in path or path.lower().endswith(TABLES)
+
+
+def _argument(path: str, left_out: LeftOut, other: Opener | None) -> Iterator[Item]:
+    if other and _is_other(path):
+        return other(path, left_out, False)
+    path = os.path.normpath(path)
     if not os.path.lexists(path) and glob.has_magic(path):
         return itertools.chain.from_iterable(_entry(p, False, left_out) for p in _glob(path))
     if path.lower().endswith(LISTS) and not os.path.isdir(path):
         if _is_caption(path):
             left_out.file(path)
             return iter(())
-        return _list(path, left_out)
+        return _list(path, left_out, other)
     return _entry(path, True, left_out)
 
 
@@ -186,10 +242,10 @@ def _name(entry: os.DirEntry, left_out: LeftOut) -> str | None:
     try:
         if entry.is_dir():
             return name + os.sep
-        wanted = is_image(name) or name.lower().endswith(SHARDS)
-        if wanted and entry.is_file():
+        readable = is_image(name) or name.lower().endswith(SHARDS)
+        if readable and entry.is_file():
             return name
-        if wanted or (entry.is_symlink() and not os.path.exists(entry.path)):
+        if readable or (entry.is_symlink() and not os.path.exists(entry.path)):
             left_out.images["links to nothing" if entry.is_symlink() else "special files"] += 1
         else:
             left_out.file(name)
@@ -229,26 +285,37 @@ def _match(base: str, parts: list[str]) -> Iterator[str]:
             yield from _match(path, parts)
 
 
-def _list(path: str, left_out: LeftOut) -> Iterator[Item]:
+def _list(path: str, left_out: LeftOut, other: Opener | None) -> Iterator[Item]:
     """Yield the files named in a text file, one a line or separated by NUL bytes (find -print0).
 
-    Empty lines and comments (#) are skipped. Relative names are looked up from the current folder, as arguments are,
-    or from the folder of the list if the first one is only there.
+    Empty lines and comments (#) are skipped.
     """
-    folder = None
     try:
-        for name in _names(path):
-            if folder is None and not os.path.isabs(name):
-                beside = os.path.dirname(path)
-                folder = beside if not os.path.lexists(name) and os.path.lexists(os.path.join(beside, name)) else ""
-            # not checked here: a list may be long and its disk slow; a missing file is an error of its own
-            name = os.path.normpath(os.path.join(folder or "", name))
-            if name.lower().endswith(SHARDS):
-                yield from _shard(name, left_out)
-            else:
-                yield Item(name, os.path.abspath(name))
+        yield from named_items(_names(path), path, left_out, other)
     except OSError as error:
         raise SourceError(f"cannot read the list {path}: {why(error)}") from error
+
+
+def named_items(names: Iterable[str], table: str, left_out: LeftOut, other: Opener | None) -> Iterator[Item]:
+    """Yield the images, shards and URLs that a list or table names.
+
+    Relative names are looked up from the current folder, as arguments are, or from the folder of the table if the
+    first one is only there.
+    """
+    folder = None
+    for name in names:
+        if "://" in name and other:
+            yield from other(name, left_out, True)
+            continue
+        if folder is None and not os.path.isabs(name):
+            beside = os.path.dirname(table)
+            folder = beside if not os.path.lexists(name) and os.path.lexists(os.path.join(beside, name)) else ""
+        # not checked here: a list may be long and its disk slow; a missing file is an error of its own
+        name = os.path.normpath(os.path.join(folder or "", name))
+        if name.lower().endswith(SHARDS):
+            yield from _shard(name, left_out)
+        else:
+            yield Item(name, os.path.abspath(name))
 
 
 def _names(path: str) -> Iterator[str]:

@@ -28,6 +28,7 @@ class ModelOptions:
     artifacts: Path | None = None
     prompt_batch: int = 32
     workers: int | None = None
+    ignore_icc: bool = False
     debug: bool = False
 
 
@@ -65,8 +66,9 @@ class Model:
 
     @property
     def flags(self) -> str:
-        """Return the flag of the longest caption where it is not the default, for the records of captions."""
-        return f"--max-tokens {self.max_tokens}" if self.max_tokens != self.spec.max_tokens(None) else ""
+        """Return the flags that change captions where they are not the default, for the records of captions."""
+        longest = [f"--max-tokens {self.max_tokens}"] if self.max_tokens != self.spec.max_tokens(None) else []
+        return " ".join(longest + ["--ignore-icc"] * self.options.ignore_icc)
 
     def engine(self) -> LLMEngine:
         """Return a new engine, not started. Raises OptionError for an option that it does not take."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from serve.core.inputs import Item
+from serve.core.style import CaptionStyle
 from serve.engines.base import Completion
 from vlv.model.captioner import clean_caption
 
+PLAIN = CaptionStyle()
 
-def distinct_texts(completions: Iterable[Completion], raw: bool) -> dict[str, Completion]:
-    """Return the captions by their text, cleaned unless `raw`; of equal texts the first."""
+
+def distinct_texts(completions: Iterable[Completion], raw: bool, style: CaptionStyle = PLAIN) -> dict[str, Completion]:
+    """Return the captions by their text, cleaned unless `raw` and edited by `style`; of equal texts the first."""
     texts: dict[str, Completion] = {}
     for completion in completions:
-        texts.setdefault(completion.text if raw else clean_caption(completion.text), completion)
+        text = completion.text if raw else clean_caption(completion.text)
+        texts.setdefault(style.apply(text), completion)
     return texts
 
 
@@ -23,13 +27,14 @@ def caption_record(
     raw: bool,
     model_id: str,
     flags: str = "",
+    style: CaptionStyle = PLAIN,
     timings: dict[str, float] | None = None,
 ) -> dict:
     """Return the record of a captioned image, with `captions` if several were drawn.
 
     `flags`: what changes captions beside the model, as on the command line; `timings`: seconds by stage.
     """
-    texts = list(distinct_texts(completions, raw))
+    texts = list(distinct_texts(completions, raw, style))
     return {
         **_source(item),
         "caption": texts[0],

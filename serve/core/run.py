@@ -17,16 +17,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from serve.core.inputs import Item
-from serve.core.record import caption_record, error_record
+from serve.core.id_set import IdSet
+from serve.core.inputs import Item, stamp_of
+from serve.core.record import PLAIN, caption_record, error_record
 from serve.core.service import CaptionService, ServiceConfig
+from serve.core.style import CaptionStyle
 from serve.engines.base import EmbedsError, LLMEngine, Sampling
+from serve.outputs.jsonl import alias
 from serve.reports.progress import Progress
 from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data.image import MAX_PIXELS, ImageError
 
 LISTED = 64  # items that are read from the listing at a time
+Stamp = tuple[int, int] | None  # size and time of an image file
+Listed = tuple[Item, Stamp]
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class RunConfig:
     encoder: str = "torch"  # a runtime of export.runtimes
     artifacts: Path | None = None  # folder of the exported encoder, for all but torch
     flags: str = ""  # for the records: what changes captions beside the model
+    style: CaptionStyle = PLAIN  # how captions are edited
+    ignore_icc: bool = False  # take colours as they are stored, as published
 
 
 class CaptionRun:
@@ -64,6 +71,8 @@ class CaptionRun:
         self.progress = progress
         self.timeline = timeline or Timeline()
         self.model_id = engine.options.model_id(checkpoint.hash)
+        self.listed = IdSet()  # keys and aliases of the images of the input
+        self.complete = False  # the input was listed to its end
         # a thread of its own: asyncio would wait for its default ones, even at the end of a cancelled run
         self._listing = ThreadPoolExecutor(1, "listing")
 
@@ -76,7 +85,13 @@ class CaptionRun:
             return
         config = self.config
         limits = ServiceConfig(
-            config.prompt_batch, config.workers, MAX_PIXELS, config.encoder, config.artifacts, restarts=0
+            config.prompt_batch,
+            config.workers,
+            MAX_PIXELS,
+            config.encoder,
+            config.artifacts,
+            config.ignore_icc,
+            restarts=0,
         )
         self._service = service = CaptionService(self.checkpoint, lambda: self.engine, limits, self.timeline)
         images = -(-self.engine.in_flight // config.captions)  # whose captions are decoded together
@@ -94,12 +109,18 @@ class CaptionRun:
         finally:
             await service.close()
 
-    def _new(self, items: Iterable[Item]) -> Iterator[Item]:
+    def _new(self, items: Iterable[Item]) -> Iterator[tuple[Item, Stamp]]:
+        """Yield the items that are not finished, with their files' size and time before they are read."""
         for item in itertools.islice(items, self.config.limit):
-            if self.sink.finished.add(item.id):
-                yield item
-            else:
+            stamp = stamp_of(item.path)
+            size = stamp[0] if stamp else None
+            self.listed.add(item.key)
+            self.listed.add(alias(item.id, size))
+            if self.sink.is_finished(item, size):
                 self.progress.skipped += 1
+            else:
+                yield item, stamp
+        self.complete = self.config.limit is None
 
     async def _show_progress(self) -> None:
         while True:
@@ -110,27 +131,28 @@ class CaptionRun:
         """Raise what ends the service for good."""
         await asyncio.shield(self._service.failure)
 
-    async def _feed(self, head: list[Item], rest: Iterator[Item], tasks: asyncio.TaskGroup) -> None:
+    async def _feed(self, head: list[Listed], rest: Iterator[Listed], tasks: asyncio.TaskGroup) -> None:
         """Start a task for every item, as slots become free."""
         loop = asyncio.get_running_loop()
         while head:
-            for item in head:
-                tasks.create_task(self._caption(item, await self._service.pool.slot()))
+            for item, stamp in head:
+                tasks.create_task(self._caption(item, stamp, await self._service.pool.slot()))
             head = await loop.run_in_executor(self._listing, _take, rest)  # listing may wait for a slow disk
 
-    async def _caption(self, item: Item, slot: int) -> None:
+    async def _caption(self, item: Item, stamp: Stamp, slot: int) -> None:
         samplings = [self._sampling(item, number) for number in range(self.config.captions)]
         try:
             encoded = await self._service.encode(item, slot)
             generated = await self._service.captions(encoded.embeds, samplings, wait=True)
             timings = {"encode": encoded.seconds, "llm": generated.seconds}
+            config = self.config
             record = caption_record(
-                item, generated.completions, self.config.raw, self.model_id, self.config.flags, timings
+                item, generated.completions, config.raw, self.model_id, config.flags, config.style, timings
             )
-            self.sink.caption(record, item)
+            self.sink.caption(record | _of_file(stamp), item)
         except (ImageError, EmbedsError) as error:
             kind = error.kind if isinstance(error, ImageError) else "encoder"
-            self.sink.error(error_record(item, kind, str(error)))
+            self.sink.error(error_record(item, kind, str(error)) | _of_file(stamp))
             self.progress.failed += 1
         else:
             self.progress.caption()
@@ -142,8 +164,14 @@ class CaptionRun:
         return replace(self.config.sampling, seed=seed)
 
 
-def _take(items: Iterator[Item]) -> list[Item]:
+def _take(items: Iterator[Listed]) -> list[Listed]:
     return list(itertools.islice(items, LISTED))
+
+
+def _of_file(stamp: Stamp) -> dict:
+    """Return the fields of a record that tell a later run whether the image has changed."""
+    size, modified = stamp or (None, None)
+    return {"bytes": size, "mtime_ns": modified}
 
 
 def _first(error: BaseException) -> BaseException:

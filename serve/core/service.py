@@ -45,6 +45,7 @@ class ServiceConfig:
     max_pixels: int = 50_000_000  # of an image, as its header announces them
     encoder: str = "torch"  # a runtime of export.runtimes
     artifacts: Path | None = None  # folder of the exported encoder, for all but torch
+    ignore_icc: bool = False  # take colours as they are stored, as published
     restarts: int = 3  # of an engine that dies, in a row without a caption between them; then the service fails
 
 
@@ -70,15 +71,14 @@ class CaptionService:
         config: ServiceConfig,
         timeline: Timeline | None = None,
     ):
-        """`timeline` is told when each stage worked."""
+        """`timeline` records when each stage worked."""
         self.checkpoint = checkpoint
         self.config = config
         self.engine = make_engine()
         self.failure = asyncio.get_running_loop().create_future()
         self.workers = config.workers or default_workers()
-        self.pool = DecodePool(
-            checkpoint.config.image_size, self.workers, 2 * config.batch + self.workers, config.max_pixels
-        )
+        slots = 2 * config.batch + self.workers
+        self.pool = DecodePool(checkpoint.config.image_size, self.workers, slots, config.max_pixels, config.ignore_icc)
         self.batcher = Batcher(self.pool, self._open_encoder, self.engine.in_flight, timeline)
         self._make_engine = make_engine
         self._timeline = timeline

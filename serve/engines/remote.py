@@ -60,9 +60,9 @@ class RemoteEngine(LLMEngine):
             if (served := model.get(name, ours)) != ours:
                 raise EngineError(f"{self._base} takes embeddings of {name} {served}, and this encoder's have {ours}")
         # a gateway says how long captions may be, vLLM how long prompt and caption
-        most = model.get("max_tokens") or (model.get("max_model_len") or math.inf) - self.spec.queries
-        if self.max_tokens > most:
-            raise EngineError(f"{self._base} writes up to {most} tokens a caption: give --max-tokens {most} or less")
+        limit = model.get("max_tokens") or (model.get("max_model_len") or math.inf) - self.spec.queries
+        if self.max_tokens > limit:
+            raise EngineError(f"{self._base} writes up to {limit} tokens a caption: give --max-tokens {limit} or less")
 
     async def _first_answer(self) -> dict:
         """Return the server's model, as soon as it answers."""

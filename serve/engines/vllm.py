@@ -52,6 +52,7 @@ class VLLMEngine(LLMEngine):
         self._lora = None
         self._lora_rank = lora_rank(self.options.lora) if self.options.lora else None
         self._engine, self._logs, self._failed, self._closed = None, None, False, False
+        self._sockets: Path | None = None  # folder of vLLM's sockets, which it leaves behind
         self._reaper, self._others = ChildProcessReaper(), None
 
     async def start(self) -> None:
@@ -157,6 +158,8 @@ class VLLMEngine(LLMEngine):
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         if self.options.tensor_parallel > 1:  # on a CPU, vLLM would want a NUMA node for each process
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        self._sockets = Path(tempfile.mkdtemp(prefix="vlv-"))
+        os.environ["VLLM_RPC_BASE_PATH"] = str(self._sockets)
         if self.debug or "VLLM_LOGGING_CONFIG_PATH" in os.environ:
             return
         folder = Path(tempfile.mkdtemp(prefix="vlv-vllm-"))
@@ -235,6 +238,8 @@ class VLLMEngine(LLMEngine):
         for process in self._processes():  # still booting, when it listens to nothing softer
             process.kill()
         self._reaper.dismiss()
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
         if self._logs is not None:
             os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)  # ours: the next process must not look for it
             if not self._failed:

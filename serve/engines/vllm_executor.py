@@ -6,8 +6,10 @@ Between two processes vLLM's engine waits for its worker in a busy loop, which c
 from __future__ import annotations
 
 import os
+import tempfile
 
 import torch
+from vllm import envs
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 
@@ -17,4 +19,5 @@ class SharedCoresExecutor(UniProcExecutor):
     def _init_executor(self) -> None:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(cores - cores // 2)
+        tempfile.tempdir = envs.VLLM_RPC_BASE_PATH  # for the file by which its processes meet; removed with the engine
         super()._init_executor()

@@ -256,7 +256,9 @@ async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
     """Start the service, which loads its models in the background, and close it at the end. Raises Misuse."""
     keys = read_keys(config.keys, config.no_auth, config.host)
     model = Model.of(config)
-    stages = ServiceConfig(config.prompt_batch, config.workers, config.max_pixels, config.encoder, config.artifacts)
+    stages = ServiceConfig(
+        config.prompt_batch, config.workers, config.max_pixels, config.encoder, config.artifacts, config.ignore_icc
+    )
     service = Service(model.checkpoint, model.engine, stages)
     fetcher = Fetcher(tuple(config.image_host), config.max_image << 20)
     bounds = Bounds(config.deadline, config.body_seconds, config.max_body << 20, config.max_images)

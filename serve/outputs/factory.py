@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve.outputs.formats import CocoSink, ParquetSink, SidecarSink
+from serve.outputs.formats import CocoSink, ImageFolderSink, KohyaSink, ParquetSink, SidecarSink
 from serve.outputs.jsonl import FileSink, SinkError
 from serve.outputs.webdataset import WebDatasetSink
 
@@ -10,6 +10,8 @@ CLASSES = {
     "jsonl": FileSink,
     "txt": SidecarSink,
     "coco": CocoSink,
+    "imagefolder": ImageFolderSink,
+    "kohya": KohyaSink,
     "parquet": ParquetSink,
     "webdataset": WebDatasetSink,
 }

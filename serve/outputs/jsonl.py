@@ -1,7 +1,7 @@
 """Write captions as JSON lines, each complete or not at all, so that a run can be killed and resumed.
 
-A sink takes `caption(record, item)` and `error(record)`, holds in `finished` the ids of earlier runs and of this
-one, and is closed at the end. The other formats (serve/outputs/formats.py, serve/outputs/webdataset.py) build on it.
+A sink takes `caption(record, item)` and `error(record)`, tells which images are finished (`is_finished(item)`), and is
+closed at the end. The other formats (serve/outputs/formats.py, serve/outputs/webdataset.py) build on it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import itertools
 import json
 import os
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
-from serve.core.inputs import Item
+from serve.core.id_set import IdSet
+from serve.core.inputs import Item, key_of, stamp_of
 from vlv.common.command import UserError, why
+from vlv.common.files import atomic_write
 from vlv.common.jsonl import cut_torn_line, read_records
 
 HEAD = b'{"id": "'  # of every record; a file that begins otherwise was not written here
@@ -26,38 +27,6 @@ HEAD = b'{"id": "'  # of every record; a file that begins otherwise was not writ
 
 class SinkError(UserError, OSError):
     """Raised when the output cannot be written or read; the message says which one and what to do."""
-
-
-class IdSet:
-    """A set of strings that takes about 10 bytes for each: it keeps 64-bit hashes.
-
-    Of n ids, about n² / 2**65 collide: one in 370,000 runs over ten million images.
-    """
-
-    def __init__(self):
-        self._sorted = np.empty(0, np.int64)
-        self._recent: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._sorted) + len(self._recent)
-
-    def __contains__(self, key: str) -> bool:
-        value = hash(key)
-        if value in self._recent:
-            return True
-        at = np.searchsorted(self._sorted, value)
-        return bool(at < len(self._sorted) and self._sorted[at] == value)
-
-    def add(self, key: str) -> bool:
-        """Add a string; return False if it was there already."""
-        if key in self:
-            return False
-        self._recent.add(hash(key))
-        if len(self._recent) > max(1 << 16, len(self._sorted) // 8):
-            recent = np.fromiter(self._recent, np.int64, len(self._recent))
-            self._sorted = np.sort(np.concatenate([self._sorted, recent]))
-            self._recent = set()
-        return True
 
 
 class JsonLines:
@@ -117,6 +86,23 @@ class JsonLines:
         with explained(self.path):
             os.ftruncate(self._fd, 0)
 
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        """Remove records, atomically, and return how many. Raises SinkError."""
+        if not self._regular or not (count := sum(map(unwanted, self.records()))):
+            return 0
+        old = self._fd
+        try:
+            with explained(self.path), atomic_write(self.path) as file:
+                self._fd = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for record in self.records():
+                    if not unwanted(record):
+                        append(self._fd, json_bytes(record) + b"\n")
+        finally:
+            os.close(old)  # and its lock, once the new file has one and its name
+        return count
+
     def close(self) -> None:
         """Close the file and release its lock; a second call does nothing."""
         if self._fd >= 0:
@@ -125,10 +111,7 @@ class JsonLines:
 
 
 class FileSink:
-    """Write captions to `captions.jsonl`, and failed images to `captions.errors.jsonl` (created when needed).
-
-    `finished` holds the ids of earlier runs and of this one.
-    """
+    """Write captions to `captions.jsonl`, and failed images to `captions.errors.jsonl` (created when needed)."""
 
     def __init__(self, path: str | Path, model: str, resume: bool = True, flags: str = ""):
         """Open both files and read what is finished. Without `resume`, old files become `NAME.old`, `NAME.old2` ...
@@ -139,7 +122,10 @@ class FileSink:
         self.model = model
         self.flags = flags
         self.errors_path = self.path.with_name(self.path.stem + ".errors.jsonl")
-        self.finished, self._errors = IdSet(), None
+        self.finished = IdSet()  # keys of images, of earlier runs and of this one
+        self.changed = 0  # images that are captioned again, since their files have changed
+        self._moved = IdSet()  # aliases of images whose files have disappeared
+        self._errors = None
         self._refuse_foreign()
         self._journal = JsonLines(self.journal_path)
         try:
@@ -167,16 +153,60 @@ class FileSink:
         self._journal = JsonLines(self.journal_path)
 
     def _read(self) -> None:
-        """Fill `finished`."""
-        for record in self._journal.records():
-            self._done(record, self.journal_path)
+        """Fill `finished`; records of images that have changed since are dropped."""
         if self.errors_path.is_file():
             self._errors = JsonLines(self.errors_path)
-            for record in self._errors.records():
-                self.finished.add(record["id"])
+        changed = 0
+        for record, where in self._finished_records():
+            self._refuse_others(record, where)
+            changed += not self._note(record)
+        for record in self._errors.records() if self._errors else ():
+            changed += not self._note(record)
+        if changed:
+            self.changed = self.drop(self._has_changed)
 
-    def _done(self, record: dict, where: Path) -> None:
-        """Note an earlier run's record, found in `where`. Raises SinkError if it is of another model or other flags."""
+    def _note(self, record: dict) -> bool:
+        """Note the image of a record as finished; return False if its file has changed since."""
+        if self._has_changed(record):
+            return False
+        self.finished.add(key_of(record["id"], record.get("path")))
+        return True
+
+    def _finished_records(self) -> Iterator[tuple[dict, Path]]:
+        """Yield the captions' records, at least with id, path, model and flags, and the file of each."""
+        for record in self._journal.records():
+            yield record, self.journal_path
+
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        """Remove the records of images, captioned or failed, and return how many. Raises SinkError."""
+        return self._journal.drop(unwanted) + (self._errors.drop(unwanted) if self._errors else 0)
+
+    def _has_changed(self, record: dict) -> bool:
+        """Return True if an image is not the file that was captioned; one that has disappeared has not changed."""
+        if "path" not in record or "mtime_ns" not in record:  # of an earlier version
+            return False
+        now, before = stamp_of(record["path"]), (record.get("bytes"), record["mtime_ns"])
+        if before[1] is None:  # an error, because there was no file
+            return "error" in record and now is not None
+        if now is None:
+            self._moved.add(alias(record["id"], before[0]))
+        return now not in (None, before)
+
+    def is_finished(self, item: Item, size: int | None) -> bool:
+        """Return True if an image, whose file has `size` bytes, is finished; note it if not.
+
+        A file that was moved together with the list or folder that names it keeps its id, and stays finished.
+        """
+        return not self.finished.add(item.key) or alias(item.id, size) in self._moved
+
+    def missing(self, listed: IdSet) -> Iterator[str]:
+        """Yield the ids of captioned images that are not listed. `listed`: keys and aliases of images."""
+        for record, _ in self._finished_records():
+            if not is_listed(record, listed):
+                yield record["id"]
+
+    def _refuse_others(self, record: dict, where: Path) -> None:
+        """Raise SinkError for a record, found in `where`, of another model or made with other flags."""
         if record.get("model", self.model) != self.model:
             raise SinkError(
                 f"{where} holds captions of model {record['model']}, and this checkpoint is {self.model}: "
@@ -187,7 +217,6 @@ class FileSink:
                 f"{where} holds captions made {_with(flags)}, and this run is {_with(self.flags)}: "
                 "choose another -o, or start over with --no-resume"
             )
-        self.finished.add(record["id"])
 
     def caption(self, record: dict, item: Item) -> None:
         """Append the record of an item's caption. Raises SinkError; ImageError if the format cannot hold it."""
@@ -229,25 +258,48 @@ class StreamSink:
     """Write captions to one stream of bytes (stdout) and errors to another; nothing is resumed."""
 
     errors_path = journal_path = None
+    changed = 0
 
     def __init__(self, captions: int, errors: int):
         self.finished = IdSet()
-        self._captions, self._errors = captions, errors
+        self._captions = captions
+        self._errors = errors
+
+    def is_finished(self, item: Item, size: int | None) -> bool:
+        return not self.finished.add(item.key)
+
+    def missing(self, listed: IdSet) -> Iterator[str]:
+        return iter(())
 
     def caption(self, record: dict, item: Item) -> None:
-        self._write(self._captions, record)
+        write_line(self._captions, record)
 
     def error(self, record: dict) -> None:
-        self._write(self._errors, record)
+        write_line(self._errors, record)
 
     def close(self) -> None:
         """Nothing to close: the streams belong to the process."""
 
-    def _write(self, fd: int, record: dict) -> None:
-        line = (json.dumps(record) + "\n").encode()
-        with explained("stdout"):
-            while line:
-                line = line[os.write(fd, line) :]
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        return 0
+
+
+def write_line(fd: int, record: dict) -> None:
+    """Write a record as a line to a stream. Raises SinkError."""
+    line = (json.dumps(record) + "\n").encode()
+    with explained("stdout"):
+        while line:
+            line = line[os.write(fd, line) :]
+
+
+def is_listed(record: dict, listed: IdSet) -> bool:
+    """Return True if the image of a record is listed, by its key or its alias."""
+    return key_of(record["id"], record.get("path")) in listed or alias(record["id"], record.get("bytes")) in listed
+
+
+def alias(image_id: str, size: int | None) -> str:
+    """Return what identifies an image after its folder was moved."""
+    return f"{image_id}\0{size}"
 
 
 def captions_of(record: dict) -> list[str]:

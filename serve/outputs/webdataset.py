@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from serve.core.inputs import Item
-from serve.outputs.jsonl import FolderSink, SinkError, append, captions_of, explained, json_bytes
+from serve.outputs.jsonl import FolderSink, SinkError, append, explained, json_bytes
+from serve.outputs.text import lines
+from vlv.common.files import atomic_write
 from vlv.data.image_files import is_image
 
 BLOCK = tarfile.BLOCKSIZE
 SHARD_BYTES = 1 << 30  # a shard that has grown beyond is followed by the next
 END = bytes(2 * BLOCK)  # closes a tar file
+DIGITS = 9  # of a sample's number, which is its name
 SIGNATURES = (
     (b"\xff\xd8\xff", ".jpg"),
     (b"\x89PNG", ".png"),
@@ -41,30 +45,53 @@ class WebDatasetSink(FolderSink):
     _fd = -1  # of the shard that is being filled
 
     def _read(self) -> None:
+        self._end, self._samples = 0, 0
         super()._read()
-        shards = sorted(self.path.glob("[0-9]*.tar"))
-        self._shards, self._samples, end = len(shards), 0, 0
-        for shard in shards:
-            with explained(shard):
-                end = self._take_up(shard)
+        if self.changed:  # the shards are others now
+            for _ in self._finished_records():
+                pass
+        shards = self._shard_files()
+        self._shards = len(shards)
         if shards:  # only the last can be unfinished
             self._open(shards[-1])
             with explained(shards[-1]):
-                os.ftruncate(self._fd, end)
+                os.ftruncate(self._fd, self._end)
 
-    def _take_up(self, shard: Path) -> int:
-        """Note the samples of a shard; return the offset where its last complete one ends."""
-        end = 0
-        for after, record in samples(shard, self._samples):
-            if record is None:
-                raise SinkError(f"{shard} holds something that is no sample of a run: choose another -o")
-            self._done(record, shard)
-            self._samples += 1
-            end = after
-        return end
+    def _shard_files(self) -> list[Path]:
+        return sorted(self.path.glob("[0-9]*.tar"))
+
+    def _finished_records(self) -> Iterator[tuple[dict, Path]]:
+        self._samples = 0
+        for shard in self._shard_files():
+            self._end = 0
+            for found in self._read_shard(shard):
+                self._samples, self._end = found.number + 1, found.end
+                yield found.record, shard
+
+    def _read_shard(self, shard: Path) -> Iterator[Sample]:
+        with explained(shard):
+            for found in samples(shard):
+                if found is None:
+                    raise SinkError(f"{shard} holds something that is no sample of a run: choose another -o")
+                yield found
+
+    def drop(self, unwanted: Callable[[dict], bool]) -> int:
+        self._finish_shard()  # at the end of a run; what would follow goes into the next shard
+        count = 0
+        for shard in self._shard_files():
+            found = list(self._read_shard(shard))
+            kept = [one for one in found if not unwanted(one.record)]
+            if len(kept) < len(found):
+                with explained(shard), atomic_write(shard) as file, open(file, "wb") as new, open(shard, "rb") as old:
+                    for one in kept:
+                        old.seek(one.start)
+                        new.write(old.read(one.end - one.start))
+                    new.write(END)
+                count += len(found) - len(kept)
+        return count + super().drop(unwanted)
 
     def caption(self, record: dict, item: Item) -> None:
-        data = sample(f"{self._samples:09}", item.read(), record)
+        data = sample(f"{self._samples:0{DIGITS}}", item.read(), record)
         if self._fd < 0:
             self._open(self.path / f"{self._shards:06}.tar")
             self._shards += 1
@@ -96,36 +123,48 @@ class WebDatasetSink(FolderSink):
             super().close()
 
 
-def samples(shard: Path, number: int) -> Iterator[tuple[int, dict | None]]:
-    """Yield for each complete sample, numbered from `number`, its end offset and record (None: not from a run)."""
-    size = shard.stat().st_size
+@dataclass(frozen=True)
+class Sample:
+    """A complete sample of a shard: its number, where it starts and ends, and its record."""
+
+    number: int
+    start: int
+    end: int
+    record: dict
+
+
+def samples(shard: Path) -> Iterator[Sample | None]:
+    """Yield the complete samples of a shard, whose numbers grow; None, at last, for something that no run wrote."""
+    size, number, start = shard.stat().st_size, -1, 0
     with open(shard, "rb") as file:
         while len(header := file.read(BLOCK)) == BLOCK and header.count(0) < BLOCK:
             try:
                 member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
             except (tarfile.TarError, UnicodeDecodeError):
                 member = None
-            if member is None or not member.name.startswith(f"{number:09}."):
-                yield 0, None
+            digits, _, ending = member.name.partition(".") if member else ("", "", "")
+            if member is None or len(digits) != DIGITS or not digits.isdecimal() or int(digits) <= number:
+                yield None
                 return
             end = file.tell() + _padded(member.size)
             if end > size:
                 return
-            if member.name.endswith(".json"):
+            if ending == "json":
                 try:
                     record = json.loads(file.read(member.size))
                     record["id"]
                 except (ValueError, KeyError, TypeError):
-                    record = None
-                yield end, record
-                number += 1
+                    yield None
+                    return
+                yield Sample(int(digits), start, end, record)
+                number, start = int(digits), end
             file.seek(end)
 
 
 def sample(name: str, image: bytes, record: dict) -> bytes:
     """Return an image, its captions and its record as three members of a tar file."""
     extension = os.path.splitext(record["id"])[1].lower() if is_image(record["id"]) else extension_of(image)
-    text = "\n".join(" ".join(caption.split()) for caption in captions_of(record)).encode()
+    text = lines(record).rstrip("\n").encode()
     parts = {extension: image, ".txt": text, ".json": json_bytes(record)}
     return b"".join(_member(name + ending, content) for ending, content in parts.items())
 

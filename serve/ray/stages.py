@@ -1,10 +1,10 @@
-"""The stages of serve.ray_batch as Ray Data's actors run them: each takes a unit's batch of columns and returns one.
+"""The stages of serve.ray_batch that run models, as actors of Ray Data: each takes a unit's columns and returns some.
 
     {unit} --Decode--> {index, crop, kind, error} --Encode--> {embeds instead of crop} --Write--> captions, in a part
 
-They are adapters over the parts of the captioning service: its decode pool, its encoder batches, its engines and its
-records. A unit stays one block from its plan to its part, and Write refuses an incomplete one. An image that fails
-travels on as its kind and error.
+They are adapters over the parts of the captioning service: its encoder batches, its engines and its records; the decode
+pool is that of serve/ray/decode.py. A unit stays one block from its plan to its part, and Write refuses an incomplete
+one. An image that fails travels on as its kind and error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from pyarrow import parquet
 
 from serve.core.batcher import Encoder
-from serve.core.decode import DecodePool
 from serve.core.inputs import Item
 from serve.core.model import Model, ModelOptions
 from serve.core.record import caption_record, error_record
@@ -44,42 +43,6 @@ class StageOptions:
     format: str = "parquet"  # one of ENDINGS
     raw: bool = False  # captions as the model wrote them, without the clean-up
     flags: str = ""  # for the records: what changes captions beside the model
-
-
-class Decode:
-    """Decode a unit's images in processes of the actor's own: a file that kills its decoder costs that image."""
-
-    def __init__(self, options: StageOptions):
-        self._store = Store(options.output)
-        self._loop = asyncio.new_event_loop()
-        workers = options.model.workers or 1
-        self._pool = DecodePool(Model.of(options.model).checkpoint.config.image_size, workers, 4 * workers)
-        self._loop.run_until_complete(self._pool.__aenter__())
-
-    def __call__(self, batch: Batch) -> Batch:
-        unit = int(batch["unit"][0])
-        items = unit_items(self._store, unit)
-        size = self._pool.crops.shape[-1]
-        crops = np.zeros((len(items), 3, size, size), np.uint8)
-        problems = [("", "")] * len(items)
-
-        async def decode(index: int) -> None:
-            slot = await self._pool.slot()
-            try:
-                await self._pool.decode(items[index], slot)
-                crops[index] = self._pool.crops[slot]
-            except ImageError as error:
-                problems[index] = (error.kind, str(error))
-            finally:
-                self._pool.release(slot)
-
-        async def decode_all() -> None:
-            await asyncio.gather(*(decode(index) for index in range(len(items))))
-
-        self._loop.run_until_complete(decode_all())
-        kinds, errors = (np.array(column, dtype=object) for column in zip(*problems, strict=True))
-        units = np.full(len(items), unit)
-        return {"unit": units, "index": np.arange(len(items)), "crop": crops, "kind": kinds, "error": errors}
 
 
 class Encode:

@@ -11,49 +11,17 @@ nothing is lost or doubled, whatever is killed, on a local disk as on S3 or GCS 
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from fsspec.core import url_to_fs
-from pyarrow import parquet
-
-from serve.core.inputs import SHARDS, Item, LeftOut, Members, SourceError, expand, read_members
-from serve.outputs.jsonl import IdSet
-from vlv.common.command import Misuse, one_line
+from serve.core.id_set import IdSet
+from serve.core.inputs import Item
+from serve.core.remote import Remote, file_system
+from vlv.common.command import Misuse
 from vlv.common.files import atomic_write
-from vlv.data.image import ImageError
-from vlv.data.image_files import is_image
-
-HEADERS = 1 << 16  # bytes that are fetched at a time while a shard is listed
-
-
-class Remote(Item):
-    """An image behind a URL that fsspec opens: the object, or a member of the shard that it is."""
-
-    __slots__ = ()
-
-    def read(self) -> bytes:
-        """Return the image file's content. Raises ImageError."""
-        if self.problem:
-            raise ImageError("unreadable", self.problem)
-        end = None if self.length is None else self.offset + self.length
-        try:
-            fs, path = file_system(self.path)
-            content = fs.cat_file(path, start=self.offset or None, end=end)
-        except FileNotFoundError as error:
-            raise ImageError("missing", "there is no such file") from error
-        except Exception as error:  # every file system has its own
-            raise ImageError("unreadable", f"cannot read the URL: {type(error).__name__}: {error}") from error
-        if self.length is not None and len(content) > self.length:  # a server without ranges sends the whole file
-            content = content[self.offset : end]
-        if self.length is not None and len(content) < self.length:
-            raise ImageError("damaged", f"the shard ends after {len(content)} of {self.length} bytes of this member")
-        return content
 
 
 class Store:
@@ -92,78 +60,9 @@ class Store:
         return {name for name in found if name.endswith(suffix)}
 
 
-def file_system(url: str):
-    """Return fsspec's file system for a URL or path, and the path in it. Raises Misuse."""
-    try:
-        fs, path = url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise Misuse(f"{url} cannot be opened: {error}") from error
-    return fs, path.rstrip("/")
-
-
 def part(unit: int, ending: str = "") -> str:
     """Return the name of a unit's part."""
     return f"part-{unit:06}{ending}"
-
-
-def items_of(paths: list[str], column: str, left_out: LeftOut | None = None) -> Iterator[Item]:
-    """Yield the images of paths (as serve.core.inputs), of folders, globs and shards behind URLs, and of Parquet files
-    of URLs. Raises SourceError or Misuse.
-    """
-    left_out = left_out or LeftOut()
-    for path in paths:
-        if path.endswith(".parquet"):
-            yield from _listed(path, column)
-        elif "://" in path:
-            yield from _remote(path, left_out)
-        else:
-            yield from expand([path], left_out)
-
-
-def _listed(path: str, column: str) -> Iterator[Item]:
-    fs, inside = file_system(path)
-    if not fs.exists(inside):
-        raise SourceError(f"no such file: {path}")
-    with fs.open(inside, "rb") as file:
-        table = parquet.ParquetFile(file)
-        if column not in table.schema_arrow.names:
-            raise SourceError(f"{path} has no column {column}: it has {table.schema_arrow.names}; choose --url-column")
-        for batch in table.iter_batches(columns=[column]):
-            for url in batch.column(0).to_pylist():
-                if "://" in (url or ""):
-                    yield Remote(url, url)
-                else:
-                    yield Item(url or "", os.path.abspath(url or ""))
-
-
-def _remote(url: str, left_out: LeftOut) -> Iterator[Item]:
-    fs, inside = file_system(url)
-    names = sorted(fs.glob(inside) if glob.has_magic(inside) else fs.find(inside))
-    if not any(is_image(name) or name.lower().endswith(SHARDS) for name in names):
-        raise SourceError(f"no images at {url}")
-    for name in names:
-        member_url = fs.unstrip_protocol(name)
-        if name.lower().endswith(SHARDS):
-            yield from _remote_shard(fs, name, member_url, left_out)
-        elif is_image(name):
-            yield Remote(member_url, member_url)
-        else:
-            left_out.file(name)
-
-
-def _remote_shard(fs, name: str, url: str, left_out: LeftOut) -> Iterator[Item]:
-    members: Members = {}
-    problem = None
-    try:
-        # a header is half a kilobyte and images lie between: read little ahead
-        with fs.open(name, "rb", block_size=HEADERS) as file, tarfile.open(fileobj=file, mode="r:") as shard:
-            read_members(shard, members, left_out, url)
-    except Exception as error:  # tarfile's, and every file system has its own
-        problem = f"the shard cannot be read to its end: {one_line(error)}"
-    for member, (offset, size) in members.items():
-        yield Remote(f"{url}/{member}", url, offset, size)
-    if problem:
-        yield Remote(url, url, problem=problem)
 
 
 def plan(store: Store, items: Iterable[Item], terms: dict, size: int) -> int:

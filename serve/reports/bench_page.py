@@ -6,7 +6,7 @@ import html
 
 from vlv.common import html as pages
 
-WIDTH, HEIGHT, EDGE = 420, 220, 44
+WIDTH, HEIGHT, EDGE = 420, 236, 60  # EDGE: left and below, for the labels of the axes
 INKS = ("#2f5d9b", "#2f7d4f", "#b8860b", "#b03a2e", "#7a4f9b", "#4a8f96")
 COLOURS = {"p50": "#2f7d4f", "p90": "#b8860b", "p99": "#b03a2e", "answered": "#2f5d9b", "within the SLO": "#2f7d4f"}
 NAMES = {
@@ -44,8 +44,17 @@ def curves(sweep: list[dict]) -> list[str]:
 
 
 def _table(sweep: list[dict]) -> str:
-    heads = ["offered/s", "answered/s", "goodput/s", "tokens/s/device", "TTFT p50", "TTFT p99", "e2e p50", "e2e p99"]
-    rows = ["".join(f"<th>{head}" for head in [*heads, "cost of 1,000", "answers"])]
+    heads = [
+        "offered/s",
+        "answered/s",
+        "goodput/s",
+        "tokens/s/device",
+        "TTFT p50 (s)",
+        "TTFT p99 (s)",
+        "e2e p50 (s)",
+        "e2e p99 (s)",
+    ]
+    rows = ["".join(f"<th>{head}" for head in [*heads, "cost of 1,000", "responses"])]
     for point in sweep:
         names = ("offered_per_second", "answered_per_second", "goodput_per_second", "tokens_per_second_per_device")
         cells = [point[name] for name in names]
@@ -78,7 +87,8 @@ def plot(title: str, x: list[float], lines: dict[str, list[float | None]], below
             parts += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{colour}"/>' for p in points]
         left = EDGE + 110 * number
         parts.append(f'<text x="{left}" y="{HEIGHT - 8}" style="fill:{colour}">{html.escape(name)}</text>')
-    parts.append(f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">{html.escape(below)}</text>')
+    middle = (EDGE + WIDTH - 10) / 2
+    parts.append(f'<text x="{middle}" y="{HEIGHT - EDGE + 30}" text-anchor="middle">{html.escape(below)}</text>')
     return (
         f'<figure><svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(parts)}</svg></figure>'
     )

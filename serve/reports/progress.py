@@ -22,11 +22,16 @@ class Progress:
     first: float | None = None  # seconds from start to the first caption
     _recent: deque = field(default_factory=deque)
     _width: int = 0
+    _shown: tuple = ()
 
     @property
     def finished(self) -> int:
         """Return the images of this run that have a caption or an error."""
         return self.captioned + self.failed
+
+    @property
+    def _counts(self) -> tuple:
+        return self.captioned, self.failed, self.skipped, self.first is None
 
     def caption(self) -> None:
         """Count a captioned image."""
@@ -76,7 +81,8 @@ class Progress:
         if sys.stderr.isatty():
             sys.stderr.write("\r" + line.ljust(self._width) + ("\n" if last else ""))
             self._width = len(line)
-        else:
+        elif last or self._counts != self._shown:  # in a file or pipe, a line only if something has changed
+            self._shown = self._counts
             sys.stderr.write(line + "\n")
         sys.stderr.flush()
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from serve.outputs.jsonl import explained
 
+MIN_SECONDS = 10.0  # of a run without loading, before its busiest stage says anything about a longer one
+
 
 class Timeline:
     """Write spans as they come, so that memory does not grow; an interrupted trace can still be read."""
@@ -70,13 +72,15 @@ class Timeline:
         return {stage: self._busy.get(stage, 0.0) / (places * seconds) for stage, places in self.places.items()}
 
     def summary(self) -> str:
-        """Return one line: how busy each stage was, and which one limits the rate."""
+        """Return one line: how busy each stage was, and, after MIN_SECONDS, which one limits the rate."""
         used = self.utilisation()
         if not used or not any(used.values()):
             return ""
         parts = [f"{stage} {min(part, 1):.0%} of {self.places[stage]}" for stage, part in used.items()]
-        slowest = max(used, key=used.get)
-        return f"busy: {', '.join(parts)}; the pace was set by {slowest}"
+        busy = f"busy: {', '.join(parts)}"
+        if time.monotonic() - self.window < MIN_SECONDS:
+            return busy
+        return f"{busy}; the pace was set by {max(used, key=used.get)}"
 
     def close(self) -> None:
         """Complete the file."""

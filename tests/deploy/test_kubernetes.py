@@ -115,10 +115,17 @@ def test_helm_lint_and_manifests_are_current(tmp_path):
 def test_images_and_volumes_are_values(tmp_path):
     """Nothing but values has to be changed for another registry and other volumes."""
     values = {
-        "image.repository": "registry.example.org/vlv", "image.tag": "0.1.0", "models.claim": "weights",
-        "cache.claim": "compiled", "captionJob.imagesClaim": "pictures", "captionJob.captionsClaim": "texts",
-        "captionJob.name": "nightly", "captionJob.pods": "4", "captionJob.folder": "2026", "checkpoint": "/models/b",
-    }  # fmt: skip
+        "image.repository": "registry.example.org/vlv",
+        "image.tag": "0.1.0",
+        "models.claim": "weights",
+        "cache.claim": "compiled",
+        "captionJob.imagesClaim": "pictures",
+        "captionJob.captionsClaim": "texts",
+        "captionJob.name": "nightly",
+        "captionJob.pods": "4",
+        "captionJob.folder": "2026",
+        "checkpoint": "/models/b",
+    }
     options = [word for pair in values.items() for word in ("--set", "=".join(pair))]
     env = {**os.environ, "HELM": HELM, "OUT": str(tmp_path)}
     subprocess.run([KUBERNETES / "render.sh", *options], check=True, env=env)

@@ -33,6 +33,7 @@ OUTSIDE = {
     "helm",
     "curl",
     "source",
+    "bash",
 }  # not ours: only the files that they name are looked at
 RUN = [
     "python -m vlv.checkpoint assets/vlv-tiny",
@@ -179,7 +180,8 @@ def test_files_that_are_named_exist(page):
     if page.name == "log.md":
         return  # it tells of files that were
     files = re.findall(r"`((?:kernels|vlv|export|serve|tests|benchmarks|scripts|deploy)/[\w./-]*)`", page.read_text())
-    assert not [file for file in files if "NAME" not in file and not (ROOT / file).exists()]
+    written = {"benchmarks/gpu/kernels.json"}  # by a run on a GPU
+    assert not [file for file in files if "NAME" not in file and file not in written and not (ROOT / file).exists()]
 
 
 def test_the_readme_commands_for_a_gpu_are_taken():

@@ -7,8 +7,11 @@ import pytest
 from PIL import Image
 
 from export import reconstruct
+from export.runtimes.factory import open_runtime
 from tests.export.conftest import BUNDLED
 from vlv import reconstruct as torch_reconstruct
+from vlv.checkpoints.folder import Checkpoint
+from vlv.diffusion.scheduler import DiffusionError
 
 
 def draw(main, images, out, *more: str) -> dict[str, np.ndarray]:
@@ -49,3 +52,14 @@ def test_a_batch_that_was_not_exported(artifacts, scene_images, tmp_path, capsys
     assert "split the batch, or export with another --max-batch or --max-images" in capsys.readouterr().err
     assert reconstruct.main([*images, "--ckpt", str(BUNDLED), "--artifacts", str(tmp_path / "none"), *there[2:]]) == 1
     assert "no artifacts in" in capsys.readouterr().err
+
+
+def test_a_context_that_is_not_finite_is_refused_instead_of_black(artifacts):
+    checkpoint = Checkpoint.open(BUNDLED)
+    runtime = open_runtime("onnx", artifacts, checkpoint)
+    context = runtime.empty_context()
+    assert runtime.reconstruct(context, steps=2).shape[0] == 1
+    with pytest.raises(DiffusionError, match="latents are not finite"):
+        runtime.reconstruct(context * float("nan"), steps=2)
+    with pytest.raises(DiffusionError, match=r"750 steps: .* takes 1 to 500, or 1000"):
+        runtime.reconstruct(context, steps=750)

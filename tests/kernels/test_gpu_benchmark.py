@@ -27,7 +27,8 @@ def test_dry_run_checks_every_operation_and_both_models(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "kernels.json").read_text())["results"]
     names = {result["name"].split()[0] for result in results}
-    assert {"window_attention", "attention", "upsample_normalize", "encoder", "unet"} < names and len(names) == 10
+    assert {"window_attention", "attention", "upsample_normalize", "encoder", "unet", "linear"} < names
+    assert len(names) == 11
     assert all(result["correct"] and result["milliseconds"] for result in results)
     assert "ms" not in done.stdout  # a dry run shows no figure
     assert (ROOT / "kernels/tuned.json").read_bytes() == tuned
@@ -36,6 +37,30 @@ def test_dry_run_checks_every_operation_and_both_models(tmp_path):
 def test_tuning_tries_every_candidate(tmp_path):
     done = run("--dry-run", "--tune", "--only", "geglu", "--out", tmp_path / "kernels.json")
     assert done.returncode == 0 and "tuned geglu.forward f32" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_budget_skips_what_does_not_fit_and_keeps_what_was_measured(tmp_path):
+    done = run("--dry-run", "--budget", "4", "--out", tmp_path / "kernels.json")
+    assert done.returncode == 0 and "skipped " in done.stderr and " s are left" in done.stderr, (
+        done.stdout + done.stderr
+    )
+    report = json.loads((tmp_path / "kernels.json").read_text())
+    assert report["ceilings"] and report["checks"] and len(report["results"]) < 11
+
+
+def test_every_design_is_measured_on_every_shape(tmp_path):
+    done = run("--dry-run", "--tune", "--only", "attention", "--out", tmp_path / "kernels.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    configurations = json.loads((tmp_path / "kernels.json").read_text())["configurations"]
+    assert all(one["correct"] and one["milliseconds"] for one in configurations)
+    designs = {one["config"]["DESIGN"] for one in configurations if one["kernel"] == "window_attention.forward"}
+    assert designs == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("word", ["0", "soon"])
+def test_a_wrong_budget_is_refused(word):
+    done = run("--budget", word)
+    assert done.returncode == 2 and f"expected a positive integer, got '{word}'" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -1,4 +1,4 @@
-"""Which configuration a launch takes, and what it does where the GPU has no room for it."""
+"""The configuration that a launch takes, and the next smaller one where the GPU has too little shared memory."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.linear import Linear, linear, linear_reference
+from kernels.linear import Linear, gelu_epilogue, linear, linear_reference
+from kernels.runtime import tuning
 
 TOLERANCE = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -49,3 +50,31 @@ def test_is_used_for_inference():
     with torch.inference_mode(), profile() as record:
         Linear(8, 4, gelu=True)(torch.randn(3, 8))
     assert "mkldnn::_linear_pointwise" in {event.key for event in record.key_averages()}
+
+
+@pytest.mark.parametrize("shape", [(5, 33), (2, 3, 64), (2, 5, 7, 129)])
+def test_gelu_epilogue(shape):
+    """On a CPU the operator applies the exact GELU; on CUDA cuBLASLt's is at most 5e-4 away."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape), torch.randn(31, shape[-1]), torch.randn(31)
+    found = gelu_epilogue(x, weight, bias)
+    assert found.shape == (*shape[:-1], 31)
+    assert torch.allclose(found, linear_reference(x, weight, bias, gelu=True), rtol=0, atol=1e-3)
+
+
+def test_the_tanh_approximation_is_closer_than_half_precision_rounds():
+    x = torch.linspace(-8, 8, 100_001, dtype=torch.float64)
+    error = (torch.nn.functional.gelu(x, approximate="tanh") - torch.nn.functional.gelu(x)).abs()
+    assert error.max() < 5e-4
+    values = torch.randn(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = torch.nn.functional.gelu(values)
+    approximated = (torch.nn.functional.gelu(values, approximate="tanh") - exact).square().mean().sqrt()
+    assert approximated < (exact.bfloat16().double() - exact).square().mean().sqrt() / 2
+
+
+def test_the_epilogue_is_chosen_by_tuned_json(monkeypatch):
+    table = {"GPU": {"kernels": {"linear.gelu": {"k256n1024": {"config": tuning.CANDIDATES["linear.gelu"][1]}}}}}
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    monkeypatch.setattr(tuning, "_names", lambda index: ("GPU", "sm90"))
+    assert tuning.tuned_constant("linear.gelu", "k256n1024", "EPILOGUE", 0) == 1
+    assert tuning.tuned_constant("linear.gelu", "k512n2048", "EPILOGUE", 0) == 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 
 import pytest
 
 from serve.bench import main
+from serve.reports.bench_page import WIDTH, plot
 from serve.reports.load_test import Request, quantiles
 from tests.serve.serving import Running, Scripted
 from vlv.checkpoints.folder import Checkpoint
@@ -36,6 +39,8 @@ def test_a_sweep(server, scene_images, tmp_path):
     assert low["cost_per_1000"] == pytest.approx(1 / low["answered_per_second"], rel=1e-2)
     # capacity 16 at 0.4 s a caption: at most 40 a second, and the rest is refused rather than queued
     assert high["statuses"]["503"] > 10 and 0 < high["answered_per_second"] <= 41
+    for point in (low, high):
+        assert point["goodput_per_second"] <= point["answered_per_second"]
     page = (tmp_path / "b.html").read_text()
     assert page.count("<svg") == 5 and "NaN" not in page and "http" not in page.lower()
 
@@ -52,3 +57,20 @@ def test_what_a_request_adds():
 def test_no_server(scene_images, tmp_path, capsys):
     assert main([str(scene_images), "--url", "http://127.0.0.1:9", "-o", str(tmp_path / "b.json")]) == 2
     assert capsys.readouterr().err.startswith("error: --url: no captioning server answers at http://127.0.0.1:9")
+
+
+def test_labels_of_a_plot_are_whole():
+    """Inside the drawing and beside each other, also for very large and very small numbers."""
+    for y in (0.0000123, 0.5, 123456.0):
+        svg = plot("Seconds", [1.0, 2.5, 120000.0], {"p50": [y, y, y], "p90": [y] * 3, "p99": [None, y, y]})
+        labels = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"(?: text-anchor="(\w+)")?[^>]*>([^<]*)', svg)
+        rows = {}
+        for x, row, anchor, text in labels:
+            width = 6.5 * len(text)  # of a 12 px sans-serif font
+            left = float(x) - {"end": width, "middle": width / 2}.get(anchor, 0)
+            assert left >= 0 and left + width <= WIDTH, (text, left)
+            rows.setdefault(row, []).append((left, left + width))
+        for spans in rows.values():
+            spans.sort()
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), spans
+        assert "offered rate (1/s)" in svg

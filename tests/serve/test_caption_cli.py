@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from serve.vllm_caption import main
+from tests.vlv.data.pixel_cases import PROFILES
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 24
@@ -92,7 +93,18 @@ def test_every_kind_of_bad_image(caption, bomb, tmp_path):
     assert {Path(e["id"]).name: e["kind"] for e in errors} == {name: kind for name, (_, kind) in bad.items()}
     assert last(stderr) == f"4 of 12 images failed: see {tmp_path}/out/captions.errors.jsonl"
     for record in records:
-        assert set(record) == {"id", "path", "caption", "tokens", "finish_reason", "timings", "model", "flags"}
+        assert set(record) == {
+            "id",
+            "path",
+            "caption",
+            "tokens",
+            "finish_reason",
+            "timings",
+            "model",
+            "flags",
+            "bytes",
+            "mtime_ns",
+        }
         assert 0 <= record["tokens"] <= TOKENS and record["finish_reason"] in ("stop", "length")
 
 
@@ -137,6 +149,56 @@ def test_other_flags_do_not_go_on_in_the_same_file(caption, scene_images):
     assert code == 0 and {r["flags"] for r in records} == {"--max-tokens 24 --raw"}
 
 
+def test_text_files_alone(captioning_checkpoint, scene_images, tmp_path, capsys, monkeypatch):
+    """No other file is made; what has a text file is skipped, one that is deleted is written again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for i, place in enumerate(("in/0.png", "in/1.png", "in/deep/2.png")):
+        shutil.copy(scene_images / f"{i:02}.png", place)
+    flags = ["--ckpt", captioning_checkpoint, "--engine", "transformers", "--max-tokens", TOKENS, "--workers", 1]
+    flags += ["--format", "txt"]
+
+    def run(*args) -> tuple[int, str]:
+        code = main([str(a) for a in ["in", *flags, *args]])
+        return code, capsys.readouterr().err
+
+    def files() -> set[str]:
+        return {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file() and f.suffix != ".png"}
+
+    Path("in/1.txt").write_text("mine")
+    code, _ = run("--template", "sks, {caption}", "--max-sentences", 1)
+    assert code == 0 and files() == {"in/0.txt", "in/1.txt", "in/deep/2.txt"} and Path("in/1.txt").read_text() == "mine"
+    text = Path("in/0.txt").read_text()
+    assert text.startswith("sks, ") and text.count(".") == 1
+    code, stderr = run()
+    assert code == 0 and "3 done before" in stderr and Path("in/0.txt").read_text() == text
+    Path("in/0.txt").unlink()
+    assert run("--overwrite")[0] == 0
+    assert Path("in/1.txt").read_text() != "mine" and not Path("in/0.txt").read_text().startswith("sks")
+    code, _ = run("--caption-extension", "caption", "--output-dir", "out")
+    assert code == 0 and files() >= {"out/0.caption", "out/1.caption", "out/deep/2.caption"}
+    shutil.copy("in/0.png", "in/0.webp")
+    Path("in/0.txt").unlink()
+    code, stderr = run()
+    assert code == 1 and "whose name differs in its ending only" in stderr and "2 done before" in stderr
+    code, stderr = run("--output-dir", "out", "-o", "c.jsonl")
+    assert code == 2 and "go with --format txt and without -o" in stderr
+    code, stderr = run("--template", "no place")
+    assert code == 2 and stderr.startswith("error: --template 'no place': expected a text with {caption}")
+
+
+def test_a_dry_run_loads_nothing(scene_images, tmp_path, capsys):
+    (tmp_path / "a.heic").write_bytes(b"")
+    for i in range(3):
+        shutil.copy(scene_images / f"{i:02}.png", tmp_path)
+    (tmp_path / "01.txt").write_text("there")
+    assert main([str(tmp_path), "--format", "txt", "--dry-run"]) == 0
+    stdout, stderr = capsys.readouterr()
+    assert stdout.split() == [f"{tmp_path}/00.png", f"{tmp_path}/02.png"]
+    assert "2 images to caption, 1 have a text file" in stderr and "left out: 1 .heic" in stderr
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
 def test_what_is_left_out_is_said_and_strict_fails(caption, scene_images, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -176,7 +238,7 @@ def test_formats_and_parts_of_the_input(caption, scene_images, tmp_path):
     assert len(set(names)) == 9
     flags = ["--limit", 2, "--format", "webdataset", "--trace", tmp_path / "trace.json"]
     code, *_, stderr = caption(scene_images, *flags, output=tmp_path / "shards")
-    assert code == 0 and "2 images captioned" in stderr and "the pace was set by" in stderr
+    assert code == 0 and "2 images captioned" in stderr and "busy: decoding" in stderr
     assert json.loads((tmp_path / "trace.json").read_text())
     with tarfile.open(tmp_path / "shards" / "000000.tar") as shard:
         assert len(shard.getnames()) == 6
@@ -337,6 +399,7 @@ def test_disk_full_in_mid_run(slowly, tmp_path, capsys):
 def test_two_runs_on_one_output(slowly, tmp_path):
     run = start(*slowly)
     wait_for_lines(tmp_path / "c.jsonl", 1, run)
+    run.send_signal(signal.SIGSTOP)  # it would come to its end while the second one starts on a busy machine
     second = start(*slowly)
     _, stderr = second.communicate(timeout=100)
     assert second.returncode == 1 and b"error: another run is writing" in stderr and stderr.count(b"\n") == 1
@@ -350,3 +413,30 @@ def test_help_is_quick():
     stdout, _ = run.communicate()
     assert run.returncode == 0 and b"exit codes" in stdout
     assert time.monotonic() - started < 2
+
+
+def test_profiles_are_converted_unless_they_are_to_be_ignored(caption, scene_images, tmp_path):
+    """A scene with red and green swapped, and a profile that swaps them back, is the scene; ignored, it is not."""
+    plain, tagged, raw = (tmp_path / name for name in ("plain", "tagged", "raw"))
+    for folder in (plain, tagged, raw):
+        folder.mkdir()
+    for name in ("00.png", "01.png", "02.png"):
+        image = Image.open(scene_images / name)
+        swapped = Image.fromarray(np.asarray(image)[..., [1, 0, 2]].copy())
+        image.save(plain / name)
+        swapped.save(raw / name)
+        swapped.save(tagged / name, icc_profile=PROFILES["swapped"])
+    texts = {}
+    for folder, flags in ((plain, []), (tagged, []), (raw, []), (tagged, ["--ignore-icc"])):
+        output = tmp_path / f"{folder.name}{len(flags)}.jsonl"
+        code, records, _, _ = caption(folder, *flags, output=output)
+        assert code == 0
+        texts[folder.name, len(flags)] = [record["caption"] for record in sorted(records, key=lambda r: r["id"])]
+    assert texts["tagged", 1] == texts["raw", 0] != texts["plain", 0]
+    grounds = [
+        [text.split(" background")[0].split()[-1] for text in texts[key]] for key in (("plain", 0), ("tagged", 0))
+    ]
+    assert grounds[0] == grounds[1]
+    assert all("--ignore-icc" in record["flags"] for record in lines(tmp_path / "tagged1.jsonl"))
+    code, _, _, said = caption(tagged, output=tmp_path / "tagged1.jsonl")
+    assert code != 0 and "--ignore-icc" in said

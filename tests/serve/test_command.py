@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import serve
 from serve.command import engine_arguments, model_arguments, open_model
 from serve.engines.base import OptionError
 from vlv.common.command import Misuse, Parser, explain, run_command
@@ -26,6 +28,17 @@ heavy = {{"torch", "numpy", "transformers", "vllm", "uvicorn", "aiohttp"}} & set
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+
+
+def test_the_package_lists_its_commands():
+    """Each of them is a module that is run, and none is left out."""
+    run = subprocess.run([sys.executable, "-m", "serve"], capture_output=True, text=True, check=True, timeout=20)
+    listed = {line.split()[2].removeprefix("serve.") for line in run.stdout.splitlines()}
+    folder = Path(serve.__file__).parent
+    commands = {
+        f.stem for f in folder.glob("*.py") if '__name__ == "__main__"' in f.read_text() and f.stem != "__main__"
+    }
+    assert listed == commands
 
 
 def parse(*args) -> argparse.Namespace:

@@ -31,8 +31,10 @@ def server(captioning_checkpoint):
     flags = ["--engine", "transformers", "--workers", "1", "--body-seconds", "2", "--in-flight", "4"]
     process = subprocess.Popen(
         [sys.executable, "-m", "serve.server", "--ckpt", str(captioning_checkpoint), "--port", str(port), *flags],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.url = f"http://127.0.0.1:{port}"
     states, deadline = [], time.monotonic() + 200
     while not states or states[-1] != 200:

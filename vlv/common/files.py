@@ -92,16 +92,17 @@ def _sha256(file: Path, size: int, modified: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def link_file(source: str | Path, target: str | Path) -> None:
+    """Copy a file by a hard link where the file system allows it, so that its content is not doubled."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def link_tree(source: Path, target: Path) -> None:
     """Copy a folder atomically, by hard links where the file system allows it, so that weights are not doubled."""
     partial = target.with_name(f".{target.name}.partial")
-
-    def link(file: str, copy: str) -> None:
-        try:
-            os.link(os.path.realpath(file), copy)
-        except OSError:
-            shutil.copyfile(file, copy)
-
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=link)
+    shutil.copytree(source, partial, copy_function=link_file)
     os.replace(partial, target)

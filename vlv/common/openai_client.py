@@ -180,19 +180,16 @@ def _answer(content: bytes) -> Answer:
         raise _BadReply(f"answers no message: is it a chat server? {content[:60]!r}", repeat=False)
     text = message.get("content")
     if isinstance(text, list):  # parts, as some servers write them
-        text = "".join(
-            str(p.get("text") or "") for p in text if isinstance(p, dict) and p.get("type", "text") == "text"
-        )
+        parts = [part for part in text if isinstance(part, dict) and part.get("type", "text") == "text"]
+        text = "".join(str(part.get("text") or "") for part in parts)
     if not text and message.get("refusal"):
         raise NoAnswer(f"the model refuses: {message['refusal']}")
-    if (
-        not text
-        and choice.get("finish_reason") != "length"
-        and (message.get("reasoning_content") or message.get("reasoning"))
-    ):
+    thoughts = message.get("reasoning_content") or message.get("reasoning")
+    if not text and thoughts and choice.get("finish_reason") != "length":
         raise NoAnswer("the server gave the model's thoughts (reasoning_content) and no content")
     usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
-    tokens_in, tokens_out = (usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens"))
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    tokens_in, tokens_out = (count if isinstance(count, int) else 0 for count in counts)
     return Answer(str(text or ""), choice.get("finish_reason"), body.get("model"), tokens_in, tokens_out)
 
 
@@ -237,6 +234,7 @@ class JournaledClient:
             self.answers = {record["digest"]: record for record in read_records(journal)}
 
     def digest(self, question: Question) -> str:
+        """Return the journal's key of the question."""
         return question.digest(self.config.model)
 
     def estimate(self, questions: list[Question]) -> dict:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 from vlv.common.command import UserError, why
+from vlv.data.decoding.color import lab_to_srgb, srgb_transform
+from vlv.data.decoding.jpeg import START, with_end_marker
+from vlv.data.decoding.png import SIGNATURE, with_transparency, without_side_data
+from vlv.data.decoding.tiff import MAGIC, TiffError, decode_tiff, scale_floats, tiff_size
 
 MAX_PIXELS = 178_956_970  # Pillow's own refusal: 2/3 of a GiB as RGBA
 
@@ -61,45 +67,46 @@ class ImageError(UserError, ValueError):
         return ImageError, (self.kind, str(self))
 
 
-def load_crop(source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def load_crop(
+    source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False
+) -> np.ndarray:
     """Decode a file (path or content) as `decode` does, resize its short side, crop the centre.
 
     Returns uint8 [3, size, size]. Raises ImageError.
     """
-    image = centre(decode(source, max_pixels), size, max_pixels)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    with _quiet():
+        image = _load(source, max_pixels)
+        profile = None if ignore_icc else image.info.get("icc_profile")
+        transform = None if image.has_transparency_data else srgb_transform(profile, image.mode)
+        if transform is None:
+            crop = centre(_rgb(image, profile), size, max_pixels)
+        else:  # the crop has far fewer pixels to convert
+            crop = ImageCms.applyTransform(centre(image, size, max_pixels), transform)
+    return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))
 
 
-def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False) -> Image.Image:
     """Decode a file (path or content), turn it upright, make it RGB.
 
-    Transparency is laid on white, 16-bit greys are scaled, an animation gives its first frame. Images of more than
-    `max_pixels` are refused before they are decoded. Raises ImageError.
+    Transparency is laid on white, deeper samples are scaled to 8 bits, an animation gives its first frame. Colours of
+    an ICC profile are converted to sRGB, unless `ignore_icc`, which is the published behaviour; images without a
+    profile, or with sRGB's, give the same pixels either way. Images of more than `max_pixels` are refused before they
+    are decoded. Raises ImageError.
     """
-    content = source if isinstance(source, bytes) else _read(source)
-    if not content:
-        raise ImageError("empty", "the file is empty (0 bytes)")
-    with warnings.catch_warnings():
-        # Pillow warns of odd metadata and of large images; here an image is usable or an ImageError
-        warnings.simplefilter("ignore")
-        image = _open(content, max_pixels)
-        try:
-            return _rgb(_upright(image))
-        except ImageError:
-            raise
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error …
-            raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
+    with _quiet():
+        image = _load(source, max_pixels)
+        return _rgb(image, None if ignore_icc else image.info.get("icc_profile"))
 
 
 def web_image(content: bytes) -> tuple[str, bytes]:
     """Return an image's media type and content as any web service takes it.
 
-    JPEG, PNG, WebP and GIF stay as they are, by their content and not by a name; other formats become PNG.
-    Raises ImageError.
+    JPEG, PNG, WebP and GIF stay as they are, by their content and not by a name; other formats become PNG, upright, in
+    sRGB. Raises ImageError.
     """
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+    if content.startswith(SIGNATURE):
         return "image/png", content
-    if content.startswith(b"\xff\xd8\xff"):
+    if content.startswith(START):
         return "image/jpeg", content
     if content.startswith((b"GIF87a", b"GIF89a")):
         return "image/gif", content
@@ -110,7 +117,27 @@ def web_image(content: bytes) -> tuple[str, bytes]:
 
 def file_ending(content: bytes) -> str:
     """Return the file name's ending for an image file's content, such as ".jpg". Raises ImageError."""
+    for start, ending in ((SIGNATURE, ".png"), *((magic, ".tif") for magic in MAGIC)):
+        if content.startswith(start):  # Pillow cannot open every file of these that is read here
+            return ending
     return _ENDINGS[_open(content, MAX_PIXELS).format]
+
+
+def image_size(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return width and height from a file's header; the first bytes may be enough. Raises ImageError."""
+    if content.startswith(SIGNATURE) and len(content) >= 24:
+        size = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    elif not content.startswith(MAGIC) or not (size := tiff_size(content)):
+        with _quiet():
+            return _open(content, max_pixels).size
+    _require_size(*size, max_pixels)
+    return size
+
+
+def read_rgba(source: str | Path | bytes) -> Image.Image:
+    """Decode a file to an upright RGBA image, without its profile. Raises ImageError."""
+    with _quiet():
+        return _load(source, MAX_PIXELS).convert("RGBA")
 
 
 def png(image: np.ndarray) -> bytes:
@@ -118,6 +145,59 @@ def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image.transpose(1, 2, 0)).save(file, "png")
     return file.getvalue()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Pillow's warnings of odd metadata and of large images: here an image is usable or an ImageError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _load(source: str | Path | bytes, max_pixels: int) -> Image.Image:
+    """Return the upright image of a file, in a mode of 8 bits. Raises ImageError."""
+    content = source if isinstance(source, bytes) else _read(source)
+    if not content:
+        raise ImageError("empty", "the file is empty (0 bytes)")
+    image = None
+    try:
+        if content.startswith(MAGIC):
+            image = decode_tiff(content, max_pixels)
+        image = image or _pillow(content, max_pixels)
+        return _eight_bits(_upright(image))
+    except ImageError:
+        raise
+    except TiffError as error:
+        raise ImageError(error.kind, str(error)) from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        name = f"{image.format} data" if image and image.format else "data"
+        raise ImageError("damaged", f"the {name} is damaged or truncated: {error}") from error
+
+
+def _pillow(content: bytes, max_pixels: int) -> Image.Image:
+    """Decode with Pillow; what only Pillow's limits refuse is tried again without it. Raises ImageError."""
+    try:
+        return _loaded(content, max_pixels)
+    except ImageError as error:
+        if content.startswith(SIGNATURE) and error.kind in ("damaged", "format"):
+            bare, profile = without_side_data(content)
+            if len(bare) < len(content):
+                image = _loaded(bare, max_pixels)
+                image.info["icc_profile"] = profile
+                return image
+        elif content.startswith(START) and error.kind == "damaged" and (completed := with_end_marker(content)):
+            return _loaded(completed, max_pixels)
+        raise
+
+
+def _loaded(content: bytes, max_pixels: int) -> Image.Image:
+    image = _open(content, max_pixels)
+    try:
+        image.load()
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
+    return with_transparency(image, content) if content.startswith(SIGNATURE) else image
 
 
 def _read(path: str | Path) -> bytes:
@@ -139,41 +219,54 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("too-large", f"the header announces more than {max_pixels:,} pixels") from error
     except Exception as error:
         raise ImageError("damaged", f"the header is damaged: {error}") from error
-    if image.width * image.height > max_pixels:
-        raise ImageError(
-            "too-large",
-            f"the header announces {image.width} x {image.height} pixels, more than the limit of {max_pixels:,}",
-        )
+    _require_size(image.width, image.height, max_pixels)
     return image
 
 
+def _require_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        message = f"the header announces {width} x {height} pixels, more than the limit of {max_pixels:,}"
+        raise ImageError("too-large", message)
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()
+    """Turn a loaded image as its EXIF data, or decode_tiff, says."""
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        orientation = image.info.pop("orientation", None) or image.getexif().get(_EXIF_ORIENTATION, 1)
+        turn = _UPRIGHT.get(orientation)
     except Exception:  # damaged EXIF says nothing about the pixels
         return image
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
-        image = _eight_bits(image)
+def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert to RGB, in sRGB where there is a profile, with transparency laid on white."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
+        color = rgba.getchannel("R") if image.mode in ("L", "LA", "1") else rgba.convert("RGB")
+        if transform := srgb_transform(profile, color.mode):
+            red, green, blue = ImageCms.applyTransform(color, transform).split()
+            rgba = Image.merge("RGBA", (red, green, blue, rgba.getchannel("A")))
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    if image.mode == "LAB":
+        return lab_to_srgb(image)
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    transform = srgb_transform(profile, image.mode)
+    if transform:
+        return ImageCms.applyTransform(image, transform)
+    return image if image.mode == "RGB" else image.convert("RGB")  # converting RGB to RGB copies all pixels
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey values of 16 bits, 32 bits or floats to 8 bits; Pillow's own conversion would clip them at 255."""
-    values = np.asarray(image).astype(np.float64)
-    low, high = values.min(), values.max()
-    if image.mode != "F" and low >= 0 and high <= 65535:
-        low, high = 0, 65535
-    elif not np.isfinite(values).all():
-        raise ImageError("damaged", "the image has values that are not finite")
-    return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+    """Scale greys of 16 bits and floats to 8 bits (Pillow's own conversion would clip them); other modes stay."""
+    if image.mode != "I" and image.mode != "F" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.float32)
+    values = scale_floats(values) if image.mode == "F" else values.clip(0, 65535) * (255 / 65535)
+    grey = Image.fromarray(np.rint(values).astype(np.uint8))
+    grey.info = image.info
+    return grey
 
 
 def centre(image: Image.Image, size: int, max_pixels: int) -> Image.Image:

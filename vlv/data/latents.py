@@ -1,4 +1,4 @@
-"""The frozen autoencoder's latents, computed once per image and kept on disk: what stage 1's second epoch saves.
+"""Keep the frozen autoencoder's latents on the disk, so that a second epoch of stage 1 does not compute them again.
 
 The posterior's mean and deviation are kept in float16, so that every epoch still draws its own sample. One sparse
 file a shard of the data, in a folder named after the autoencoder's weights; every row has a checksum, so a row half
@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlv.data.sources import Source
+from vlv.common.files import atomic_write
+from vlv.data import scene_batches
+from vlv.data.samples import Source
+from vlv.diffusion.t2i import T2I
 
 
 class LatentCache:
-    """Rows of [2, c, s, s] float16, mean and deviation, by (shard, row) of a source."""
+    """Keeps rows of [2, c, s, s] float16, mean and deviation, by (shard, row) of a source."""
 
     def __init__(self, folder: str | Path, vae_folder: Path, source: Source, size: int):
         # the first row tells sources of equal shape apart; its image too, as many number their rows from 1
@@ -30,7 +33,8 @@ class LatentCache:
         for file in sorted(vae_folder.iterdir()):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        self.folder, self._rows = Path(folder) / digest.hexdigest()[:16], source.rows
+        self.folder = Path(folder) / digest.hexdigest()[:16]
+        self._rows = source.rows
         self.folder.mkdir(parents=True, exist_ok=True)
         self._shape: tuple[int, ...] = ()
         self._open = functools.lru_cache(maxsize=64)(self._open_shard)
@@ -77,3 +81,24 @@ class LatentCache:
 
 def _checksum(row: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(row)) or 1  # 0 means missing
+
+
+def scene_latents(t2i: T2I, pool: int, run: Path) -> Tensor:
+    """Return the scaled latents of the scenes 0..pool-1: [pool, c, s, s] float16, computed once, kept in `run`.
+
+    They are kept by the pool and by what made them, so that another autoencoder in the same run gets its own.
+    """
+    digest = hashlib.sha256(f"{pool} {t2i.vae.config.scaling_factor}".encode())
+    for weight in t2i.vae.state_dict().values():
+        digest.update(weight.half().cpu().numpy().tobytes())  # as the folder holds it, which stage 1 loads
+    path = run / f"latents-{digest.hexdigest()[:12]}.pt"
+    if not path.exists():
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            parts = [
+                t2i.encode_images(scene_batches.images(range(i, min(i + 256, pool))).to(t2i.vae.device)).half().cpu()
+                for i in range(0, pool, 256)
+            ]
+        with atomic_write(path) as file:
+            torch.save(torch.cat(parts), file)
+    return torch.load(path, weights_only=True, mmap=True)

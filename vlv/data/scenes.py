@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vlv.data.image import read_rgba
+
 SPRITE = 64  # pixels a side of one glyph in the sheet
 CANVAS = 64  # pixels a side of a scene
 HELD_OUT = 2**31
@@ -67,7 +69,7 @@ class Scene:
 @functools.cache
 def _sprites() -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
     """Return (kind, side) -> premultiplied RGB [side, side, 3] and transparency [side, side, 1], float32."""
-    sheet = Image.open(Path(__file__).parents[1] / "assets" / "emoji.png").convert("RGBA")
+    sheet = read_rgba(Path(__file__).parents[1] / "assets" / "emoji.png")
     cache = {}
     for i, kind in enumerate(KINDS):
         glyph = sheet.crop((SPRITE * i, 0, SPRITE * (i + 1), SPRITE))

@@ -8,77 +8,56 @@ or a column of that name. Images of no usable kind are found out when they are d
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
-import importlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
-from vlv.data.image import EXTENSIONS
-
-# names of columns and fields; the first that is there counts
-IMAGE, CAPTION = ("image", "jpg", "png", "webp"), ("caption", "text", "txt")
-# what else a row may tell of its image, for vlv.train.distill
-ABOUT = ("license", "url", "source", "author", "copyright", "pwatermark")
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One row: `image` is an image file's content, `about` its licence and so on where the data tell (ABOUT)."""
-
-    id: str
-    image: bytes
-    caption: str | None = None
-    about: dict = field(default_factory=dict)
-
-
-class Source(Protocol):
-    """Shards of rows. `rows` has the number of each shard's rows; the shards and their order never change."""
-
-    rows: list[int]
-
-    def name(self, shard: int, row: int) -> str | None:
-        """A row's id if it is known without reading the row."""
-        ...
-
-    def read(self, shard: int, row: int) -> Sample: ...
+from vlv.data.image_files import is_image
+from vlv.data.parquet import Parquet
+from vlv.data.remote import DataError, Range, file_system, is_url, need, open_file, read_ranges
+from vlv.data.samples import (
+    IMAGE,
+    Rows,
+    Sample,
+    Source,
+    about,
+    captions_of,
+    check_image_key,
+    described,
+    first_of,
+    row_sample,
+)
+from vlv.data.tars import TEXTS, Tars, image_and_text_members
 
 
-def need(package: str, what: str):
-    """Import an optional package. Raises ValueError that says how to install it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"{what} needs a package that is not installed: pip install {package}") from error
+def open_sources(paths: Sequence[str], image_key: str | None = None) -> Source:
+    """Open all the data that the arguments name. Raises DataError where one leads to nothing.
 
-
-def open_sources(paths: Sequence[str]) -> Source:
-    """All the data that the arguments name. Raises ValueError where one leads to nothing."""
+    `image_key`: the column of the images, or their ending in a tar, where it is not the usual one.
+    """
     made: list[Source] = []
     for path in paths:
         files = [path] if path.startswith("hf:") and not path.startswith("hf://") else expand(path)
         for name, (matches, opener) in _KINDS.items():
             if chosen := [f for f in files if matches(f)]:
-                made.append(opener(chosen, path))
+                made.append(opener(chosen, path, image_key))
                 files = [f for f in files if f not in set(chosen)] if name != "folder" else []
         if files:
-            raise ValueError(f"{files[0]}: expected a folder, .tar, .parquet, .jsonl or hf:NAME")
+            raise DataError(f"{files[0]}: expected a folder, .tar, .parquet, .jsonl or hf:NAME")
     source = made[0] if len(made) == 1 else Joined(made)
     if not sum(source.rows):
-        raise ValueError(f"no rows in {', '.join(paths)}")
+        raise DataError(f"no rows in {', '.join(paths)}")
     return source
 
 
-def is_url(path: str) -> bool:
-    return "://" in path
-
-
 def expand(path: str) -> list[str]:
-    """The shards of a folder that has any, else the folder itself; the files of a glob; a file."""
+    """Return the shards of a folder that has any, else the folder itself; the files of a glob; a file."""
     if is_url(path):
         fsspec = need("fsspec", path)
         if "*" in path:
@@ -91,148 +70,116 @@ def expand(path: str) -> list[str]:
         return shards or [path]
     found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
     if not found or not os.path.exists(found[0]):
-        raise ValueError(f"no such file or folder: {path}")
+        raise DataError(f"no such file or folder: {path}")
     return found
 
 
-def open_file(path: str):
-    """A seekable binary file, local or remote."""
-    return need("fsspec", path).open(path, "rb").open() if is_url(path) else open(path, "rb")
+class Files(Rows):
+    """Image files, or parts of files, as one shard, with what is known of each.
 
+    `texts` are the files beside an image that may hold its caption; `known` is what a record tells of it.
+    """
 
-def text_of(name: str, content: bytes) -> tuple[str | None, dict]:
-    """The caption that a .txt or .json file beside an image holds, and what a .json tells of the image."""
-    text = content.decode("utf-8", "replace").strip()
-    if not name.endswith(".json"):
-        return text or None, {}
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return None, {}
-    return (first_of(values, CAPTION), about(values)) if isinstance(values, dict) else (None, {})
-
-
-def about(values: dict) -> dict:
-    return {name: values[name] for name in ABOUT if values.get(name) is not None}
-
-
-def first_of(values: dict, names: Sequence[str]):
-    return next((values[n] for n in names if values.get(n) is not None), None)
-
-
-class Files:
-    """Image files, one shard. What is known of each: caption and about, or the text file beside it."""
-
-    def __init__(self, files: list[str], known: list[tuple[str | None, dict]] | list[str | None], ids: list[str]):
-        self.files, self.known, self.ids, self.rows = files, known, ids, [len(files)]
+    def __init__(self, images: list[Range], ids: list[str], texts: list[list[str]], known: list[dict]):
+        self.images = images
+        self.ids = ids
+        self.texts = texts
+        self.known = known
+        self.rows = [len(images)]
 
     @classmethod
-    def of_folder(cls, files: list[str], name: str) -> Files:
-        """The images of a folder and those below it, by name."""
+    def of_folder(cls, files: list[str], name: str, image_key: str | None = None) -> Files:
+        """List the images of a folder and those below it, by name."""
         if is_url(name):
-            fs, root = need("fsspec", name).core.url_to_fs(name)
+            fs, root = file_system(name)
             names = [fs.unstrip_protocol(f) for f in fs.find(root)]
         else:
             names = [os.path.join(d, f) for top in files for d, _, inner in os.walk(top) for f in inner]
-        texts = {f for f in names if f.endswith((".txt", ".json"))}
-        found = sorted(f for f in names if os.path.splitext(f)[1].lower() in EXTENSIONS)
-        beside = ([os.path.splitext(f)[0] + kind for kind in (".json", ".txt")] for f in found)
-        return cls(found, [next((t for t in both if t in texts), None) for both in beside], found)
+        there = {f for f in names if f.endswith(TEXTS)}
+        found = sorted(f for f in names if is_image(f))
+        texts = [[t for t in (os.path.splitext(f)[0] + kind for kind in TEXTS) if t in there] for f in found]
+        return cls([Range(f) for f in found], found, texts, [{}] * len(found))
 
     @classmethod
-    def of_lines(cls, files: list[str], name: str) -> Files:
-        """JSON lines with a path (or an id that is one), relative to the file's folder, and a caption."""
-        paths, known, ids = [], [], []
+    def of_lines(cls, files: list[str], name: str, image_key: str | None = None) -> Files:
+        """Read JSON lines with a path (or an id that is one), relative to the file's folder, and a caption.
+
+        The record of a tar's member, as serve.vllm_caption writes it, has the tar as its path and its id ends with
+        the tar's name and the member's.
+        """
+        images, known, ids = [], [], []
+        members = functools.cache(lambda tar: {n: (o, size) for n, o, size in image_and_text_members(tar)})
         for file in files:
             folder = os.path.dirname(file) or "."
             with open_file(file) as stream:
                 for number, line in enumerate(stream, 1):
+                    where = f"{file}, line {number}"
                     try:
-                        record = json.loads(line)
+                        record = json.loads(line.decode("utf-8-sig"))
                         path = record.get("path") or record["id"]
-                        paths.append(path if is_url(path) or os.path.isabs(path) else f"{folder}/{path}")
+                        path = path if is_url(path) or os.path.isabs(path) else f"{folder}/{path}"
+                        id = str(first_of(record, ("id", "path")))
                     except (ValueError, KeyError, AttributeError, TypeError) as error:
-                        raise ValueError(
-                            f"{file}, line {number}: expected a JSON object with a path, or an id that is one"
-                        ) from error
-                    known.append((first_of(record, CAPTION), about(record)))
-                    ids.append(str(first_of(record, ("id", "path"))))
-        return cls(paths, known, ids)
+                        raise DataError(f"{where}: expected a JSON object with a path, or an id that is one") from error
+                    images.append(_member(path, id, members, where) if path.endswith(".tar") else Range(path))
+                    captions = captions_of(record)
+                    several = captions if len(captions) > 1 else ()
+                    known.append(
+                        {"caption": captions[0] if captions else None, "captions": several, "about": about(record)}
+                    )
+                    ids.append(id)
+        return cls(images, ids, [[]] * len(images), known)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps([self.ids, self.known]).encode())
+        for part, texts in zip(self.images, self.texts, strict=True):
+            for path in (part.path, *texts):
+                with contextlib.suppress(OSError):
+                    status = None if is_url(path) else os.stat(path)
+                    digest.update(f"{path} {status and (status.st_size, status.st_mtime_ns)}".encode())
+        return digest.hexdigest()
 
     def name(self, shard: int, row: int) -> str:
         return self.ids[row]
 
-    def read(self, shard: int, row: int) -> Sample:
-        with open_file(self.files[row]) as stream:
-            image = stream.read()
-        known = self.known[row]
-        if isinstance(known, str):
-            with open_file(known) as stream:
-                known = text_of(known, stream.read())
-        return Sample(self.ids[row], image, *(known or ()))
+    def read_many(
+        self, places: Sequence[tuple[int, int]], texts: bool = True, head: int | None = None
+    ) -> list[Sample | Exception]:
+        beside = [self.texts[row] if texts else [] for _, row in places]
+        ranges = [part for (_, row), more in zip(places, beside, strict=True) for part in
+                  (_head(self.images[row], head), *map(Range, more))]  # fmt: skip
+        contents = iter(read_ranges(ranges))
+        samples: list[Sample | Exception] = []
+        for (_, row), more in zip(places, beside, strict=True):
+            image, found = next(contents), [(name, next(contents)) for name in more]
+            known = self.known[row] or described(found)
+            samples.append(image if isinstance(image, Exception) else Sample(self.ids[row], image, **known))
+        return samples
 
 
-class Parquet:
-    """Every row group of every file is a shard; the image column holds bytes, or a struct with them."""
-
-    def __init__(self, files: list[str], name: str):
-        parquet = need("pyarrow.parquet", name)
-        self._groups: list[tuple[str, int]] = []
-        self.rows = []
-        for file in files:
-            with open_file(file) as stream:
-                metadata = parquet.ParquetFile(stream).metadata
-                names = {metadata.schema.column(i).path.split(".")[0] for i in range(metadata.num_columns)}
-                if not names & set(IMAGE):
-                    raise ValueError(f"{file} has the columns {sorted(names)}, none of {', '.join(IMAGE)}")
-                self._groups += [(file, i) for i in range(metadata.num_row_groups)]
-                self.rows += [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self._table = functools.lru_cache(maxsize=2)(self._read_group)
-
-    def _read_group(self, shard: int):
-        from pyarrow import parquet
-
-        file, group = self._groups[shard]
-        with open_file(file) as stream:
-            opened = parquet.ParquetFile(stream)
-            columns = [c for c in opened.schema_arrow.names if c in (*IMAGE, *CAPTION, *ABOUT, "id")]
-            return opened.read_row_group(group, columns)
-
-    def name(self, shard: int, row: int) -> None:
-        return None
-
-    def read(self, shard: int, row: int) -> Sample:
-        values = {name: column[row].as_py() for name, column in zip(*self._columns(shard), strict=True)}
-        file, group = self._groups[shard]
-        return row_sample(values, f"{file}#{group}:{row}")
-
-    def _columns(self, shard: int):
-        table = self._table(shard)
-        return table.column_names, table.columns
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_table"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._table = functools.lru_cache(maxsize=2)(self._read_group)
+def _head(part: Range, length: int | None) -> Range:
+    if length is None:
+        return part
+    return replace(part, length=length if part.length is None else min(length, part.length), up_to=True)
 
 
-def row_sample(values: dict, name: str) -> Sample:
-    """A sample from a row with an image (bytes, or {"bytes": …}) and maybe a caption and an id."""
-    image = first_of(values, IMAGE)
-    image = image.get("bytes") if isinstance(image, dict) else image
-    return Sample(str(values.get("id") or name), image or b"", first_of(values, CAPTION), about(values))
+def _member(tar: str, id: str, members: Callable, where: str) -> Range:
+    """Return where a tar's member lies that a record is about. Raises DataError where there is none of its name."""
+    _, _, name = id.partition(f"{os.path.basename(tar)}/")
+    try:
+        return Range(tar, *members(tar)[name])
+    except (OSError, KeyError) as error:
+        raise DataError(f"{where}: expected an id that ends with the name of a member of {tar}, got {id!r}") from error
 
 
-class HuggingFace:
+class HuggingFace(Rows):
     """A dataset of the `datasets` library: hf:NAME or hf:NAME:SPLIT from the hub, or a folder of save_to_disk."""
 
-    def __init__(self, names: list[str], name: str):
+    def __init__(self, names: list[str], name: str, image_key: str | None = None):
         datasets = need("datasets", name)
-        self._name, parts = name, [n.removeprefix("hf:") for n in names]
-        loaded = [self._load(datasets, part) for part in parts]
-        self._data = [self._undecoded(datasets, one, name) for one in loaded]
+        self._name, self.image_key = name, image_key
+        loaded = [self._load(datasets, n.removeprefix("hf:")) for n in names]
+        self._data = [self._undecoded(datasets, one, name, image_key) for one in loaded]
         self.rows = [len(one) for one in self._data]
 
     @staticmethod
@@ -243,47 +190,52 @@ class HuggingFace:
         return datasets.load_dataset(name, split=split or "train")
 
     @staticmethod
-    def _undecoded(datasets, data, name: str):
-        column = next((c for c in IMAGE if c in data.column_names), None)
-        if column is None:
-            raise ValueError(f"{name} has the columns {data.column_names}, none of {', '.join(IMAGE)}")
+    def _undecoded(datasets, data, name: str, image_key: str | None):
+        check_image_key(data.column_names, image_key, name)
+        column = image_key or next(c for c in IMAGE if c in data.column_names)
         if isinstance(data.features[column], datasets.Image):  # as the file's bytes, for our own decoder
             data = data.cast_column(column, datasets.Image(decode=False))
         return data
 
-    def name(self, shard: int, row: int) -> None:
-        return None
+    def fingerprint(self) -> str:
+        return str([data._fingerprint for data in self._data])
 
     def read(self, shard: int, row: int) -> Sample:
-        return row_sample(self._data[shard][row], f"{self._name}#{shard}:{row}")
+        return row_sample(self._data[shard][row], f"{self._name}#{shard}:{row}", self.image_key)
 
 
-class Joined:
+class Joined(Rows):
     """Several sources as one."""
 
     def __init__(self, parts: list[Source]):
         self._parts = parts
         self._where = [(part, i) for part in parts for i in range(len(part.rows))]
         self.rows = [n for part in parts for n in part.rows]
+        self.window = min(part.window for part in parts)
+        self.notes = [note for part in parts for note in part.notes]
+
+    def fingerprint(self) -> str:
+        return str([part.fingerprint() for part in self._parts])
 
     def name(self, shard: int, row: int) -> str | None:
         part, inner = self._where[shard]
         return part.name(inner, row)
 
-    def read(self, shard: int, row: int) -> Sample:
-        part, inner = self._where[shard]
-        return part.read(inner, row)
+    def read_many(
+        self, places: Sequence[tuple[int, int]], texts: bool = True, head: int | None = None
+    ) -> list[Sample | Exception]:
+        found: list[Sample | Exception | None] = [None] * len(places)
+        for part in self._parts:
+            chosen = [i for i, (shard, _) in enumerate(places) if self._where[shard][0] is part]
+            inner = [(self._where[places[i][0]][1], places[i][1]) for i in chosen]
+            for i, sample in zip(chosen, part.read_many(inner, texts, head) if inner else [], strict=True):
+                found[i] = sample
+        return found
 
 
-def _tars(files: list[str], name: str) -> Source:
-    from vlv.data.tars import Tars
-
-    return Tars(files)
-
-
-_KINDS: dict[str, tuple[Callable[[str], bool], Callable[[list[str], str], Source]]] = {
+_KINDS: dict[str, tuple[Callable[[str], bool], Callable[[list[str], str, str | None], Source]]] = {
     "hf": (lambda f: f.startswith("hf:") and not f.startswith("hf://"), HuggingFace),
-    "tar": (lambda f: f.endswith(".tar"), _tars),
+    "tar": (lambda f: f.endswith(".tar"), lambda files, name, image_key: Tars(files, image_key)),
     "parquet": (lambda f: f.endswith(".parquet"), Parquet),
     "lines": (lambda f: f.endswith(".jsonl"), Files.of_lines),
     "folder": (lambda f: os.path.isdir(f) or (is_url(f) and not os.path.splitext(f)[1]), Files.of_folder),

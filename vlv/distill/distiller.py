@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from PIL import Image
+
 from vlv.common.command import UserError, say
 from vlv.common.jsonl import cut_torn_line, read_records
 from vlv.common.openai_client import Answer, ChatClient, NoAnswer, ServerError, TokenLimitError, final_text, image_url
-from vlv.data.image import MAX_PIXELS, centre, decode, file_ending
+from vlv.data.image import decode, file_ending, load_crop
 from vlv.data.sources import Sample, Source
 from vlv.distill.config import DistillConfig
 from vlv.distill.duplicates import Duplicates, content_hash, difference_hash
@@ -140,6 +142,7 @@ class Distiller:
             if sample.id in self.done:
                 return None
             image = decode(sample.image)
+            sent = self._image_to_send(sample.image)
         except Exception as error:  # a source's libraries raise nearly any type for a damaged row
             id = sample.id if sample else f"{shard}:{row}"
             self._reject({"id": id}, f"unreadable: {error}")
@@ -164,12 +167,15 @@ class Distiller:
             self._reject(record, f"duplicate of {earlier}")
             return None
         self._remember(record)
-        sent = sample.image
-        if size := self.config.size:  # the crop that VLV sees
-            buffer = io.BytesIO()
-            centre(image, size, MAX_PIXELS).save(buffer, "JPEG", quality=95)
-            sent = buffer.getvalue()
         return Job(record | {"path": self._path(sample)}, sent)
+
+    def _image_to_send(self, image: bytes) -> bytes:
+        """Return the crop that VLV sees, as a JPEG; with size 0 the file itself."""
+        if not self.config.size:
+            return image
+        buffer = io.BytesIO()
+        Image.fromarray(load_crop(image, self.config.size).transpose(1, 2, 0)).save(buffer, "JPEG", quality=95)
+        return buffer.getvalue()
 
     def _path(self, sample: Sample) -> str:
         """Return where training finds the image: its file, or for a row of a shard a copy beside the output."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from vlv.data.image import EXTENSIONS
@@ -87,19 +88,21 @@ def by_number(texts: dict[str, str]) -> dict[int, str]:
     return found
 
 
-def by_reference(texts: dict[str, str], references: dict[str, list[str]], files: dict[str, str]) -> dict[str, str]:
-    """Return captions under the references' keys.
+def match(texts: dict[str, str], keys: Collection[str], files: dict[str, str] | None = None) -> dict[str, str]:
+    """Return captions under the keys of images or references, where one side has bare numbers.
 
-    `files`: the references' keys by their own image ids (`coco_files`). Captions of bare numbers are of these ids;
-    references of bare numbers are those at the end of the captions' file names.
+    A number is an id of `files` (`coco_files` of the references), or else what a key ends with. Captions stay under
+    their own keys where some match as they are, or both sides have names.
     """
-    if set(texts) & set(references):
+    if set(texts) & set(keys):
         return texts
-    keys = {int(name): name for name in references if name.isdigit()}
-    keys |= {int(number): name for number, name in files.items() if number.isdigit()}
-    if all(name.isdigit() for name in texts) or all(name.isdigit() for name in references):
-        return {keys.get(number, str(number)): text for number, text in by_number(texts).items()}
-    return texts
+    if not (all(name.isdigit() for name in texts) or all(name.isdigit() for name in keys)):
+        return texts
+    ends = [(int(digits[0]), name) for name in keys if (digits := re.search(r"\d+$", name))]
+    count = Counter(number for number, _ in ends)
+    known = {number: name for number, name in ends if count[number] == 1}
+    known |= {int(number): name for number, name in (files or {}).items() if number.isdigit()}
+    return {known.get(number, str(number)): text for number, text in by_number(texts).items()}
 
 
 def common(systems: dict[str, dict[str, str]], *others: set[str]) -> list[str]:

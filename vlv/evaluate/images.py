@@ -14,6 +14,7 @@ Reconstructions are kept in --work; the same command continues a run that was st
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from vlv.common.command import Misuse, Parser, hush, positive, run_command
@@ -57,7 +58,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
 
     hush()
     originals = caption_files.images(args.images)
-    texts = caption_files.read(args.captions) if args.captions else None
+    texts = caption_files.match(caption_files.read(args.captions), originals) if args.captions else None
     if texts:
         originals = {k: originals[k] for k in caption_files.common({str(args.captions): texts}, set(originals))}
     originals = dict(list(originals.items())[: args.limit])
@@ -91,3 +92,7 @@ def _check(args: argparse.Namespace) -> None:
         raise Misuse("give a feature net (--net clip=DIR ...) or --lpips FILE: nothing would be measured")
     if len(dict(args.net)) < len(args.net):
         raise Misuse("two --net have the same name")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,7 @@ tie.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from vlv.common.command import Misuse, Parser, positive, run_command, say
@@ -59,3 +60,7 @@ def _judge(args: argparse.Namespace, argv: list[str] | None) -> int:
     if found["failures"]:
         say(f"{len(found['failures'])} of {len(questions.all)} judgements failed (see failures in the results)")
     return 1 if found["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

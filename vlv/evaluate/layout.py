@@ -11,6 +11,7 @@ boxes.json is {"photo.jpg": [{"label": "cat", "box": [x, y, width, height]}, ...
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from vlv.common.command import Misuse, Parser, positive, run_command
@@ -69,3 +70,7 @@ def _photographs(args: argparse.Namespace, argv: list[str] | None) -> int:
     head = results_head("layout", argv) | {"photographs": len(questions.known), "estimate": estimate}
     write_results(head | found, args.out)
     return 1 if found["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ scores, made for single sentences, reward their length little: compare systems o
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from vlv.common.command import Parser, run_command
@@ -33,9 +34,13 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
     from vlv.evaluate.metrics import ngrams
 
     references, files = caption_files.read_several(args.references), caption_files.coco_files(args.references)
-    systems = {name: caption_files.by_reference(caption_files.read(p), references, files) for name, p in args.captions}
+    systems = {name: caption_files.match(caption_files.read(p), references, files) for name, p in args.captions}
     keys = caption_files.common(systems, set(references))
     known = {k: references[k] for k in keys}
     rows = {name: ngrams.score({k: texts[k] for k in keys}, known) for name, texts in systems.items()}
     write_results(results_head("references", argv) | {"images": len(keys), "rows": rows}, args.out)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

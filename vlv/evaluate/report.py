@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from vlv.common.command import Misuse, run_command
@@ -36,3 +37,7 @@ def _report(args: argparse.Namespace) -> int:
     write_text(page("VLV evaluation", "\n".join(sections), STYLE), args.out)
     print(args.out)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

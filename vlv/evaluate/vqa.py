@@ -14,6 +14,7 @@ same image. Figures are the official accuracy, in percent.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from vlv.common.command import Misuse, Parser, positive, run_command
@@ -72,3 +73,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
     head |= {"without_caption": len(items) - questions.covered, "estimate": estimate}
     write_results(head | found, args.out)
     return 1 if found["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kernels.channel_attention import channel_attention
-from kernels.dwconv_norm import dwconv_norm
+from kernels.dwconv_norm import adds_residual, dwconv_norm
 from kernels.linear import Linear
 from kernels.window_attention import window_attention
 from vlv.model.config import DaViTConfig
@@ -39,8 +39,9 @@ class DepthwiseNorm(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return dwconv_norm(x, self.conv.weight, self.conv.bias, self.norm.weight, self.norm.bias, self.norm.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        norm = self.norm
+        return dwconv_norm(x, self.conv.weight, self.conv.bias, norm.weight, norm.bias, norm.eps, residual)
 
 
 class WindowAttention(nn.Module):
@@ -81,11 +82,12 @@ class Block(nn.Module):
         self.fc1 = Linear(dim, 4 * dim, gelu=True)
         self.fc2 = Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, normed = self.dw1(x)
-        x = x + self.attention(normed)
-        x, normed = self.dw2(x)
-        return x + self.fc2(self.fc1(normed))
+    def forward(self, x: Tensor, residual: Tensor | None = None, defer: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the block of x, or of x + residual. With `defer` return the two terms of its last sum."""
+        x, normed = self.dw1(x, residual)
+        x, normed = self.dw2(x, self.attention(normed))
+        residual = self.fc2(self.fc1(normed))
+        return (x, residual) if defer else x + residual
 
 
 class DaViT(nn.Module):
@@ -113,5 +115,15 @@ class DaViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for embed, stage in zip(self.embeds, self.stages, strict=True):
-            x = stage(embed(x))
+            x = self._run(stage, embed(x))
         return x
+
+    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        """Run a stage; where one kernel adds the residual and convolves, the next block adds a block's residual."""
+        if not adds_residual(x, x):
+            return stage(x)
+        residual = None
+        for pair in stage:
+            for block in pair:
+                x, residual = block(x, residual, defer=True)
+        return x + residual

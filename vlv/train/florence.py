@@ -1,4 +1,4 @@
-"""What the paper's stage 1 starts from: Florence-2's weights, the text-to-image model's CLIP layers, random queries.
+"""Write the start of the paper's stage 1: Florence-2's weights, the text-to-image model's CLIP layers, random queries.
 
     python -m vlv.train.florence --florence Florence-2-large --t2i stable-diffusion-2-1-base --out START
     python -m vlv.train.stage1 --preset paper-stage1 --ckpt START --data ...
@@ -9,15 +9,15 @@ normal distribution and the projection is PyTorch's untrained one, as in the aut
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
 
-from vlv.common.command import Parser
-from vlv.train.cli import run
+from vlv.common.command import Parser, debug_argument, positive, run_command
 
 
-def start(florence: Path, t2i: Path, out: Path, queries: int = 77, seed: int = 0, force: bool = False):
+def write_start(florence: Path, t2i: Path, out: Path, queries: int = 77, seed: int = 0, force: bool = False):
     """Write the checkpoint folder `out`, with a link to `t2i`. Raises CheckpointError on weights of other models."""
     import torch
     from torch import nn
@@ -55,24 +55,28 @@ def start(florence: Path, t2i: Path, out: Path, queries: int = 77, seed: int = 0
         made = convert(
             Path(folder), out, str(florence), str(t2i / "text_encoder"), t2i=t2i, dtype=torch.float32, force=force
         )
-    (out / "published.safetensors").unlink()  # Florence-2's word tables, which nothing here needs
     return made
 
 
-def main() -> None:
-    p = Parser(prog="python -m vlv.train.florence", description=__doc__)
+def parser() -> Parser:
+    p = Parser(prog="python -m vlv.train.florence", description=__doc__, parents=[debug_argument()])
     p.add_argument("--florence", type=Path, required=True, metavar="DIR", help="folder of Florence-2")
     p.add_argument("--t2i", type=Path, required=True, metavar="DIR", help="folder of Stable Diffusion")
-    p.add_argument("--out", type=Path, required=True, help="what to write; appears whole or not at all")
-    p.add_argument("--queries", type=int, default=77, help="learned queries (77)")
+    p.add_argument("--out", type=Path, required=True, help="what to write; appears complete or not at all")
+    p.add_argument("--queries", type=positive, default=77, help="learned queries (77)")
     p.add_argument("--seed", type=int, default=0, help="of queries and projection (0)")
     p.add_argument("--force", action="store_true", help="replace what is at --out")
-    p.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = p.parse_args()
-    if args.queries < 1:
-        p.error(f"--queries {args.queries}: at least 1")
-    print(start(args.florence, args.t2i, args.out, args.queries, args.seed, args.force).folder, file=sys.stdout)
+    return p
+
+
+def work(args: argparse.Namespace) -> None:
+    print(write_start(args.florence, args.t2i, args.out, args.queries, args.seed, args.force).folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(work, parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(main())

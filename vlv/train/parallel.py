@@ -1,4 +1,4 @@
-"""Training on several processes by torch's own means: DDP or FSDP2, started by torchrun, or one process alone."""
+"""Train on several processes by torch's own means: DDP or FSDP2, started by torchrun, or one process alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlv.model.bottleneck import BartLayer, ClipLayer
 from vlv.model.davit import Block
-from vlv.train.config import TrainConfig
+from vlv.train.config import TrainConfig, TrainError
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    background: dist.ProcessGroup  # for saves, whose messages must not mix with the training's
+    background: dist.ProcessGroup  # for checkpoints, whose messages must not mix with the training's
 
     @classmethod
     @contextmanager
@@ -46,20 +47,29 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         try:
-            yield cls(dist.get_rank(), dist.get_world_size(), kind, dist.new_group(backend="gloo"))
+            # the others wait while one process looks through the data
+            background = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            yield cls(dist.get_rank(), dist.get_world_size(), kind, background)
         finally:
             dist.destroy_process_group()
 
     @property
     def first(self) -> bool:
+        """Return True on the process that logs and writes."""
         return self.rank == 0
 
+    @property
+    def first_here(self) -> bool:
+        """Return True on the first process of each machine."""
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
     def mean(self, values: Tensor) -> Tensor:
-        """Over the processes, in place."""
+        """Average over the processes, in place."""
         dist.all_reduce(values)
         return values.div_(self.size)
 
     def barrier(self) -> None:
+        """Wait for the other processes."""
         dist.barrier(self.background)
 
 
@@ -67,7 +77,7 @@ _OURS = Block | BartLayer | ClipLayer  # blocks whose shapes never change within
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of encoder and language model: units of sharding, recomputation and compilation."""
+    """Return the repeated blocks of encoder and LLM: the units of sharding, recomputation and compilation."""
     return [
         m for m in module.modules()
         if isinstance(m, _OURS) or type(m).__name__.endswith("DecoderLayer")
@@ -75,9 +85,9 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def prepare(objective: nn.Module, config: TrainConfig, world: World) -> nn.Module:
-    """The objective, ready to train: recomputation, compilation, and DDP or FSDP2 around it.
+    """Return the objective, ready to train: recomputation, compilation, and DDP or FSDP2 around it.
 
-    Mixed precision: the weights stay float32 and autocast (Objective's caller) computes in bfloat16; FSDP2 gathers
+    Mixed precision: the weights stay float32 and autocast (in the trainer) computes in bfloat16; FSDP2 gathers
     bfloat16 and reduces gradients in float32.
     """
     objective.train()
@@ -108,15 +118,17 @@ def prepare(objective: nn.Module, config: TrainConfig, world: World) -> nn.Modul
     # the filters of depthwise convolutions: their gradients are laid out otherwise, and copied
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     ids = [world.device] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(objective, ids, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        objective, ids, gradient_as_bucket_view=True, find_unused_parameters=config.encoder_from > 0
+    )
 
 
 def _need_compiler(device: torch.device) -> None:
-    """Raises ValueError where torch.compile would find no compiler: C++ for a CPU, C for Triton's launchers."""
+    """Raise TrainError where torch.compile would find no compiler: C++ for a CPU, C for Triton's launchers."""
     variable, usual = ("CXX", ("g++",)) if device.type == "cpu" else ("CC", ("gcc", "clang"))
     names = [os.environ[variable]] if os.environ.get(variable) else usual
     if not any(map(shutil.which, names)):
-        raise ValueError(
+        raise TrainError(
             f"--compile needs a compiler, and there is no {' or '.join(names)} here: install it, or name one in "
             f"{variable}, or leave --compile out"
         )
@@ -124,7 +136,7 @@ def _need_compiler(device: torch.device) -> None:
 
 @contextmanager
 def accumulating(module: nn.Module, last: bool) -> Iterator[None]:
-    """Within, the processes exchange gradients only if this is a step's last forward pass."""
+    """Let the processes exchange gradients within only if this is a step's last forward pass."""
     if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
         with module.no_sync():
             yield
@@ -135,10 +147,10 @@ def accumulating(module: nn.Module, last: bool) -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other as it is. Shares the memory."""
+    """Return this process's part of a sharded tensor; any other as it is. Shares the memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together on every process; any other as it is."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor put together on every process; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

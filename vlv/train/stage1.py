@@ -10,85 +10,107 @@ features, so that the tower sees from the first steps on. This too needs images 
     python -m vlv.train.stage1 --preset tiny
     torchrun --nproc-per-node 8 -m vlv.train.stage1 --preset paper-stage1 --data SHARDS --ckpt START --t2i SD_DIR
 
-With the paper's preset it trains on your images (vlv.train.pretrain), without that linear layer.
+With the paper's preset it trains on your images, without that linear layer. The stage is assembled in
+vlv.train.initialize.
 """
 
 from __future__ import annotations
 
-import shutil
+import argparse
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from vlv.model.config import PRESETS
-from vlv.train import cli
-from vlv.train import config as paper
-from vlv.train import pretrain as scale
-from vlv.train.presets import STAGE1, Stage1Config
+from vlv.common.command import Parser, run_command
+from vlv.train.config import STAGE1, Inputs, RunOptions, TrainConfig, add_flags, check_inputs, stage_parser
 
 
-def train(settings: Stage1Config, t2i_folder: Path, run: Path, out: Path, device: str) -> None:
-    """Train, resuming what `run` holds, and write the checkpoint folder `out`: encoder and t2i/, no llm/."""
-    import torch
-    from torch.nn.functional import mse_loss, pixel_unshuffle
+def train_stage1(config: TrainConfig, inputs: Inputs, options: RunOptions) -> None:
+    """Train, resuming what the run holds, and write the checkpoint folder `options.out`: encoder and t2i/, no llm/."""
+    from vlv.data import scene_batches
+    from vlv.data.latents import LatentCache, scene_latents
+    from vlv.data.loader import TrainingImages, batches
+    from vlv.data.samples import identity
+    from vlv.data.selection import Limits
+    from vlv.train import initialize, logging
+    from vlv.train.checkpointing import fingerprint
+    from vlv.train.parallel import World
+    from vlv.train.trainer import Trainer, train
 
-    from vlv.checkpoints import folder as checkpoint
-    from vlv.data import scene_batches as data
-    from vlv.diffusion.t2i import T2I
-    from vlv.model.encoder import VLVEncoder
-    from vlv.train.loop import Loop
-    from vlv.train.t2i import latents
+    logging.check(options.log)
+    with World.start(options.device or ("cpu" if config.synthetic else None)) as world:
+        config.accumulation(world.size)  # refused here rather than after minutes of loading
+        device, c = world.device, config
+        start = cache = None
+        origin = {}  # what decides the weights beside the configuration
+        if toy := config.synthetic:
+            t2i = inputs.t2i or options.run / "t2i"
+        else:
+            limits = Limits(False, c.min_side, c.max_aspect)
+            source, selection = initialize.open_data(inputs, limits, world)
+            start = initialize.open_start(inputs.ckpt, world)
+            t2i = inputs.t2i or start.t2i
+            origin |= {"data": identity(source), "image-key": str(inputs.image_key)}
+            origin |= {"ckpt": fingerprint(start.folder / "vlv.json", start.encoder_file)}
+            origin |= {"cache-latents": str(bool(inputs.cache_latents))}
+            if inputs.cache_latents:
+                size = config.image_size or start.config.image_size
+                cache = LatentCache(inputs.cache_latents, t2i / "vae", source, size)
+        stage = initialize.build_stage1(config, start, t2i, device, cache)
+        origin |= {"t2i": fingerprint(t2i / "vae", t2i / "unet", t2i / "text_encoder")}
+        trainer = Trainer("stage1", options.run, config, stage.objective, world, origin, options.continue_from)
 
-    torch.manual_seed(0)
-    t2i = T2I.load(t2i_folder).to(device)
-    t2i.unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
-    encoder = VLVEncoder(PRESETS[settings.model]).to(device)
-    encoder.bottleneck.text.copy_from(t2i.text_encoder)
-    encoder.bottleneck.text.requires_grad_(False)
-    encoder.to_llm.requires_grad_(False)  # belongs to stage 2
-    bottleneck, last = encoder.bottleneck, encoder.bottleneck.projection[2]
-    with torch.no_grad():
-        # the text layers expect token embeddings: start at their scale, or their attention hardly counts
-        words = t2i.text_encoder.get_input_embeddings().weight.std()
-        features = encoder.features(data.images(range(8)).to(device))
-        scale = (words / bottleneck.projection(bottleneck.decode(features)).std()).item()
-        last.weight.mul_(scale)
-        last.bias.mul_(scale)
-    cache = latents(t2i, settings.pool, run)
-    side = round((features.shape[1] - 1) ** 0.5)  # the features' map; the mean token comes first
-    cells = cache.shape[-1] // side
-    readout = torch.nn.Linear(features.shape[2], cache.shape[1] * cells**2).to(device)
-    # Adam's steps do not shrink with the weights: at the full rate the last layer leaves that scale within a few
-    # steps, the text layers lose sight of their positions, and all queries become one
-    slow, rate = list(last.parameters()), settings.loop.lr
-    held = {id(p) for p in (*slow, *encoder.to_llm.parameters(), *bottleneck.text.parameters())}
-    others = [*(p for p in encoder.parameters() if id(p) not in held), *readout.parameters()]
-    groups = [{"params": others, "lr": rate}, {"params": slow, "lr": rate * scale}]
-    loop = Loop("stage1", run, settings.loop, {"encoder": encoder, "readout": readout}, groups)
+        def scenes() -> Iterator[dict]:
+            latents = scene_latents(stage.t2i, toy.scenes, options.run)
+            for p in scene_batches.passes(trainer.images, c.batch, c.micro_batch, toy.scenes, world.rank, world.size):
+                target = latents[p.seeds].float().to(device)
+                yield {"pixels": scene_batches.images(p.seeds).to(device), "latents": target, "position": p.position}
 
-    def loss(step: int) -> dict[str, torch.Tensor]:
-        chosen = data.seeds(step, settings.loop.batch, settings.pool)
-        target = cache[chosen].float().to(device)
-        features = encoder.features(data.images(chosen).to(device))
-        noise = t2i.noise_loss(target, bottleneck(features), settings.noise_draws)
-        seen = mse_loss(readout(features[:, 1:]), pixel_unshuffle(target, cells).flatten(2).transpose(1, 2))
-        return {"loss": noise + settings.readout * seen, "noise": noise, "readout": seen}
-
-    loop.run(loss)
-    checkpoint.save(out, encoder, torch.float16)
-    shutil.copytree(t2i_folder, out / "t2i", dirs_exist_ok=True)
+        if toy:
+            feed = scenes()
+        else:
+            images = TrainingImages(source, stage.model.image_size, c.seed, limits, selection)
+            if world.first and selection:
+                trainer.skipped.add([selection.bad])
+            feed = batches(images, c.micro_batch, trainer.images, c.workers, world.rank, world.size, device)
+        train(trainer, feed, options, stage.write)
 
 
-def main() -> None:
-    parser = cli.parser("stage1", [*STAGE1, "paper-stage1"], __doc__)
-    parser.add_argument("--t2i", type=Path, help="diffusers folder to draw through (RUN/t2i; at scale: CKPT/t2i)")
-    paper.add_flags(parser, "paper-stage1")
-    args = parser.parse_args()
-    run, out = cli.folders(args, "stage1")
-    if args.preset in paper.PRESETS:
-        scale.run("stage1", args, run, out)
-    else:
-        scale.refuse_flags(parser, args)
-        train(STAGE1[args.preset], args.t2i or run / "t2i", run, out, args.device or "cpu")
+def work(args: argparse.Namespace) -> None:
+    config = STAGE1[args.preset].override(vars(args))
+    inputs = Inputs(
+        args.ckpt, args.t2i, data=tuple(args.data or ()), image_key=args.image_key, cache_latents=args.cache_latents
+    )
+    options = RunOptions.of(
+        "stage1", args.preset, args.run, args.out, device=args.device, log=args.log, gpu_hour=args.gpu_hour,
+        max_cost=args.max_cost, continue_from=args.continue_from,
+    )  # fmt: skip
+    check_inputs(args.preset, config, inputs, options, args.plan)
+    if not args.plan:
+        return train_stage1(config, inputs, options)
+    from vlv.checkpoints.published import resolve
+    from vlv.train.cost import planned
+    from vlv.train.initialize import build_stage1
+    from vlv.train.memory_plan import plan
+
+    start = resolve(args.ckpt) if args.ckpt else None
+    t2i = args.t2i or (start.t2i if start else None)
+    print(plan(lambda c: build_stage1(c, start, t2i, weights=False), config, args.plan))
+    print(planned(config.steps * config.batch, args.plan, args.gpu_hour))
+
+
+def parser() -> Parser:
+    p = stage_parser("stage1", STAGE1, __doc__)
+    p.add_argument("--t2i", type=Path, help="diffusers folder to draw through (RUN/t2i; paper's presets: CKPT/t2i)")
+    add_flags(p, "paper-stage1", STAGE1["paper-stage1"])
+    p.add_argument("--cache-latents", type=Path, metavar="DIR", help="keep the autoencoder's latents in this folder")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(work, parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(main())

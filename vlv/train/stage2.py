@@ -8,104 +8,106 @@ paper's progressive unfreezing: MLP and language model first, then the encoder).
 
     python -m vlv.train.stage2 --preset tiny
     torchrun --nproc-per-node 8 -m vlv.train.stage2 --preset paper-stage2 --data CAPTIONS.jsonl --ckpt STAGE1 --llm QWEN
+
+The stage is assembled in vlv.train.initialize.
 """
 
 from __future__ import annotations
 
-import shutil
+import argparse
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from vlv.train import cli
-from vlv.train import config as paper
-from vlv.train import pretrain as scale
-from vlv.train.presets import STAGE2, Stage2Config
+from vlv.common.command import Misuse, Parser, run_command
+from vlv.train.config import STAGE2, Inputs, RunOptions, TrainConfig, add_flags, check_inputs, stage_parser
 
 
-def build_llm(settings: Stage2Config):
-    """A small untrained Qwen2 and a tokenizer for the scenes' captions: (model, tokenizer)."""
+def train_stage2(config: TrainConfig, inputs: Inputs, options: RunOptions) -> None:
+    """Train, resuming what the run holds, and write the complete checkpoint folder `options.out`."""
     import numpy as np
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from vlv.data import scenes
-    from vlv.data.tokenizers import qwen_tokenizer
+    from vlv.data import scene_batches, scenes
+    from vlv.data.loader import TrainingImages, batches
+    from vlv.data.samples import identity
+    from vlv.data.selection import Limits
+    from vlv.train import initialize, logging
+    from vlv.train.checkpointing import fingerprint
+    from vlv.train.parallel import World
+    from vlv.train.trainer import Trainer, train
 
-    rng = np.random.default_rng(0)
-    tokenizer = qwen_tokenizer(scenes.caption(scenes.sample(s), rng) for s in range(4000))
-    width = 64 * settings.llm_heads
-    end = tokenizer.eos_token_id
-    llm = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=settings.llm_layers,
-            num_attention_heads=settings.llm_heads,
-            num_key_value_heads=settings.llm_heads,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=end,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-    )
-    return llm, tokenizer
+    logging.check(options.log)
+    with World.start(options.device or ("cpu" if config.synthetic else None)) as world:
+        config.accumulation(world.size)  # refused here rather than after minutes of loading
+        device, c, toy = world.device, config, config.synthetic
+        origin, llm = {}, None  # origin: what decides the weights beside the configuration
+        if not toy:
+            limits = Limits(True, c.min_side, c.max_aspect)
+            source, selection = initialize.open_data(inputs, limits, world)
+            origin |= {"data": identity(source), "image-key": str(inputs.image_key)}
+        start = initialize.open_start(inputs.ckpt or options.run / "stage1", world)
+        origin |= {"ckpt": fingerprint(start.folder / "vlv.json", start.encoder_file)}
+        if not toy:
+            llm = inputs.llm or start.llm
+            origin |= {"llm": fingerprint(llm) if Path(llm).is_dir() else str(llm)}
+        stage = initialize.build_stage2(config, start, llm, device)
+        trainer = Trainer("stage2", options.run, config, stage.objective, world, origin, options.continue_from)
 
+        def captioned_scenes() -> Iterator[dict]:
+            for p in scene_batches.passes(trainer.images, c.batch, c.micro_batch, toy.scenes, world.rank, world.size):
+                rng = np.random.default_rng([2, p.step])
+                captions = [scenes.caption(scenes.sample(s), rng) for s in p.step_seeds][p.part]
+                yield {
+                    "pixels": scene_batches.images(p.seeds).to(device), "caption": captions, "position": p.position
+                }  # fmt: skip
 
-def train(settings: Stage2Config, stage1: Path, run: Path, out: Path, device: str) -> None:
-    """Train from the stage-1 folder, resuming what `run` holds, and write the whole checkpoint folder `out`."""
-    import numpy as np
-    import torch
-
-    from vlv.checkpoints import folder as checkpoint
-    from vlv.data import scene_batches as data
-    from vlv.data import scenes
-    from vlv.model.captioner import Captioner
-    from vlv.train.loop import Loop
-
-    torch.manual_seed(0)
-    start = checkpoint.Checkpoint.open(stage1)
-    encoder = start.load_encoder().requires_grad_(True)
-    bottleneck = encoder.bottleneck
-    for frozen in (bottleneck.queries, *bottleneck.projection.parameters(), *bottleneck.text.parameters()):
-        frozen.requires_grad_(False)
-    captioner = Captioner(encoder, *build_llm(settings)).to(device).train()
-    new = [*captioner.llm.parameters(), *encoder.to_llm.parameters()]
-    held = {id(p) for p in new}
-    old = [p for p in encoder.parameters() if p.requires_grad and id(p) not in held]
-    groups = [{"params": new, "lr": settings.loop.lr}, {"params": old, "lr": settings.encoder_lr}]
-    loop = Loop("stage2", run, settings.loop, {"encoder": encoder, "llm": captioner.llm}, groups)
-
-    def loss(step: int) -> dict[str, torch.Tensor]:
-        for p in old:
-            p.requires_grad_(step >= settings.encoder_from)
-        chosen = data.seeds(step, settings.loop.batch, settings.pool)
-        rng = np.random.default_rng([2, step])
-        captions = [scenes.caption(scenes.sample(s), rng) for s in chosen]
-        return {"loss": captioner.loss(data.images(chosen).to(device), captions)}
-
-    loop.run(loss)
-    checkpoint.save(out, encoder, torch.float16)
-    captioner.llm.half().save_pretrained(out / "llm")
-    captioner.tokenizer.save_pretrained(out / "llm")
-    if (t2i := start.folder / "t2i").is_dir() and out != start.folder:
-        shutil.copytree(t2i, out / "t2i", dirs_exist_ok=True)
+        if toy:
+            feed = captioned_scenes()
+        else:
+            images = TrainingImages(source, stage.model.image_size, c.seed, limits, selection)
+            if world.first and selection:
+                trainer.skipped.add([selection.bad])
+            feed = batches(images, c.micro_batch, trainer.images, c.workers, world.rank, world.size, device)
+        train(trainer, feed, options, stage.write)
 
 
-def main() -> None:
-    parser = cli.parser("stage2", [*STAGE2, "paper-stage2"], __doc__)
-    parser.add_argument("--stage1", type=Path, help="stage-1 folder (RUN/stage1); at scale it is --ckpt")
-    parser.add_argument("--llm", metavar="DIR", help="at scale: language model to start from (CKPT's)")
-    paper.add_flags(parser, "paper-stage2")
-    args = parser.parse_args()
-    run, out = cli.folders(args, "stage2")
-    if args.preset in paper.PRESETS:
-        if args.stage1:
-            parser.error(f"--stage1 belongs to the toy presets: with --preset {args.preset} give the folder as --ckpt")
-        scale.run("stage2", args, run, out)
-    else:
-        scale.refuse_flags(parser, args)
-        train(STAGE2[args.preset], args.stage1 or run / "stage1", run, out, args.device or "cpu")
+def work(args: argparse.Namespace) -> None:
+    config = STAGE2[args.preset].override(vars(args))
+    inputs = Inputs(args.ckpt, llm=args.llm, data=tuple(args.data or ()), image_key=args.image_key)
+    options = RunOptions.of(
+        "stage2", args.preset, args.run, args.out, device=args.device, log=args.log, gpu_hour=args.gpu_hour,
+        max_cost=args.max_cost, continue_from=args.continue_from,
+    )  # fmt: skip
+    check_inputs(args.preset, config, inputs, options, args.plan)
+    if config.synthetic:
+        inputs = Inputs(args.stage1)
+    elif args.stage1:
+        raise Misuse(f"--stage1 belongs to the toy presets: with --preset {args.preset} give the folder as --ckpt")
+    if config.queries or config.image_size or not config.clip_layers:
+        raise Misuse("--queries, --image-size and --no-clip-layers belong to stage 1: stage 2 keeps its start's")
+    if not args.plan:
+        return train_stage2(config, inputs, options)
+    from vlv.checkpoints.published import resolve
+    from vlv.train.initialize import build_stage2
+    from vlv.train.memory_plan import plan
+
+    start = resolve(args.ckpt) if args.ckpt else None
+    llm = args.llm or (start.llm if start else None)
+    print(plan(lambda c: build_stage2(c, start, llm, weights=False), config, args.plan))
+
+
+def parser() -> Parser:
+    p = stage_parser("stage2", STAGE2, __doc__)
+    p.add_argument("--stage1", type=Path, help="stage-1 folder (RUN/stage1); with the paper's presets it is --ckpt")
+    p.add_argument("--llm", metavar="DIR", help="paper's presets: language model to start from (CKPT's)")
+    add_flags(p, "paper-stage2", STAGE2["paper-stage2"])
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(work, parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(main())

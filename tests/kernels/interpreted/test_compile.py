@@ -42,8 +42,17 @@ def test_a_compiled_encoder_has_the_custom_ops(encoder):
         return module.forward
 
     compiled = torch.compile(encoder, fullgraph=True, backend=backend)(pixels)
-    assert found == {"upsample_normalize", "window_attention", "channel_attention", "dwconv_norm", "attention"}
+    tower = {"window_attention", "channel_attention", "dwconv_norm", "add_dwconv_norm"}
+    assert found == {"upsample_normalize", "attention", *tower}
     torch.testing.assert_close(compiled, encoder(pixels), rtol=0, atol=1e-5)  # the eager linear layers are oneDNN's
+
+
+def test_the_encoder_agrees_with_its_references(encoder):
+    """Also where a block's last sum is left to the kernel of the next block."""
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    found = encoder(pixels)
+    with dispatch.references():
+        torch.testing.assert_close(found, encoder(pixels), rtol=0, atol=1e-5)
 
 
 def test_an_exported_encoder_has_the_references(encoder):

@@ -1,4 +1,4 @@
-"""GroupNorm with SiLU, gated GELU, and the preparation of pictures."""
+"""GroupNorm with SiLU, gated GELU, and the preparation of images."""
 
 import pytest
 import torch

@@ -6,15 +6,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.channel_attention import channel_attention, channel_attention_op, channel_attention_reference
-from kernels.dwconv_norm import dwconv_norm, dwconv_norm_op, dwconv_norm_reference
+from kernels.dwconv_norm import (
+    add_dwconv_norm_op,
+    adds_residual,
+    dwconv_norm,
+    dwconv_norm_op,
+    dwconv_norm_reference,
+)
 from kernels.runtime.tuning import forced
 from kernels.window_attention import window_attention, window_attention_op, window_attention_reference
 from tests.kernels.interpreted.checks import DTYPES, compare, far_apart, surrounded
 
 BIG_TILES = {
     f"dwconv_norm__{kernel}": {"TILE": 64, "num_warps": 4, "num_stages": 1}
-    for kernel in ("forward", "norm_backward", "weight_backward")
+    for kernel in ("norm_backward", "weight_backward")
 }
+BIG_TILES["dwconv_norm__forward"] = {"DESIGN": 0, "TILE": 64, "LINES": 1, "num_warps": 4, "num_stages": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +47,55 @@ def test_window_attention(shape, window, dtype):
 @pytest.mark.parametrize("block", [16, 64, 128])
 def test_window_attention_in_any_tile(block):
     config = {"BLOCK_Q": block, "num_warps": 4, "num_stages": 1}
-    with forced(window_attention__forward=config, window_attention__backward=config):
+    with forced(window_attention__forward={"DESIGN": 0, "GROUP": 1, **config}, window_attention__backward=config):
         inputs = window_inputs(1, 12, 12, 1, 16)
         compare(window_attention, window_attention_reference, inputs, 1, 12, depth=160, gradients=True)
+
+
+DESIGNS = [(1, 1, 16), (1, 4, 16), (1, 2, 32), (2, 4, 64), (2, 2, 128), (3, 1, 64), (3, 1, 16)]
+
+
+@pytest.mark.parametrize("design, group, block", DESIGNS)
+@pytest.mark.parametrize(
+    "shape, window, dtype",
+    [
+        ((1, 13, 12, 3, 16), 12, torch.float32),
+        ((2, 5, 9, 2, 20), 5, torch.bfloat16),
+        ((1, 7, 8, 1, 32), 7, torch.float16),
+    ],
+)
+def test_every_design_of_window_attention(shape, window, design, group, block, dtype):
+    """On maps that are no multiple of the window, with heads that do not fill a group."""
+    config = {"DESIGN": design, "GROUP": group, "BLOCK_Q": block, "num_warps": group, "num_stages": 1}
+    inputs, heads, depth = window_inputs(*shape, dtype), shape[3], shape[4] + window**2
+    with forced(window_attention__forward=config):
+        compare(window_attention, window_attention_reference, inputs, heads, window, depth=depth)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("design, group, block", [(1, 2, 16), (2, 2, 16), (3, 1, 16)])
+def test_designs_with_offsets_beyond_32_bits(design, group, block, dim):
+    x, bias = far_apart(torch.randn(2, 3, 5, 96).half(), dim), torch.randn(96).half()
+    config = {"DESIGN": design, "GROUP": group, "BLOCK_Q": block, "num_warps": group, "num_stages": 1}
+    with forced(window_attention__forward=config):
+        compare(window_attention, window_attention_reference, [x, bias], 2, 4, depth=32)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(DESIGNS),
+    st.integers(0, 3),
+    st.integers(1, 11),
+    st.integers(1, 11),
+    st.integers(1, 5),
+    st.integers(16, 40),
+    st.integers(4, 7),
+)
+def test_every_design_of_any_shape(design, b, h, w, heads, d, window):
+    names = ("DESIGN", "GROUP", "BLOCK_Q")
+    with forced(window_attention__forward={**dict(zip(names, design, strict=True)), "num_warps": 4, "num_stages": 1}):
+        inputs, depth = window_inputs(b, h, w, heads, d), d + window**2
+        compare(window_attention, window_attention_reference, inputs, heads, window, depth=depth)
 
 
 def test_window_attention_gradcheck():
@@ -96,6 +149,69 @@ def test_dwconv_norm(shape, dtype):
     compare(dwconv_norm, dwconv_norm_reference, dwconv_inputs(*shape, dtype), 1e-5, depth=pixels + 9, gradients=True)
 
 
+WALKS = [(1, 4, 3), (1, 1, 24), (2, 4, 3), (2, 2, 5)]
+
+
+@pytest.mark.parametrize("design, tile, lines", WALKS)
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((1, 9, 11, 24), torch.float32),
+        ((3, 2, 3, 16), torch.bfloat16),
+        ((1, 1, 1, 33), torch.float16),
+        ((2, 7, 1, 18), torch.bfloat16),
+    ],
+)
+def test_every_design_of_dwconv_norm(shape, design, tile, lines, dtype):
+    config = {"DESIGN": design, "TILE": tile, "LINES": lines, "num_warps": 4, "num_stages": 1}
+    pixels = shape[0] * shape[1] * shape[2]
+    with forced(**{**BIG_TILES, "dwconv_norm__forward": config}):
+        inputs = dwconv_inputs(*shape, dtype)
+        compare(dwconv_norm, dwconv_norm_reference, inputs, 1e-5, depth=pixels + 9, gradients=True)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(st.sampled_from(WALKS), st.integers(0, 3), st.integers(1, 9), st.integers(1, 9), st.integers(2, 70))
+def test_every_design_of_dwconv_norm_of_any_shape(walk, b, h, w, c):
+    config = dict(zip(("DESIGN", "TILE", "LINES"), walk, strict=True))
+    with forced(dwconv_norm__forward={**config, "num_warps": 4, "num_stages": 1}):
+        compare(dwconv_norm, dwconv_norm_reference, dwconv_inputs(b, h, w, c), depth=9 + c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape, design, tile, lines", [((1, 9, 11, 24), 0, 8, 1), ((2, 3, 1, 33), 1, 2, 4), ((1, 5, 4, 18), 2, 4, 3)]
+)
+def test_dwconv_norm_adds_a_residual(shape, design, tile, lines, dtype):
+    config = {"DESIGN": design, "TILE": tile, "LINES": lines, "num_warps": 4, "num_stages": 1}
+    x, *weights = dwconv_inputs(*shape, dtype)
+    inputs = [x.contiguous(), torch.randn(shape).to(dtype), *weights]
+    assert adds_residual(*inputs[:2])
+
+    def ours(x, residual, *weights):
+        return dwconv_norm(x, *weights, residual=residual)
+
+    def reference(x, residual, *weights):
+        return dwconv_norm_reference(x + residual, *weights)
+
+    with forced(dwconv_norm__forward=config), torch.no_grad():
+        compare(ours, reference, inputs, depth=9 + shape[3])
+    compare(ours, reference, inputs, depth=9 + shape[3], gradients=True)
+    strided = [dwconv_inputs(*shape, dtype)[0], *inputs[1:]]
+    assert not adds_residual(*strided[:2])
+    compare(ours, reference, strided, depth=9 + shape[3])
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("design", [1, 2])
+def test_walks_with_offsets_beyond_32_bits(design, dim):
+    x, vector = far_apart(torch.randn(2, 3, 5, 48).half(), dim), torch.randn(48).half()
+    inputs = [x, torch.randn(48, 1, 3, 3).half(), vector, vector, vector]
+    config = {"DESIGN": design, "TILE": 2, "LINES": 2, "num_warps": 4, "num_stages": 1}
+    with forced(dwconv_norm__forward=config):
+        compare(dwconv_norm, dwconv_norm_reference, inputs, depth=57)
+
+
 def test_dwconv_norm_over_several_chunks():
     compare(dwconv_norm, dwconv_norm_reference, dwconv_inputs(1, 17, 18, 16), 1e-5, depth=315, gradients=True)
 
@@ -128,6 +244,8 @@ def test_torch_compile_sees_whole_graphs():
     torch.library.opcheck(window_attention_op, (qkv.requires_grad_(), bias.requires_grad_(), 1, 4))
     torch.library.opcheck(channel_attention_op, (qkv.detach().flatten(1, 2).requires_grad_(), 1))
     torch.library.opcheck(dwconv_norm_op, (*(x.requires_grad_() for x in convolution), 1e-5))
+    x, *weights = (x.detach() for x in convolution)
+    torch.library.opcheck(add_dwconv_norm_op, (x, x, *weights, 1e-5))
 
     def everything(qkv, bias, *convolution):
         return window_attention(qkv, bias, 1, 4), channel_attention(qkv.flatten(1, 2), 1), dwconv_norm(*convolution)

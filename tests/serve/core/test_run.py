@@ -76,7 +76,9 @@ def test_captions_every_image_within_its_bounds(checkpoint, scene_images, tmp_pa
     assert record["path"] == record["id"] and record["timings"]["llm"] > 0 and record["timings"]["encode"] > 0
 
 
-def test_the_timeline_names_the_slowest_stage(checkpoint, scene_images, tmp_path):
+def test_the_timeline_names_the_slowest_stage(checkpoint, scene_images, tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.reports.timeline.MIN_SECONDS", 1.0)
+
     class Slow(Fake):
         async def generate(self, embeds, sampling):
             await asyncio.sleep(0.25)

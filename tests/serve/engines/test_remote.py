@@ -21,10 +21,10 @@ pytest.importorskip("vllm")
 import torch
 from safetensors.torch import save
 
-from serve import gateway
 from serve.engines.base import EmbedsError, EngineError, LLMSpec, OptionError, Options, Sampling
 from serve.engines.remote import RemoteEngine
 from serve.engines.transformers import TransformersEngine
+from serve.http.gateway import HEADER
 from vlv.checkpoints.folder import Checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -148,7 +148,7 @@ def test_the_same_tokens(place, checkpoint, embeds, reference, request):
 
 def test_the_gateway_takes_nothing_but_sound_embeddings(behind, checkpoint, embeds):
     def post(body: bytes, **wish):
-        headers = {gateway.HEADER: json.dumps(wish)}
+        headers = {HEADER: json.dumps(wish)}
         return httpx.post(behind + "/v1/generate", content=body, headers=headers, timeout=60)
 
     good = embeds[0].bfloat16()
@@ -170,7 +170,7 @@ def test_the_gateway_takes_nothing_but_sound_embeddings(behind, checkpoint, embe
         assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
     assert post(bytes(queries * width * 4 + 5000)).status_code == 413
     assert post(save({"embeds": good}), max_tokens=TOKENS + 1).status_code == 400
-    headers = {gateway.HEADER: "[" * 5000}
+    headers = {HEADER: "[" * 5000}
     assert httpx.post(behind + "/v1/generate", content=save({"embeds": good}), headers=headers).status_code == 400
     for wish in ({"stop": ["x"]}, {"n": 2}, {"raw": True}, {"response_format": {"type": "text"}}, {"stream": 1}):
         answer = post(save({"embeds": good}), temperature=1, **wish)

@@ -54,13 +54,21 @@ def loop():
     loop.call_soon_threadsafe(loop.stop)
 
 
+def command_line(process: psutil.Process) -> str:
+    """Return a process's command line, empty for one that has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
 @pytest.fixture(scope="module")
 def vllm(checkpoint, loop):
     engine = Shared(LLMSpec.of(checkpoint), TOKENS, 32)
     loop(VLLMEngine.start(engine))
     yield engine
     children = psutil.Process().children(recursive=True)
-    workers = [p for p in children if "VLLM" in "".join(p.cmdline())]
+    workers = [p for p in children if "VLLM" in command_line(p)]
     loop(VLLMEngine.close(engine))
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive, "vLLM's processes outlive close()"
@@ -255,7 +263,7 @@ def command(captioning_checkpoint, scene_images, tmp_path):
         cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     process.engines = lambda: [
-        p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())
+        p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in command_line(p)
     ]
     yield process
     if process.poll() is None:

@@ -58,11 +58,22 @@ def client(server):
 
 
 HARMLESS = {
-    "tools": [], "tool_choice": "none", "parallel_tool_calls": False, "service_tier": "auto", "store": True,
-    "metadata": {"a": "b"}, "user": "me", "logit_bias": {}, "reasoning_effort": "low", "frequency_penalty": 0,
-    "presence_penalty": 0.0, "modalities": ["text"], "prompt_cache_key": "k", "safety_identifier": "s",
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": False,
+    "service_tier": "auto",
+    "store": True,
+    "metadata": {"a": "b"},
+    "user": "me",
+    "logit_bias": {},
+    "reasoning_effort": "low",
+    "frequency_penalty": 0,
+    "presence_penalty": 0.0,
+    "modalities": ["text"],
+    "prompt_cache_key": "k",
+    "safety_identifier": "s",
     "verbosity": "low",
-}  # fmt: skip
+}
 
 
 def test_harmless_fields_change_nothing(client, body):
@@ -193,8 +204,11 @@ def test_errors_as_openai_has_them(server, body, fields, status, param, code):
     answer = httpx.post(server.url + "/v1/chat/completions", json={**body, **fields}, timeout=30)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"], error["code"]) == (
-        status, "invalid_request_error", param, code,
-    )  # fmt: skip
+        status,
+        "invalid_request_error",
+        param,
+        code,
+    )
 
 
 def test_keys_and_rates(captioning_checkpoint, body, tmp_path):

@@ -27,9 +27,14 @@ class LLMEngine(Scripted):
 def keys(tmp_path_factory):
     """A file of keys, and the keys themselves."""
     file = tmp_path_factory.mktemp("keys") / "keys.json"
-    made = {name: Keys.add(file, name, **limits) for name, limits in {
-        "main": {}, "slow": {"per_minute": 2}, "narrow": {"concurrent": 2},
-    }.items()}  # fmt: skip
+    made = {
+        name: Keys.add(file, name, **limits)
+        for name, limits in {
+            "main": {},
+            "slow": {"per_minute": 2},
+            "narrow": {"concurrent": 2},
+        }.items()
+    }
     return file, made
 
 
@@ -111,9 +116,12 @@ def test_openai_chat(client, image):
 def test_openai_stream(client, image):
     for extra, expected in (({}, CLEAN), ({"raw": True}, TEXT)):
         stream = client.chat.completions.create(
-            model="tiny", messages=message(image), stream=True, stream_options={"include_usage": True},
+            model="tiny",
+            messages=message(image),
+            stream=True,
+            stream_options={"include_usage": True},
             extra_body=extra,
-        )  # fmt: skip
+        )
         chunks = list(stream)
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
         assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"

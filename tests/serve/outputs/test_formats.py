@@ -187,6 +187,48 @@ def test_a_sample_is_named_by_what_it_holds():
             assert shard.getnames() == [f"0{ending}", "0.txt", "0.json"]
 
 
+def test_an_image_folder_is_read_by_datasets(images, tmp_path):
+    """metadata.jsonl among the images, and no other file that a reader would take for data."""
+    output = images[0].parent / "metadata.jsonl"
+    (images[0].parent / "deep").mkdir()
+    deep = images[1].rename(images[0].parent / "deep" / "b.png")
+    outside = tmp_path / "elsewhere.png"
+    outside.write_bytes(images[0].read_bytes())
+    fill(sink_class("imagefolder")(output, "m"), [images[0], deep, outside])
+    fill(sink_class("imagefolder")(output, "m"), [images[0], deep, images[2], outside])
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {row["file_name"]: row["text"] for row in rows} == {
+        "a.png": "Picture a.", "deep/b.png": "Picture b.", "ü.png": "Picture ü.",
+    }  # fmt: skip
+    error = json.loads((images[0].parent / "metadata.errors.jsonl").read_text())
+    assert error["id"] == str(outside) and error["kind"] == "format"
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    folder = str(output.parent)
+    loaded = datasets.load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=str(tmp_path / "cache"))
+    assert {row["text"]: row["image"].getpixel((0, 0)) for row in loaded} == {
+        "Picture a.": (0, 0, 0), "Picture b.": (1, 1, 1), "Picture ü.": (2, 2, 2),
+    }  # fmt: skip
+
+
+def test_the_json_of_sd_scripts(images, tmp_path):
+    output = tmp_path / "meta.json"
+    fill(sink_class("kohya")(output, "m"), images[:1])
+    fill(sink_class("kohya")(output, "m"), images)
+    content = json.loads(output.read_text())
+    assert content == {str(image): {"caption": f"Picture {image.stem}."} for image in images}
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SinkError, match=r"is there already, without its other\.records\.jsonl: choose another -o"):
+        sink_class("kohya")(tmp_path / "other.json", "m")
+
+
+def test_shards_are_read_by_webdataset(images, tmp_path):
+    fill(sink_class("webdataset")(tmp_path / "shards", "m"), images)
+    webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
+    found = list(webdataset.WebDataset(str(tmp_path / "shards" / "000000.tar"), shardshuffle=False).decode("pil"))
+    assert [sample["txt"] for sample in found] == [f"Picture {image.stem}." for image in images]
+    assert [sample["png"].getpixel((0, 0)) for sample in found] == [(i, i, i) for i in range(3)]
+
+
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_folder_that_is_no_output_stays_as_it_is(kind, resume, images, tmp_path):

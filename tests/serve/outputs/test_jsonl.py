@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from serve.core.id_set import IdSet
 from serve.core.inputs import Item
-from serve.outputs.jsonl import FileSink, IdSet, SinkError
+from serve.outputs.jsonl import FileSink, SinkError
 
 ITEM = Item("a", "/absent")
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from pyarrow import Table, parquet
 
-from serve.ray.store import Store, items_of, plan, unit_items
+from serve.core.remote import items_of
+from serve.ray.store import Store, plan, unit_items
 from vlv.data.image import ImageError
 
 CLOUDS = {

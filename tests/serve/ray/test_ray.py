@@ -62,8 +62,12 @@ def wait_for(count: int, output: Path, process: subprocess.Popen) -> None:
 
 def writers(process: subprocess.Popen) -> list[psutil.Process]:
     """The language-model actors under a driver."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "MapBatches(Write)" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # it has just ended
+            if "MapBatches(Write)" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_a_replica_that_cannot_load_says_why(flags, monkeypatch):
     async def fails(service) -> None:
         raise EngineError("no memory")
 
-    monkeypatch.setattr("serve.core.service.Service._keep_engine", fails)
+    monkeypatch.setattr("serve.core.service.CaptionService._keep_engine", fails)
     with pytest.raises(EngineError, match="no memory"):
         config = config_from(ray_serve.parser().parse_args(flags), ServerConfig)
         asyncio.run(Replica.__new__(Replica).__init__(config))

@@ -15,8 +15,10 @@ from pyarrow import Table, parquet
 
 from serve import ray_batch
 from serve.core.inputs import Item, SourceError
-from serve.ray.stages import Decode, Encode, Write
-from serve.ray.store import Remote, Store, items_of, part, plan, unit_items
+from serve.core.remote import Remote, items_of
+from serve.ray.decode import Decode
+from serve.ray.stages import Encode, Write
+from serve.ray.store import Store, part, plan, unit_items
 from vlv.common.command import Misuse
 from vlv.data.image import ImageError
 from vlv.model.config import VLVConfig
@@ -33,6 +35,9 @@ def test_the_plan_names_each_image_once(pictures, tmp_path):
     assert plan(store, items_of(sources, "url"), {"model": "a"}, 4) == 4
     with pytest.raises(Misuse, match="DST was begun with model a, and this is b: choose another DST"):
         plan(store, iter([]), {"model": "b"}, 4)
+
+
+SIZE = 64  # pixels of the bundled checkpoint's crops
 
 
 def subclasses(cls: type) -> list[type]:
@@ -115,7 +120,7 @@ def test_a_store_in_memory_as_object_stores_are():
 def test_the_stages_one_after_another(args, options, pictures, captioning_checkpoint):
     store = Store(args.output)
     assert plan(store, items_of(args.paths, "url"), {}, args.unit) == 4
-    decode, encode, write = Decode(options), Encode(options), Write(options)
+    decode, encode, write = Decode(args.output, SIZE, 1), Encode(options), Write(options)
     try:
         results = [write(encode(decode({"unit": np.array([unit])}))) for unit in range(4)]
         again = write(encode(decode({"unit": np.array([3])})))  # as after a worker's death: the same file
@@ -149,7 +154,7 @@ def test_a_shard_that_loses_an_image_and_is_written_again(args, options, picture
     """An image that is gone since it was decoded is an error, and none any more once the unit is done again."""
     options, output = replace(options, format="webdataset"), Path(args.output)
     plan(Store(args.output), items_of(args.paths, "url"), {}, args.unit)
-    decode, encode, write = Decode(options), Encode(options), Write(options)
+    decode, encode, write = Decode(args.output, SIZE, 1), Encode(options), Write(options)
     gone, content = pictures / "01.png", (pictures / "01.png").read_bytes()
     try:
         batch = encode(decode({"unit": np.array([0])}))

@@ -107,12 +107,12 @@ def test_gallery_without_t2i(random_checkpoint, captioned, tmp_path):
 
 
 def test_gallery_with_reconstructions(random_checkpoint, captioned, tmp_path):
-    from vlv.train.presets import T2I
-    from vlv.train.t2i import build
+    from vlv.train.config import T2I
+    from vlv.train.initialize import build_t2i
 
     folder = tmp_path / "checkpoint"
     shutil.copytree(random_checkpoint, folder)
-    build(T2I["tiny"]).save(folder / "t2i")
+    build_t2i(T2I["tiny"]).save(folder / "t2i")
     page = tmp_path / "gallery.html"
     gallery.write(page, Checkpoint.open(folder), *captioned, count=3, steps=2)
     text = page.read_text()

@@ -19,10 +19,17 @@ from pathlib import Path
 import aiohttp
 
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-port=0",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--remote-debugging-port=0",
     "--window-size=1200,900",
-]  # fmt: skip
+]
 KEYS = {"Tab": 9, "Escape": 27, "ArrowRight": 39, " ": 32}
 
 
@@ -37,9 +44,10 @@ class Browser:
     def __init__(self, path: str, folder: Path):
         self._folder = folder
         self._process = subprocess.Popen(
-            [path, *FLAGS, f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL,
+            [path, *FLAGS, f"--user-data-dir={folder}", "about:blank"],
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         self._loop, self._count, self.problems, self.requests = asyncio.new_event_loop(), 0, [], []
 
     def __enter__(self) -> Browser:

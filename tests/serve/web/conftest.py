@@ -12,10 +12,10 @@ import pytest
 def t2i_checkpoint(captioning_checkpoint, tmp_path_factory) -> Path:
     if (captioning_checkpoint / "t2i").is_dir():
         return captioning_checkpoint
-    from vlv.train.presets import T2I
-    from vlv.train.t2i import build
+    from vlv.train.config import T2I
+    from vlv.train.initialize import build_t2i
 
     folder = tmp_path_factory.mktemp("t2i") / "random"
     shutil.copytree(captioning_checkpoint, folder)
-    build(T2I["tiny"]).save(folder / "t2i")
+    build_t2i(T2I["tiny"]).save(folder / "t2i")
     return folder

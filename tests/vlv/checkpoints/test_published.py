@@ -20,7 +20,7 @@ from vlv.checkpoints import published, tensor_files
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.published_keys import LLM, STAGE1, TABLES
 from vlv.checkpoints.published_read import convert
-from vlv.checkpoints.published_write import to_published
+from vlv.checkpoints.published_write import carry_published, to_published
 from vlv.model.config import PRESETS, DaViTConfig, VLVConfig
 
 
@@ -215,6 +215,8 @@ def test_hub_ids_come_from_the_cache_or_fail_in_one_sentence(weights: Weights, t
     with pytest.raises(CheckpointError, match="cannot get someone/model from the Hugging Face hub") as caught:
         published.fetch("someone/model")
     assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"removed its Stable Diffusion 2 repositories; mirrors .*sd2-community/"):
+        published.fetch("stabilityai/stable-diffusion-2-1-base")
     snapshot = tmp_path / "hub" / "models--someone--model" / "snapshots" / "abc"
     shutil.copytree(SLIM, snapshot, ignore=lambda *_: ["weights.safetensors"])
     (snapshot.parents[1] / "refs").mkdir()
@@ -258,3 +260,38 @@ def test_help_needs_no_torch():
         "import sys, vlv.published, vlv.checkpoint; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_run_that_added_the_language_model_goes_back(weights: Weights, source: Path, tmp_path: Path):
+    """Stage 1 is converted, stage 2 trained from it elsewhere: the published stage-2 file has every published name."""
+    torch.save({n.removeprefix(STAGE1): w for n, w in weights.items() if n.startswith(STAGE1)}, source / "model.pt")
+    start = convert(source / "model.pt", tmp_path / "start")
+    assert start.config.llm_width == 0
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    torch.save(weights, whole / "model.pt")
+    beside = [str(source / name) for name in ("florence2", "text_encoder", "qwen")]
+    trained = convert(whole / "model.pt", tmp_path / "trained", *beside)  # stands for the trained weights
+    (trained.folder / "published.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="trained from was converted"):
+        to_published(trained.folder, tmp_path / "back.pt")
+    carry_published(start.folder, trained.folder)
+    carry_published(start.folder, trained.folder)
+    back = torch.load(to_published(trained.folder, tmp_path / "back.pt"), weights_only=True)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+    again = convert(tmp_path / "back.pt", tmp_path / "again", *beside)
+    assert same(parts(again.folder), parts(trained.folder))
+
+
+def test_another_language_model_goes_back(weights: Weights, source: Path, tmp_path: Path):
+    """Trained on with a model of fewer layers: its tensors take the place of those that were converted."""
+    torch.save(weights, source / "model.pt")
+    checkpoint = convert(source / "model.pt", source / "out")
+    llm = load_file(checkpoint.folder / "llm" / "model.safetensors")
+    last = max(int(name.split(".")[2]) for name in llm if ".layers." in name)
+    fewer = {name: tensor for name, tensor in llm.items() if f".layers.{last}." not in name}
+    save_file(fewer, checkpoint.folder / "llm" / "model.safetensors")
+    back = load_file(to_published(checkpoint.folder, tmp_path / "back") / "model.safetensors")
+    assert back.keys() == {name for name in weights if f"{LLM}model.layers.{last}." not in name}
+    assert all(torch.equal(back[name], weights[name]) for name in back)

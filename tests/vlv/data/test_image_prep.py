@@ -34,7 +34,7 @@ def assert_equal(crop: np.ndarray, target: int) -> None:
 
 
 def scene(size: int) -> np.ndarray:
-    """A synthetic picture with what photos have: smooth shades, hard edges, noise, clipped whites and blacks."""
+    """A synthetic image with what photos have: smooth shades, hard edges, noise, clipped whites and blacks."""
     random = np.random.default_rng(size)
     y, x = np.mgrid[:size, :size] / size
     shades = np.stack([x, y, 0.5 + 0.5 * np.sin(20 * x * y)], -1) * 255
@@ -44,7 +44,7 @@ def scene(size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size,target", [(384, 768), (64, 128), (64, 192), (50, 200), (96, 96), (37, 74), (33, 165)])
-def test_equals_pillow_on_synthetic_pictures(size: int, target: int):
+def test_equals_pillow_on_synthetic_images(size: int, target: int):
     assert_equal(scene(size), target)
 
 

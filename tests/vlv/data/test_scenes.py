@@ -26,11 +26,11 @@ def test_objects_lie_inside_their_quadrant():
 
 
 def test_every_kind_is_drawn_differently():
-    pictures = []
+    images = []
     for kind in scenes.KINDS:
         thing = scenes.Thing(kind, "large", 0, 0, 0, 0, scenes.SIZES["large"])
-        pictures.append(scenes.render(scenes.Scene("white", (245, 245, 245), (thing,))).tobytes())
-    assert len(set(pictures)) == len(scenes.KINDS) >= 24
+        images.append(scenes.render(scenes.Scene("white", (245, 245, 245), (thing,))).tobytes())
+    assert len(set(images)) == len(scenes.KINDS) >= 24
 
 
 def test_captions_are_true_and_varied():

@@ -1,4 +1,4 @@
-"""Pictures through the embeddings: every sampler, interpolation, mixing, captions, and bad input."""
+"""Images through the embeddings: every sampler, interpolation, mixing, captions, and bad input."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def pixels(file):
     return np.asarray(Image.open(file)).astype(int)
 
 
-def test_pictures_and_grid(pair, bundled, tmp_path, capsys):
+def test_images_and_grid(pair, bundled, tmp_path, capsys):
     assert run(pair, bundled, tmp_path / "a") == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "grid.png")
     assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["first.png", "grid.png", "second.png"]
@@ -55,7 +55,7 @@ def test_pictures_and_grid(pair, bundled, tmp_path, capsys):
     assert grid.shape == (2 * side, 2 * side, 3)
     assert (grid[:side, :side] == pixels(pair[0])).all()
     assert (grid[side:, side:] == pixels(tmp_path / "a" / "second.png")).all()
-    # alone, and from a folder, a picture stays what it is
+    # alone, and from a folder, a image stays what it is
     assert run(pair[1:], bundled, tmp_path / "b") == 0
     assert abs(pixels(tmp_path / "a" / "second.png") - pixels(tmp_path / "b" / "second.png")).max() <= 1
 
@@ -89,7 +89,7 @@ def test_mixing_takes_tokens_from_both():
     assert interpolate(first, second, 3)[1].unique().tolist() == [0.5]
 
 
-def test_mixing_draws_one_picture(pair, bundled, tmp_path):
+def test_mixing_draws_one_image(pair, bundled, tmp_path):
     assert run(pair, bundled, tmp_path, "--mix", "1") == run(pair, bundled, tmp_path / "plain") == 0
     assert abs(pixels(tmp_path / "mix.png") - pixels(tmp_path / "plain" / "first.png")).max() <= 1
 
@@ -104,7 +104,7 @@ def test_from_captions(bundled, tmp_path):
     assert (pixels(tmp_path / "out" / "cat.png") == pixels(tmp_path / "out" / "cat-2.png")).all()
 
 
-def test_every_picture_has_a_name_of_its_own():
+def test_every_image_has_a_name_of_its_own():
     assert unique_names(["a", "a-2", "a", "grid", "a"]) == ["a", "a-2", "a-3", "grid-2", "a-4"]
 
 
@@ -138,7 +138,7 @@ def test_misuse(arguments, message, capsys):
 
 def test_failures_are_one_sentence(pair, bundled, tmp_path, capsys):
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     for images, options, message in (
         ([str(broken)], [], "broken.jpg: not recognised"),
         ([str(tmp_path / "none.png")], [], "there is no such file"),

@@ -1,4 +1,4 @@
-"""The image metrics as a command: a sweep with controls, resumed; drawings from captions and from a folder."""
+"""The image metrics as a command: a sweep with controls, resumed; images from captions and from a folder."""
 
 import json
 import shutil
@@ -41,13 +41,13 @@ def test_a_sweep_with_controls_and_its_resumption(tmp_path, originals, bundled, 
     assert code == 0 and found["kind"] == "images" and found["pictures"] == 8
     rows = {(r["guidance"], r["control"]): r["scenes"] for r in found["rows"]}
     assert len(rows) == 4  # controls at the first guidance only
-    drawn, other, mixed = (rows[2.0, c] for c in ("", "another image's embeddings", "mixed embeddings"))
+    plain, other, mixed = (rows[2.0, c] for c in ("", "another image's embeddings", "mixed embeddings"))
     # the same set in another order: the same distances of sets, other pairs
-    # 8 pictures leave 121 of 128 eigenvalues at rounding's 1e-16, whose roots of 1e-8 add up
-    assert other["frechet"] == pytest.approx(drawn["frechet"], abs=128 * 1e-7)
-    assert other["cosine"] < drawn["cosine"]
-    assert mixed["cosine"] < drawn["cosine"]
-    assert set(drawn) == {"frechet", "kernel", "kernel_std", "cmmd", "cosine"}
+    # 8 images leave 121 of 128 eigenvalues at rounding's 1e-16, whose roots of 1e-8 add up
+    assert other["frechet"] == pytest.approx(plain["frechet"], abs=128 * 1e-7)
+    assert other["cosine"] < plain["cosine"]
+    assert mixed["cosine"] < plain["cosine"]
+    assert set(plain) == {"frechet", "kernel", "kernel_std", "cmmd", "cosine"}
     # a run that was stopped draws what is missing, the same, and nothing else
     file, kept = tmp_path / "drawn" / "drawn-2" / "05.png", tmp_path / "drawn" / "drawn-2" / "00.png"
     before, content = kept.stat().st_mtime_ns, np.asarray(Image.open(file))
@@ -77,20 +77,20 @@ def test_from_captions(tmp_path, originals, bundled, scene_net, capsys):
     assert "holds images of other settings" in capsys.readouterr().err
 
 
-def test_every_picture_has_its_own_noise_whatever_the_batch(tmp_path, originals, bundled, scene_net):
-    """One caption for all: what the pictures differ in is their noise."""
+def test_every_image_has_its_own_noise_whatever_the_batch(tmp_path, originals, bundled, scene_net):
+    """One caption for all: the images differ only in their noise."""
     (tmp_path / "captions.json").write_text(json.dumps({f"{i:02}.png": "a large cat" for i in range(3)}))
-    drawn = {}
+    images = {}
     for batch in ("3", "2"):
         options = ["--captions", tmp_path / "captions.json", "--t2i", bundled / "t2i", "--net", f"scenes={scene_net}"]
         assert run(tmp_path / batch, originals, *options, "--steps", "2", "--batch", batch)[0] == 0
         files = [tmp_path / batch / "drawn" / "drawn-2" / f"{i:02}.png" for i in range(3)]
-        drawn[batch] = np.stack([np.asarray(Image.open(f)) for f in files]).astype(int)
-    assert abs(drawn["3"] - drawn["2"]).max() <= 1  # sums in another order, rounded
-    assert all(abs(drawn["3"][i] - drawn["3"][j]).mean() > 2 for i, j in ((0, 1), (0, 2), (1, 2)))
+        images[batch] = np.stack([np.asarray(Image.open(f)) for f in files]).astype(int)
+    assert abs(images["3"] - images["2"]).max() <= 1  # sums in another order, rounded
+    assert all(abs(images["3"][i] - images["3"][j]).mean() > 2 for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_drawings_that_are_the_originals(tmp_path, originals, scene_net, capsys):
+def test_images_that_are_the_originals(tmp_path, originals, scene_net, capsys):
     code, found = run(tmp_path, originals, "--drawn", originals, "--net", f"scenes={scene_net}")
     row = found["rows"][0]["scenes"]
     assert code == 0 and row["cosine"] == pytest.approx(1, abs=1e-6)

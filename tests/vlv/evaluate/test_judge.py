@@ -16,7 +16,7 @@ KEYS = ["00", "01", "02", "03"]
 
 @pytest.fixture
 def files(tmp_path, scene_images):
-    """Two systems' captions of four pictures."""
+    """Two systems' captions of four images."""
     ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs.json"
     ours.write_text("".join(json.dumps({"id": f"a/{k}.png", "caption": f"good {k}"}) + "\n" for k in KEYS))
     theirs.write_text(json.dumps({f"{k}.png": f"poor {k}" for k in KEYS}))
@@ -97,16 +97,16 @@ def test_estimate_and_limit_ask_nothing(files, server, tmp_path, capsys):
     assert "above --max-cost 0.0001" in capsys.readouterr().err and not server.asked
 
 
-def test_an_unusable_answer_is_asked_once_more_and_then_told(files, server, tmp_path):
+def test_an_unusable_answer_is_asked_once_more_and_then_reported(files, server, tmp_path):
     server.answer = lambda body: '{"coverage": 7, "hallucination": 1, "layout": 1, "score": 1}'
     code, found = run(files, server, tmp_path, "--mode", "rubric", "--limit", "1")
     assert code == 1 and set(found["failures"]) == {"ours/00", "theirs/00"}
     assert len(server.asked) == 4
     assert text_of(server.asked[-1][2]).endswith("from 0 to 6.") and len(server.asked[-1][2]["messages"]) == 2
     assert found["rubric"]["ours"] == {"n": 0}
-    server.answer = lambda body: (400, "no such picture, please")  # this question, not the server
+    server.answer = lambda body: (400, "no such image, please")  # this question, not the server
     code, found = run(files, server, tmp_path, "--mode", "pairs", "--limit", "1")
-    assert code == 1 and "no such picture" in found["failures"]["theirs/00/1"]
+    assert code == 1 and "no such image" in found["failures"]["theirs/00/1"]
     assert found["pairs"]["ours against theirs"] == {"n": 0}
     server.answer = fair  # what was refused is asked again
     assert run(files, server, tmp_path, "--mode", "pairs", "--limit", "1")[0] == 0
@@ -131,14 +131,14 @@ def test_a_refused_key_stops_the_run(files, server, tmp_path, capsys):
     assert error.startswith(f"error: {server.url} answers 401") and "bad key" in error
 
 
-def test_a_picture_that_goes_away_stops_the_run_in_one_sentence(files, server, tmp_path, capsys):
+def test_a_deleted_image_stops_the_run_in_one_sentence(files, server, tmp_path, capsys):
     photos = shutil.copytree(files[0], tmp_path / "photos")
 
-    def tidy_up(body):
+    def delete_photos(body):
         shutil.rmtree(photos, ignore_errors=True)
         return fair(body)
 
-    server.answer = tidy_up
+    server.answer = delete_photos
     assert run([str(photos), *files[1:]], server, tmp_path, "--concurrency", "1")[0] == 1
     assert re.match("error: .*No such file", capsys.readouterr().err.splitlines()[-1])
 
@@ -191,6 +191,19 @@ def test_a_file_that_is_no_journal_stays_as_it_is(files, tmp_path, capsys):
     words = ["judge", *files, "--url", "http://127.0.0.1:1", "--model", "m", "--journal", str(tmp_path / "notes.txt")]
     assert main(words) == 2 and "is no journal of answers: choose another --journal" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "a line without an end"
+
+
+def test_coco_results_of_images_with_numbers(files, server, tmp_path, scene_images):
+    """Results have bare ids, the images COCO's file names."""
+    photos = tmp_path / "coco"
+    photos.mkdir()
+    for number in (42, 7):
+        shutil.copy(scene_images / "00.png", photos / f"COCO_val2014_{number:012}.png")
+    (tmp_path / "c.json").write_text('[{"image_id": 7, "caption": "good"}, {"image_id": 42, "caption": "poor"}]')
+    server.answer = fair
+    words = [str(photos), "--captions", f"c={tmp_path / 'c.json'}"]
+    code, found = run(words, server, tmp_path, "--mode", "rubric")
+    assert code == 0 and found["images"] == 2 and found["rubric"]["c"]["coverage"]["mean"] == 3.5
 
 
 def test_captions_that_do_not_match(scene_images, tmp_path, capsys):

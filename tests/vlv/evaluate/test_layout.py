@@ -125,6 +125,18 @@ def test_boxes_by_a_language_model(photographs, server, tmp_path):
     assert "A cat and a dog." in text and "1. cat\n2. dog" in text
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"1": [0, 0, 0.5, 0.25], "2": null}',
+        '{"1": null, "2": null} is the form. ```json\n{"1": [0, 0, 0.5, 0.25], "2": null}\n``` {"sure": 0.9}',
+        '{"boxes": {"1": [0, 0, "0.5", 0.25], "2": null}}',
+    ],
+)
+def test_boxes_in_every_form(answer):
+    assert judge_boxes.parse(answer) == {"1": (0, 0, 0.5, 0.25), "2": None}
+
+
 @pytest.mark.parametrize("answer", ["", "[1]", '{"1": [0, 0, 1]}', '{"1": [0.5, 0, 0.5, 1]}', '{"1": [0, 0, 2, 1]}'])
 def test_no_boxes(answer):
     with pytest.raises(ValueError, match="JSON object"):

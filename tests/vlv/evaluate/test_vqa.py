@@ -184,7 +184,7 @@ def test_only_markup_is_taken_off(text, expected):
     assert short_answer(text) == expected
 
 
-def test_an_empty_answer_counts_as_wrong_and_is_told(words, server, tmp_path):
+def test_an_empty_answer_counts_as_wrong_and_is_reported(words, server, tmp_path):
     server.answer = lambda body: ""
     assert main([*words, "--shots", "0"]) == 1
     found = json.loads((tmp_path / "o.json").read_text())

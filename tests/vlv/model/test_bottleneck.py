@@ -81,6 +81,6 @@ def test_stage_one_encoder_says_that_it_writes_no_captions():
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 32, 64, dtype=torch.uint8)])
-def test_wrong_pictures_are_named(bad: torch.Tensor):
+def test_wrong_images_are_named(bad: torch.Tensor):
     with pytest.raises(ValueError, match=r"takes uint8 images \[B, 3, 64, 64\]"):
         VLVEncoder(PRESETS["tiny"])(bad)

@@ -6,8 +6,8 @@ import torch
 from vlv.model.captioner import Captioner, clean_caption
 from vlv.model.config import PRESETS
 from vlv.model.encoder import VLVEncoder
-from vlv.train.presets import STAGE2
-from vlv.train.stage2 import build_llm
+from vlv.train.config import Synthetic
+from vlv.train.initialize import build_llm
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_clean_caption(raw, clean):
 @pytest.fixture(scope="module")
 def captioner():
     torch.manual_seed(0)
-    llm, tokenizer = build_llm(STAGE2["tiny"])
+    llm, tokenizer = build_llm(Synthetic(scenes=0))
     return Captioner(VLVEncoder(PRESETS["tiny"]), llm, tokenizer).eval().requires_grad_(False)
 
 
@@ -59,7 +59,7 @@ def test_beams_and_batches_agree(captioner, pixels):
     assert together == [captioner.generate(pixels[i : i + 1], max_new_tokens=8, num_beams=4)[0] for i in range(3)]
 
 
-def test_a_wrong_picture_is_refused_with_its_shape(captioner):
+def test_a_wrong_image_is_refused_with_its_shape(captioner):
     with pytest.raises(ValueError, match=r"\[B, 3, 64, 64\].*\[1, 3, 32, 32\]"):
         captioner.encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="float32"):

@@ -88,9 +88,9 @@ def test_captions_origin_and_what_is_left_out(photos, server, tmp_path, captioni
     captioner = Captioner.load(Checkpoint.open(captioning_checkpoint))
     crop = __import__("torch").from_numpy(load_crop(photos / "00.png", 64))[None]
     assert first["caption"] == tidy(captioner.captions(crop, max_new_tokens=40)[0], False)
-    told = capsys.readouterr()
-    assert "14 images: at most 0.02 M tokens in" in told.err and "$" in told.err
-    summary = json.loads(told.out)
+    printed = capsys.readouterr()
+    assert "14 images: at most 0.02 M tokens in" in printed.err and "$" in printed.err
+    summary = json.loads(printed.out)
     assert (summary["kept"], summary["rejected"], summary["failed"]) == (10, 4, 0) and summary["dollars"] > 0
 
     before = out.read_bytes()
@@ -101,6 +101,13 @@ def test_captions_origin_and_what_is_left_out(photos, server, tmp_path, captioni
 
     source = open_sources([str(out)])  # as stage 2 reads it
     assert source.rows == [10] and all(source.read(0, i).caption == kept[i]["caption"] for i in range(10))
+
+
+def test_our_own_server_takes_the_default_limit(photos, server, tmp_path):
+    """400 tokens are more than it gives; it lowers them, and every caption arrives."""
+    default = distill.parser().get_default("max_tokens")
+    assert default == 400 and call(photos, server, tmp_path / "data.jsonl", "--max-tokens", str(default)) == 0
+    assert len(records(tmp_path / "data.jsonl")) == 10 and not (tmp_path / "data.errors.jsonl").exists()
 
 
 def test_kill_9_loses_and_doubles_nothing(photos, server, tmp_path):
@@ -136,8 +143,8 @@ def records_so_far(file):
     return file.read_bytes().splitlines() if file.exists() else []
 
 
-class Moody(BaseHTTPRequestHandler):
-    """Fails now and then, as APIs do: what the tests of retries and limits need and our server never does.
+class FlakyServer(BaseHTTPRequestHandler):
+    """Fails now and then, as APIs do and our server does not.
 
     `failures`: by call, the status that it gives, or None for a good one with `choices: null`; `message`: of errors;
     `content`: of answers, None for one that is good; `images`: the data: URLs that it got.
@@ -153,7 +160,7 @@ class Moody(BaseHTTPRequestHandler):
         text = self.content or f"Number {self.calls} is a red kite above two green hills."
         message = {"role": "assistant", "content": text}
         answer = {
-            "id": "x", "object": "chat.completion", "created": 0, "model": "moody",
+            "id": "x", "object": "chat.completion", "created": 0, "model": "flaky",
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": 100_000, "completion_tokens": 10_000, "total_tokens": 110_000},
         }  # fmt: skip
@@ -171,9 +178,15 @@ class Moody(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def moody():
-    Moody.failures, Moody.calls, Moody.message, Moody.content, Moody.images = {}, 0, "not now", None, []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
+def flaky():
+    FlakyServer.failures, FlakyServer.calls, FlakyServer.message, FlakyServer.content, FlakyServer.images = (
+        {},
+        0,
+        "not now",
+        None,
+        [],
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FlakyServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
@@ -185,57 +198,57 @@ def ask(photos, url, out, *more):
     )
 
 
-def test_what_fails_is_tried_again_and_then_told(photos, moody, tmp_path, capsys):
-    Moody.failures = {1: 429, 2: 503, 5: 400}
+def test_what_fails_is_tried_again_and_then_reported(photos, flaky, tmp_path, capsys):
+    FlakyServer.failures = {1: 429, 2: 503, 5: 400}
     out = tmp_path / "data.jsonl"
-    assert ask(photos, moody, out) == 1
+    assert ask(photos, flaky, out) == 1
     (error,) = records(tmp_path / "data.errors.jsonl")
     assert "BadRequestError" in error["error"] and len(records(out)) == 9
-    assert ask(photos, moody, out) == 0  # the next run asks for that one alone
-    assert len(records(out)) == 10 and not (tmp_path / "data.errors.jsonl").exists() and Moody.calls == 13
+    assert ask(photos, flaky, out) == 0  # the next run asks for that one alone
+    assert len(records(out)) == 10 and not (tmp_path / "data.errors.jsonl").exists() and FlakyServer.calls == 13
 
 
-def test_an_answer_without_choices_is_told_and_tried_again(photos, moody, tmp_path):
-    Moody.failures = {2: None, 3: None}  # it is asked once more at once
-    assert ask(photos, moody, tmp_path / "data.jsonl") == 1
+def test_an_answer_without_choices_is_reported_and_tried_again(photos, flaky, tmp_path):
+    FlakyServer.failures = {2: None, 3: None}  # it is asked once more at once
+    assert ask(photos, flaky, tmp_path / "data.jsonl") == 1
     assert len(records(tmp_path / "data.errors.jsonl")) == 1 and len(records(tmp_path / "data.jsonl")) == 9
 
 
-def test_an_answer_that_cannot_be_written_stops_the_run(photos, moody, tmp_path, monkeypatch, capsys):
+def test_an_answer_that_cannot_be_written_stops_the_run(photos, flaky, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("vlv.distill.distiller.Output.write", full)
-    assert ask(photos, moody, tmp_path / "data.jsonl") == 1
+    assert ask(photos, flaky, tmp_path / "data.jsonl") == 1
     assert "No space left on device" in capsys.readouterr().err
-    assert Moody.calls == 1  # no further image is paid for
+    assert FlakyServer.calls == 1  # no further image is paid for
 
 
-def test_it_stops_when_the_money_is_spent(photos, moody, tmp_path, capsys):
+def test_it_stops_when_the_money_is_spent(photos, flaky, tmp_path, capsys):
     out = tmp_path / "data.jsonl"
-    assert ask(photos, moody, out, "--price", "1", "1", "--max-cost", "0.3") == 1
+    assert ask(photos, flaky, out, "--price", "1", "1", "--max-cost", "0.3") == 1
     assert "$0.33 are spent, --max-cost is 0.3" in capsys.readouterr().err
     assert len(records(out)) == 3
     with pytest.raises(SystemExit):
-        ask(photos, moody, out, "--max-cost", "0.3")
+        ask(photos, flaky, out, "--max-cost", "0.3")
 
 
-def test_a_wrong_key_stops_at_once(photos, moody, tmp_path, capsys):
-    Moody.failures = dict.fromkeys(range(1, 50), 401)
-    assert ask(photos, moody, tmp_path / "data.jsonl") == 1
+def test_a_wrong_key_stops_at_once(photos, flaky, tmp_path, capsys):
+    FlakyServer.failures = dict.fromkeys(range(1, 50), 401)
+    assert ask(photos, flaky, tmp_path / "data.jsonl") == 1
     assert re.search(r"gives no answers .*401", capsys.readouterr().err)
-    assert Moody.calls < 4
+    assert FlakyServer.calls < 4
 
 
-def test_a_limit_of_tokens_stops_at_once_and_is_named(photos, moody, tmp_path, capsys):
+def test_a_limit_of_tokens_stops_at_once_and_is_named(photos, flaky, tmp_path, capsys):
     """vLLM's words, and ours; every image would meet the same."""
     for message in (
         "'max_tokens' or 'max_completion_tokens' is too large: 400. This model's maximum context length is 512 tokens",
         "max_tokens: expected an integer from 1 to 300, got 400",
     ):
-        Moody.failures, Moody.calls, Moody.message = dict.fromkeys(range(1, 50), 400), 0, message
-        assert ask(photos, moody, tmp_path / "data.jsonl", "--max-tokens", "400") == 1
-        assert Moody.calls < 4
+        FlakyServer.failures, FlakyServer.calls, FlakyServer.message = dict.fromkeys(range(1, 50), 400), 0, message
+        assert ask(photos, flaky, tmp_path / "data.jsonl", "--max-tokens", "400") == 1
+        assert FlakyServer.calls < 4
         assert "refuses --max-tokens 400, choose a smaller one" in capsys.readouterr().err
 
 
@@ -250,33 +263,54 @@ GOOD = "A red kite flies above two green hills."
         [{"type": "text", "text": "A red kite flies "}, {"type": "text", "text": "above two green hills."}],
     ],
 )
-def test_thoughts_and_parts(photos, moody, tmp_path, content):
-    Moody.content = content
-    assert ask(photos, moody, tmp_path / "data.jsonl") == 0
+def test_thoughts_and_parts(photos, flaky, tmp_path, content):
+    FlakyServer.content = content
+    assert ask(photos, flaky, tmp_path / "data.jsonl") == 0
     assert {r["caption"] for r in records(tmp_path / "data.jsonl")} == {GOOD}
 
 
-def test_thoughts_without_an_end_are_no_caption(photos, moody, tmp_path):
-    Moody.content = "<think>A red kite flies above two green hills. It is bright."
-    assert ask(photos, moody, tmp_path / "data.jsonl") == 0
+def test_thoughts_without_an_end_are_no_caption(photos, flaky, tmp_path):
+    FlakyServer.content = "<think>A red kite flies above two green hills. It is bright."
+    assert ask(photos, flaky, tmp_path / "data.jsonl") == 0
     reasons = [r["reason"] for r in records(tmp_path / "data.rejected.jsonl")]
     assert not records(tmp_path / "data.jsonl") and reasons.count("empty") == 10
 
 
 @pytest.mark.parametrize(("kind", "sent"), [("BMP", "png"), ("TIFF", "png"), ("AVIF", "png"), ("JPEG2000", "png"),
                                             ("WEBP", "webp"), ("GIF", "gif"), ("PNG", "png")])  # fmt: skip
-def test_files_are_sent_by_content(photos, moody, tmp_path, kind, sent):
+def test_files_are_sent_by_content(photos, flaky, tmp_path, kind, sent):
     """With --size 0 the file itself, whatever its name says; what servers do not take is converted."""
     (tmp_path / "one").mkdir()
     Image.open(photos / "00.png").convert("RGB").save(tmp_path / "one" / "a.jpg", kind)
-    assert ask(tmp_path / "one", moody, tmp_path / "data.jsonl") == 0
-    head, _, data = Moody.images[0].partition(";base64,")
+    assert ask(tmp_path / "one", flaky, tmp_path / "data.jsonl") == 0
+    head, _, data = FlakyServer.images[0].partition(";base64,")
     assert head == f"data:image/{sent}"
     with Image.open(io.BytesIO(base64.b64decode(data))) as opened:
         assert opened.format == sent.upper()
 
 
-def test_no_program_is_started_for_an_image(moody, tmp_path, monkeypatch):
+def test_the_crop_that_vlv_sees_is_sent(flaky, tmp_path):
+    """Not the file: upright, the centre square, at --size."""
+    from vlv.data.image import load_crop
+
+    (tmp_path / "one").mkdir()
+    ramp = np.tile(np.arange(120, dtype=np.uint8), (80, 1))
+    photo = Image.fromarray(np.stack([ramp, ramp[:, ::-1], ramp * 2], axis=2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo.save(tmp_path / "one" / "a.jpg", quality=95, exif=exif)
+    assert ask(tmp_path / "one", flaky, tmp_path / "data.jsonl", "--size", "48") == 0
+    head, _, data = FlakyServer.images[0].partition(";base64,")
+    with Image.open(io.BytesIO(base64.b64decode(data))) as sent:
+        pixels = np.asarray(sent).astype(int)
+    expected = load_crop(tmp_path / "one" / "a.jpg", 48).transpose(1, 2, 0).astype(int)
+    assert head == "data:image/jpeg" and pixels.shape == (48, 48, 3)
+    assert abs(pixels - expected).mean() < 2 < abs(pixels[::-1] - expected).mean()  # JPEG's rounding
+    (record,) = records(tmp_path / "data.jsonl")
+    assert (record["width"], record["height"]) == (80, 120)
+
+
+def test_no_program_is_started_for_an_image(flaky, tmp_path, monkeypatch):
     """An EPS file runs Ghostscript in Pillow; the allow-list of vlv.data.image refuses it by its content."""
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.jpg").write_bytes(
@@ -284,19 +318,23 @@ def test_no_program_is_started_for_an_image(moody, tmp_path, monkeypatch):
     )
     started = []
     monkeypatch.setattr(subprocess, "Popen", lambda *words, **_: started.append(words))
-    assert ask(tmp_path / "one", moody, tmp_path / "data.jsonl") == 0
+    assert ask(tmp_path / "one", flaky, tmp_path / "data.jsonl") == 0
     (rejected,) = records(tmp_path / "data.rejected.jsonl")
-    assert rejected["reason"].startswith("unreadable: not recognised as an image") and not started and not Moody.calls
+    assert (
+        rejected["reason"].startswith("unreadable: not recognised as an image")
+        and not started
+        and not FlakyServer.calls
+    )
 
 
-def test_rows_of_shards_get_a_copy_that_training_reads(photos, moody, tmp_path):
+def test_rows_of_shards_get_a_copy_that_training_reads(photos, flaky, tmp_path):
     import tarfile
 
     from vlv.data.sources import open_sources
 
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(photos / "00.png", "00.png")
-    assert ask(tmp_path / "a.tar", moody, tmp_path / "data.jsonl") == 0
+    assert ask(tmp_path / "a.tar", flaky, tmp_path / "data.jsonl") == 0
     assert open_sources([str(tmp_path / "data.jsonl")]).read(0, 0).image == (photos / "00.png").read_bytes()
     (copy,) = (tmp_path / "data.images").rglob("*.*")
     assert copy.suffix == ".png"  # a reader of the folder takes it too

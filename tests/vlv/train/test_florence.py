@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.vlv.official import SLIM, slim_weights
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.published_read import convert
-from vlv.train.florence import start
+from vlv.checkpoints.published_write import to_published
+from vlv.train.florence import write_start
 
 FLORENCE, CLIP = "VLV_model.model.", "VLV_model.text_encoder.text_model."
 
@@ -30,7 +31,7 @@ def parts(tmp_path_factory):
 
 
 def test_everything_that_is_pretrained_is_where_a_published_checkpoint_has_it(parts, tmp_path):
-    made = start(parts / "florence", parts / "sd", tmp_path / "start", queries=9).load_encoder().state_dict()
+    made = write_start(parts / "florence", parts / "sd", tmp_path / "start", queries=9).load_encoder().state_dict()
     beside = [str(SLIM / name) for name in ("florence2", "text_encoder", "qwen")]
     published = convert(parts / "model.pt", tmp_path / "whole", *beside).load_encoder().state_dict()
     fresh = {"bottleneck.queries"} | {f"bottleneck.projection.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")}
@@ -41,7 +42,22 @@ def test_everything_that_is_pretrained_is_where_a_published_checkpoint_has_it(pa
     assert "reconstruct" in Checkpoint.open(tmp_path / "start").can
 
 
+def test_the_start_goes_back_to_the_published_layout(parts, tmp_path):
+    """Every published name of stage 1 is there, so that what is trained from the start can be given back as well."""
+    made = write_start(parts / "florence", parts / "sd", tmp_path / "start")
+    back = load_file(to_published(made.folder, tmp_path / "back") / "model.safetensors")
+    published = torch.load(parts / "model.pt", weights_only=True)
+    stage1 = {name.removeprefix("VLV_model.") for name in published if name.startswith("VLV_model.")}
+    assert back.keys() == stage1
+    for name in stage1 - {"query_embed", *(n for n in stage1 if n.startswith("language_proj."))}:
+        assert torch.equal(back[name], published[f"VLV_model.{name}"].float()), name
+    beside = [str(SLIM / name) for name in ("florence2", "text_encoder")]
+    again = convert(tmp_path / "back", tmp_path / "again", *beside).load_encoder().state_dict()
+    expected = made.load_encoder().state_dict()
+    assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in expected)
+
+
 def test_other_weights_are_refused(parts, tmp_path):
     with pytest.raises(CheckpointError, match="expected Florence-2 as Microsoft released it"):
-        start(parts / "sd" / "text_encoder", parts / "sd", tmp_path / "out")
+        write_start(parts / "sd" / "text_encoder", parts / "sd", tmp_path / "out")
     assert not (tmp_path / "out").exists()

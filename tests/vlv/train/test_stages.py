@@ -9,9 +9,13 @@ from tests.vlv.train.conftest import NARROW
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.data import scene_batches as data
 from vlv.data import scenes
+from vlv.data.latents import scene_latents
 from vlv.diffusion.t2i import T2I
 from vlv.model.captioner import Captioner
 from vlv.train import t2i
+from vlv.train.config import RunOptions
+from vlv.train.initialize import build_t2i
+from vlv.train.parallel import World
 
 
 def test_the_t2i_folder_is_a_plain_diffusers_pipeline(run):
@@ -24,20 +28,21 @@ def test_the_t2i_folder_is_a_plain_diffusers_pipeline(run):
 
 
 def test_a_resumed_run_scales_the_latents_alike(run, tmp_path):
-    shutil.copy(run / "vae.state.pt", tmp_path)
+    shutil.copytree(run / "vae.saves", tmp_path / "vae.saves")
     torch.manual_seed(1)
-    again = t2i.build(NARROW)
-    t2i.train_vae(again, NARROW, tmp_path)
+    again = build_t2i(NARROW)
+    with World.start("cpu") as world:
+        t2i.train_vae(again, NARROW, RunOptions(tmp_path, tmp_path / "t2i"), world)
     assert again.vae.config.scaling_factor == T2I.load(run / "t2i").vae.config.scaling_factor
 
 
 def test_latents_are_kept_by_what_made_them(run, tmp_path):
     assert len(list(run.glob("latents-*.pt"))) == 1  # the UNet's training and stage 1 share them
     model = T2I.load(run / "t2i")
-    first = t2i.latents(model, 4, tmp_path)
-    assert len(t2i.latents(model, 8, tmp_path)) == 8  # another pool
+    first = scene_latents(model, 4, tmp_path)
+    assert len(scene_latents(model, 8, tmp_path)) == 8  # another pool
     model.vae.encoder.conv_in.weight.mul_(2)
-    other = t2i.latents(model, 4, tmp_path)
+    other = scene_latents(model, 4, tmp_path)
     assert not torch.equal(other, first) and len(list(tmp_path.iterdir())) == 3
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from kernels.linear import Linear
-from tests.vlv.train import toy_run
-from vlv.train.anomaly import PATIENCE, AnomalyDetector
-from vlv.train.trainer import Trainer
+from tests.vlv.train import small_run
+from vlv.train.objectives import Objective
+from vlv.train.parallel import World
+from vlv.train.trainer import AnomalyDetector, Trainer
 
-ROOT, SCRIPT = Path(__file__).parents[3], Path(toy_run.__file__)
+ROOT, SCRIPT = Path(__file__).parents[3], Path(small_run.__file__)
 ALONE = [sys.executable, str(SCRIPT)]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
 TWO_RESTARTED = [*TWO[:3], "--max-restarts", "2", "--monitor-interval", "0.1", *TWO[3:]]
@@ -57,11 +58,11 @@ def one_thread():
 def alone(captioned, tmp_path_factory):
     """The log and the weights of an undisturbed run in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    weights = toy_run.train(captioned, folder)
+    weights = small_run.train(captioned, folder)
     return log(folder), weights, folder
 
 
-def same_losses(found, expected, steps=toy_run.CONFIG.steps):
+def same_losses(found, expected, steps=small_run.CONFIG.steps):
     assert [r["step"] for r in found] == [r["step"] for r in expected] == list(range(1, steps + 1))
     for a, b in zip(found, expected, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["norm"] == pytest.approx(b["norm"], rel=1e-3)
@@ -71,10 +72,30 @@ def test_two_processes_with_shards_of_the_model_do_what_one_does(alone, captione
     process = start(TWO, captioned, tmp_path, "fsdp")
     assert process.wait(200) == 0, process.stderr.read().decode()[-2000:]
     same_losses(log(tmp_path), alone[0])
-    weights = toy_run.train(captioned, tmp_path)  # one process takes up the shards of two
+    weights = small_run.train(captioned, tmp_path)  # one process takes up the shards of two
     # over all of them: where a gradient is near zero, rounding alone turns Adam's step around
     apart = sum((weights[name] - w).double().square().sum() for name, w in alone[1].items())
     assert (apart / sum(w.double().square().sum() for w in weights.values())).sqrt() < 1e-4
+
+
+def test_weights_that_join_late_do_so_in_two_processes_as_in_one(captioned, tmp_path):
+    weights = small_run.train(captioned, tmp_path / "one", replace(small_run.CONFIG, encoder_from=3), small_run.Late)
+    process = start(TWO, captioned, tmp_path / "two", "late")
+    assert process.wait(200) == 0, process.stderr.read().decode()[-2000:]
+    same_losses(log(tmp_path / "two"), log(tmp_path / "one"))
+    start_weights = small_run.Late().state_dict()
+    assert not torch.equal(weights["encoder.bottleneck.decoder.layers.0.attention.qkv.weight"],
+                           start_weights["encoder.bottleneck.decoder.layers.0.attention.qkv.weight"])  # fmt: skip
+
+
+def test_norms_without_weight_decay(captioned, tmp_path):
+    """Their group has none, the others the given one; the losses of the first step are the same."""
+    config = replace(small_run.CONFIG, steps=1, decay_norms=False, weight_decay=0.5)
+    with World.start("cpu") as world:
+        trainer = Trainer("toy", tmp_path, config, small_run.Noisy(), world)
+    decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {decays[id(p)] for p in trainer.params if p.ndim < 2} == {0.0}
+    assert {decays[id(p)] for p in trainer.params if p.ndim > 1} == {0.5} and len(decays) == len(trainer.params)
 
 
 def test_torchrun_starts_a_killed_worker_again_and_the_run_ends_as_if_nothing_had_been(alone, captioned, tmp_path):
@@ -92,8 +113,8 @@ def test_kill_9_and_again_gives_the_same_bits(alone, captioned, tmp_path):
     until_saved(tmp_path, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert len(log(tmp_path)) < toy_run.CONFIG.steps, "it was killed too late to show anything"
-    weights = toy_run.train(captioned, tmp_path)
+    assert len(log(tmp_path)) < small_run.CONFIG.steps, "it was killed too late to show anything"
+    weights = small_run.train(captioned, tmp_path)
     assert all(torch.equal(weights[name], w) for name, w in alone[1].items())
     keys = ("step", "loss", "norm")
     assert [[r[k] for k in keys] for r in log(tmp_path)] == [[r[k] for k in keys] for r in alone[0]]
@@ -110,7 +131,7 @@ class ToyDecoderLayer(nn.Module):
         return x + self.fc2(self.fc1(x))
 
 
-class Layers(nn.Module):
+class Layers(Objective):
     """Two blocks of one kind over rows whose length changes from pass to pass, as captions' does."""
 
     def __init__(self):
@@ -120,17 +141,17 @@ class Layers(nn.Module):
 
     def forward(self, batch):
         x = (batch["pixels"] / 255).flatten(2).transpose(1, 2)[:, : 100 + batch["position"] % 7]
-        return (self.layers(self.first(x)) - torch.randn(12)).square().mean()
+        return {"loss": (self.layers(self.first(x)) - torch.randn(12)).square().mean()}
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_give_the_same_losses(captioned, tmp_path):
     """Recomputed activations and all: a graph for the first length and one for every other, none broken in two."""
-    config = replace(toy_run.CONFIG, steps=3)
-    toy_run.train(captioned, tmp_path / "eager", config, Layers)
+    config = replace(small_run.CONFIG, steps=3)
+    small_run.train(captioned, tmp_path / "eager", config, Layers)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    toy_run.train(captioned, tmp_path / "compiled", replace(config, compile=True), Layers)
+    small_run.train(captioned, tmp_path / "compiled", replace(config, compile=True), Layers)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     eager, compiled = log(tmp_path / "eager"), log(tmp_path / "compiled")
@@ -142,7 +163,7 @@ def test_compiled_blocks_give_the_same_losses(captioned, tmp_path):
 def test_without_a_compiler_it_says_so(captioned, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="--compile needs a compiler, and there is no no-such-compiler here"):
-        toy_run.train(captioned, tmp_path, replace(toy_run.CONFIG, compile=True))
+        small_run.train(captioned, tmp_path, replace(small_run.CONFIG, compile=True))
 
 
 def test_only_the_last_saves_are_kept(alone):
@@ -150,16 +171,16 @@ def test_only_the_last_saves_are_kept(alone):
 
 
 def test_a_save_of_other_flags_is_refused(alone, captioned, monkeypatch):
-    with pytest.raises(ValueError, match="--micro-batch 2, which decides the data"):
-        toy_run.train(captioned, alone[2], replace(toy_run.CONFIG, micro_batch=4))
-    monkeypatch.setattr(toy_run, "MODEL", replace(toy_run.MODEL, width=64))
+    with pytest.raises(ValueError, match="--micro-batch 2, this run has 4, which decides the weights"):
+        small_run.train(captioned, alone[2], replace(small_run.CONFIG, micro_batch=4))
+    monkeypatch.setattr(small_run, "MODEL", replace(small_run.MODEL, width=64))
     with pytest.raises(ValueError, match="does not fit this run"):
-        toy_run.train(captioned, alone[2])
+        small_run.train(captioned, alone[2])
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
     with pytest.raises(ValueError, match="--batch 8 is no multiple of --micro-batch 3 x 2 processes = 6"):
-        replace(toy_run.CONFIG, micro_batch=3).accumulation(2)
+        replace(small_run.CONFIG, micro_batch=3).accumulation(2)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(captioned, tmp_path, monkeypatch, capsys):
@@ -176,27 +197,27 @@ def test_a_step_that_is_not_finite_changes_nothing(captioned, tmp_path, monkeypa
         return loss
 
     monkeypatch.setattr(Trainer, "_forward_backward", poison)
-    weights = toy_run.train(captioned, tmp_path, replace(toy_run.CONFIG, steps=3))
+    weights = small_run.train(captioned, tmp_path, replace(small_run.CONFIG, steps=3))
     assert all(torch.equal(a, b) for a, b in zip(*poisoned, strict=True))
     assert all(w.isfinite().all() for w in weights.values())
     assert log(tmp_path)[-1]["skipped"] == 1 and "step 1, images from 8: left out" in capsys.readouterr().err
 
 
-def test_the_guard_sees_what_stands_out_and_gives_up_in_the_end():
-    guard = AnomalyDetector(spike=5)
+def test_the_detector_sees_what_stands_out_and_gives_up_in_the_end():
+    detector = AnomalyDetector(spike=5)
     for step in range(40):
-        assert guard.reason_to_skip(step, 1.0, 1 + step % 3) is None
-    assert "over 5 times the recent median 2" in guard.reason_to_skip(40, 1.0, 11.0)
-    assert guard.reason_to_skip(41, 1.0, 9.0) is None and guard.in_a_row == 0
-    again = AnomalyDetector(5, **json.loads(json.dumps(guard.state())))
-    for step in range(PATIENCE - 1):
+        assert detector.reason_to_skip(step, 1.0, 1 + step % 3) is None
+    assert "over 5 times the recent median 2" in detector.reason_to_skip(40, 1.0, 11.0)
+    assert detector.reason_to_skip(41, 1.0, 9.0) is None and detector.in_a_row == 0
+    again = AnomalyDetector(5, **json.loads(json.dumps(detector.state())))
+    for step in range(9):
         assert again.reason_to_skip(step, float("nan"), 1.0) == "the loss is nan"
     with pytest.raises(FloatingPointError, match=r"10 steps in a row were left out, the last at step 9.* lower --lr$"):
         again.reason_to_skip(9, 1.0, float("inf"))
 
 
 def test_the_schedules_begin_and_end_as_published():
-    cosine = replace(toy_run.CONFIG, steps=100, final_lr=1e-4)
+    cosine = replace(small_run.CONFIG, steps=100, final_lr=1e-4)
     assert cosine.rate(0) == 1 and cosine.rate(100) == pytest.approx(1e-4)
     linear = replace(cosine, schedule="linear", final_lr=0.0, warmup=10)
     assert [linear.rate(s) for s in (0, 9, 55, 100)] == pytest.approx([0.1, 1.0, 0.5, 0.0])

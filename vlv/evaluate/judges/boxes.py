@@ -36,6 +36,7 @@ class BoxQuestions:
 
 def box_questions(known: dict[str, list[tuple[str, Box]]], systems: dict[str, dict[str, str]]) -> BoxQuestions:
     """Make the questions for the images that all systems have captions of. Raises EvaluationError without any."""
+    systems = {name: caption_files.match(texts, known) for name, texts in systems.items()}
     keys = caption_files.common(systems, set(known))
     parts = {name: [ask(name, k, texts[k], known[k]) for k in keys] for name, texts in systems.items()}
     return BoxQuestions({k: known[k] for k in keys}, parts)
@@ -84,10 +85,10 @@ def ask(system: str, key: str, caption: str, things: list[tuple[str, Box]]) -> Q
 
 
 def parse(answer: str) -> dict[str, Box | None]:
-    """Return boxes by the things' numbers, from the last JSON object of an answer. Raises ValueError."""
+    """Return boxes by the things' numbers, from the last JSON object with a thing 1. Raises ValueError."""
     problem = ValueError('Answer with one JSON object: {"1": [left, top, right, bottom], "2": null, ...}, from 0 to 1')
     try:
-        found = list(objects(answer))[-1]
+        found = [o for o in objects(answer) if "1" in o][-1]
         boxes = {number: None if box is None else tuple(map(float, box)) for number, box in found.items()}
     except (IndexError, TypeError, ValueError):
         raise problem from None

@@ -58,6 +58,7 @@ def caption_questions(
     `systems`: captions by image key, yours first; `files`: images by key; `mode`: all, rubric or pairs.
     Raises EvaluationError where the systems have no image in common.
     """
+    systems = {name: caption_files.match(texts, files) for name, texts in systems.items()}
     keys = caption_files.common(systems, set(files))[:limit]
     ours, *others = systems
     rubric = [] if mode == "pairs" else rubric_questions(systems, files, keys)

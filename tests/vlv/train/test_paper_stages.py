@@ -2,34 +2,35 @@
 
 import contextlib
 import io
+import json
+import os
+import shutil
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vlv.checkpoints.folder import Checkpoint
 from vlv.model.captioner import Captioner
-from vlv.train import cli, stage1, stage2, trainer
-from vlv.train import config as paper
-from vlv.train.cost import account, estimate
+from vlv.train import stage1, stage2, trainer
+from vlv.train.config import STAGE1, STAGE2, TrainConfig
+from vlv.train.cost import account, estimate, planned
+from vlv.train.initialize import build_stage1, build_stage2
 
 SMALL = "--batch 4 --micro-batch 2 --workers 0 --no-bf16 --device cpu --lr 1e-3 --log-every 1".split()
 
 
-@pytest.fixture
-def command(monkeypatch):
-    def call(main, *args):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, args)])
-        main()
-
-    return call
+def command(main, *args):
+    """Run a command; an error is raised as it is."""
+    assert main([*map(str, args), "--debug"]) == 0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_probe():
+def one_timed_pass():
     """One timed pass before a run instead of four: what it gives is not looked at here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "PROBE", 1)
+        patch.setattr(trainer, "TIMED_PASSES", 1)
         yield
 
 
@@ -38,7 +39,7 @@ def trained(run, captioned, tmp_path_factory):
     """The folder of stage 1 with 8 queries and without CLIP's layers, then of stage 2 from it; stderr in said.txt."""
     folder = tmp_path_factory.mktemp("scale")
     said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+    with contextlib.redirect_stderr(said):
         for main, name, more in (
             (stage1.main, "stage1", ["--ckpt", run / "stage1", "--queries", "8", "--no-clip-layers", "--steps", "2",
                                      "--cache-latents", folder / "latents"]),
@@ -46,8 +47,7 @@ def trained(run, captioned, tmp_path_factory):
                                      "--gpu-hour", "2", "--parallel", "fsdp"]),
         ):  # fmt: skip
             args = ["--preset", f"paper-{name}", "--data", captioned, "--run", folder, *more, *SMALL]
-            patch.setattr(sys, "argv", ["command", *map(str, args)])
-            main()
+            command(main, *args)
     (folder / "said.txt").write_text(said.getvalue())
     return folder
 
@@ -72,6 +72,85 @@ def test_stage_2_trains_the_language_model_and_the_encoder_but_not_the_queries(t
     assert {n.split(".")[1] for n in moved} == {"prompt", "encoder", "decoder"}
     captioner = Captioner.load(end)
     assert len(captioner.generate(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), max_new_tokens=4)) == 1
+
+
+def test_a_narrower_run_is_a_new_run_that_keeps_what_was_trained(trained, run, captioned, tmp_path):
+    """Stage 1's BART encoder, trained by the first run, is in the result of a run that trains the decoder alone."""
+    flags = ["--preset", "paper-stage1", "--ckpt", run / "stage1", "--queries", "8", "--no-clip-layers"]
+    flags += ["--data", captioned, "--cache-latents", trained / "latents", "--steps", "2", *SMALL]
+    flags += ["--encoder-part", "decoder"]
+    with pytest.raises(ValueError, match="was written with --encoder-part language-model, this run has decoder"):
+        command(stage1.main, *flags, "--run", trained)
+    command(stage1.main, *flags, "--run", tmp_path, "--continue-from", trained / "stage1.saves")
+    before, after = (Checkpoint.open(f / "stage1").load_encoder().state_dict() for f in (trained, tmp_path))
+    assert {n.split(".")[1] for n in changed(before, after)} == {"queries", "decoder", "projection"}
+    command(stage1.main, *flags, "--run", tmp_path, "--continue-from", trained / "stage1.saves")  # it is finished
+
+
+def test_other_data_or_another_start_is_refused_on_resume(trained, run, captioned, tmp_path):
+    flags = ["--preset", "paper-stage2", "--run", trained, "--llm", run / "stage2" / "llm", "--steps", "1",
+             "--parallel", "fsdp", *SMALL]  # fmt: skip
+    fewer = shutil.copytree(captioned, tmp_path / "fewer")
+    (fewer / "00.png").unlink()
+    for data, start, llm, flag in (
+        (fewer, trained / "stage1", run / "stage2" / "llm", "data"),
+        (captioned, run / "stage2", run / "stage2" / "llm", "ckpt"),
+    ):
+        with pytest.raises(ValueError, match=f"was written with another --{flag}"):
+            command(stage2.main, *flags, "--data", data, "--ckpt", start, "--llm", llm)
+
+
+def test_bad_images_are_named_in_the_run(run, captioned, tmp_path, monkeypatch):
+    """One that the pass over the data finds, and one that only decoding finds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = shutil.copytree(captioned, tmp_path / "images")
+    (folder / "03.png").write_bytes(b"broken")
+    (folder / "04.png").write_bytes((folder / "04.png").read_bytes()[:-1000])
+    flags = ["--preset", "paper-stage1", "--ckpt", run / "stage1", "--data", folder, "--min-side", "10"]
+    command(stage1.main, *flags, "--steps", "3", "--run", tmp_path / "run", *SMALL)  # 12 images: an epoch of 11 rows
+    lines = map(json.loads, (tmp_path / "run" / "skipped.jsonl").read_text().splitlines())
+    found = {line["id"][-6:]: line["reason"] for line in lines}
+    assert sorted(found) == ["03.png", "04.png"]
+    assert "not recognised" in found["03.png"] and "damaged or truncated" in found["04.png"]
+
+
+def test_files_are_for_other_users_and_say_their_dtype(trained, run):
+    umask = os.umask(0o022)
+    os.umask(umask)
+    for folder in (run / "stage1", run / "stage2", run / "t2i", trained / "stage1", trained / "stage2"):
+        modes = {file: file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file()}
+        assert not {file: oct(mode) for file, mode in modes.items() if mode != 0o666 & ~umask}
+    for folder, dtype in ((run, torch.float16), (trained, torch.float32)):
+        assert load_file(folder / "stage2" / "llm" / "model.safetensors")["model.norm.weight"].dtype == dtype
+        config = json.loads((folder / "stage2" / "llm" / "config.json").read_text())
+        assert config["dtype"] == str(dtype).removeprefix("torch.") and "torch_dtype" not in config
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_noise_is_added_in_float32(run, bf16):
+    """diffusers adds none at the first time steps in bfloat16, whose alphas round to 1: no path of ours is touched."""
+    from vlv.train import initialize
+
+    config = TrainConfig(bf16=bf16, checkpoint_activations=False)
+    stage = initialize.build_stage1(config, Checkpoint.open(run / "stage1"), run / "t2i", torch.device("cpu"))
+    scheduler, seen = stage.t2i.scheduler, []
+    add_noise = scheduler.add_noise
+
+    def record(latents, noise, steps):
+        noisy = add_noise(latents, noise, steps)
+        first = torch.zeros_like(steps)
+        alpha = scheduler.alphas_cumprod[0].double()
+        exact = alpha.sqrt() * latents.double() + (1 - alpha).sqrt() * noise.double()
+        seen.append((latents.dtype, (add_noise(latents, noise, first) - exact).abs().max().item(), noisy.dtype))
+        return noisy
+
+    scheduler.add_noise = record
+    pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    for batch in ({"pixels": pixels}, {"pixels": pixels, "latents": torch.randn(2, 12, 8, 8)}):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            assert stage.objective(batch)["loss"].isfinite()
+    assert len(seen) == 2
+    assert all(dtype == noisy == torch.float32 and error < 1e-5 for dtype, error, noisy in seen)
 
 
 def test_the_cost_is_told_before_and_after(trained):
@@ -141,7 +220,7 @@ def test_progressive_unfreezing(run):
 
     captioner = Captioner.load(Checkpoint.open(run / "stage2"))
     for unfreeze, expected in {"mlp": (1, 0, 0), "llm": (1, 1, 0), "encoder": (1, 1, 1)}.items():
-        unfreeze_stage2(captioner, replace(paper.PRESETS["paper-stage2"], unfreeze=unfreeze))
+        unfreeze_stage2(captioner, replace(STAGE2["paper-stage2"], unfreeze=unfreeze))
         parts = (captioner.encoder.to_llm, captioner.llm, captioner.encoder.bottleneck.decoder)
         assert tuple(int(all(p.requires_grad for p in m.parameters())) for m in parts) == expected
 
@@ -150,14 +229,14 @@ def test_more_queries_keep_the_trained_ones(run):
     from vlv.train.initialize import build_encoder, model_config
 
     start = Checkpoint.open(run / "stage1")
-    model = model_config(start.config, paper.TrainConfig(queries=40), 0)
+    model = model_config(start.config, TrainConfig(queries=40), 0)
     grown, old = build_encoder(start, model), start.load_encoder()
     assert torch.equal(grown.bottleneck.queries[:32], old.bottleneck.queries) and len(grown.bottleneck.queries) == 40
     with pytest.raises(ValueError, match="--image-size 640 gives a map of 40 x 40"):
-        model_config(start.config, paper.TrainConfig(image_size=640), 0)
+        model_config(start.config, TrainConfig(image_size=640), 0)
 
 
-def test_the_plan_counts_every_weight(run, command, capsys):
+def test_the_plan_counts_every_weight(run, capsys):
     plan = ["--preset", "paper-stage1", "--ckpt", run / "stage1", "--t2i", run / "t2i", "--plan", "2", *SMALL]
     command(stage1.main, *plan)
     text = capsys.readouterr().out
@@ -169,7 +248,7 @@ def test_the_plan_counts_every_weight(run, command, capsys):
         command(stage1.main, *plan[: -len(SMALL) - 1], "3", *SMALL)
 
 
-def test_the_plan_takes_published_weights(command, tmp_path, capsys, monkeypatch):
+def test_the_plan_takes_published_weights(tmp_path, capsys, monkeypatch):
     from tests.vlv.official import Recording
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -182,29 +261,38 @@ def test_the_plan_takes_published_weights(command, tmp_path, capsys, monkeypatch
 
 
 def test_more_images_and_kept_activations_need_more_memory(run):
-    from argparse import Namespace
-
-    from vlv.train.memory_plan import measure
-
-    args = Namespace(ckpt=run / "stage1", t2i=run / "t2i")
-    config = paper.TrainConfig(micro_batch=2, batch=2, bf16=False)
     from dataclasses import replace
 
-    base = measure("stage1", config, args)
-    double = measure("stage1", replace(config, micro_batch=4), args)
-    kept = measure("stage1", replace(config, checkpoint_activations=False), args)
+    from vlv.train import initialize
+    from vlv.train.memory_plan import measure
+
+    start, config = Checkpoint.open(run / "stage1"), TrainConfig(micro_batch=2, batch=2, bf16=False)
+
+    def build(config):
+        return initialize.build_stage1(config, start, run / "t2i", weights=False)
+
+    base = measure(build, config)
+    double = measure(build, replace(config, micro_batch=4))
+    kept = measure(build, replace(config, checkpoint_activations=False))
     assert base["weights"] == double["weights"] == base["gradients"] == base["moments"] // 2
     assert 1.5 < double["activations"] / base["activations"] < 2.5 and kept["activations"] > 1.5 * base["activations"]
 
 
 def test_the_published_figures():
     """The paper's section 4.1 and the authors' scripts, as vlv.train.config names them."""
-    one, two = paper.PRESETS["paper-stage1"], paper.PRESETS["paper-stage2"]
+    one, two = STAGE1["paper-stage1"], STAGE2["paper-stage2"]
     assert (one.steps, one.batch, one.lr, one.schedule, one.warmup) == (200_000, 512, 5e-5, "cosine", 0)
     assert (one.beta2, one.weight_decay, one.clip, one.encoder_part) == (0.99, 0.01, 1, "language-model")
     assert (two.steps, two.batch, two.lr, two.schedule, two.warmup) == (100_000, 64, 1e-5, "linear", 0)
     assert (two.beta2, two.weight_decay, two.max_tokens, two.unfreeze) == (0.999, 0.01, 300, "encoder")
     assert one.rate(200_000) == pytest.approx(1e-4) and two.rate(100_000) == 0
+
+
+def test_the_planned_cost_takes_the_rate_that_a_gpu_gave(tmp_path):
+    text = planned(102_400_000, 8, 2.0, tmp_path / "none.json")
+    assert "at 37.0 a second and GPU (the paper's, on RTX 6000 Ada): 96.1 h, 768.77 GPU-hours, $1,537.54" in text
+    (tmp_path / "train.json").write_text('{"speedup": 5, "ours": {"images_per_second": 370}, "device": "NVIDIA H200"}')
+    assert "at 370.0 a second and GPU (measured on NVIDIA H200)" in planned(1000, 8, None, tmp_path / "train.json")
 
 
 def test_cost_before_and_after():
@@ -214,7 +302,7 @@ def test_cost_before_and_after():
     assert account(1000, 100, 800, None).startswith("1,000 images in 0.03 h, 10.0 a second: 0.22 GPU-hours (--gpu-hour")
 
 
-def test_what_is_refused(command, run, captioned, tmp_path, capsys):
+def test_what_is_refused(run, captioned, tmp_path, capsys):
     at_scale = ["--preset", "paper-stage1", "--run", tmp_path, "--device", "cpu"]
     ready = [*at_scale, "--data", captioned, "--ckpt", run / "stage1", *SMALL]
     for args, words in {
@@ -236,21 +324,17 @@ def test_what_is_refused(command, run, captioned, tmp_path, capsys):
         (*ready, "--steps", "0"): 2,
         (*ready, "--data", tmp_path / "no.tar"): 1,
     }.items():
-        with pytest.raises(SystemExit) as ended:
-            cli.run(lambda args=args: command(stage1.main, *args))
-        assert ended.value.code == code and capsys.readouterr().err.count("\n") == 1
+        assert stage1.main([*map(str, args)]) == code and capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ValueError, match="belong to stage 1"):
         command(stage2.main, *[str(a).replace("stage1", "stage2") for a in ready[:2]], *ready[2:], "--queries", "4")
-    with pytest.raises(SystemExit) as ended:
-        command(stage2.main, "--preset", "paper-stage2", "--stage1", run / "stage1")
-    assert ended.value.code == 2 and "--stage1 belongs to the toy presets" in capsys.readouterr().err
+    assert stage2.main(["--preset", "paper-stage2", "--stage1", str(run / "stage1"), *map(str, ready[2:])]) == 2
+    assert "--stage1 belongs to the toy presets" in capsys.readouterr().err
     for flag, value in {"--data": captioned, "--gpu-hour": 0, "--max-cost": 1, "--log": "wandb", "--llm": "x"}.items():
-        with pytest.raises(SystemExit) as ended:
-            command(stage2.main, "--preset", "tiny", flag, value)
-        assert ended.value.code == 2 and f"{flag} belongs to the paper's presets" in capsys.readouterr().err
+        assert stage2.main(["--preset", "tiny", flag, str(value)]) == 2
+        assert f"{flag} belongs to the paper's presets" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         command(stage1.main, *at_scale, "--plan", "-1")
-    assert ended.value.code == 2 and "'-1' is no whole number above 0" in capsys.readouterr().err
+    assert ended.value.code == 2 and "expected a positive integer, got '-1'" in capsys.readouterr().err
 
 
 def test_a_log_whose_package_is_not_there_is_named(monkeypatch):
@@ -292,3 +376,16 @@ def test_figures_go_to_the_tool_and_lines_after_the_save_are_written_again(tmp_p
     lines = (tmp_path / "stage1.log.jsonl").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == [f'{{"step": {i}' for i in (1, 2, 3, 4, 5)]
     assert sent[0]["resume"] == "allow" and sent[0]["id"] == sent[4]["id"] and sent[-1] == (5, {"loss": 5})
+
+
+def test_what_the_published_layout_needs_travels_with_every_result(run, tmp_path):
+    """A run from converted weights, and a run from that run, can be written back to the published layout."""
+    start = tmp_path / "start"
+    shutil.copytree(run / "stage1", start)
+    (start / "published.safetensors").write_bytes(b"kept")
+    first = build_stage1(STAGE1["smoke"], Checkpoint.open(start), run / "t2i")
+    first.write(first.objective.state_dict(), tmp_path / "first")
+    second = build_stage2(STAGE2["smoke"], Checkpoint.open(tmp_path / "first"), None)
+    second.write(second.objective.state_dict(), tmp_path / "second")
+    assert (tmp_path / "second" / "published.safetensors").read_bytes() == b"kept"
+    assert Checkpoint.open(tmp_path / "second").can == ["caption", "reconstruct", "to-published"]

@@ -1,6 +1,6 @@
 """A whole run of vlv.train.trainer on a very small encoder: in this process, or started by torchrun.
 
-python toy_run.py DATA RUN ddp|fsdp: trains to its end, resuming what RUN holds.
+python small_run.py DATA RUN ddp|fsdp|late: trains to its end, resuming what RUN holds.
 """
 
 import sys
@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from vlv.data.loader import Pictures, batches
+from vlv.data.loader import TrainingImages, batches
 from vlv.data.sources import open_sources
 from vlv.model.config import PRESETS, DaViTConfig
 from vlv.model.encoder import VLVEncoder
 from vlv.train.config import TrainConfig
+from vlv.train.objectives import Objective
 from vlv.train.parallel import World
 from vlv.train.trainer import Trainer
 
@@ -32,7 +32,7 @@ CONFIG = TrainConfig(
 )
 
 
-class Noisy(nn.Module):
+class Noisy(Objective):
     """Draws noise, as stage 1 does, and uses every parameter that learns."""
 
     def __init__(self):
@@ -43,18 +43,30 @@ class Noisy(nn.Module):
 
     def forward(self, batch):
         context = self.encoder.context(batch["pixels"])
-        return (context - torch.randn_like(context)).square().mean()
+        return {"loss": (context - torch.randn_like(context)).square().mean()}
+
+
+class Late(Noisy):
+    """Noisy, whose decoder is trained from step 3 on."""
+
+    def before_step(self, step):
+        self.encoder.bottleneck.decoder.requires_grad_(step >= 3)
 
 
 def train(data, folder, config=CONFIG, objective=Noisy):
     """Train to the end in the processes at hand; returns the trainer's whole weights."""
     with World.start("cpu") as world:
         trainer = Trainer("toy", Path(folder), config, objective(), world)
-        pictures = Pictures(open_sources([str(data)]), config, MODEL.image_size, captions=False)
-        trainer.fit(batches(pictures, config, world, trainer.images))
+        images = TrainingImages(open_sources([str(data)]), MODEL.image_size, config.seed)
+        trainer.fit(
+            batches(images, config.micro_batch, trainer.images, config.workers, world.rank, world.size, world.device)
+        )
         return trainer.weights()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(sys.argv[1], sys.argv[2], replace(CONFIG, parallel=sys.argv[3]))
+    if sys.argv[3] == "late":
+        train(sys.argv[1], sys.argv[2], replace(CONFIG, encoder_from=3), Late)
+    else:
+        train(sys.argv[1], sys.argv[2], replace(CONFIG, parallel=sys.argv[3]))

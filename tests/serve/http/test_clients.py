@@ -1,0 +1,164 @@
+"""Run other people's clients against the server: make test-clients installs them, each as its users have it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.serve.serving import CLEAN, Running, Scripted
+from vlv.checkpoints.folder import Checkpoint
+
+ROOT = Path(__file__).parents[3]
+CLIENTS = Path(os.environ.get("VLV_CLIENTS", ROOT / ".venv/clients"))
+HOW = "run make test-clients"
+
+LANGCHAIN = """
+from langchain_openai import ChatOpenAI
+from langchain_core.messages import HumanMessage
+llm = ChatOpenAI(model="tiny", base_url=URL + "/v1", api_key="none", max_tokens=400, temperature=0, max_retries=0)
+message = HumanMessage([{"type": "text", "text": "Describe it."}, {"type": "image_url", "image_url": {"url": IMAGE}}])
+answer = llm.invoke([message])
+print(json.dumps([answer.content, "".join(chunk.content for chunk in llm.stream([message])),
+                  answer.usage_metadata["output_tokens"] > 20]))
+"""
+
+LITELLM = """
+import litellm
+messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}]}]
+options = dict(model="openai/tiny", api_base=URL + "/v1", api_key="none", messages=messages, max_tokens=400, n=1,
+               temperature=0, top_p=1, user="me", tools=[], tool_choice="none")
+answer = litellm.completion(**options)
+pieces = litellm.completion(**options, stream=True)
+print(json.dumps([answer.choices[0].message.content,
+                  "".join(piece.choices[0].delta.content or "" for piece in pieces),
+                  answer.usage.completion_tokens > 20]))
+"""
+
+LLAMA_INDEX = """
+from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
+from llama_index.llms.openai_like import OpenAILike
+llm = OpenAILike(model="tiny", api_base=URL + "/v1", api_key="none", is_chat_model=True, max_tokens=400, max_retries=0)
+message = ChatMessage(role="user", blocks=[TextBlock(text="Describe it."), ImageBlock(url=IMAGE)])
+answer = llm.chat([message])
+print(json.dumps([answer.message.content, "".join(part.delta or "" for part in llm.stream_chat([message])),
+                  answer.raw.usage.completion_tokens > 20]))
+"""
+
+NODE = """
+import OpenAI from "openai";
+const [url, image] = process.argv.slice(2);
+const client = new OpenAI({ baseURL: url + "/v1", apiKey: "none", maxRetries: 0 });
+const messages = [{ role: "user", content: [{ type: "image_url", image_url: { url: image } }] }];
+const answer = await client.chat.completions.create({ model: "tiny", messages, max_tokens: 400 });
+const stream = await client.chat.completions.create({
+  model: "tiny", messages, stream: true, stream_options: { include_usage: true },
+});
+let text = "", tokens = 0;
+for await (const chunk of stream) {
+  text += chunk.choices[0]?.delta?.content ?? "";
+  tokens = chunk.usage?.completion_tokens ?? tokens;
+}
+console.log(JSON.stringify([answer.choices[0].message.content, text, tokens > 20]));
+"""
+
+
+class LLMEngine(Scripted):
+    """Counters of this module's server."""
+
+
+@pytest.fixture(scope="module")
+def server(captioning_checkpoint):
+    running = Running(Checkpoint.open(captioning_checkpoint), LLMEngine)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def image(scene_images) -> str:
+    return "data:image/png;base64," + base64.b64encode((scene_images / "00.png").read_bytes()).decode()
+
+
+def last_line(command: list[str], **options):
+    """Return the JSON value that a command prints last."""
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("module", "script"),
+    [("langchain_openai", LANGCHAIN), ("litellm", LITELLM), ("llama_index/llms/openai_like", LLAMA_INDEX)],
+    ids=["langchain", "litellm", "llamaindex"],
+)
+def test_python_clients(server, image, module, script):
+    """A caption at once, streamed, and its usage; a limit of 400 tokens is above this server's."""
+    if not list(CLIENTS.glob(f"lib/python*/site-packages/{module}")):
+        pytest.skip(f"{module} is not installed: {HOW}")
+    script = f"import json\nURL, IMAGE = {server.url!r}, {image!r}\n{script}"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(CLIENTS), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    answer = last_line([str(CLIENTS / "bin/python"), "-c", script], env=environment)
+    assert answer == [CLEAN, CLEAN, True]
+
+
+def test_openai_for_node(server, image):
+    folder = CLIENTS / "node"
+    if not (folder / "node_modules/openai").is_dir() or not shutil.which("node"):
+        pytest.skip(f"openai for Node is not installed: {HOW}")
+    (folder / "client.mjs").write_text(NODE)
+    assert last_line(["node", str(folder / "client.mjs"), server.url, image]) == [CLEAN, CLEAN, True]
+
+
+def test_vllms_benchmark_client(server, captioning_checkpoint, tmp_path, image):
+    """`vllm bench serve` with images, ignore_eos and streams that end with the usage."""
+    pytest.importorskip("vllm")
+    script = (
+        "from vllm.benchmarks.serve import add_cli_args, main; from argparse import ArgumentParser; "
+        "parser = ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
+    )
+    words = [
+        "--backend",
+        "openai-chat",
+        "--base-url",
+        server.url,
+        "--endpoint",
+        "/v1/chat/completions",
+        "--model",
+        "tiny",
+        "--tokenizer",
+        str(captioning_checkpoint / "llm"),
+        "--dataset-name",
+        "custom_image",
+        "--dataset-path",
+        str(tmp_path / "images.jsonl"),
+        "--num-prompts",
+        "8",
+        "--custom-output-len",
+        "20",
+        "--save-result",
+        "--result-filename",
+        "r.json",
+        "--result-dir",
+        str(tmp_path),
+        "--ignore-eos",
+        "--extra-body",
+        '{"raw": true}',
+    ]
+    lines = [json.dumps({"prompt": "Describe it.", "image_files": [image]}) for _ in range(8)]
+    (tmp_path / "images.jsonl").write_text("\n".join(lines) + "\n")
+    run = subprocess.run(
+        [sys.executable, "-c", script, *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["completed"], result["failed"]) == (8, 0) and result["total_output_tokens"] == 8 * 20, result
