@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -94,7 +94,7 @@ class EngineConfig:
         return config.command(component, "export.trt", flags)
 
 
-def build_engines(export: Export, engine: EngineConfig) -> Report:
+def build_engines(export: Export, options: EngineConfig) -> Report:
     """Export what is not up to date, and build the engine of every component unless it is up to date.
 
     No engine is built if an export is refused; the report says why.
@@ -102,13 +102,13 @@ def build_engines(export: Export, engine: EngineConfig) -> Report:
     report = export_onnx(export)
     if not report.problems:
         for graph in report.artifacts:
-            _build_engine(export, engine, graph)
+            _build_engine(export, options, graph)
     return report
 
 
 def wants_plugins(asked: str, runtime: str, precision: str) -> bool:
     """Decide whether an engine gets our kernels. Raises RuntimeUnavailable if they are asked for without Triton."""
-    triton = find_spec("triton") is not None
+    triton = importlib.util.find_spec("triton") is not None
     if runtime == "rtx" or precision in QUANTIZED:
         reason = "TensorRT-RTX has no plugins" if runtime == "rtx" else f"{precision} is made from the plain graph"
         if asked == "on":
@@ -119,51 +119,53 @@ def wants_plugins(asked: str, runtime: str, precision: str) -> bool:
     return asked == "on" or (asked == "auto" and triton and precision in PLUGIN_PRECISIONS)
 
 
-def _build_engine(export: Export, engine: EngineConfig, graph: Artifact) -> None:
+def _build_engine(export: Export, options: EngineConfig, graph: Artifact) -> None:
     """Build or refit the engine of one component, unless it is up to date."""
-    manifest, work_dir, library = export.manifest, export.work_dir, engine.library
+    manifest, work_dir, library = export.manifest, export.work_dir, options.library
     graph = manifest.checked(graph.component)
     expected = replace(
         graph,
-        runtime=engine.runtime,
-        target=engine.target,
+        runtime=options.runtime,
+        target=options.target,
         files={},
         verification={},
         builder=library.builder,
-        command=engine.command(export.config, graph.component),
-        refittable=engine.refittable or engine.refit,  # a refitted engine can be refitted again
+        command=options.command(export.config, graph.component),
+        refittable=options.refittable or options.refit,  # a refitted engine can be refitted again
     )
-    with_plugins = wants_plugins(engine.plugins, engine.runtime, graph.precision)
+    with_plugins = wants_plugins(options.plugins, options.runtime, graph.precision)
     if with_plugins:
         expected = replace(expected, kernels=plugins.source_hash())
-    label = name_of(graph.component, engine.runtime, engine.target)
+    label = name_of(graph.component, options.runtime, options.target)
     if not export.config.force and manifest.current(expected):
         say(f"{label}: up to date")
         return
     source, profile = manifest.folder / graph.main_file, graph.profile
-    if problems := graph_lint.problems(source, graph, engine.runtime):
+    if problems := graph_lint.problems(source, graph, options.runtime):
         raise ArtifactError(f"{label}: {'; '.join(problems)}")
-    start, cache = time.monotonic(), manifest.folder / f"timing-{engine.runtime}-{engine.target}.cache"
-    if with_plugins and (found := plugins.make(export.checkpoint, graph, work_dir, source, engine.target)):
+    start, cache = time.monotonic(), manifest.folder / f"timing-{options.runtime}-{options.target}.cache"
+    if with_plugins and (found := plugins.make(export.checkpoint, graph, work_dir, source, options.target)):
         source, kernels = found
         profile = Batch(profile.max, profile.max, profile.max)
         plugins.register(library.load(), kernels)
         say(f"{label}: {len(kernels)} kernels of ours, for batches of {profile.max}")
-    file = f"{graph.component}.{engine.runtime}-{engine.target}.engine"
-    if engine.refit:
-        old = manifest.find(graph.component, engine.runtime, engine.target)
+    file = f"{graph.component}.{options.runtime}-{options.target}.engine"
+    if options.refit:
+        old = manifest.find(graph.component, options.runtime, options.target)
         manifest.require_intact(old)  # not `checked`: an engine to refit is older than its graph
         (work_dir / file).write_bytes(refit(library, old, manifest.folder / old.main_file, source))
     else:
         timing = cache.read_bytes() if cache.is_file() else b""
-        content, timing = build(library, str(source), graph.inputs, profile, engine.target, timing, expected.refittable)
+        content, timing = build(
+            library, str(source), graph.inputs, profile, options.target, timing, expected.refittable
+        )
         (work_dir / file).write_bytes(content)
         if timing:
             (work_dir / cache.name).write_bytes(timing)
             (work_dir / cache.name).replace(cache)
     files = describe_files(work_dir, [file])
     manifest.publish(replace(expected, files=files), work_dir)
-    done = "refitted" if engine.refit else "built"
+    done = "refitted" if options.refit else "built"
     say(f"{label}: {done} in {time.monotonic() - start:.0f} s, {files[file]['bytes'] / 1e6:.1f} MB")
 
 

@@ -105,7 +105,7 @@ def _leaks(model: ModelProto) -> list[str]:
 def _inexact(model: ModelProto) -> list[str]:
     """Return nodes that compute something else than the PyTorch code that torch.onnx.export makes them from."""
     makers = {output: node for node in model.graph.node for output in node.output}
-    constants = _small_constants(model)
+    constants, computed = _small_constants(model), _computed(model)
     found = []
     for node in model.graph.node:
         inputs = [makers[name] for name in node.input if name in makers]
@@ -124,7 +124,7 @@ def _inexact(model: ModelProto) -> list[str]:
                 f"node {node.name} (Log) of 1 + x, as log1p is exported, loses x below 1e-7: "
                 "compute the logarithm outside of the module"
             )
-        elif _has_computed_mask(node, inputs, makers, constants):
+        elif _has_computed_mask(node, inputs, makers, constants, computed):
             found.append(
                 f"node {node.name} ({node.op_type}) has a mask that is computed: a row that is masked entirely gives "
                 "zeros or the mean, depending on the opset: keep one value of each row"
@@ -149,17 +149,32 @@ def _adds_one(node: NodeProto, constants: dict[str, np.ndarray]) -> bool:
     return node.op_type == "Add" and any((constants[name] == 1).all() for name in node.input if name in constants)
 
 
+def _computed(model: ModelProto) -> set[str]:
+    """Return the values that depend on the values of the graph's inputs, not only on their shapes."""
+    computed = {value.name for value in model.graph.input}
+    for node in model.graph.node:
+        if node.op_type not in ("Shape", "Size") and computed & set(node.input):
+            computed.update(node.output)
+    return computed
+
+
 def _has_computed_mask(
-    node: NodeProto, inputs: list[NodeProto], makers: dict[str, NodeProto], constants: dict[str, np.ndarray]
+    node: NodeProto,
+    inputs: list[NodeProto],
+    makers: dict[str, NodeProto],
+    constants: dict[str, np.ndarray],
+    computed: set[str],
 ) -> bool:
-    """Return True for an attention or a softmax whose mask is neither a constant nor absent."""
+    """Return True for an attention or a softmax whose mask depends on the graph's inputs."""
     if node.op_type == "Attention":
-        return len(node.input) > 3 and node.input[3] in makers
+        return len(node.input) > 3 and node.input[3] in computed
     if node.op_type != "Softmax":
         return False
     summands = [makers[name] for one in inputs if one.op_type == "Add" for name in one.input if name in makers]
     return any(
-        one.op_type == "Where" and any((constants[name] < MASKED).all() for name in one.input[1:] if name in constants)
+        one.op_type == "Where"
+        and one.input[0] in computed
+        and any((constants[name] < MASKED).all() for name in one.input[1:] if name in constants)
         for one in (*inputs, *summands)
     )
 

@@ -26,7 +26,7 @@ HOLDS = {
     "_runtime": "Runtime", "_engine": "ICudaEngine", "_context": "IExecutionContext",
 }  # fmt: skip
 RTX_ALONE = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}  # in branches for it
-OURS = {"word"}  # of our own engines, in a comprehension
+OURS = {"precision", "components", "command", "force"}  # of our own ExportConfig, which is called config, too
 LIBRARIES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")
 STAND_IN = """
 void *createInferBuilder_INTERNAL() {return 0;} void *createInferRefitter_INTERNAL() {return 0;}
@@ -99,12 +99,16 @@ def accepts(signatures: str, call: ast.Call) -> bool:
 @pytest.mark.parametrize("path", SOURCES)
 def test_what_we_call_is_there(path, bindings):
     asked = used((ROOT / path).read_text())
-    assert len(asked) > 10
+    assert asked
     for owner, member, call in asked:
         place = bindings[owner] if owner else bindings
         assert member in place, f"{path}: TensorRT 11 has no {owner}.{member}"
         if owner and call is not None:
             assert accepts(place[member], call), f"{path}: {owner}.{member} does not take {ast.unparse(call)}"
+
+
+def test_most_calls_are_seen():
+    assert sum(len(used((ROOT / path).read_text())) for path in SOURCES) > 30
 
 
 def test_a_wrong_call_would_be_found():
