@@ -80,10 +80,10 @@ class Captions:
             rows += self._llm.generate(inputs_embeds=part, attention_mask=mask, generation_config=config).tolist()
         return [row[: len(cut_at_end(row, self._end_tokens)) + 1] for row in rows]
 
-    def agreement(self, encode: Callable[[Tensor], Tensor], required: float) -> Agreement:
+    def agreement(self, encode: Callable[[Tensor], Tensor], required: float, more: bool = True) -> Agreement:
         """Compare the captions from `encode(images)`, until it is certain whether `required` of the tokens stay.
 
-        If all must stay (1.0), the given images alone are compared.
+        If all must stay (1.0), or without `more`, the given images alone are compared.
         """
         kept, totals = [], []
         for images, expected in self._in_batches():
@@ -91,7 +91,7 @@ class Captions:
                 totals.append(max(len(caption), len(reference)))
                 kept.append(sum(a == b for a, b in zip(caption, reference, strict=False)))
             found = Agreement.of(kept, totals)
-            if required == 1 or found.is_certain(required):
+            if required == 1 or not more or found.is_certain(required):
                 break
         return found
 

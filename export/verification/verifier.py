@@ -142,7 +142,9 @@ class Verifier:
             self._captions = Captions(self.checkpoint, self.inputs.reference, images, self.inputs.seed)
         required = 1.0 if artifact.precision == "fp32" else AGREEMENT
         found = self._captions.agreement(
-            lambda images: _in_batches(session, {"pixels": images}, artifact.profile.max)["prompts"], required
+            lambda images: _in_batches(session, {"pixels": images}, artifact.profile.max)["prompts"],
+            required,
+            more=not problems,  # with problems the verdict is there already
         )
         if not found.passes(required):
             problems.append(

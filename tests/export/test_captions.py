@@ -61,11 +61,10 @@ def test_scenes_are_others_than_the_verification_inputs(checkpoint):
     assert first.shape == (8, 3, size, size) and first.dtype == torch.uint8 and len(set(rows)) == len(rows)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])
 def test_the_verdict_is_the_same_for_any_scenes(tmp_path, checkpoint, precision):
-    """Five seeds; eight-bit floats lose more than one token in a hundred, and float16 none."""
-    assert export(tmp_path, precision, "--components", "encoder", "--allow-drift") == 0
+    """Five seeds; eight-bit floats in all blocks lose more than one token in a hundred, and float16 none."""
+    assert export(tmp_path, precision, "--components", "encoder", "--no-captions", "--allow-drift") == 0
     artifact = Manifest.open(tmp_path).checked("encoder")
     runtime = open_runtime("onnx", tmp_path, checkpoint)
 
@@ -77,5 +76,4 @@ def test_the_verdict_is_the_same_for_any_scenes(tmp_path, checkpoint, precision)
         inputs = VerificationInputs(checkpoint, 6, seed=seed)
         captions = Captions(checkpoint, inputs.reference, inputs.images[:-NOISE], seed)
         verdicts.append(captions.agreement(encode, 0.99).passes(0.99))
-    assert len(set(verdicts)) == 1 and verdicts[0] == (not artifact.verification["problems"])
-    assert verdicts[0] == (precision == "fp16")
+    assert verdicts == [precision == "fp16"] * 5
