@@ -158,8 +158,9 @@ class VLLMEngine(LLMEngine):
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         if self.options.tensor_parallel > 1:  # on a CPU, vLLM would want a NUMA node for each process
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        self._sockets = Path(tempfile.mkdtemp(prefix="vlv-"))
-        os.environ["VLLM_RPC_BASE_PATH"] = str(self._sockets)
+        if "VLLM_RPC_BASE_PATH" not in os.environ:
+            self._sockets = Path(tempfile.mkdtemp(prefix="vlv-"))
+            os.environ["VLLM_RPC_BASE_PATH"] = str(self._sockets)
         if self.debug or "VLLM_LOGGING_CONFIG_PATH" in os.environ:
             return
         folder = Path(tempfile.mkdtemp(prefix="vlv-vllm-"))
@@ -239,7 +240,9 @@ class VLLMEngine(LLMEngine):
             process.kill()
         self._reaper.dismiss()
         if self._sockets is not None:
+            os.environ.pop("VLLM_RPC_BASE_PATH", None)  # ours: the next process must not look for it
             shutil.rmtree(self._sockets, ignore_errors=True)
+            self._sockets = None
         if self._logs is not None:
             os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)  # ours: the next process must not look for it
             if not self._failed:

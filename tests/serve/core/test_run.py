@@ -77,7 +77,7 @@ def test_captions_every_image_within_its_bounds(checkpoint, scene_images, tmp_pa
 
 
 def test_the_timeline_names_the_slowest_stage(checkpoint, scene_images, tmp_path, monkeypatch):
-    monkeypatch.setattr("serve.reports.timeline.MIN_SECONDS", 1.0)
+    monkeypatch.setattr("serve.reports.timeline.MIN_SECONDS", 0.5)
 
     class Slow(Fake):
         async def generate(self, embeds, sampling):
