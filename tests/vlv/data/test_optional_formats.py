@@ -22,6 +22,8 @@ from serve.outputs.webdataset import extension_of
 from tests.vlv.data.pixel_cases import PROFILES
 from vlv.data.decoding.optional import HEIF, JXL, OptionalFormatError, jxl_size, optional_format
 from vlv.data.image import EXTENSIONS, ImageError, decode, file_ending, image_size, load_crop, web_image
+from vlv.data.selection import Limits, select
+from vlv.data.sources import open_sources
 
 ROOT = Path(__file__).parents[3]
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 4), dtype=np.uint8)
@@ -253,6 +255,16 @@ def test_folders_shards_and_lists(kind, tmp_path, monkeypatch):
     assert [item.id for item in items] == [f"a/1{ending}", f"a/2{ending.upper()}", f"a/s.tar/x{ending}", f"a/1{ending}"]
     assert str(left_out) == ""
     assert all(np.array_equal(pixels(item.read()), RGB) for item in items)
+
+
+@both
+def test_training_sources(kind, tmp_path):
+    """The selection by size reads the header alone where it can: noise is longer than the part it reads."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    for name, image in (("a", noise), ("b", noise[:90])):
+        (tmp_path / f"{name}{FORMATS[kind].extensions[0]}").write_bytes(encode(image, kind))
+    sources = open_sources([str(tmp_path)])
+    assert select(sources, Limits(min_side=100)).left_out == {"too small or too long": 1}
 
 
 @both
