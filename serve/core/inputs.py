@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vlv.common.command import Misuse, why
+from vlv.data.decoding.optional import missing_package
 from vlv.data.image import EXTENSIONS, ImageError
 from vlv.data.image_files import is_image
 
@@ -26,7 +27,7 @@ LISTS = (".txt",)
 TABLES = (".parquet", ".jsonl", ".csv")
 SHARDS = (".tar",)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
-# endings of images that cannot be read here
+# endings of images that are not read, some of them only without an optional package
 UNREAD_IMAGES = frozenset(
     ".heic .heif .hif .jxl .tga .psd .svg .eps .ico .icns .jxr .wdp .exr .hdr .dds .xcf .pcx .qoi .jpf .jpx .jpm .mj2"
     " .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw".split()
@@ -122,7 +123,10 @@ class LeftOut:
 
     def __str__(self) -> str:
         """Return one line, empty if nothing was left out."""
-        parts = [f"{count:,} {kind}" for kind, count in self.images.most_common()]
+        parts = []
+        for kind, count in self.images.most_common():
+            install = missing_package(kind)
+            parts.append(f"{count:,} {kind}" + (f" ({install})" if install else ""))
         if self.replaced:
             more = ", ..." if len(self.replaced) > SHOWN else ""
             names = ", ".join(self.replaced[:SHOWN]) + more

@@ -18,6 +18,7 @@ from serve.core.inputs import Item
 from serve.outputs.jsonl import FolderSink, SinkError, append, explained, json_bytes
 from serve.outputs.text import lines
 from vlv.common.files import atomic_write
+from vlv.data.decoding.optional import optional_format
 from vlv.data.image_files import is_image
 
 BLOCK = tarfile.BLOCKSIZE
@@ -173,6 +174,8 @@ def extension_of(image: bytes) -> str:
     """Return the extension for an image file's content, of those that vlv.data.image reads."""
     if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
         return ".webp"
+    if optional := optional_format(image):
+        return optional.extensions[0]
     if image[4:8] == b"ftyp":
         return ".avif"
     return next((extension for start, extension in SIGNATURES if image.startswith(start)), ".png")

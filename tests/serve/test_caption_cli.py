@@ -188,14 +188,14 @@ def test_text_files_alone(captioning_checkpoint, scene_images, tmp_path, capsys,
 
 
 def test_a_dry_run_loads_nothing(scene_images, tmp_path, capsys):
-    (tmp_path / "a.heic").write_bytes(b"")
+    (tmp_path / "a.psd").write_bytes(b"")
     for i in range(3):
         shutil.copy(scene_images / f"{i:02}.png", tmp_path)
     (tmp_path / "01.txt").write_text("there")
     assert main([str(tmp_path), "--format", "txt", "--dry-run"]) == 0
     stdout, stderr = capsys.readouterr()
     assert stdout.split() == [f"{tmp_path}/00.png", f"{tmp_path}/02.png"]
-    assert "2 images to caption, 1 have a text file" in stderr and "left out: 1 .heic" in stderr
+    assert "2 images to caption, 1 have a text file" in stderr and "left out: 1 .psd" in stderr
     assert not list(tmp_path.glob("*.jsonl"))
 
 
@@ -203,13 +203,13 @@ def test_what_is_left_out_is_said_and_strict_fails(caption, scene_images, tmp_pa
     folder = tmp_path / "photos"
     folder.mkdir()
     shutil.copy(scene_images / "00.png", folder)
-    (folder / "phone.heic").write_bytes(b"x")
+    (folder / "drawing.psd").write_bytes(b"x")
     (folder / "notes.md").write_text("x")
     code, records, _, stderr = caption(folder)
     assert code == 0 and len(records) == 1
-    assert last(stderr) == "left out: 1 .heic; 1 other files (.md)"
+    assert last(stderr) == "left out: 1 .psd; 1 other files (.md)"
     assert caption(folder, "--strict")[0] == 1
-    (folder / "phone.heic").unlink()
+    (folder / "drawing.psd").unlink()
     assert caption(folder, "--strict")[0] == 0
 
 

@@ -1,7 +1,8 @@
 """Decode image files to uint8 crops: the only module that opens and prepares images.
 
 The crop equals torchvision's `Resize(size)` and `CenterCrop(size)` of the published preprocessing
-pixel by pixel. Imports only Pillow and numpy, so that a decode process starts fast.
+pixel by pixel. Imports only Pillow and numpy, so that a decode process starts fast; what HEIC and JPEG XL need
+is imported when the first such file comes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ from PIL import Image, ImageCms
 from vlv.common.command import UserError, why
 from vlv.data.decoding.color import lab_to_srgb, srgb_transform
 from vlv.data.decoding.jpeg import START, with_end_marker
+from vlv.data.decoding.optional import (
+    HEIF,
+    JXL,
+    OPTIONAL_FORMATS,
+    OptionalFormat,
+    OptionalFormatError,
+    jxl_size,
+    open_heif,
+    open_jxl,
+    optional_format,
+)
 from vlv.data.decoding.png import SIGNATURE, with_transparency, without_side_data
 from vlv.data.decoding.tiff import MAGIC, TiffError, decode_tiff, scale_floats, tiff_size
 
@@ -27,7 +39,7 @@ MAX_PIXELS = 178_956_970  # Pillow's own refusal: 2/3 of a GiB as RGBA
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .pnm".split()
-)
+).union(*(optional.extensions for optional in OPTIONAL_FORMATS if optional.installed))
 
 # of each of FORMATS, one of EXTENSIONS; Pillow calls a JPEG file of several images MPO
 _ENDINGS = {
@@ -120,6 +132,8 @@ def file_ending(content: bytes) -> str:
     for start, ending in ((SIGNATURE, ".png"), *((magic, ".tif") for magic in MAGIC)):
         if content.startswith(start):  # Pillow cannot open every file of these that is read here
             return ending
+    if optional := optional_format(content):
+        return optional.extensions[0]
     return _ENDINGS[_open(content, MAX_PIXELS).format]
 
 
@@ -127,6 +141,9 @@ def image_size(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Return width and height from a file's header; the first bytes may be enough. Raises ImageError."""
     if content.startswith(SIGNATURE) and len(content) >= 24:
         size = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    elif JXL.installed and optional_format(content) is JXL:
+        with _optional_errors():
+            size = jxl_size(content)
     elif not content.startswith(MAGIC) or not (size := tiff_size(content)):
         with _quiet():
             return _open(content, max_pixels).size
@@ -196,7 +213,8 @@ def _loaded(content: bytes, max_pixels: int) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
+        about = " ".join(str(error).split())
+        raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {about}") from error
     return with_transparency(image, content) if content.startswith(SIGNATURE) else image
 
 
@@ -214,6 +232,8 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
+        if optional := optional_format(content):
+            return _open_optional(content, optional, max_pixels)
         raise ImageError("format", f"not recognised as an image ({', '.join(FORMATS)} are read)") from error
     except Image.DecompressionBombError as error:
         raise ImageError("too-large", f"the header announces more than {max_pixels:,} pixels") from error
@@ -221,6 +241,23 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("damaged", f"the header is damaged: {error}") from error
     _require_size(image.width, image.height, max_pixels)
     return image
+
+
+def _open_optional(content: bytes, optional: OptionalFormat, max_pixels: int) -> Image.Image:
+    with _optional_errors():
+        if optional is JXL and JXL.installed:
+            _require_size(*jxl_size(content), max_pixels)  # opening it decodes it
+        image = open_heif(content) if optional is HEIF else open_jxl(content)
+    _require_size(image.width, image.height, max_pixels)
+    return image
+
+
+@contextmanager
+def _optional_errors() -> Iterator[None]:
+    try:
+        yield
+    except OptionalFormatError as error:
+        raise ImageError(error.kind, str(error)) from error
 
 
 def _require_size(width: int, height: int, max_pixels: int) -> None:

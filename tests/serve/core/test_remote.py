@@ -50,13 +50,13 @@ def test_tables_name_images(here):
 
 def test_urls_stand_beside_paths(here):
     memory = fsspec.filesystem("memory")
-    memory.pipe({"/r/x.png": b"x", "/r/y.heic": b"y", "/r/s.tar": tar({"m.png": b"old", "n.jpg": b"n"})})
+    memory.pipe({"/r/x.png": b"x", "/r/y.psd": b"y", "/r/s.tar": tar({"m.png": b"old", "n.jpg": b"n"})})
     left_out = LeftOut()
     (here / "list.txt").write_text("memory://r/x.png\nsub/b.png\nmemory://r/gone.png\n")
     found = list(items_of(["a.png", "memory://r", "list.txt"], left_out=left_out))
     names = ["a.png", "s.tar/m.png", "s.tar/n.jpg", "x.png", "x.png", "sub/b.png", "gone.png"]
     assert [item.id.split("/r/")[-1] for item in found] == names
-    assert left_out.images == {".heic": 1}
+    assert left_out.images == {".psd": 1}
     *good, gone = found
     assert [item.read() for item in good] == [b"a.png", b"old", b"n", b"x", b"x", b"sub/b.png"]
     assert isinstance(gone, Remote) and gone.key == gone.id
