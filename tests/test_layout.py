@@ -161,3 +161,17 @@ def test_modules_have_docstrings() -> None:
 def test_no_paths_of_one_machine() -> None:
     patterns = [option for text in FOREIGN_PATHS for option in ("-e", text)]
     assert not git("grep", "-nIF", *patterns, "--", ".", ":!tests/test_layout.py")
+
+
+def test_safetensors_numpy_writes_nothing_of_ours():
+    """Its writer stores a transposed or Fortran-ordered array in the order of memory under the array's shape.
+
+    Such a file loads everywhere with permuted values (findings/safetensors_transposed.sh). Our files are written from
+    contiguous tensors by vlv.checkpoints.tensor_files and safetensors.torch, which refuses others.
+    """
+    folders = {*PACKAGES, "benchmarks", "optimum", "scripts"}
+    files = [path for path in python_files() if path.relative_to(ROOT).parts[0] in folders]
+    assert len(files) > 100
+    for path in files:
+        lines = [line for line, name in imported(tree_of(path)) if name.startswith("safetensors.numpy")]
+        assert not lines, f"{path.relative_to(ROOT)}:{lines} imports safetensors.numpy: write through safetensors.torch"

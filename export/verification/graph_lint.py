@@ -23,8 +23,8 @@ COMMON = frozenset(
     GatherElements GatherND Gelu Gemm GlobalAveragePool Greater GreaterOrEqual GroupNormalization HardSigmoid Identity
     InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log MatMul Max MaxPool Mean Min Mod
     Mul Neg Not OneHot Or Pad Pow QuantizeLinear Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
-    Relu Reshape Resize Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax SpaceToDepth Split
-    Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor""".split()
+    Relu Reshape Resize Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus SpaceToDepth
+    Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor""".split()
 )
 ORT_ONLY = frozenset(("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear"))
 # operators on shapes and indices, which are 64-bit integers
@@ -124,6 +124,21 @@ def _inexact(model: ModelProto) -> list[str]:
                 f"node {node.name} (Log) of 1 + x, as log1p is exported, loses x below 1e-7: "
                 "compute the logarithm outside of the module"
             )
+        elif node.op_type == "Log" and any(_sums_exponentials(one, makers) for one in inputs):
+            found.append(
+                f"node {node.name} (Log) of a running sum of exponentials, as logcumsumexp is exported, is -inf where "
+                "the sum lies about 100 below its row's maximum: compute it outside of the module"
+            )
+        elif node.op_type == "Sub" and _is_exp_minus_one(node, makers, constants):
+            found.append(
+                f"node {node.name} (Sub) of exp(x) - 1, as expm1 is exported, loses x below 1e-7: "
+                "use tanh(x / 2) * (exp(x) + 1)"
+            )
+        elif node.op_type == "Resize" and _attribute(node, "antialias") and not _attribute(node, "exclude_outside"):
+            found.append(
+                f"node {node.name} (Resize) with antialias=1 and exclude_outside=0 weighs pixels beyond the border, "
+                "unlike Pillow and PyTorch: set exclude_outside=1"
+            )
         elif _has_computed_mask(node, inputs, makers, constants, computed):
             found.append(
                 f"node {node.name} ({node.op_type}) has a mask that is computed: a row that is masked entirely gives "
@@ -147,6 +162,21 @@ def _reduction(node: NodeProto) -> str:
 
 def _adds_one(node: NodeProto, constants: dict[str, np.ndarray]) -> bool:
     return node.op_type == "Add" and any((constants[name] == 1).all() for name in node.input if name in constants)
+
+
+def _is_exp_minus_one(node: NodeProto, makers: dict[str, NodeProto], constants: dict[str, np.ndarray]) -> bool:
+    minuend, one = node.input
+    is_exp = minuend in makers and makers[minuend].op_type == "Exp"
+    return is_exp and one in constants and bool((constants[one] == 1).all())
+
+
+def _sums_exponentials(node: NodeProto, makers: dict[str, NodeProto]) -> bool:
+    return node.op_type == "CumSum" and node.input[0] in makers and makers[node.input[0]].op_type == "Exp"
+
+
+def _attribute(node: NodeProto, name: str) -> int:
+    """Return an integer attribute, 0 where the node has none."""
+    return next((a.i for a in node.attribute if a.name == name), 0)
 
 
 def _computed(model: ModelProto) -> set[str]:

@@ -124,6 +124,20 @@ def scene_images(size: int, seed: int, first: int, count: int) -> Tensor:
     return torch.from_numpy(np.stack([_scene(size, 10**6 * (seed + 1) + first + i) for i in range(count)]))
 
 
+def border_images(size: int) -> Tensor:
+    """Return uint8 [4, 3, size, size] with content at the borders: a frame of one pixel in white and in black on the
+    opposite, corners of four colours, a checkerboard.
+    """
+    frame = torch.zeros(3, size, size, dtype=torch.uint8)
+    frame[:, [0, -1]] = frame[:, :, [0, -1]] = 255
+    corners = torch.zeros_like(frame)
+    corners[0, 0, 0] = corners[1, 0, -1] = corners[2, -1, 0] = 255
+    corners[:, -1, -1] = 255
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    board = ((y + x) % 2 * 255).to(torch.uint8).expand(3, -1, -1)
+    return torch.stack([frame, 255 - frame, corners, board])
+
+
 def _scene(size: int, number: int) -> np.ndarray:
     """Return a held-out scene, uint8 [3, size, size]."""
     scene = Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + number)))

@@ -2,7 +2,8 @@
 
 The error of each output must be explained by its precision (`components.tolerance`); outputs must be finite and depend
 on the input; uneven batches, the largest batch and one more row than that are tried; and greedy captions from the
-embeddings must stay the same. On failure the blocks of the graph are compared one by one.
+embeddings must stay the same. The encoder upsamples, so images with content at the borders are compared as well. On
+failure the blocks of the graph are compared one by one.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from export.components import COMPONENTS, PEAK, tolerance
 from export.manifest import Artifact, ArtifactError, name_of
 from export.runtimes.base import ArtifactRuntime, Session
 from export.verification.captions import Captions
-from export.verification.inputs import NOISE, VerificationInputs
+from export.verification.inputs import NOISE, VerificationInputs, border_images
 from export.verification.layer_drift import drift
 from vlv.checkpoints.folder import Checkpoint
 
 AGREEMENT = 0.99  # share of greedy tokens that must stay; float32 must keep every one
+# 8-bit graphs are not compared at the borders: their error hides the difference, and they upsample as the float32 or
+# float16 graph that they are made from
+FLOATS = ("fp32", "fp16", "mixed", "bf16")
 MAX_SECONDS = 60.0  # for one batch; after a slower one, larger batches are left out
 
 
@@ -44,6 +48,7 @@ class Verifier:
         self._with_captions = captions and "caption" in checkpoint.can
         self._captions: Captions | None = None
         self._expected: dict[str, list[dict[str, Tensor]]] = {}
+        self._at_borders: dict[str, Tensor] = {}
 
     def check_all(self, runtime: ArtifactRuntime) -> list[Artifact]:
         """Return all artifacts of a runtime, in the order of COMPONENTS, with new figures.
@@ -92,6 +97,8 @@ class Verifier:
             "captions": None,
             "problems": problems,
         }
+        if artifact.component == "encoder" and artifact.precision in FLOATS:
+            figures["borders"] = self._check_borders(artifact, session, allowed, problems)
         if artifact.component == "encoder" and self._with_captions:
             figures["captions"] = self._agreement(artifact, session, problems)
         if problems and artifact.runtime == "onnx":
@@ -107,6 +114,28 @@ class Verifier:
             with torch.inference_mode():
                 self._expected[component] = [session(**inputs) for inputs in sets]
         return self._expected[component]
+
+    def _check_borders(self, artifact: Artifact, session: Session, allowed: float, problems: list[str]) -> dict:
+        """Return the largest errors over images with content at the borders.
+
+        Each image is compared by itself. A resize that reads pixels beyond the border can stay within the tolerance of
+        float16 on photos and noise, where few pixels lie there.
+        """
+        images = border_images(self.inputs.images.shape[-1])
+        if not self._at_borders:
+            with torch.inference_mode():
+                self._at_borders = self.inputs.reference.session("encoder")(pixels=images)
+        worst = {}
+        for name, value in _in_batches(session, {"pixels": images}, artifact.profile.max).items():
+            errors = [compare(*pair) for pair in zip(value, self._at_borders[name], strict=True)]
+            worst[name] = {key: max(e[key] for e in errors) for key in errors[0]}
+            if not all(e["rms"] <= allowed and e["max"] <= PEAK * allowed for e in errors):
+                problems.append(
+                    f"{name} of images with content at the borders is off by {worst[name]['rms']:.1e} RMS, "
+                    f"{worst[name]['max']:.1e} at most; {artifact.precision} explains {allowed:.1e} and "
+                    f"{PEAK * allowed:.1e}: does a resize read pixels beyond the border?"
+                )
+        return worst
 
     def _run_batches(self, artifact: Artifact, session: Session, sets: list[dict], problems: list[str]):
         """Return the batch sizes that were tried, and the outputs on all inputs.

@@ -92,6 +92,23 @@ class Log1p(torch.nn.Module):
         return torch.log1p(x.abs())
 
 
+class Expm1(torch.nn.Module):
+    def forward(self, x):
+        return torch.expm1(x)
+
+
+class LogCumSumExp(torch.nn.Module):
+    def forward(self, x):
+        return torch.logcumsumexp(x, 1)
+
+
+class Upsampled(torch.nn.Module):
+    """Pillow's bicubic upsampling, by PyTorch."""
+
+    def forward(self, x):
+        return torch.nn.functional.interpolate(x[:, None], (16, 16), mode="bicubic", antialias=True)
+
+
 class MaskedSoftmax(torch.nn.Module):
     def forward(self, x):
         return torch.softmax(x.masked_fill(x > 1, float("-inf")), -1)
@@ -114,7 +131,9 @@ class CausalAttention(torch.nn.Module):
     [
         (ScatterMean, 20, "keeps the last value where indices repeat"),
         (LogSigmoid, 20, "is -inf for large negative inputs"),
-        (Log1p, 20, "loses x below 1e-7"),
+        (Log1p, 20, "(Log) of 1 + x, as log1p is exported, loses x below 1e-7"),
+        (Expm1, 20, "(Sub) of exp(x) - 1, as expm1 is exported, loses x below 1e-7"),
+        (LogCumSumExp, 20, "(Log) of a running sum of exponentials, as logcumsumexp is exported"),
         (MaskedSoftmax, 20, "masked entirely gives zeros or the mean"),
         (MaskedAttention, 20, "masked entirely gives zeros or the mean"),
         (MaskedAttention, 23, "masked entirely gives zeros or the mean"),
@@ -129,14 +148,65 @@ def test_what_is_exported_inexactly(tmp_path, module, opset, problem):
     assert bool(found) == bool(problem) and all(problem in one for one in found)
 
 
-@pytest.mark.parametrize(("module", "value"), [(LogSigmoid, -200.0), (Log1p, 1e-10)])
-def test_what_the_lint_names_is_wrong_there(tmp_path, module, value):
-    program = torch.onnx.export(module().eval(), (torch.randn(3, 8),), dynamo=True, opset_version=20, verbose=False)
-    program.save(tmp_path / "x.onnx")
-    x = torch.full((3, 8), value)
-    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
-    assert not torch.allclose(found, module()(x), rtol=1e-2, atol=0)
+def exported(module, *shape) -> onnx.ModelProto:
+    module = module().eval()
+    return torch.onnx.export(module, (torch.randn(shape),), dynamo=True, opset_version=20, verbose=False).model_proto
+
+
+def in_onnxruntime(model: onnx.ModelProto, x: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "row"),
+    [
+        (LogSigmoid, [-200.0] * 8),
+        (Log1p, [1e-10] * 8),
+        (Expm1, [1e-10] * 8),
+        (LogCumSumExp, [-200.0, *[0.0] * 7]),
+    ],
+)
+def test_what_the_lint_names_is_wrong_there(module, row):
+    x = torch.tensor([row] * 3)
+    assert not torch.allclose(in_onnxruntime(exported(module, 3, 8), x), module()(x), rtol=1e-2, atol=0)
+
+
+class OurExpm1(torch.nn.Module):
+    def forward(self, x):
+        return torch.tanh(x / 2) * (torch.exp(x) + 1)
+
+
+class OurLogSigmoid(torch.nn.Module):
+    def forward(self, x):
+        return -torch.nn.functional.softplus(-x)
+
+
+@pytest.mark.parametrize(("module", "advised"), [(Expm1, OurExpm1), (LogSigmoid, OurLogSigmoid)])
+def test_what_the_lint_advises_is_exact_there(tmp_path, module, advised):
+    model = exported(advised, 3, 8)
+    onnx.save(model, tmp_path / "x.onnx")
+    assert not graph_lint.problems(tmp_path / "x.onnx", runtime="rtx")
+    x = torch.tensor([-80.0, -1.0, -1e-3, -1e-10, 1e-10, 1e-3, 20.0, 80.0]).expand(3, 8)
+    torch.testing.assert_close(in_onnxruntime(model, x), module()(x), rtol=1e-5, atol=1e-37)
+
+
+def test_resize_beyond_the_border(tmp_path):
+    """A graph whose antialiased Resize takes pixels beyond the border: named, and off there only."""
+    model = exported(Upsampled, 3, 8, 8)
+    onnx.save(model, tmp_path / "x.onnx")
+    assert not [one for one in graph_lint.problems(tmp_path / "x.onnx") if "exclude_outside" in one]
+    x = torch.rand(3, 8, 8)
+    expected = Upsampled()(x)
+    torch.testing.assert_close(in_onnxruntime(model, x), expected)
+
+    (resize,) = [node for node in model.graph.node if node.op_type == "Resize"]
+    next(a for a in resize.attribute if a.name == "exclude_outside").i = 0
+    onnx.save(model, tmp_path / "x.onnx")
+    (found,) = [one for one in graph_lint.problems(tmp_path / "x.onnx") if "exclude_outside" in one]
+    assert found.startswith(f"node {resize.name} (Resize) with antialias=1 and exclude_outside=0 weighs pixels beyond")
+    error = (in_onnxruntime(model, x) - expected).abs()
+    assert error[..., 4:-4, 4:-4].max() < 1e-5 and error[..., 0, :].max() > 1 / 255
 
 
 def test_memory(artifacts, monkeypatch):

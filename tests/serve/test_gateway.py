@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from types import SimpleNamespace
 
@@ -17,7 +18,8 @@ from serve.engines.remote import RemoteEngine
 from serve.http.admission import Admission
 from serve.http.app import Bounds
 from serve.http.auth import Keys
-from serve.http.gateway import HEADER, Gateway
+from serve.http.errors import ApiError
+from serve.http.gateway import HEADER, Gateway, sampling_fields
 from serve.http.incoming import limit_body
 from serve.http.metrics import Metrics
 from tests.serve.serving import Scripted
@@ -66,6 +68,15 @@ def test_a_closed_stream_is_cancelled_before_its_lease_is_released(checkpoint):
         assert Scripted.running == 0
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "field", ["repetition_penalty", "presence_penalty", "frequency_penalty", "prompt_logprobs", "logprobs"]
+)
+def test_what_differs_with_embeddings_is_refused(field):
+    """docs/compatibility.md: vLLM reads a prompt's token ids for these, and embeddings have placeholders there."""
+    with pytest.raises(ApiError, match=f"{HEADER} holds .*, not {field}"):
+        sampling_fields(json.dumps({"max_tokens": 4, field: 1}))
 
 
 def test_a_port_that_is_taken(checkpoint, capsys):

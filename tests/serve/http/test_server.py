@@ -217,6 +217,8 @@ def test_curl(server, keys, image, scene_images, tmp_path):
         ({"presence_penalty": -1}, 400, "presence_penalty is not supported here (penalties count"),
         ({"repetition_penalty": 1.1}, 400, "repetition_penalty is not supported here (penalties count"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias is not supported here"),
+        ({"prompt_logprobs": 1}, 400, "prompt_logprobs is not supported here: leave it out"),
+        ({"prompt_logprobs": 0}, 400, "prompt_logprobs is not supported here: leave it out"),
         ({"logprobs": True}, 400, "logprobs need --engine vllm"),
         ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs: true"),
         ({"guided_json": {}}, 400, "guided_json is not supported here: leave it out"),

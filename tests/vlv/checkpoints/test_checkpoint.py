@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.vlv.agreement import random_weights
 from vlv import checkpoint as command
 from vlv.checkpoints import folder as checkpoint
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.checkpoints.tensor_files import write_safetensors
 from vlv.common.files import link_tree
 from vlv.model.config import FORMAT, PRESETS
 from vlv.model.encoder import VLVEncoder
@@ -23,6 +25,18 @@ from vlv.model.encoder import VLVEncoder
 @pytest.fixture(scope="module")
 def encoder() -> VLVEncoder:
     return random_weights(VLVEncoder(PRESETS["tiny"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_what_is_not_contiguous_is_written_as_it_is_indexed(tmp_path, dtype):
+    """Transposed, sliced and expanded tensors, whose order in memory is another."""
+    x = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    tensors = {"transposed": x.transpose(0, 2), "sliced": x[:, 1:, ::2], "expanded": x[0, 0].expand(5, 4)}
+    assert not any(tensor.is_contiguous() for tensor in tensors.values())
+    plan = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in tensors.items()}
+    write_safetensors(tmp_path / "x.safetensors", plan, tensors.__getitem__)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], one) for name, one in tensors.items())
 
 
 def test_the_hash_is_of_what_is_loaded(captioning_checkpoint, tmp_path):

@@ -64,3 +64,28 @@ def test_worst_case_overshoot_is_clipped_between_the_passes():
     """A checkerboard of 0 and 255: bicubic overshoots most here, and Pillow clips after each pass."""
     board = ((np.indices((64, 64)).sum(0) % 2) * 255).astype(np.uint8)
     assert_equal(np.repeat(board[..., None], 3, -1), 128)
+
+
+def border_contents(size: int) -> dict[str, np.ndarray]:
+    """Images uint8 [size, size, 3] whose content lies at the borders."""
+    black = np.zeros((size, size, 3), np.uint8)
+    images = {name: black.copy() for name in ("frame", "corners", "top row", "last column", "rows beside the border")}
+    images["frame"][[0, -1]] = images["frame"][:, [0, -1]] = 255
+    images["corners"][[0, 0, -1, -1], [0, -1, 0, -1]] = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
+    images["top row"][0] = 255
+    images["last column"][:, -1] = [255, 128, 1]
+    images["rows beside the border"][[1, -2]] = 255
+    images["dark frame"] = 255 - images["frame"]
+    images["checkerboard"] = np.repeat((np.indices((size, size)).sum(0) % 2 * 255).astype(np.uint8)[..., None], 3, -1)
+    return images
+
+
+@pytest.mark.parametrize("size,target", [(64, 128), (384, 768), (50, 200), (7, 21), (33, 165), (3, 5), (100, 64)])
+def test_equals_pillow_at_the_borders(size: int, target: int):
+    """Taps beyond the border are dropped, neither black nor the border repeated; each edge within 1/255, and equal."""
+    for name, image in border_contents(size).items():
+        ours, pillows = through_ours(image, target), through_pillow(image, target)
+        for edge in (np.s_[:4], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:]):
+            difference = (ours[edge] - pillows[edge]) * torch.tensor(IMAGENET_STD)
+            assert difference.abs().max() < 1 / 255, (name, edge)
+        assert_equal(image, target)

@@ -1,13 +1,15 @@
 """A whole run of vlv.train.trainer on a very small encoder: in this process, or started by torchrun.
 
-python small_run.py DATA RUN ddp|fsdp|late: trains to its end, resuming what RUN holds.
+python small_run.py DATA RUN ddp|fsdp|late|nan-ddp|nan-fsdp: trains to its end, resuming what RUN holds.
 """
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from vlv.data.loader import TrainingImages, batches
 from vlv.data.sources import open_sources
@@ -53,6 +55,22 @@ class Late(Noisy):
         self.encoder.bottleneck.decoder.requires_grad_(step >= 3)
 
 
+class NotANumber(Noisy):
+    """Noisy, with a NaN on one process: from step 1 in the loss of 0 and of 1 alone, then in the gradient of each."""
+
+    def before_step(self, step):
+        self.step = step
+
+    def forward(self, batch):
+        losses = super().forward(batch)
+        case, rank = divmod(self.step - 1, 2)
+        if case == 0 and dist.get_rank() == rank:
+            losses["loss"] = losses["loss"] + math.nan  # whose gradients are finite
+        elif case == 1 and dist.get_rank() == rank:
+            losses["loss"] = losses["loss"] + (losses["loss"] * 0).sqrt()  # 0, whose gradient is 0 * infinity
+        return losses
+
+
 def train(data, folder, config=CONFIG, objective=Noisy):
     """Train to the end in the processes at hand; returns the trainer's whole weights."""
     with World.start("cpu") as world:
@@ -68,5 +86,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[3] == "late":
         train(sys.argv[1], sys.argv[2], replace(CONFIG, encoder_from=3), Late)
+    elif sys.argv[3].startswith("nan-"):
+        config = replace(CONFIG, steps=6, parallel=sys.argv[3].removeprefix("nan-"))
+        train(sys.argv[1], sys.argv[2], config, NotANumber)
     else:
         train(sys.argv[1], sys.argv[2], replace(CONFIG, parallel=sys.argv[3]))

@@ -1,6 +1,7 @@
 """The loop at scale: processes, kills and restarts change nothing; what is not finite, or stands out, is left out."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -201,6 +202,21 @@ def test_a_step_that_is_not_finite_changes_nothing(captioned, tmp_path, monkeypa
     assert all(torch.equal(a, b) for a, b in zip(*poisoned, strict=True))
     assert all(w.isfinite().all() for w in weights.values())
     assert log(tmp_path)[-1]["skipped"] == 1 and "step 1, images from 8: left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_is_not_a_number_on_one_of_two_processes_is_left_out_by_both(captioned, tmp_path, parallel):
+    """Whichever it is: sums over processes keep a NaN, where Gloo's maximum drops that of the second process."""
+    process = start(TWO, captioned, tmp_path, f"nan-{parallel}")
+    told = process.communicate(timeout=200)[1].decode()
+    assert process.returncode == 0, told[-2000:]
+    for step, reason in ((1, "the loss is nan"), (2, "the loss is nan"),
+                         (3, "the gradient's norm is nan"), (4, "the gradient's norm is nan")):  # fmt: skip
+        assert f"step {step}, images from {8 * step}: left out, {reason}" in told
+    records = log(tmp_path)
+    assert [r["step"] for r in records] == list(range(1, 7)) and records[-1]["skipped"] == 4
+    assert [math.isnan(r["loss"]) for r in records] == [False, True, True, False, False, False]
+    assert [math.isnan(r["norm"]) for r in records] == [False, False, False, True, True, False]
 
 
 def test_the_detector_sees_what_stands_out_and_gives_up_in_the_end():
