@@ -16,7 +16,6 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization.calibrate import TensorsData
 
 from export.quantize.int8 import save_quantized
-from export.quantize.precision import NotPossible
 from export.trace import Traced
 
 MIN_SCALE = 2.0**-20  # float16 has 16 steps below it
@@ -92,10 +91,6 @@ class _Layers:
 
     def _activation(self, name: str) -> list[NodeProto]:
         largest = np.abs(self.calibration_ranges[name].range_value).max()
-        if not np.isfinite(largest):
-            raise NotPossible(
-                f"{self.precision}: {name} overflows in float16, which the other layers compute in: choose bf16 or fp32"
-            )
         _, constants = self._scale(name, largest)
         quantize = helper.make_node("QuantizeLinear", [name, *constants], [f"{name}_8bit"], f"{name}_quantize")
         return [quantize, self._dequantize(name, constants)]
