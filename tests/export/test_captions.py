@@ -61,6 +61,7 @@ def test_scenes_are_others_than_the_verification_inputs(checkpoint):
     assert first.shape == (8, 3, size, size) and first.dtype == torch.uint8 and len(set(rows)) == len(rows)
 
 
+@pytest.mark.timeout(1500)  # up to a thousand scenes for each seed
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])
 def test_the_verdict_is_the_same_for_any_scenes(tmp_path, checkpoint, precision):
     """Five seeds; eight-bit floats in all blocks lose more than one token in a hundred, and float16 none."""

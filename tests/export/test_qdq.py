@@ -89,6 +89,7 @@ def test_what_overflows_in_float16_is_told(tmp_path):
         ranges(tmp_path / "toy.onnx", [{"x": torch.full((1, 9, 64), 1e5)}])
 
 
+@pytest.mark.timeout(1500)  # near the limit, the check of the captions takes a thousand scenes for each candidate
 def test_it_is_exported_with_its_captions_and_its_ranges(tmp_path):
     """Cheap blocks stay in float16, attention and convolutions too; the check is every other precision's."""
     # whether three bits carry a small model's captions is the checkpoint's matter
