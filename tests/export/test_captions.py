@@ -61,20 +61,16 @@ def test_scenes_are_others_than_the_verification_inputs(checkpoint):
     assert first.shape == (8, 3, size, size) and first.dtype == torch.uint8 and len(set(rows)) == len(rows)
 
 
-@pytest.mark.timeout(1500)  # up to a thousand scenes for each seed
-@pytest.mark.parametrize("precision", ["fp16", "fp8"])
-def test_the_verdict_is_the_same_for_any_scenes(tmp_path, checkpoint, precision):
-    """Five seeds; eight-bit floats in all blocks lose more than one token in a hundred, and float16 none."""
-    assert export(tmp_path, precision, "--components", "encoder", "--no-captions", "--allow-drift") == 0
+def test_the_verdict_is_the_same_for_any_scenes(tmp_path, checkpoint):
+    """Five seeds in float16, which loses no caption."""
+    assert export(tmp_path, "fp16", "--components", "encoder", "--no-captions") == 0
     artifact = Manifest.open(tmp_path).checked("encoder")
     runtime = open_runtime("onnx", tmp_path, checkpoint)
 
     def encode(images):
         return torch.cat([runtime.encode(part) for part in images.split(artifact.profile.max)])
 
-    verdicts = []
     for seed in range(5):
         inputs = VerificationInputs(checkpoint, 6, seed=seed)
         captions = Captions(checkpoint, inputs.reference, inputs.images[:-NOISE], seed)
-        verdicts.append(captions.agreement(encode, 0.99).passes(0.99))
-    assert verdicts == [precision == "fp16"] * 5
+        assert captions.agreement(encode, 0.99).passes(0.99)
