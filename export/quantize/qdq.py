@@ -48,7 +48,7 @@ def quantized(
     """Quantize the float16 graph of the folder `source` into `work_dir`, except for `excluded_blocks`.
 
     precision: one of FORMATS; calibration_ranges: of activations (`int8.ranges`). Convolutions, attention and the
-    layers that read one vector per image (Gemm) are not quantized either. Raises NotPossible.
+    layers that read one vector per image (Gemm) are not quantized either.
     """
     model = onnx.load(source / traced.files[0])
     layers = _Layers(model.graph, calibration_ranges, precision)
