@@ -27,7 +27,8 @@ def test_dry_run_checks_every_operation_and_both_models(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "kernels.json").read_text())["results"]
     names = {result["name"].split()[0] for result in results}
-    assert {"window_attention", "attention", "upsample_normalize", "encoder", "unet", "linear"} < names
+    operations = {"window_attention", "attention", "upsample_normalize", "linear", "add_norm", "fp8_linear"}
+    assert {"encoder", "unet", *operations} < names
     assert len(names) == 11
     assert all(result["correct"] and result["milliseconds"] for result in results)
     assert "ms" not in done.stdout  # a dry run shows no figure
@@ -35,8 +36,8 @@ def test_dry_run_checks_every_operation_and_both_models(tmp_path):
 
 
 def test_tuning_tries_every_candidate(tmp_path):
-    done = run("--dry-run", "--tune", "--only", "geglu", "--out", tmp_path / "kernels.json")
-    assert done.returncode == 0 and "tuned geglu.forward f32" in done.stdout, done.stdout + done.stderr
+    done = run("--dry-run", "--tune", "--only", "upsample", "--out", tmp_path / "kernels.json")
+    assert done.returncode == 0 and "tuned upsample_normalize.forward t8" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_budget_skips_what_does_not_fit_and_keeps_what_was_measured(tmp_path):
