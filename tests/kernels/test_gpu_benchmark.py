@@ -25,7 +25,12 @@ def test_dry_run_checks_every_operation_and_both_models(tmp_path):
     tuned = (ROOT / "kernels/tuned.json").read_bytes()
     done = run("--dry-run", "--out", tmp_path / "kernels.json")
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "kernels.json").read_text())["results"]
+    report = json.loads((tmp_path / "kernels.json").read_text())
+    assert {"ours graph", "ours graph batch 1", "fp8 eager", "fp8 graph"} <= {one["name"] for one in report["encoder"]}
+    checks = {one["name"]: one for one in report["checks"]}
+    assert all(one["correct"] for one in checks.values())
+    assert checks["encoder fp8"]["rms"] > checks["encoder"]["rms"] and checks["encoder, ours graph"]["graphs"] == [1, 2]
+    results = report["results"]
     names = {result["name"].split()[0] for result in results}
     operations = {"window_attention", "attention", "upsample_normalize", "linear", "add_norm", "fp8_linear"}
     assert {"encoder", "unet", *operations} < names
