@@ -52,9 +52,7 @@ def test_the_error_is_that_of_three_bits_and_captions_stay(checkpoint):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_cpu_is_refused_with_the_remedy(checkpoint):
-    with pytest.raises(
-        RuntimeUnavailable, match=r"8\.9 or higher, and a CPU has none: use bf16 or fp32, or"
-    ):
+    with pytest.raises(RuntimeUnavailable, match=r"8\.9 or higher, and a CPU has none: use bf16 or fp32, or"):
         open_runtime("torch", checkpoint=checkpoint, precision="fp8")
 
 
