@@ -33,7 +33,7 @@ from vlv.common.command import Parser, UserError, command_line, positive, run_co
 from vlv.common.files import write_json
 
 SHARDS = 20
-BATCH = 50
+BATCH = 200
 STARTS = (2, 1, 2, 2)  # processes of the run that is killed after each of its starts but the last
 TRAIN = """
 import json, sys, time
