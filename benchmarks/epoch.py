@@ -3,7 +3,7 @@
     python -m benchmarks.epoch --images 100000 --out benchmarks/epoch.json
 
 The images are small JPEG files in 20 WebDataset tars behind a local HTTP server that serves ranges; the model is a
-very small one (the test suite's), trained by `vlv.train.stage1`'s own code. The run that is stopped gets SIGKILL for
+very small one, trained by `vlv.train.stage1`'s own code. The run that is stopped gets SIGKILL for
 all its processes at three random steps and goes on with 1 and 2 processes in turn. Each process writes down the names
 of the rows that it was given; from these, and from the step at which each start began, a count that knows nothing of
 the loader finds the rows that reached the final weights. The losses of both runs are compared step by step.
@@ -25,6 +25,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 
@@ -76,13 +77,23 @@ def make_tars(folder: Path, images: int) -> set[str]:
 
 def make_start(folder: Path) -> Path:
     """Write the narrow text-to-image model and the stage-1 checkpoint that the runs start from."""
+    from vlv.model.config import PRESETS
     from vlv.train.config import STAGE1, T2I, Inputs, RunOptions
     from vlv.train.stage1 import train_stage1
     from vlv.train.t2i import train_t2i
 
-    narrow = replace(T2I["smoke"], vae_channels=(8, 8, 16, 16), unet_channels=(16, 32))
-    train_t2i(narrow, RunOptions(folder, folder / "t2i"))
-    train_stage1(STAGE1["smoke"], Inputs(), RunOptions(folder, folder / "stage1"))
+    model = PRESETS["tiny"]
+    vision = replace(model.vision, dims=(16, 32, 32), heads=(1, 2, 2), groups=(1, 2, 2))
+    narrow = replace(
+        model, vision=vision, width=32, heads=2, ffn=64, encoder_layers=1, decoder_layers=1, context_width=32,
+        context_heads=4, context_ffn=128, context_layers=1,
+    )  # fmt: skip
+    t2i = replace(
+        T2I["smoke"], vae_channels=(8, 8, 16, 16), unet_channels=(16, 32), context_width=32, text_layers=1
+    )  # fmt: skip
+    with patch.dict(PRESETS, {"tiny": narrow}):
+        train_t2i(t2i, RunOptions(folder, folder / "t2i"))
+        train_stage1(STAGE1["smoke"], Inputs(), RunOptions(folder, folder / "stage1"))
     return folder / "stage1"
 
 
