@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.components import RUNTIMES
+from export.components import RUNTIMES, TORCH_PRECISIONS
 from serve import ENGINES
 from vlv.common.command import Parser, positive
 
@@ -34,6 +34,13 @@ def engine_arguments() -> Parser:
     p.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share the LLM (vllm)")
     p.add_argument("--encoder", choices=RUNTIMES, default="torch", help="what runs the encoder: torch, or an export")
     p.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the exported encoder (export.onnx)")
+    p.add_argument("--precision", choices=TORCH_PRECISIONS, help="of the encoder in torch (bf16 on a GPU, else fp32)")
+    p.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="launch the encoder in torch on a GPU at once (default); --no-cuda-graphs saves memory",
+    )
     p.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images per encoder batch (32)")
     p.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
     p.add_argument("--ignore-icc", action="store_true", help="take colours as stored, as published, not as sRGB")

@@ -34,14 +34,16 @@ class Encoder:
         artifacts: Path | None = None,
         batch: int = 32,
         threads: int | None = None,
+        precision: str | None = None,
+        cuda_graphs: bool = True,
     ):
         """Load the weights. `threads`: for PyTorch on a CPU, in the thread that calls, which has to encode too.
 
-        Raises ArtifactError or CheckpointError.
+        precision, cuda_graphs: of the runtime torch. Raises ArtifactError or CheckpointError.
         """
         if threads:
             torch.set_num_threads(threads)
-        self._runtime = open_runtime(runtime, artifacts, checkpoint)
+        self._runtime = open_runtime(runtime, artifacts, checkpoint, precision, batch if cuda_graphs else 0)
         self._runtime.session("encoder")  # loads it
         self.batch = min(batch, self._runtime.max_batch or batch)
 

@@ -30,6 +30,8 @@ class ModelOptions:
     workers: int | None = None
     ignore_icc: bool = False
     debug: bool = False
+    precision: str | None = None  # of the encoder in torch; one of TORCH_PRECISIONS
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Model:
             raise Misuse(f"--ckpt: {error}") from error
         if (options.encoder == "torch") != (options.artifacts is None):
             raise Misuse(f"--encoder {options.encoder} and --artifacts: an exported encoder needs both, torch neither")
+        if options.precision and options.encoder != "torch":
+            raise Misuse(f"--precision {options.precision} and --encoder {options.encoder}: an export has its own")
         try:
             if options.artifacts:
                 Manifest.open(options.artifacts)

@@ -49,6 +49,8 @@ class RunConfig:
     flags: str = ""  # for the records: what changes captions beside the model
     style: CaptionStyle = PLAIN  # how captions are edited
     ignore_icc: bool = False  # take colours as they are stored, as published
+    precision: str | None = None  # of the encoder in torch
+    cuda_graphs: bool = True  # for the encoder in torch on a GPU
 
 
 class CaptionRun:
@@ -91,6 +93,8 @@ class CaptionRun:
             config.encoder,
             config.artifacts,
             config.ignore_icc,
+            config.precision,
+            config.cuda_graphs,
             restarts=0,
         )
         self._service = service = CaptionService(self.checkpoint, lambda: self.engine, limits, self.timeline)

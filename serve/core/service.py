@@ -46,6 +46,8 @@ class ServiceConfig:
     encoder: str = "torch"  # a runtime of export.runtimes
     artifacts: Path | None = None  # folder of the exported encoder, for all but torch
     ignore_icc: bool = False  # take colours as they are stored, as published
+    precision: str | None = None  # of the encoder in torch
+    cuda_graphs: bool = True  # for the encoder in torch on a GPU
     restarts: int = 3  # of an engine that dies, in a row without a caption between them; then the service fails
 
 
@@ -110,7 +112,15 @@ class CaptionService:
 
     def _open_encoder(self) -> Encoder:
         config = self.config
-        return Encoder(self.checkpoint, config.encoder, config.artifacts, config.batch, self.engine.encoder_threads)
+        return Encoder(
+            self.checkpoint,
+            config.encoder,
+            config.artifacts,
+            config.batch,
+            self.engine.encoder_threads,
+            config.precision,
+            config.cuda_graphs,
+        )
 
     async def _guarded(self, part: Callable) -> None:
         try:

@@ -257,7 +257,14 @@ async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
     keys = read_keys(config.keys, config.no_auth, config.host)
     model = Model.of(config)
     stages = ServiceConfig(
-        config.prompt_batch, config.workers, config.max_pixels, config.encoder, config.artifacts, config.ignore_icc
+        config.prompt_batch,
+        config.workers,
+        config.max_pixels,
+        config.encoder,
+        config.artifacts,
+        config.ignore_icc,
+        config.precision,
+        config.cuda_graphs,
     )
     service = Service(model.checkpoint, model.engine, stages)
     fetcher = Fetcher(tuple(config.image_host), config.max_image << 20)

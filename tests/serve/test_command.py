@@ -51,6 +51,7 @@ def test_arguments_become_a_model_and_its_engine(captioning_checkpoint):
     model = open_model(parse("--ckpt", captioning_checkpoint, "--max-tokens", 9, "--llm-url", "http://127.0.0.1:1"))
     engine = model.engine()
     assert (engine.name, engine.in_flight, engine.max_tokens) == ("remote", 7, 9)
+    assert (model.options.precision, model.options.cuda_graphs) == (None, True)
     assert engine.options.url == "http://127.0.0.1:1" and engine.spec == model.spec
     assert model.engine() is not engine
     with pytest.raises(OptionError, match="--lora does not go with --engine transformers"):
@@ -68,6 +69,7 @@ def test_arguments_become_a_model_and_its_engine(captioning_checkpoint):
         (("--encoder", "onnx"), "--encoder onnx and --artifacts: an exported encoder needs both"),
         (("--artifacts", "/absent"), "--encoder torch and --artifacts"),
         (("--encoder", "onnx", "--artifacts", "/absent"), "--artifacts: no artifacts in /absent"),
+        (("--encoder", "onnx", "--artifacts", "/absent", "--precision", "fp8"), "--precision fp8 and --encoder onnx"),
     ],
 )
 def test_arguments_that_do_not_fit(captioning_checkpoint, args, words):
