@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from export.components import RUNTIMES
 from serve import ENGINES
 from vlv.common.command import Parser, positive
+from vlv.data.decoding.crop import CROPS
 
 if TYPE_CHECKING:
     from serve.core.model import Model
@@ -36,6 +37,13 @@ def engine_arguments() -> Parser:
     p.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the exported encoder (export.onnx)")
     p.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images per encoder batch (32)")
     p.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
+    p.add_argument(
+        "--crop",
+        choices=CROPS,
+        default="center",
+        help="what the model sees: the centre square (default, published), all of the image on a square of grey, "
+        "squashed, or in overlapping squares with a caption each",
+    )
     p.add_argument("--ignore-icc", action="store_true", help="take colours as stored, as published, not as sRGB")
     return p
 

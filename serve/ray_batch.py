@@ -64,6 +64,8 @@ def _batch(args: argparse.Namespace) -> int:
     from serve.ray.stages import ENDINGS, StageOptions
     from serve.ray.store import Store, part, plan
 
+    if args.crop == "tiles":
+        raise Misuse("--crop tiles: a unit has one caption an image here; use serve.vllm_caption, with --shard")
     model = open_model(args)
     limit = max_images(model.checkpoint.config)
     if args.unit > limit:
@@ -111,7 +113,7 @@ def _results(
     context.target_max_block_size = BLOCK
     gpus = args.llm_gpu if args.tensor_parallel == 1 else args.tensor_parallel
     stages = (
-        (Decode, (args.output, size, args.workers or 1, args.ignore_icc), args.decoders, 0),
+        (Decode, (args.output, size, args.workers or 1, args.ignore_icc, args.crop), args.decoders, 0),
         (Encode, (options,), args.encoders, args.encoder_gpu),
         (Write, (options,), args.llms, gpus),
     )
