@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from export.components import RUNTIMES
 from serve import ENGINES
-from vlv.common.command import Parser, positive
+from vlv.checkpoints.names import missing_reason
+from vlv.common.command import Misuse, Parser, positive
 from vlv.data.decoding.crop import CROPS
 
 if TYPE_CHECKING:
@@ -48,8 +49,17 @@ def engine_arguments() -> Parser:
     return p
 
 
+def require_checkpoint(ckpt: str | None) -> None:
+    """Raise Misuse if --ckpt is missing or names nothing: before anything heavy is imported, which takes seconds."""
+    if not ckpt:
+        raise Misuse("--ckpt is needed (--help shows the usage)")
+    if reason := missing_reason(ckpt):
+        raise Misuse(f"--ckpt: {reason}")
+
+
 def open_model(args: argparse.Namespace) -> Model:
     """Return the Model that model_arguments and engine_arguments describe. Raises Misuse, CheckpointError."""
+    require_checkpoint(args.ckpt)
     from serve.core.model import Model, ModelOptions
 
     return Model.of(ModelOptions(**{name: getattr(args, name) for name in ModelOptions.__dataclass_fields__}))

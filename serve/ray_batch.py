@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from serve.command import engine_arguments, model_arguments, open_model
+from serve.command import engine_arguments, model_arguments, open_model, require_checkpoint
 from serve.ray.cluster import cluster_arguments, joined, on_gpu, share, span
 from vlv.common.command import Misuse, Parser, debug_argument, positive, run_command, say
 
@@ -59,13 +59,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
+    if args.crop == "tiles":
+        raise Misuse("--crop tiles: a unit has one caption an image here; use serve.vllm_caption, with --shard")
+    require_checkpoint(args.ckpt)
+
     from serve.core.inputs import LeftOut
     from serve.core.remote import items_of
     from serve.ray.stages import ENDINGS, StageOptions
     from serve.ray.store import Store, part, plan
 
-    if args.crop == "tiles":
-        raise Misuse("--crop tiles: a unit has one caption an image here; use serve.vllm_caption, with --shard")
     model = open_model(args)
     limit = max_images(model.checkpoint.config)
     if args.unit > limit:
