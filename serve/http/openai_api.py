@@ -97,6 +97,12 @@ def caption_params(body: dict, max_tokens: int, has_logprobs: bool = False, crop
     raw, as_json = _boolean(fields, "raw"), _is_json_object(fields.pop("response_format", {"type": "text"}))
     if fields.get("tool_choice") == "none":
         fields.pop("tools", None)
+    require_neutral(fields)
+    return CaptionParams(sampling, count, raw, as_json, crop, max_tokens if requested > max_tokens else None)
+
+
+def require_neutral(fields: dict) -> None:
+    """Raise ApiError for a field that would change a caption in a way that is not offered."""
     for name, value in fields.items():
         if name not in NEUTRAL:
             raise invalid_request(f"{name} is not supported here: leave it out", name, "unsupported_parameter")
@@ -105,7 +111,6 @@ def caption_params(body: dict, max_tokens: int, has_logprobs: bool = False, crop
             raise invalid_request(
                 f"{name} is not supported here ({reason}): leave it out", name, "unsupported_parameter"
             )
-    return CaptionParams(sampling, count, raw, as_json, crop, max_tokens if requested > max_tokens else None)
 
 
 def crop_of(fields: dict, default: str, choices: tuple[str, ...] = CROPS) -> str:
