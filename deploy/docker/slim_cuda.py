@@ -87,11 +87,30 @@ def merged(ranges: list[Range]) -> list[Range]:
     return found
 
 
+def segments_of(content: bytes | bytearray) -> list[tuple]:
+    """Return the segments of an ELF file, each with SEGMENT's fields."""
+    offset, size, count = *struct.unpack_from("<Q", content, 32), *struct.unpack_from("<HH", content, 54)
+    return [SEGMENT.unpack_from(content, offset + i * size) for i in range(count)]
+
+
 def is_shortened(content: bytes) -> bool:
     """Return True if a library was shortened before: a segment that cannot be written is longer in memory."""
-    offset, size, count = *struct.unpack_from("<Q", content, 32), *struct.unpack_from("<HH", content, 54)
-    segments = [SEGMENT.unpack_from(content, offset + i * size) for i in range(count)]
-    return any(s[0] == LOAD and not s[1] & WRITABLE and s[6] > s[5] for s in segments)
+    return any(s[0] == LOAD and not s[1] & WRITABLE and s[6] > s[5] for s in segments_of(content))
+
+
+def same_memory(data: bytearray, short: bytearray) -> bool:
+    """Return True if a loader makes the same memory of two libraries, but for the offsets in the ELF header."""
+    before = [s for s in segments_of(data) if s[0] == LOAD]
+    after = [s for s in segments_of(short) if s[0] == LOAD]
+    for _, flags, offset, address, _, in_file, in_memory, _ in after:
+        (old,) = (s for s in before if s[3] <= address < s[3] + s[6])
+        start = old[2] + address - old[3]
+        zeros = max(start + in_file, min(start + in_memory, old[2] + old[5]))
+        skip = max(0, 64 - offset)
+        same = memoryview(data)[start + skip : start + in_file] == memoryview(short)[offset + skip : offset + in_file]
+        if not same or flags != old[1] or data.count(0, start + in_file, zeros) != zeros - start - in_file:
+            return False
+    return sum(s[6] for s in before) == sum(s[6] for s in after)
 
 
 def shorten(content: bytes, drop: list[Range]) -> bytes | bytearray:
@@ -102,9 +121,9 @@ def shorten(content: bytes, drop: list[Range]) -> bytes | bytearray:
     data = bytearray(content)
     for first, last in drop:
         data[first:last] = bytes(last - first)
-    offset, sections_at = struct.unpack_from("<QQ", data, 32)
-    size, count, section_size, section_count = struct.unpack_from("<HHHH", data, 54)
-    segments = [SEGMENT.unpack_from(data, offset + i * size) for i in range(count)]
+    (sections_at,) = struct.unpack_from("<Q", data, 40)
+    section_size, section_count = struct.unpack_from("<HH", data, 58)
+    segments = segments_of(data)
     loaded = [(s[2], s[2] + s[5]) for s in segments if s[0] == LOAD]
     holes = []
     for first, last in drop:
@@ -140,7 +159,10 @@ def shorten(content: bytes, drop: list[Range]) -> bytes | bytearray:
     short += bytes(-len(short) % page)
     struct.pack_into("<QQ", short, 32, len(short), moved(sections_at) if section_count else 0)
     struct.pack_into("<H", short, 56, len(table))
-    return short + b"".join(SEGMENT.pack(*segment) for segment in table)
+    short += b"".join(SEGMENT.pack(*segment) for segment in table)
+    if not same_memory(data, short):
+        raise ValueError("its memory would not be the same")
+    return short
 
 
 def _pieces(segment: tuple, holes: list[Range], page: int, moved) -> Iterator[tuple]:

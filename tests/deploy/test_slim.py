@@ -101,7 +101,7 @@ def test_a_shortened_library_has_the_same_memory(tmp_path):
         < before + 20_000 + 2 * (6 * 4096 + 5_000)
     )
 
-    expected = bytearray(content)
+    expected = bytearray(content)  # what the library holds twice
     for (first, last), kind in zip(ranges, kinds, strict=True):
         if kind != (SM, 90):
             expected[first:last] = bytes(last - first)
