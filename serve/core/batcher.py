@@ -70,6 +70,11 @@ class Encoded:
         return self.squares[0]
 
 
+def _encode(encoder: Encoder, images: list[np.ndarray]) -> Tensor:
+    """Encode the squares of images; copying them together would delay the event loop."""
+    return encoder(np.concatenate(images))
+
+
 class Batcher:
     """Encode the images in the slots of a decode pool, in a thread of its own, by the rule above."""
 
@@ -119,7 +124,7 @@ class Batcher:
             if not needed:
                 continue
             start = time.monotonic()
-            rows = await loop.run_in_executor(self._thread, encoder, np.concatenate(images))
+            rows = await loop.run_in_executor(self._thread, _encode, encoder, images)
             seconds = time.monotonic() - start
             if self._timeline:
                 self._timeline.span("the encoder", start, images=len(needed), waiting=self.waiting)
