@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from export.components import RUNTIMES, TORCH_PRECISIONS
 from serve import ENGINES
-from vlv.common.command import Parser, positive
+from vlv.checkpoints.names import missing_reason
+from vlv.common.command import Misuse, Parser, positive
+from vlv.data.decoding.crop import CROPS
 
 if TYPE_CHECKING:
     from serve.core.model import Model
@@ -43,12 +45,28 @@ def engine_arguments() -> Parser:
     )
     p.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images per encoder batch (32)")
     p.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
+    p.add_argument(
+        "--crop",
+        choices=CROPS,
+        default="center",
+        help="what the model sees: the centre square (default, published), all of the image on a square of grey, "
+        "squashed, or in overlapping squares with a caption each",
+    )
     p.add_argument("--ignore-icc", action="store_true", help="take colours as stored, as published, not as sRGB")
     return p
 
 
+def require_checkpoint(ckpt: str | None) -> None:
+    """Raise Misuse if --ckpt is missing or names nothing: before anything heavy is imported, which takes seconds."""
+    if not ckpt:
+        raise Misuse("--ckpt is needed (--help shows the usage)")
+    if reason := missing_reason(ckpt):
+        raise Misuse(f"--ckpt: {reason}")
+
+
 def open_model(args: argparse.Namespace) -> Model:
     """Return the Model that model_arguments and engine_arguments describe. Raises Misuse, CheckpointError."""
+    require_checkpoint(args.ckpt)
     from serve.core.model import Model, ModelOptions
 
     return Model.of(ModelOptions(**{name: getattr(args, name) for name in ModelOptions.__dataclass_fields__}))

@@ -182,6 +182,7 @@ def _caption(args: argparse.Namespace) -> int:
         args.ignore_icc,
         args.precision,
         args.cuda_graphs,
+        args.crop,
     )
     engine = model.engine()
     if args.output == "-":

@@ -29,6 +29,7 @@ class ModelOptions:
     prompt_batch: int = 32
     workers: int | None = None
     ignore_icc: bool = False
+    crop: str = "center"  # what the model sees of an image: one of vlv.data.decoding.crop.CROPS
     debug: bool = False
     precision: str | None = None  # of the encoder in torch; one of TORCH_PRECISIONS
     cuda_graphs: bool = True
@@ -72,7 +73,8 @@ class Model:
     def flags(self) -> str:
         """Return the flags that change captions where they are not the default, for the records of captions."""
         longest = [f"--max-tokens {self.max_tokens}"] if self.max_tokens != self.spec.max_tokens(None) else []
-        return " ".join(longest + ["--ignore-icc"] * self.options.ignore_icc)
+        crop = [f"--crop {self.options.crop}"] if self.options.crop != "center" else []
+        return " ".join(longest + crop + ["--ignore-icc"] * self.options.ignore_icc)
 
     def engine(self) -> LLMEngine:
         """Return a new engine, not started. Raises OptionError for an option that it does not take."""

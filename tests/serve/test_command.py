@@ -30,6 +30,22 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
 
 
+@pytest.mark.parametrize("command", ["vllm_caption", "server", "ray_batch"])
+def test_a_wrong_checkpoint_is_refused_before_anything_heavy(command, scene_images, tmp_path):
+    """Importing PyTorch takes seconds."""
+    words = {"vllm_caption": [str(scene_images)], "server": [], "ray_batch": [str(scene_images), str(tmp_path / "out")]}
+    code = f"""
+import sys
+from serve.{command} import main
+assert main({[*words[command], "--ckpt", "/no/such"]}) == 2
+heavy = {{"torch", "transformers", "vllm", "ray"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.startswith("error: --ckpt: no checkpoint at /no/such: expected a folder with vlv.json")
+
+
 def test_the_package_lists_its_commands():
     """Each of them is a module that is run, and none is left out."""
     run = subprocess.run([sys.executable, "-m", "serve"], capture_output=True, text=True, check=True, timeout=20)
