@@ -155,7 +155,7 @@ class _Config:
                 raise GGUFError(f"{file}: {key} is {found!r}; only models with {expected!r} can be written as GGUF")
         try:
             heads = int(values["num_attention_heads"])
-            return cls(
+            found = cls(
                 width=int(values["hidden_size"]),
                 ffn=int(values["intermediate_size"]),
                 layers=int(values["num_hidden_layers"]),
@@ -170,6 +170,12 @@ class _Config:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise GGUFError(f"{file} does not describe a Qwen2 model: {error!r}") from error
+        if found.heads * found.head != found.width:
+            raise GGUFError(
+                f"{file}: {heads} heads of {found.head} numbers and a hidden size of {found.width}; llama.cpp runs only "
+                "Qwen2 models whose heads make up the hidden size"
+            )
+        return found
 
     @property
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -236,8 +242,10 @@ def _tensors(llm: Path, config: _Config) -> dict[str, _Tensor]:
     more = {name for name in found.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq")}
     if config.tied:
         more.discard("lm_head.weight")  # the same values as the embeddings, whatever is stored
-    if lora := sorted(name for name in more if "lora_" in name or name.startswith("base_model.")):
+    if lora := sorted(name for name in more if "lora_" in name):
         raise GGUFError(f"{llm} has LoRA tensors ({lora[0]}): merge them (merge_and_unload()) and save the model again")
+    if wrapped := sorted(name for name in more if name.endswith(tuple(f".{name}" for name in expected))):
+        raise GGUFError(f"{llm} has a tensor {wrapped[0]!r}, so it was saved from a wrapper: save the model inside it")
     problems = [f"missing {name}" for name in expected.keys() - found.keys()]
     problems += [f"unexpected {name}" for name in more]
     for name in expected.keys() & found.keys():

@@ -82,7 +82,7 @@ class LlamaCppEngine(LLMEngine):
         try:
             await loaded
         except UserError as error:
-            raise EngineError(f"llama.cpp cannot load {self.spec.folder}: {error}") from error
+            raise EngineError(str(error)) from error
         except Exception as error:
             raise EngineError(f"llama.cpp cannot load {self.spec.folder}: {one_line(error)}") from error
 

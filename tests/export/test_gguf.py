@@ -21,7 +21,9 @@ from vlv.checkpoints.llm_folder import end_token_ids
 from vlv.common.command import INSTALL, explain
 
 pytest.importorskip("xllamacpp", reason=INSTALL["xllamacpp"])
-gguf = pytest.importorskip("gguf", reason=INSTALL["gguf"])
+pytest.importorskip("gguf", reason=INSTALL["gguf"])
+
+import gguf
 
 from export.builders.gguf import ENDS, GGUFError, cached_gguf, write_gguf
 from export.runtimes import llama_library
@@ -149,6 +151,7 @@ def test_the_tokenizer_and_sizes_are_described(copy, tmp_path):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
+        ({"head_dim": 32}, "2 heads of 32 numbers and a hidden size of 128"),
         ({"num_hidden_layers": 5}, "missing model.layers.4.input_layernorm.weight"),
         ({"tie_word_embeddings": False}, "missing lm_head.weight"),
         ({"intermediate_size": 512}, r"model.layers.0.mlp.down_proj.weight is \[128, 384\], expected \[128, 512\]"),
@@ -167,6 +170,7 @@ def test_models_that_would_run_otherwise_are_refused(values, words, copy, tmp_pa
     [
         ("lora", "has LoRA tensors .*merge them"),
         ("adapter", "is a LoRA adapter: merge it"),
+        ("wrapper", "was saved from a wrapper"),
         ("nan", "weights that are not finite"),
         ("huge", "token_embd.weight has weights above 65,504"),
         ("bin", "model.safetensors is missing"),
@@ -177,6 +181,8 @@ def test_folders_that_cannot_be_written_are_refused(damage, words, copy, tmp_pat
     weights = load_file(copy / "model.safetensors")
     if damage == "lora":
         weights["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 128)
+    elif damage == "wrapper":
+        weights = {f"module.{name}": value for name, value in weights.items()}
     elif damage == "adapter":
         (copy / "adapter_config.json").write_text("{}")
     elif damage == "nan":
