@@ -172,8 +172,8 @@ class _Config:
             raise GGUFError(f"{file} does not describe a Qwen2 model: {error!r}") from error
         if found.heads * found.head != found.width:
             raise GGUFError(
-                f"{file}: {heads} heads of {found.head} numbers and a hidden size of {found.width}; llama.cpp runs only "
-                "Qwen2 models whose heads make up the hidden size"
+                f"{file}: {heads} heads of {found.head} numbers and a hidden size of {found.width}; llama.cpp runs "
+                "only Qwen2 models whose heads make up the hidden size"
             )
         return found
 
