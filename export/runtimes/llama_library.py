@@ -173,7 +173,7 @@ def library() -> ctypes.CDLL:
         raise LlamaError(f"{PACKAGE} is not installed: {INSTALL[PACKAGE]}") from None
     if found != PINNED:
         raise LlamaError(
-            f"{PACKAGE} {found} is installed, and the structures of its C functions are known for {PINNED} only: "
+            f"xllamacpp {found} is installed, and the structures of its C functions are known for {PINNED} only: "
             f"{INSTALL[PACKAGE]}"
         )
     spec = find_spec(PACKAGE)
