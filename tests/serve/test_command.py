@@ -72,6 +72,12 @@ def test_arguments_become_a_model_and_its_engine(captioning_checkpoint):
     assert model.engine() is not engine
     with pytest.raises(OptionError, match="--lora does not go with --engine transformers"):
         open_model(parse("--ckpt", captioning_checkpoint, "--engine", "transformers", "--lora", "x")).engine()
+    with pytest.raises(OptionError, match="--llm-dtype does not go with --engine transformers"):
+        open_model(
+            parse("--ckpt", captioning_checkpoint, "--engine", "transformers", "--llm-dtype", "float16")
+        ).engine()
+    model = open_model(parse("--ckpt", captioning_checkpoint, "--llm-dtype", "bfloat16"))
+    assert model.engine().options.dtype == "bfloat16" and model.flags == "--llm-dtype bfloat16"
     with pytest.raises(OptionError, match="--engine remote needs --llm-url"):
         open_model(parse("--ckpt", captioning_checkpoint, "--engine", "remote")).engine()
     with pytest.raises(OptionError, match=r"--lora: /absent/adapter_config\.json does not describe a LoRA adapter"):
