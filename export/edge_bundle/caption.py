@@ -133,7 +133,7 @@ class Captioner:
 
     def text(self, tokens: list[int]) -> str:
         """Return the caption: cut at its last period, without repeated sentences."""
-        text = self.tokenizer.decode(tokens).strip()
+        text = self.tokenizer.decode(tokens, skip_special_tokens=False).strip()
         if "." in text:
             text = text[: text.rindex(".") + 1]
         return " ".join(dict.fromkeys(re.split(r"(?<=[.!?])\s+", text)))

@@ -1,0 +1,61 @@
+"""Write a folder that captions images without PyTorch or vLLM: python -m export.edge --ckpt DIR --out BUNDLE
+
+The folder has the encoder for ONNX Runtime, which takes an image of any size, the language model for llama.cpp,
+programs in Python and C++ that caption with them, and test vectors. It is moved into place when all of it is verified.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from export import arguments
+from vlv.common.command import run_command, say
+
+PRECISIONS = ("fp32", "fp16", "int8")
+LLM_TYPES = ("f32", "f16", "q8_0", "q4_k_m", "q4_0")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    p = arguments.parser("edge", __doc__)
+    p.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder, published weights, or a hub id")
+    p.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the encoder (fp32)")
+    p.add_argument("--llm-type", choices=LLM_TYPES, default="f16", help="of the language model's matrices (f16)")
+    p.add_argument("--allow-drift", action="store_true", help="keep a model that fails its check")
+    p.add_argument("--force", action="store_true", help="replace what is in BUNDLE")
+    arguments.verification_arguments(p)
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the bundle with parsed flags; return the exit code."""
+    from export.edge_bundle.build import BundleConfig, build_bundle
+
+    config = BundleConfig(
+        ckpt=args.ckpt,
+        out=args.out,
+        precision=args.precision,
+        llm_type=args.llm_type,
+        verification_inputs=args.verification_inputs,
+        images=tuple(args.images),
+        captions=args.captions,
+        allow_drift=args.allow_drift,
+        force=args.force,
+    )
+    content = build_bundle(config, arguments.open_checkpoint(args.ckpt))
+    for name, entry in content["files"].items():
+        print(f"{entry['bytes']:>12,}  {name}")
+    say(f"{args.out}: verified; try it: python {args.out}/caption.py --check")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(run, parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
