@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from export import arguments
-from vlv.common.command import run_command, say
+from export.components import GGUF_TYPES
+from vlv.common.command import positive, run_command, say
 
 PRECISIONS = ("fp32", "fp16", "int8")
-LLM_TYPES = ("f32", "f16", "q8_0", "q4_k_m", "q4_0")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the encoder (fp32)")
-    p.add_argument("--llm-type", choices=LLM_TYPES, default="f16", help="of the language model's matrices (f16)")
+    p.add_argument("--llm-type", choices=GGUF_TYPES, default="f16", help="of the language model's matrices (f16)")
+    p.add_argument("--scenes", type=positive, default=256, metavar="N", help="to verify the language model on (256)")
     p.add_argument("--allow-drift", action="store_true", help="keep a model that fails its check")
     p.add_argument("--force", action="store_true", help="replace what is in BUNDLE")
     arguments.verification_arguments(p)
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         verification_inputs=args.verification_inputs,
         images=tuple(args.images),
         captions=args.captions,
+        scenes=args.scenes,
         allow_drift=args.allow_drift,
         force=args.force,
     )

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.components import RUNTIMES
-from serve import ENGINES
+from export.components import GGUF_TYPES, RUNTIMES
+from serve import ENGINES, LLM_DTYPES
 from vlv.common.command import Parser, positive
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ def engine_arguments() -> Parser:
     p.add_argument("--llm-url", metavar="URL", help="vLLM or serve.gateway that runs the language model elsewhere")
     p.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for the language model (vllm)")
     p.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share the LLM (vllm)")
+    p.add_argument("--llm-dtype", choices=LLM_DTYPES, default="auto", help="of the LLM: bfloat16 or float32 (vllm)")
+    p.add_argument("--gguf", type=Path, metavar="FILE", help="the LLM as export.gguf writes it (llamacpp)")
+    p.add_argument(
+        "--gguf-type", choices=GGUF_TYPES, default="f16", help="without --gguf: type to convert to, once (llamacpp)"
+    )
     p.add_argument("--encoder", choices=RUNTIMES, default="torch", help="what runs the encoder: torch, or an export")
     p.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the exported encoder (export.onnx)")
     p.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images per encoder batch (32)")

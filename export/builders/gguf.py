@@ -26,7 +26,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 
 from export.runtimes.llama_library import BUILDER, quantize
-from vlv.common.command import UserError
+from vlv.common.command import UserError, say
 from vlv.common.files import atomic_write, require_space, sha256
 
 # kind: the file's type, and that of its matrices
@@ -38,6 +38,7 @@ KINDS = {
     "q4_0": (LlamaFileType.MOSTLY_Q4_0, Type.Q4_0),
 }
 NARROWER = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}  # instead of one with blocks of 256, one with blocks of 32
+FORMAT = 1  # changes when another content is written from the same folder
 SOURCE, ENDS = "vlv.source", "vlv.end_token_ids"  # keys of the file's metadata
 CHUNK = 1 << 22  # numbers that one thread quantizes at a time
 
@@ -75,7 +76,7 @@ def write_gguf(llm: Path, file: Path, kind: str) -> dict:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for name, tensor in tensors.items():
                 writer.write_tensor_data(_converted(name, tensor, types[name], pool))
         writer.close()
@@ -94,10 +95,23 @@ def write_gguf(llm: Path, file: Path, kind: str) -> dict:
     }
 
 
+def cached_gguf(llm: Path, kind: str) -> Path:
+    """Return the language model of a folder as GGUF, written on first use. Raises GGUFError, LlamaError.
+
+    The cache is $XDG_CACHE_HOME/vlv/gguf (default ~/.cache); its key is the content of the folder, and the type.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlv" / "gguf"
+    file = cache / f"{source_hash(llm)[:16]}-{kind}.gguf"
+    if not file.is_file():
+        say(f"writing the language model once as GGUF, {kind}, to {file}")
+        write_gguf(llm, file, kind)
+    return file
+
+
 def source_hash(llm: Path) -> str:
-    """Return the SHA-256 over the files of the folder that decide what is written. Raises GGUFError."""
+    """Return the SHA-256 over what decides the content of a GGUF: the folder's files, FORMAT. Raises GGUFError."""
     files = [*(llm / name for name in _DESCRIPTIONS if (llm / name).is_file()), *_weight_files(llm)]
-    parts = {file.name: sha256(file) for file in files}
+    parts = {"format": str(FORMAT)} | {file.name: sha256(file) for file in files}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -141,7 +155,7 @@ class _Config:
                 raise GGUFError(f"{file}: {key} is {found!r}; only models with {expected!r} can be written as GGUF")
         try:
             heads = int(values["num_attention_heads"])
-            return cls(
+            found = cls(
                 width=int(values["hidden_size"]),
                 ffn=int(values["intermediate_size"]),
                 layers=int(values["num_hidden_layers"]),
@@ -156,6 +170,12 @@ class _Config:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise GGUFError(f"{file} does not describe a Qwen2 model: {error!r}") from error
+        if found.heads * found.head != found.width:
+            raise GGUFError(
+                f"{file}: {heads} heads of {found.head} numbers and a hidden size of {found.width}; llama.cpp runs "
+                "only Qwen2 models whose heads make up the hidden size"
+            )
+        return found
 
     @property
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -222,8 +242,10 @@ def _tensors(llm: Path, config: _Config) -> dict[str, _Tensor]:
     more = {name for name in found.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq")}
     if config.tied:
         more.discard("lm_head.weight")  # the same values as the embeddings, whatever is stored
-    if lora := sorted(name for name in more if "lora_" in name or name.startswith("base_model.")):
+    if lora := sorted(name for name in more if "lora_" in name):
         raise GGUFError(f"{llm} has LoRA tensors ({lora[0]}): merge them (merge_and_unload()) and save the model again")
+    if wrapped := sorted(name for name in more if name.endswith(tuple(f".{name}" for name in expected))):
+        raise GGUFError(f"{llm} has a tensor {wrapped[0]!r}, so it was saved from a wrapper: save the model inside it")
     problems = [f"missing {name}" for name in expected.keys() - found.keys()]
     problems += [f"unexpected {name}" for name in more]
     for name in expected.keys() & found.keys():
@@ -254,7 +276,9 @@ def _types(tensors: dict[str, _Tensor], config: _Config, kind: str) -> tuple[dic
         if width % _block(kept):
             kept = Type.F16
         if kept != chosen:
-            fallbacks[name] = f"{chosen.name} needs a width that {_block(chosen)} divides, {width} is not: {kept.name}"
+            fallbacks[name] = (
+                f"{kept.name} instead of {chosen.name}, whose blocks of {_block(chosen)} do not fit a width of {width}"
+            )
         types[name] = kept
     return types, fallbacks
 

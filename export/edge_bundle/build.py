@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import shutil
 import string
 from dataclasses import dataclass
 from importlib import resources
@@ -25,6 +26,7 @@ import onnx
 from PIL import Image
 
 from export.builders.gguf import write_gguf
+from export.builders.gguf_artifacts import GGUFConfig, export_gguf
 from export.builders.onnx import ExportConfig, export_onnx, open_export
 from export.edge_bundle.caption import Captioner
 from export.edge_bundle.preprocess import with_crop
@@ -52,10 +54,11 @@ class BundleConfig:
     ckpt: str  # the checkpoint's name on the command line
     out: Path
     precision: str = "fp32"  # of the encoder, fp32, fp16 or int8
-    llm_type: str = "f16"  # of the language model, one of export.builders.gguf.KINDS
+    llm_type: str = "f16"  # of the language model, one of export.components.GGUF_TYPES
     verification_inputs: int = 8
     images: tuple[Path, ...] = ()  # photos to verify the encoder on first
     captions: bool = True  # compare greedy captions with transformers'
+    scenes: int = 256  # held-out scenes whose captions the language model is verified on
     allow_drift: bool = False
     force: bool = False  # replace what is in `out`
 
@@ -69,7 +72,7 @@ def build_bundle(config: BundleConfig, checkpoint: Checkpoint) -> dict:
     check_llm_folder(checkpoint.llm)
     size = sum(file.stat().st_size for file in (checkpoint.encoder_file, *checkpoint.llm.glob("*.safetensors")))
     with atomic_folder(config.out, 3 * size, config.force) as folder:
-        llm = write_gguf(checkpoint.llm, folder / "llm.gguf", config.llm_type)
+        llm = _write_llm(config, checkpoint, folder)
         settings, encoder = _write_encoder(config, checkpoint, folder)
         link_file(checkpoint.llm / "tokenizer.json", folder / "tokenizer.json")
         pins = {name: version(name) for name in PACKAGES}
@@ -91,6 +94,26 @@ def build_bundle(config: BundleConfig, checkpoint: Checkpoint) -> dict:
         }
         write_json(folder / "bundle.json", content)
     return content
+
+
+def _write_llm(config: BundleConfig, checkpoint: Checkpoint, folder: Path) -> dict:
+    """Write llm.gguf, verified unless `captions` is off; return what is known of it."""
+    if not config.captions:
+        return write_gguf(checkpoint.llm, folder / "llm.gguf", config.llm_type)
+    work_dir = folder / "export"
+    options = (config.ckpt, work_dir, (config.llm_type,), config.scenes, config.allow_drift)
+    artifacts, problems = export_gguf(GGUFConfig(*options), checkpoint)
+    if problems:
+        raise ArtifactError("; ".join(problems))
+    artifact = artifacts[0]
+    (work_dir / artifact.main_file).rename(folder / "llm.gguf")
+    shutil.rmtree(work_dir)
+    return {
+        "kind": config.llm_type,
+        "source": artifact.source,
+        "builder": artifact.builder,
+        "verification": artifact.verification,
+    }
 
 
 def _write_encoder(config: BundleConfig, checkpoint: Checkpoint, folder: Path) -> tuple[dict[str, str], Artifact]:
@@ -126,9 +149,7 @@ def _write_encoder(config: BundleConfig, checkpoint: Checkpoint, folder: Path) -
     onnx.save(with_crop(onnx.load(work_dir / graph, load_external_data=False), settings), folder / "encoder.onnx")
     for name in weights:
         (work_dir / name).rename(folder / name)
-    for file in work_dir.iterdir():
-        file.unlink()
-    work_dir.rmdir()
+    shutil.rmtree(work_dir)
     return settings, artifact
 
 
