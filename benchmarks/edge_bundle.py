@@ -1,7 +1,7 @@
 """Measure the edge bundle in an environment of its own: size, start, memory, captions a minute; and on aarch64.
 
     python -m benchmarks.edge_bundle -o benchmarks/edge_bundle.json
-    python -m benchmarks.edge_bundle --aarch64 'qemu-aarch64 -L ROOT ROOT/usr/bin/python3' -o benchmarks/edge_bundle.json
+    python -m benchmarks.edge_bundle -o benchmarks/edge_bundle.json --aarch64 'qemu-aarch64 -L ROOT ROOT/bin/python3'
 
 For each pair of --variants a bundle is exported. A fresh environment gets what its requirements.txt names and nothing
 else, and its caption.py runs there: on one image again and again, for the time from the command to the caption, and on
