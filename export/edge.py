@@ -24,6 +24,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the encoder (fp32)")
     p.add_argument("--llm-type", choices=GGUF_TYPES, default="f16", help="of the language model's matrices (f16)")
+    p.add_argument(
+        "--web",
+        type=Path,
+        metavar="DIR",
+        help="add web/, a page that encodes in the browser; DIR: the npm package onnxruntime-web, such as "
+        "node_modules/onnxruntime-web",
+    )
     p.add_argument("--scenes", type=positive, default=256, metavar="N", help="to verify the language model on (256)")
     p.add_argument("--allow-drift", action="store_true", help="keep a model that fails its check")
     p.add_argument("--force", action="store_true", help="replace what is in BUNDLE")
@@ -46,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         scenes=args.scenes,
         allow_drift=args.allow_drift,
         force=args.force,
+        web=args.web,
     )
     content = build_bundle(config, arguments.open_checkpoint(args.ckpt))
     for name, entry in content["files"].items():

@@ -9,6 +9,7 @@
 | `caption.py`, `requirements.txt`| a program with its packages                                                    |
 | `caption.cpp`, `CMakeLists.txt` | the same for ONNX Runtime's and llama.cpp's C APIs                             |
 | `vectors/`                      | images with the crops, embeddings, tokens and captions that both must give     |
+| `web/`, if asked for           | a page that encodes in the browser and sends embeddings to `serve.gateway`      |
 | `bundle.json`, `README.md`      | hashes, versions and figures; how images are prepared, in words and numbers    |
 """
 
@@ -30,6 +31,7 @@ from export.builders.gguf_artifacts import GGUFConfig, export_gguf
 from export.builders.onnx import ExportConfig, export_onnx, open_export
 from export.edge_bundle.caption import Captioner
 from export.edge_bundle.preprocess import with_crop
+from export.edge_bundle.web_page import require_library, write_page
 from export.manifest import Artifact, ArtifactError, describe_files
 from export.runtimes.llama_library import PACKAGE
 from vlv.checkpoints.folder import Checkpoint
@@ -61,6 +63,7 @@ class BundleConfig:
     scenes: int = 256  # held-out scenes whose captions the language model is verified on
     allow_drift: bool = False
     force: bool = False  # replace what is in `out`
+    web: Path | None = None  # folder of the npm package onnxruntime-web, for the page that encodes in a browser
 
 
 def build_bundle(config: BundleConfig, checkpoint: Checkpoint) -> dict:
@@ -69,6 +72,8 @@ def build_bundle(config: BundleConfig, checkpoint: Checkpoint) -> dict:
     `out` appears when everything is verified. Raises OutputExists, ArtifactError for an encoder that drifts,
     CheckpointError, GGUFError, LlamaError.
     """
+    if config.web:
+        require_library(config.web)
     check_llm_folder(checkpoint.llm)
     size = sum(file.stat().st_size for file in (checkpoint.encoder_file, *checkpoint.llm.glob("*.safetensors")))
     with atomic_folder(config.out, 3 * size, config.force) as folder:
@@ -82,6 +87,8 @@ def build_bundle(config: BundleConfig, checkpoint: Checkpoint) -> dict:
         _write_vectors(folder)
         readme = string.Template(_packaged("README.md")).substitute(_described(config, checkpoint, settings, pins))
         (folder / "README.md").write_text(readme, encoding="utf-8")
+        if config.web:
+            write_page(folder, settings, config.web)
         names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         content = {
             "format": FORMAT,
