@@ -80,6 +80,8 @@ class Model:
             given.append(f"--max-tokens {self.max_tokens}")
         if options.crop != "center":
             given.append(f"--crop {options.crop}")
+        if options.precision:
+            given.append(f"--precision {options.precision}")
         if options.llm_dtype != "auto":
             given.append(f"--llm-dtype {options.llm_dtype}")
         if options.gguf:
