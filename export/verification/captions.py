@@ -23,7 +23,7 @@ TOKENS = 96  # of a caption that are compared
 SCENES = 64  # captioned together
 MAX_SCENES = 1024
 MAX_WORK = 1e12  # multiply-adds for the captions of one check: fewer scenes for a larger language model
-CERTAIN = 4.0  # standard errors between the agreement and the limit that end the check
+CERTAIN = 3.0  # standard errors between the agreement and the limit that end the check
 ENCODED = 16  # images that the reference encodes together
 
 
