@@ -3,8 +3,8 @@
     python3.12 -m venv TREE && TREE/bin/pip install --no-deps -r requirements/gpu.lock
     TREE/bin/python -m benchmarks.container --tree TREE --sm 90 -o benchmarks/container.json
 
-TREE is changed: it is what the image copies to /opt/vlv. The imports need no GPU. `packed_bytes` is what a registry would
-hold of it: tar and zstd, at zstd's default level. Run it from the repository, on a machine with zstd.
+TREE is changed: it is what the image copies to /opt/vlv. The imports need no GPU. `packed_bytes` is what a registry
+would hold of it: tar and zstd, at zstd's default level. Run it from the repository, on a machine with zstd.
 """
 
 from __future__ import annotations
