@@ -3,3 +3,5 @@
 ENGINES = ("vllm", "transformers", "remote")  # what may run the language model: serve.engines.factory
 # how captions are written: serve.outputs.factory
 FORMATS = ("jsonl", "txt", "coco", "imagefolder", "kohya", "parquet", "webdataset")
+# where the encoder runs beside vLLM, and as what its embeddings reach it: docs/serving.md
+PLACEMENTS = ("process", "multimodal", "inline", "engine")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp
@@ -15,7 +17,7 @@ from starlette.types import ASGIApp
 from serve.core.model import Model, ModelOptions
 from serve.core.record import distinct_texts
 from serve.core.service import ServiceConfig
-from serve.engines.base import Completion
+from serve.engines.base import Completion, Sampling
 from serve.http import openai_api as api
 from serve.http.admission import Admission, AdmissionLease
 from serve.http.app import Bounds, CaptionApp, info_of
@@ -27,6 +29,9 @@ from serve.http.listener import ListenConfig, listen
 from serve.http.reconstructor import ReconstructionParams, ReconstructionService
 from serve.http.service import Service
 from serve.http.web.page import DOCS, HEADERS, OPENAPI, PAGE
+from vlv.data.image import png
+
+WARM_TOKENS = 8  # of the captions of a warm-up
 
 
 @dataclass(frozen=True)
@@ -263,8 +268,9 @@ async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
     fetcher = Fetcher(tuple(config.image_host), config.max_image << 20)
     bounds = Bounds(config.deadline, config.body_seconds, config.max_body << 20, config.max_images)
     name = config.model_name or model.checkpoint.folder.resolve().name
-    capacity = None if config.queue is None else config.in_flight + config.queue
-    admission = Admission(capacity, config.max_bodies << 20, config.in_flight, config.deadline)
+    in_flight = service.engine.in_flight
+    capacity = None if config.queue is None else in_flight + config.queue
+    admission = Admission(capacity, config.max_bodies << 20, in_flight, config.deadline)
     try:
         await service.start()
         routes = Routes(service, name, keys, admission, fetcher, bounds)
@@ -273,6 +279,25 @@ async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
     finally:
         await service.close()
         await fetcher.close()
+
+
+async def warm_up(config: ServerConfig) -> int:
+    """Load the models, caption one batch of blank images, and return 0: what is compiled is in the caches then."""
+    async with open_routes(config) as routes:
+        service = routes.service
+        size, sampling = service.checkpoint.config.image_size, Sampling(min(WARM_TOKENS, service.engine.max_tokens))
+        blank = png(np.zeros((3, size, size), np.uint8))
+
+        async def caption() -> None:
+            await service.captions((await service.encode(blank)).embeds, [sampling], wait=True)
+
+        captions = asyncio.gather(*(caption() for _ in range(config.prompt_batch)))
+        await asyncio.wait({captions, service.failure}, return_when=asyncio.FIRST_COMPLETED)
+        if service.failure.done():
+            captions.cancel()
+            service.failure.result()
+        await captions
+    return 0
 
 
 async def serve_captions(config: ServerConfig) -> int:

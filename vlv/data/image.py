@@ -87,14 +87,21 @@ def load_crop(
     Returns uint8 [3, size, size]. Raises ImageError.
     """
     with _quiet():
-        image = _load(source, max_pixels)
-        profile = None if ignore_icc else image.info.get("icc_profile")
-        transform = None if image.has_transparency_data else srgb_transform(profile, image.mode)
-        if transform is None:
-            crop = centre(_rgb(image, profile), size, max_pixels)
-        else:  # the crop has far fewer pixels to convert
-            crop = ImageCms.applyTransform(centre(image, size, max_pixels), transform)
-    return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))
+        return _crop(_load(source, max_pixels), size, max_pixels, ignore_icc)
+
+
+def crop_image(image: Image.Image, size: int) -> np.ndarray:
+    """Return the crop of an image that Pillow has opened, as `load_crop` does of its file.
+
+    Only what Pillow decodes otherwise than `load_crop` (some TIFF and damaged files) may differ. Raises ImageError.
+    """
+    with _quiet():
+        _require_size(image.width, image.height, MAX_PIXELS)
+        try:
+            upright = _eight_bits(_upright(image))
+        except Exception as error:  # it is decoded only now
+            raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
+        return _crop(upright, size, MAX_PIXELS, ignore_icc=False)
 
 
 def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False) -> Image.Image:
@@ -274,6 +281,17 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # damaged EXIF says nothing about the pixels
         return image
     return image if turn is None else image.transpose(turn)
+
+
+def _crop(image: Image.Image, size: int, max_pixels: int, ignore_icc: bool) -> np.ndarray:
+    """Return the centre of an upright image in a mode of 8 bits, uint8 [3, size, size]."""
+    profile = None if ignore_icc else image.info.get("icc_profile")
+    transform = None if image.has_transparency_data else srgb_transform(profile, image.mode)
+    if transform is None:
+        crop = centre(_rgb(image, profile), size, max_pixels)
+    else:  # the crop has far fewer pixels to convert
+        crop = ImageCms.applyTransform(centre(image, size, max_pixels), transform)
+    return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))
 
 
 def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
