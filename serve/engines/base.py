@@ -33,6 +33,9 @@ FLAGS = {  # of Options
     "lora": "lora",
     "tensor_parallel": "tensor-parallel",
     "url": "llm-url",
+    "dtype": "llm-dtype",
+    "gguf": "gguf",
+    "gguf_type": "gguf-type",
     "placement": "encoder-placement",
     "quantization": "llm-quantization",
     "cache_dtype": "kv-cache-dtype",
@@ -141,6 +144,9 @@ class Options:
     lora: Path | None = None  # a PEFT adapter's folder
     tensor_parallel: int = 1  # devices that share the language model
     url: str | None = None  # of the server that runs the language model
+    dtype: str = "auto"  # one of serve.LLM_DTYPES; auto: bfloat16 on a GPU, float32 on a CPU
+    gguf: Path | None = None  # the language model's file; None: written on first use, into the cache
+    gguf_type: str = "f16"  # of the file that is written: one of export.components.GGUF_TYPES
     placement: str = "process"  # one of serve.PLACEMENTS
     quantization: str | None = None  # of the language model while it is loaded: fp8
     cache_dtype: str = "auto"  # of keys and values: auto or fp8

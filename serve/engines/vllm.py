@@ -49,7 +49,7 @@ class VLLMEngine(LLMEngine):
     """Continuous batching by vLLM: in its own processes, or inline in a thread of this one."""
 
     name = "vllm"
-    takes = frozenset({"lora", "tensor_parallel", "placement", "quantization", "cache_dtype"})
+    takes = frozenset({"lora", "tensor_parallel", "dtype", "placement", "quantization", "cache_dtype"})
     has_logprobs = True
 
     def __init__(self, *args, **options):
@@ -172,9 +172,18 @@ class VLLMEngine(LLMEngine):
 
     @functools.cached_property
     def _settings(self) -> VLLMSettings:
-        options, shared = self.options, self._placement == "inline"
-        asked = self._in_flight, options.quantization, options.cache_dtype
-        return settings(self._device, self.spec, self.max_tokens, *asked, shared, options.tensor_parallel)
+        options = self.options
+        return settings(
+            self._device,
+            self.spec,
+            self.max_tokens,
+            self._in_flight,
+            options.quantization,
+            options.cache_dtype,
+            self._placement == "inline",
+            options.tensor_parallel,
+            options.dtype,
+        )
 
     @property
     def in_flight(self) -> int:

@@ -50,22 +50,25 @@ def settings(
     cache_dtype: str = "auto",
     shared: bool = False,
     devices: int = 1,
+    dtype: str = "auto",
 ) -> VLLMSettings:
     """Return how to start vLLM.
 
     `in_flight`: as asked for; None: as many as the card's memory takes at their longest, at most the largest of
     IN_FLIGHT. `quantization`, `cache_dtype`: of vLLM. `shared`: the encoder runs in the engine's process, where vLLM's
-    own measurement of free memory would count it. `devices`: that share the language model.
+    own measurement of free memory would count it. `devices`: that share the language model. `dtype`: of its weights.
     """
     length = spec.queries + max_tokens
-    value = CACHE_BYTES[cache_dtype] or (2 if device.cuda else 4)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.cuda else "float32"
+    number = 4 if dtype == "float32" else 2  # bytes
+    value = CACHE_BYTES[cache_dtype] or number
     caption = length * spec.kv_values * value  # bytes of its keys and values
     if device.cuda:
-        weights = weight_bytes(spec.folder) // (2 if quantization == "fp8" else 1)
+        weights = weight_bytes(spec.folder) * number // 2 // (2 if quantization == "fp8" else 1)
         fit = int(max(0, devices * (GPU_SHARE * device.memory - GPU_OVERHEAD) - weights) // caption)
         chosen = in_flight or max((n for n in IN_FLIGHT if n <= fit), default=IN_FLIGHT[0])
         arguments = {
-            "dtype": "bfloat16",
             "gpu_memory_utilization": GPU_SHARE,
             "max_num_batched_tokens": max(STEP_TOKENS, chosen),
             # beyond the largest size a step runs without a graph: 54.9 captions/s instead of 79.7 on an H200
@@ -81,13 +84,13 @@ def settings(
         needed = blocks * CPU_BLOCK * spec.kv_values * value
         fit = max(1, device.memory // 4 // caption)
         arguments = {
-            "dtype": "float32",
             "enforce_eager": True,  # without a C++ compiler at hand, and several seconds sooner than compiled
             "block_size": CPU_BLOCK,
             "kv_cache_memory_bytes": min(needed, device.memory // 4),
             "max_num_batched_tokens": max(CPU_STEP_TOKENS, chosen),
         }
     arguments |= {
+        "dtype": dtype,
         "max_model_len": length,
         "max_num_seqs": chosen,
         "enable_prefix_caching": False,  # every prompt is another image
