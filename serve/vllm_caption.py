@@ -51,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, list, .tar shard, or URL")
     p.add_argument("-o", "--output", metavar="FILE", help="file, or folder of shards (captions.*); - for stdout")
     p.add_argument("--format", choices=FORMATS, default="jsonl", help="jsonl (default), .txt beside each image, ...")
-    p.add_argument("--url-column", metavar="NAME", help="column of .parquet, .jsonl and .csv lists (url, path, ...)")
+    p.add_argument("--url-column", metavar="NAME", help="column of tables: image, or its URL or path")
+    p.add_argument("--lenient", action="store_true", help="caption what a truncated JPEG file holds; the rest is grey")
     p.add_argument("--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input; I from 1 to N")
     p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws at a temperature above 0")
@@ -293,17 +294,21 @@ def _flags(args: argparse.Namespace, model: Model) -> str:
     }
     words = [f"{flag} {value}" for flag, value in given.items() if value is not None]
     words += [f"--stop {shlex.quote(text)}" for text in sorted(args.stop)]
-    switches = {"--raw": args.raw, "--strip-openers": args.strip_openers, "--single-line": args.single_line}
+    switches = {
+        "--lenient": args.lenient,
+        "--raw": args.raw,
+        "--strip-openers": args.strip_openers,
+        "--single-line": args.single_line,
+    }
     words += [flag for flag, given in switches.items() if given]
     words += [f"--template {shlex.quote(args.template)}"] * (args.template != "{caption}")
     return " ".join([model.flags] * bool(model.flags) + words)
 
 
 def _items(args: argparse.Namespace, left_out: LeftOut | None = None):
-    from serve.core.inputs import part_of
-    from serve.core.remote import items_of
+    from serve.core.inputs import expand, part_of
 
-    items = items_of(args.paths, args.url_column, left_out)
+    items = expand(args.paths, left_out, args.url_column, args.lenient)
     return part_of(items, *args.shard) if args.shard else items
 
 
