@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     style.add_argument("--template", default="{caption}", metavar="TEXT", help='such as "a sks photo, {caption}"')
     p.add_argument("--dry-run", action="store_true", help="only print the images that would be captioned")
     p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
+    p.add_argument("--verify", action="store_true", help="know changed images by a hash of the file, not size and time")
     p.add_argument("--prune", action="store_true", help="remove records of images that are not in the input any more")
     p.add_argument("--strict", action="store_true", help="fail if images are left out, such as .heic or dead links")
     p.add_argument("--gallery", metavar="HTML", help="also write a page of image | reconstruction | caption")
@@ -181,6 +182,7 @@ def _caption(args: argparse.Namespace) -> int:
         flags,
         CaptionStyle(args.strip_openers, args.max_sentences, args.max_words, args.single_line, args.template),
         args.ignore_icc,
+        args.verify,
     )
     engine = model.engine()
     if args.output == "-":
@@ -189,7 +191,7 @@ def _caption(args: argparse.Namespace) -> int:
         sink = _text_sink(args)
     else:
         model_id = engine.options.model_id(model.checkpoint.hash)
-        sink = sink_class(args.format)(_output(args), model_id, args.resume, flags)
+        sink = sink_class(args.format)(_output(args), model_id, args.resume, flags, args.verify)
     progress, timeline = Progress(), Timeline(args.trace)
     threading.Thread(target=_count, args=(args, progress), daemon=True).start()
     if sink.changed:
@@ -275,6 +277,8 @@ def _check(args: argparse.Namespace) -> None:
         raise Misuse(f"--template {args.template!r}: expected a text with {{caption}}, such as 'a photo, {{caption}}'")
     if (args.overwrite or args.output_dir or args.caption_extension != ".txt") and not _only_texts(args):
         raise Misuse("--output-dir, --overwrite and --caption-extension go with --format txt and without -o")
+    if (args.verify or args.prune) and (args.output == "-" or _only_texts(args)):
+        raise Misuse("--verify and --prune need the records of a run: give -o a file or folder")
     if args.output == "-" and args.format != "jsonl":
         raise Misuse(f"--format {args.format} writes files: give -o a file or folder")
     if args.gallery and (args.output == "-" or _only_texts(args) or args.format in ("parquet", "webdataset")):

@@ -13,19 +13,18 @@ import dataclasses
 import fnmatch
 import functools
 import glob
+import hashlib
 import itertools
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from vlv.common.command import Misuse, one_line, why
-from vlv.common.files import sha256
 from vlv.data import remote
 from vlv.data.decoding.jpeg import intact_part
 from vlv.data.decoding.optional import missing_package
@@ -157,9 +156,16 @@ def stamp_of(path: str) -> tuple[int, int] | None:
 def hash_of(path: str) -> str | None:
     """Return the SHA-256 of a file's content in hex, None for a URL or if it cannot be read."""
     try:
-        return sha256(Path(path))
+        status = os.stat(path)
+        return _hash_of(path, status.st_ino, status.st_size, status.st_ctime_ns)
     except (OSError, ValueError):
         return None
+
+
+@functools.lru_cache(256)  # a shard is asked for once for each of its members
+def _hash_of(path: str, *_: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass

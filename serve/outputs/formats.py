@@ -21,7 +21,7 @@ from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
 
 ROWS = 10_000  # captions in one Parquet part
-IDENTITY = ("id", "path", "model", "flags", "bytes", "mtime_ns")  # columns that a later run reads
+IDENTITY = ("id", "path", "model", "flags", "bytes", "mtime_ns", "sha256")  # columns that a later run reads
 COCO_HEAD = b'{"info": {"description": "VLV captions'
 
 
@@ -275,7 +275,7 @@ class ParquetSink(FolderSink):
         number = pa.float64()
         fields = {"id": text, "path": text, "caption": text, "captions": pa.list_(text), "tokens": pa.int32()}
         fields |= {"finish_reason": text, "encode_seconds": number, "llm_seconds": number, "model": text, "flags": text}
-        fields |= {"bytes": pa.int64(), "mtime_ns": pa.int64()}
+        fields |= {"bytes": pa.int64(), "mtime_ns": pa.int64(), "sha256": text}
         table = pa.Table.from_pylist(rows, pa.schema(fields.items()))
         parquet.write_table(table, file, compression="zstd")
 

@@ -86,7 +86,7 @@ def sha256(file: Path) -> str:
     return _sha256(file, status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(4096)
+@functools.cache
 def _sha256(file: Path, size: int, modified: int) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
