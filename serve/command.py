@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.components import RUNTIMES
-from serve import ENGINES
-from vlv.common.command import Parser, positive
+from export.components import GGUF_TYPES, RUNTIMES, TORCH_PRECISIONS
+from serve import ENGINES, LLM_DTYPES
+from vlv.checkpoints.names import missing_reason
+from vlv.common.command import Misuse, Parser, positive
+from vlv.data.decoding.crop import CROPS
 
 if TYPE_CHECKING:
     from serve.core.model import Model
@@ -32,16 +34,44 @@ def engine_arguments() -> Parser:
     p.add_argument("--llm-url", metavar="URL", help="vLLM or serve.gateway that runs the language model elsewhere")
     p.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for the language model (vllm)")
     p.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share the LLM (vllm)")
+    p.add_argument("--llm-dtype", choices=LLM_DTYPES, default="auto", help="of the LLM: bfloat16 or float32 (vllm)")
+    p.add_argument("--gguf", type=Path, metavar="FILE", help="the LLM as export.gguf writes it (llamacpp)")
+    p.add_argument(
+        "--gguf-type", choices=GGUF_TYPES, default="f16", help="without --gguf: type to convert to, once (llamacpp)"
+    )
     p.add_argument("--encoder", choices=RUNTIMES, default="torch", help="what runs the encoder: torch, or an export")
     p.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the exported encoder (export.onnx)")
+    p.add_argument("--precision", choices=TORCH_PRECISIONS, help="of the encoder in torch (bf16 on a GPU, else fp32)")
+    p.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="launch the encoder in torch on a GPU at once (default); --no-cuda-graphs saves memory",
+    )
     p.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images per encoder batch (32)")
     p.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
+    p.add_argument(
+        "--crop",
+        choices=CROPS,
+        default="center",
+        help="what the model sees: the centre square (default, published), all of the image on a square of grey, "
+        "squashed, or in overlapping squares with a caption each",
+    )
     p.add_argument("--ignore-icc", action="store_true", help="take colours as stored, as published, not as sRGB")
     return p
 
 
+def require_checkpoint(ckpt: str | None) -> None:
+    """Raise Misuse if --ckpt is missing or names nothing: before anything heavy is imported, which takes seconds."""
+    if not ckpt:
+        raise Misuse("--ckpt is needed (--help shows the usage)")
+    if reason := missing_reason(ckpt):
+        raise Misuse(f"--ckpt: {reason}")
+
+
 def open_model(args: argparse.Namespace) -> Model:
     """Return the Model that model_arguments and engine_arguments describe. Raises Misuse, CheckpointError."""
+    require_checkpoint(args.ckpt)
     from serve.core.model import Model, ModelOptions
 
     return Model.of(ModelOptions(**{name: getattr(args, name) for name in ModelOptions.__dataclass_fields__}))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from serve.command import engine_arguments, model_arguments, open_model
+from serve.command import engine_arguments, model_arguments, open_model, require_checkpoint
 from serve.ray.cluster import cluster_arguments, joined, on_gpu, share, span
 from vlv.common.command import Misuse, Parser, debug_argument, positive, run_command, say
 
@@ -59,6 +59,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
+    if args.crop == "tiles":
+        raise Misuse("--crop tiles: a unit has one caption an image here; use serve.vllm_caption, with --shard")
+    require_checkpoint(args.ckpt)
+
     from serve.core.inputs import LeftOut, expand
     from serve.ray.stages import ENDINGS, StageOptions
     from serve.ray.store import Store, part, plan
@@ -110,7 +114,7 @@ def _results(
     context.target_max_block_size = BLOCK
     gpus = args.llm_gpu if args.tensor_parallel == 1 else args.tensor_parallel
     stages = (
-        (Decode, (args.output, size, args.workers or 1, args.ignore_icc), args.decoders, 0),
+        (Decode, (args.output, size, args.workers or 1, args.ignore_icc, args.crop), args.decoders, 0),
         (Encode, (options,), args.encoders, args.encoder_gpu),
         (Write, (options,), args.llms, gpus),
     )

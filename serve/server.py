@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
-from serve.command import engine_arguments, model_arguments
+from serve.command import engine_arguments, model_arguments, require_checkpoint
 from vlv.common.command import Misuse, Parser, debug_argument, positive, run_command, say
 
 EXIT_CODES = """\
@@ -115,6 +115,7 @@ def _new_key(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    require_checkpoint(args.ckpt)
     import uvloop  # asyncio's own loop needs more time for each connection
 
     from serve.http.routes import ServerConfig, serve_captions

@@ -182,6 +182,9 @@ def _caption(args: argparse.Namespace) -> int:
         flags,
         CaptionStyle(args.strip_openers, args.max_sentences, args.max_words, args.single_line, args.template),
         args.ignore_icc,
+        args.precision,
+        args.cuda_graphs,
+        args.crop,
         args.verify,
     )
     engine = model.engine()

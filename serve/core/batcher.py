@@ -22,6 +22,7 @@ from export.runtimes.factory import open_runtime
 from serve.core.decode import DecodePool
 from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
+from vlv.data.decoding.crop import Box
 
 
 class Encoder:
@@ -34,14 +35,16 @@ class Encoder:
         artifacts: Path | None = None,
         batch: int = 32,
         threads: int | None = None,
+        precision: str | None = None,
+        cuda_graphs: bool = True,
     ):
         """Load the weights. `threads`: for PyTorch on a CPU, in the thread that calls, which has to encode too.
 
-        Raises ArtifactError or CheckpointError.
+        precision, cuda_graphs: of the runtime torch. Raises ArtifactError or CheckpointError.
         """
         if threads:
             torch.set_num_threads(threads)
-        self._runtime = open_runtime(runtime, artifacts, checkpoint)
+        self._runtime = open_runtime(runtime, artifacts, checkpoint, precision, batch if cuda_graphs else 0)
         self._runtime.session("encoder")  # loads it
         self.batch = min(batch, self._runtime.max_batch or batch)
 
@@ -57,10 +60,21 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The prompt embeddings of one image, float32 [queries, llm_width], and the seconds that its batch took."""
+    """The prompt embeddings of one image's squares, and the seconds that its batch took."""
 
-    embeds: Tensor
+    squares: Tensor  # float32 [N, queries, llm_width]; N is 1 but for tiles
+    boxes: list[Box]  # the part of the image that each square shows
     seconds: float
+
+    @property
+    def embeds(self) -> Tensor:
+        """Return the embeddings of the first square, float32 [queries, llm_width]."""
+        return self.squares[0]
+
+
+def _encode(encoder: Encoder, images: list[np.ndarray]) -> Tensor:
+    """Encode the squares of images; copying them together would delay the event loop."""
+    return encoder(np.concatenate(images))
 
 
 class Batcher:
@@ -105,18 +119,20 @@ class Batcher:
             while len(batch) < encoder.batch and not self._decoded.empty():
                 batch.append(self._decoded.get_nowait())
             needed = [(slot, encoded) for slot, encoded in batch if not encoded.done()]  # the others were cancelled
-            images = self._pool.crops[[slot for slot, _ in needed]]  # a copy
+            images = [self._pool.squares(slot) for slot, _ in needed]
+            boxes = [self._pool.boxes(slot) for slot, _ in needed]
             for slot, _ in batch:
                 self._pool.release(slot)
             if not needed:
                 continue
             start = time.monotonic()
-            rows = await loop.run_in_executor(self._thread, encoder, images)
+            rows = await loop.run_in_executor(self._thread, _encode, encoder, images)
             seconds = time.monotonic() - start
             if self._timeline:
                 self._timeline.span("the encoder", start, images=len(needed), waiting=self.waiting)
-            for (_, encoded), row in zip(needed, rows, strict=True):
+            parts = rows.split([len(squares) for squares in images])
+            for (_, encoded), part, shown in zip(needed, parts, boxes, strict=True):
                 if not encoded.done():
                     # a copy: a view would keep the full batch in memory until its last image is captioned
-                    encoded.set_result(Encoded(row.clone(), seconds))
+                    encoded.set_result(Encoded(part.clone(), shown, seconds))
             await asyncio.sleep(0)  # the tasks that waited count their captions before the next batch is taken

@@ -24,12 +24,18 @@ class ModelOptions:
     llm_url: str | None = None
     lora: Path | None = None
     tensor_parallel: int = 1
+    llm_dtype: str = "auto"
+    gguf: Path | None = None
+    gguf_type: str = "f16"
     encoder: str = "torch"  # a runtime of export.runtimes
     artifacts: Path | None = None
     prompt_batch: int = 32
     workers: int | None = None
     ignore_icc: bool = False
+    crop: str = "center"  # what the model sees of an image: one of vlv.data.decoding.crop.CROPS
     debug: bool = False
+    precision: str | None = None  # of the encoder in torch; one of TORCH_PRECISIONS
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Model:
             raise Misuse(f"--ckpt: {error}") from error
         if (options.encoder == "torch") != (options.artifacts is None):
             raise Misuse(f"--encoder {options.encoder} and --artifacts: an exported encoder needs both, torch neither")
+        if options.precision and options.encoder != "torch":
+            raise Misuse(f"--precision {options.precision} and --encoder {options.encoder}: an export has its own")
         try:
             if options.artifacts:
                 Manifest.open(options.artifacts)
@@ -67,12 +75,26 @@ class Model:
     @property
     def flags(self) -> str:
         """Return the flags that change captions where they are not the default, for the records of captions."""
-        longest = [f"--max-tokens {self.max_tokens}"] if self.max_tokens != self.spec.max_tokens(None) else []
-        return " ".join(longest + ["--ignore-icc"] * self.options.ignore_icc)
+        options, given = self.options, []
+        if self.max_tokens != self.spec.max_tokens(None):
+            given.append(f"--max-tokens {self.max_tokens}")
+        if options.crop != "center":
+            given.append(f"--crop {options.crop}")
+        if options.precision:
+            given.append(f"--precision {options.precision}")
+        if options.llm_dtype != "auto":
+            given.append(f"--llm-dtype {options.llm_dtype}")
+        if options.gguf:
+            given.append(f"--gguf {options.gguf.name}")
+        if options.gguf_type != "f16":
+            given.append(f"--gguf-type {options.gguf_type}")
+        return " ".join(given + ["--ignore-icc"] * options.ignore_icc)
 
     def engine(self) -> LLMEngine:
         """Return a new engine, not started. Raises OptionError for an option that it does not take."""
         options = self.options
         kind = engine_class(options.engine or ("remote" if options.llm_url else "vllm"))
-        engine_options = Options(options.lora, options.tensor_parallel, options.llm_url)
+        engine_options = Options(
+            options.lora, options.tensor_parallel, options.llm_url, options.llm_dtype, options.gguf, options.gguf_type
+        )
         return kind(self.spec, self.max_tokens, options.in_flight, options.debug, engine_options)

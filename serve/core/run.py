@@ -19,7 +19,7 @@ from pathlib import Path
 
 from serve.core.id_set import IdSet
 from serve.core.inputs import Item, hash_of, stamp_of
-from serve.core.record import PLAIN, caption_record, error_record
+from serve.core.record import PLAIN, caption_record, crop_fields, error_record, joined
 from serve.core.service import CaptionService, ServiceConfig
 from serve.core.style import CaptionStyle
 from serve.engines.base import EmbedsError, LLMEngine, Sampling
@@ -48,6 +48,9 @@ class RunConfig:
     flags: str = ""  # for the records: what changes captions beside the model
     style: CaptionStyle = PLAIN  # how captions are edited
     ignore_icc: bool = False  # take colours as they are stored, as published
+    precision: str | None = None  # of the encoder in torch
+    cuda_graphs: bool = True  # for the encoder in torch on a GPU
+    crop: str = "center"  # what the model sees of an image: one of vlv.data.decoding.crop.CROPS
     verify: bool = False  # record the hashes of the files
 
 
@@ -91,6 +94,8 @@ class CaptionRun:
             config.encoder,
             config.artifacts,
             config.ignore_icc,
+            config.precision,
+            config.cuda_graphs,
             restarts=0,
         )
         self._service = service = CaptionService(self.checkpoint, lambda: self.engine, limits, self.timeline)
@@ -141,13 +146,16 @@ class CaptionRun:
 
     async def _caption(self, item: Item, of_file: dict, slot: int) -> None:
         samplings = [self._sampling(item, number) for number in range(self.config.captions)]
+        config = self.config
         try:
-            encoded = await self._service.encode(item, slot)
-            generated = await self._service.captions(encoded.embeds, samplings, wait=True)
-            timings = {"encode": encoded.seconds, "llm": generated.seconds}
-            config = self.config
+            encoded = await self._service.encode(item, slot, config.crop)
+            generated = await self._service.caption_squares(encoded.squares, samplings, wait=True)
+            timings = {"encode": encoded.seconds, "llm": generated[0].seconds}
+            squares = [square.completions for square in generated]
+            completions = [joined(draw, config.raw) for draw in zip(*squares, strict=True)]
+            crop = crop_fields(config.crop, encoded.boxes, squares, config.raw)
             record = caption_record(
-                item, generated.completions, config.raw, self.model_id, config.flags, config.style, timings
+                item, completions, config.raw, self.model_id, config.flags, config.style, timings, crop
             )
             self.sink.caption(record | of_file, item)
         except (ImageError, EmbedsError) as error:

@@ -28,7 +28,14 @@ from vlv.checkpoints.llm_folder import end_token_ids
 from vlv.common.command import Misuse, UserError, one_line
 from vlv.model.generation import cut_at_end
 
-FLAGS = {"lora": "lora", "tensor_parallel": "tensor-parallel", "url": "llm-url"}  # of Options
+FLAGS = {  # of Options
+    "lora": "lora",
+    "tensor_parallel": "tensor-parallel",
+    "url": "llm-url",
+    "dtype": "llm-dtype",
+    "gguf": "gguf",
+    "gguf_type": "gguf-type",
+}
 
 
 class EngineError(UserError, RuntimeError):
@@ -133,6 +140,9 @@ class Options:
     lora: Path | None = None  # a PEFT adapter's folder
     tensor_parallel: int = 1  # devices that share the language model
     url: str | None = None  # of the server that runs the language model
+    dtype: str = "auto"  # one of serve.LLM_DTYPES; auto: bfloat16 on a GPU, float32 on a CPU
+    gguf: Path | None = None  # the language model's file; None: written on first use, into the cache
+    gguf_type: str = "f16"  # of the file that is written: one of export.components.GGUF_TYPES
 
     def model_id(self, checkpoint_hash: str) -> str:
         """Return the id that records carry: the checkpoint's hash, and the hash of the adapter if there is one."""

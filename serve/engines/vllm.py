@@ -43,7 +43,7 @@ class VLLMEngine(LLMEngine):
     """Continuous batching by vLLM, in its own processes."""
 
     name = "vllm"
-    takes = frozenset({"lora", "tensor_parallel"})
+    takes = frozenset({"lora", "tensor_parallel", "dtype"})
     has_logprobs = True
 
     def __init__(self, *args, **options):
@@ -104,6 +104,8 @@ class VLLMEngine(LLMEngine):
                 from serve.engines.vllm_executor import SharedCoresExecutor
 
                 device["distributed_executor_backend"] = SharedCoresExecutor
+        if self.options.dtype != "auto":
+            device["dtype"] = self.options.dtype
         arguments = AsyncEngineArgs(
             model=str(self.spec.folder),
             enable_prompt_embeds=True,
@@ -145,7 +147,11 @@ class VLLMEngine(LLMEngine):
         # vLLM keeps one block empty
         blocks = self.in_flight * math.ceil((self.spec.queries + self.max_tokens) / CPU_BLOCK) + 1
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        return min(blocks * CPU_BLOCK * self.spec.kv_values * 4, free // 4)
+        return min(blocks * CPU_BLOCK * self.spec.kv_values * self._number_bytes, free // 4)
+
+    @property
+    def _number_bytes(self) -> int:
+        return 4 if self.options.dtype in ("auto", "float32") else 2
 
     def _set_environment(self) -> None:
         """For vLLM's processes: flat memory, no usage reports, the log in a file (on stderr with debug)."""

@@ -276,6 +276,9 @@ class ParquetSink(FolderSink):
         fields = {"id": text, "path": text, "caption": text, "captions": pa.list_(text), "tokens": pa.int32()}
         fields |= {"finish_reason": text, "encode_seconds": number, "llm_seconds": number, "model": text, "flags": text}
         fields |= {"bytes": pa.int64(), "mtime_ns": pa.int64(), "sha256": text}
+        if any("crop" in record for record in records):
+            square = pa.struct({"box": pa.list_(pa.int32()), "caption": text, "captions": pa.list_(text)})
+            fields |= {"crop": text, "tiles": pa.list_(square)}
         table = pa.Table.from_pylist(rows, pa.schema(fields.items()))
         parquet.write_table(table, file, compression="zstd")
 

@@ -28,7 +28,8 @@ from vllm.multimodal.processing import (
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from serve.vllm_model.config import CaptionerConfig
-from vlv.data.image import MAX_PIXELS, centre
+from vlv.data.decoding.crop import center
+from vlv.data.image import MAX_PIXELS
 from vlv.model.config import VLVConfig
 from vlv.model.encoder import VLVEncoder
 
@@ -94,7 +95,7 @@ def _crop(image: Image.Image | np.ndarray | Tensor, size: int) -> np.ndarray:
                 f"an image is a PIL image or uint8 [height, width, 3], not {image.dtype} {list(image.shape)}"
             )
         image = Image.fromarray(image)
-    return np.asarray(centre(image, size, MAX_PIXELS))
+    return np.asarray(center(image, size, MAX_PIXELS))
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=DummyInputs)

@@ -184,6 +184,16 @@ def test_the_documented_server_captions_and_cleans(documented, captioning_checkp
         changed += raw != text
     assert changed
 
+    url = "data:image/png;base64," + base64.b64encode(images[0].read_bytes()).decode()
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+    for name, value in {"frequency_penalty": 0.5, "presence_penalty": -1, "repetition_penalty": 1.1}.items():
+        answer = httpx.post(f"{documented}/v1/chat/completions", json={**body, "raw": True, name: value})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+        assert "penalties count the tokens of the prompt" in answer.json()["error"]["message"]
+    neutral = {"frequency_penalty": 0, "presence_penalty": None, "repetition_penalty": 1.0, "max_tokens": 15}
+    answer = httpx.post(f"{documented}/v1/chat/completions", json={**body, **neutral}, timeout=60)
+    assert answer.json()["choices"][0]["message"]["content"] == expected[0]
+
 
 def test_the_command_that_serves_the_folder(folder, captioning_checkpoint, capsys, monkeypatch):
     from serve.vllm_model import folder as module

@@ -124,7 +124,7 @@ def test_the_faster_attention_is_a_constant_of_the_graph(name, faster, monkeypat
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_shapes_are_listed_for_eager_and_compiled_pytorch(compiled, monkeypatch):
-    listed = {"attention": ["m77n77d64 causal"], "geglu": ["*"]}
+    listed = {"attention": ["m77n77d64 causal"], "cross_attention": ["*"]}
     table = {"GPU": {"reference": {"compiled" if compiled else "eager": listed}}}
     monkeypatch.setattr(tuning, "table", lambda: table)
     monkeypatch.setattr(tuning, "_names", lambda index: ("GPU", "sm90"))
@@ -132,7 +132,7 @@ def test_shapes_are_listed_for_eager_and_compiled_pytorch(compiled, monkeypatch)
         ("attention", "m77n77d64 causal", compiled, True),
         ("attention", "m77n77d64", compiled, False),
         ("attention", "m77n77d64 causal", not compiled, False),
-        ("geglu", "f1280", compiled, True),
+        ("cross_attention", "m256n77d64", compiled, True),
         ("dwconv_norm", "c1024", compiled, False),
     ):
         assert tuning._listed(op, shape, 0, mode) is expected, (op, shape, mode)

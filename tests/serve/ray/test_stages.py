@@ -19,7 +19,7 @@ from serve.ray.decode import Decode
 from serve.ray.stages import Encode, Write
 from serve.ray.store import Store, part, plan, unit_items
 from vlv.common.command import Misuse
-from vlv.data.image import ImageError
+from vlv.data.image import ImageError, load_crops
 from vlv.model.config import VLVConfig
 
 
@@ -138,6 +138,20 @@ def test_the_stages_one_after_another(args, options, pictures, captioning_checkp
     assert {row["caption"] for row in rows} == captions_of(pictures, captioning_checkpoint)
     (error,) = [row for f in Path(args.output).glob("errors/*") for row in parquet.read_table(f).to_pylist()]
     assert error["id"].endswith("broken.png") and "not recognised as an image" in error["error"]
+
+
+def test_a_unit_in_another_crop(args, pictures, capsys):
+    store = Store(args.output)
+    plan(store, expand(args.paths, column="url"), {}, args.unit)
+    decode = Decode(args.output, SIZE, 1, False, "pad")
+    try:
+        columns = decode({"unit": np.array([0])})
+    finally:
+        decode._loop.run_until_complete(decode._pool.__aexit__())
+    for item, crop in zip(unit_items(store, 0), columns["crop"], strict=True):
+        assert np.array_equal(crop, load_crops(item.read(), SIZE, "pad").pixels[0])
+    assert ray_batch.main([*args.paths, args.output, "--ckpt", "x", "--crop", "tiles"]) == 2
+    assert "--crop tiles: a unit has one caption an image here" in capsys.readouterr().err
 
 
 def captions_of(pictures: Path, checkpoint: Path) -> set[str]:
