@@ -9,7 +9,7 @@ import pytest
 from pyarrow import Table, parquet
 
 from benchmarks.clouds import CLIENTS, INSTALL, emulator, missing
-from serve.core.remote import items_of
+from serve.core.inputs import expand
 from serve.ray.store import Store, plan, unit_items
 from vlv.data.image import ImageError
 
@@ -41,15 +41,15 @@ def test_folders_shards_lists_and_the_output(bucket, pictures):
     }
     fs.pipe({f"vlv-test/{name}": content for name, content in files.items()})
 
-    assert [i.read() for i in items_of([f"{bucket}/photos", f"{bucket}/c.tar"], "url")] == [first, second] * 2
-    there, gone = items_of([f"{bucket}/l.parquet"], "url")
+    assert [i.read() for i in expand([f"{bucket}/photos", f"{bucket}/c.tar"], column="url")] == [first, second] * 2
+    there, gone = expand([f"{bucket}/l.parquet"], column="url")
     assert there.read() == first
     with pytest.raises(ImageError, match="there is no such file"):
         gone.read()
 
     store = Store(f"{bucket}/out")
     assert store.names(".parquet") == set()
-    assert plan(store, items_of([f"{bucket}/photos", f"{bucket}/c.tar"], "url"), {"model": "a"}, 3) == 2
+    assert plan(store, expand([f"{bucket}/photos", f"{bucket}/c.tar"], column="url"), {"model": "a"}, 3) == 2
     assert [len(unit_items(store, unit)) for unit in range(2)] == [3, 1]
     store.write("part-000000.parquet", b"x")
     store.write("errors/part-000000.parquet", b"y")
