@@ -2,8 +2,8 @@
 
     python -m benchmarks.caption_verdict --precision fp8 --out benchmarks/caption_verdict.json
 
-Every choice of blocks that the export tries is made once, and checked with each seed's own scenes. The export keeps the
-first choice that passes, so the verdict of a seed is whether any does.
+Every choice of blocks that the export tries is made once, and checked with each seed's own scenes, the most exact choice
+first. The export keeps the first that passes, so the verdict of a seed is whether any does.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def work(args: argparse.Namespace) -> None:
         "command": command_line("benchmarks.caption_verdict"), "kind": "caption_verdict",
         "machine": machine.describe(), "precision": args.precision, "required": AGREEMENT, "choices": [],
     }  # fmt: skip
-    for excluded in precision.exclusion_candidates(costs):
+    for excluded in reversed(precision.exclusion_candidates(costs)):
         with tempfile.TemporaryDirectory() as folder:
             command = ["--ckpt", str(CKPT), "--out", folder, "--components", "encoder", "--precision", args.precision]
             only = patch.object(precision, "exclusion_candidates", lambda costs, excluded=excluded: [excluded])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve import FORMATS
-from serve.command import engine_arguments, model_arguments, open_model
+from serve.command import engine_arguments, model_arguments, open_model, placement_arguments
 from vlv.common.command import Misuse, Parser, debug_argument, hush, positive, run_command, say
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
         parents=[
             model_arguments(),
             engine_arguments(),
+            placement_arguments(),
             debug_argument("tracebacks, and the engine's log on stderr"),
         ],
     )

@@ -26,12 +26,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from serve.core.batcher import Batcher, Encoded, Encoder
+from serve.core.batcher import Batcher, Encoded, Encoder, PassCrops
 from serve.core.decode import DecodeError, DecodePool, default_workers
 from serve.core.inputs import Item
 from serve.engines.base import Completion, EngineError, LLMEngine, Sampling
 from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
+from vlv.common.command import say
 
 WATCH = 0.5  # seconds between two checks of the engine
 
@@ -90,8 +91,10 @@ class CaptionService:
 
     async def start(self) -> None:
         """Start the decode processes, and begin to load the encoder and the language model."""
+        for note in self.engine.notes:
+            say(note)
         await self.pool.__aenter__()
-        self._tasks = [asyncio.create_task(self._guarded(part)) for part in (self.batcher.run, self._keep_engine)]
+        self._tasks = [asyncio.create_task(self._guarded(part)) for part in (self._encode_batches, self._keep_engine)]
 
     async def close(self) -> None:
         """End the tasks and processes."""
@@ -110,8 +113,10 @@ class CaptionService:
     def ready(self, value: bool) -> None:
         (self._ready.set if value else self._ready.clear)()
 
-    def _open_encoder(self) -> Encoder:
+    def _open_encoder(self) -> Encoder | PassCrops:
         config = self.config
+        if self.engine.takes_crops:
+            return PassCrops(config.batch)
         return Encoder(
             self.checkpoint,
             config.encoder,
@@ -121,6 +126,11 @@ class CaptionService:
             config.precision,
             config.cuda_graphs,
         )
+
+    async def _encode_batches(self) -> None:
+        if self.engine.loads_alone:
+            await self._ready.wait()
+        await self.batcher.run()
 
     async def _guarded(self, part: Callable) -> None:
         try:

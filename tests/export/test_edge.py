@@ -197,7 +197,7 @@ def test_a_difference_from_the_vectors_is_seen(copied, damage):
         values[7] += 0.01
         values.tofile(file)
     else:
-        file.write_text(file.read_text().replace(" ", "  ", 1) + " 5 .")
+        file.write_text(file.read_text().strip() + " 5\n")
     run = caption(copied, "--check")
     assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: turned:")
 

@@ -31,8 +31,8 @@ def test_attention(shape, causal, dtype):
 @pytest.mark.parametrize("m, n", [(16, 16), (16, 64), (64, 16), (128, 32)])
 def test_attention_in_any_tile(m, n):
     config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1}
-    names = ("key_backward", "query_backward")
-    with forced(attention__forward={**config, "TMA": 0}, **{f"attention__{name}": config for name in names}):
+    backward = {"BLOCK_OUT": m, "BLOCK_IN": n, "num_warps": 4, "num_stages": 1}
+    with forced(attention__forward={**config, "TMA": 0}, attention__backward=backward):
         for causal in (False, True):
             compare(attention, attention_reference, qkv(1, 1, 75, 83, 16), causal, depth=99, gradients=True)
 
