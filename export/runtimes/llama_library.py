@@ -131,6 +131,7 @@ _FUNCTIONS = {  # name: result, arguments
     "llama_vocab_n_tokens": (_INT32, _POINTER),
     "llama_init_from_model": (_POINTER, _POINTER, _ContextParams),
     "llama_free": (None, _POINTER),
+    "llama_set_n_threads": (None, _POINTER, _INT32, _INT32),
     "llama_n_ctx": (_UINT32, _POINTER),
     "llama_n_batch": (_UINT32, _POINTER),
     "llama_n_ubatch": (_UINT32, _POINTER),
@@ -173,7 +174,7 @@ def library() -> ctypes.CDLL:
         raise LlamaError(f"{PACKAGE} is not installed: {INSTALL[PACKAGE]}") from None
     if found != PINNED:
         raise LlamaError(
-            f"{PACKAGE} {found} is installed, and the structures of its C functions are known for {PINNED} only: "
+            f"xllamacpp {found} is installed, and the structures of its C functions are known for {PINNED} only: "
             f"{INSTALL[PACKAGE]}"
         )
     spec = find_spec(PACKAGE)
@@ -318,6 +319,10 @@ class Llama:
             rows += count
         if not 0 < rows <= self.batch or len({entry.sequence for entry in entries}) < len(entries):
             raise ValueError(f"a step of {rows} rows: expected 1 to {self.batch}, and each sequence once")
+
+    def set_threads(self, threads: int) -> None:
+        """Compute the next steps with so many threads."""
+        self._lib.llama_set_n_threads(self._context, threads, threads)
 
     def release(self, sequence: int) -> None:
         """Free what a sequence has in the cache."""

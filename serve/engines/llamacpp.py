@@ -65,7 +65,10 @@ class LlamaCppEngine(LLMEngine):
 
     @property
     def threads(self) -> int:
-        """Return the threads of llama.cpp, half of the cores: they wait for each other in busy loops."""
+        """Return the threads that llama.cpp has while images are encoded: half of the cores.
+
+        They wait for each other in busy loops, so one that has to share its core holds up all.
+        """
         return max(1, len(os.sched_getaffinity(0)) // 2)
 
     @property
@@ -145,6 +148,7 @@ class LlamaCppEngine(LLMEngine):
 
     def _decode(self, llama: Llama, jobs: dict[int, _Job]) -> None:
         free = list(range(self.sequences))
+        threads = 0
         while not self._closing:
             if not jobs and not self._waiting:
                 self._wake.wait()
@@ -162,6 +166,11 @@ class LlamaCppEngine(LLMEngine):
                     entries.append(Entry(sequence, 0, job.embeds))
                     rows += len(job.embeds)
             if entries:
+                # a caption alone has nothing to share the cores with
+                wanted = len(os.sched_getaffinity(0)) if len(jobs) == 1 else self.threads
+                if wanted != threads:
+                    threads = wanted
+                    llama.set_threads(threads)
                 self._step(llama, jobs, free, entries)
 
     def _step(self, llama: Llama, jobs: dict[int, _Job], free: list[int], entries: list[Entry]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from serve.core.id_set import IdSet
-from serve.core.inputs import Item, key_of, stamp_of
+from serve.core.inputs import Item, hash_of, key_of, stamp_of
 from vlv.common.command import UserError, why
 from vlv.common.files import atomic_write
 from vlv.common.jsonl import cut_torn_line, read_records
@@ -113,14 +113,16 @@ class JsonLines:
 class FileSink:
     """Write captions to `captions.jsonl`, and failed images to `captions.errors.jsonl` (created when needed)."""
 
-    def __init__(self, path: str | Path, model: str, resume: bool = True, flags: str = ""):
+    def __init__(self, path: str | Path, model: str, resume: bool = True, flags: str = "", verify: bool = False):
         """Open both files and read what is finished. Without `resume`, old files become `NAME.old`, `NAME.old2` ...
 
+        `verify`: an image has changed if the hash of its file has, where its record has one, not if size or time have.
         Captions of two models (by their ids), or with other `flags`, are not mixed in one output. Raises SinkError.
         """
         self.path = Path(path)
         self.model = model
         self.flags = flags
+        self.verify = verify
         self.errors_path = self.path.with_name(self.path.stem + ".errors.jsonl")
         self.finished = IdSet()  # keys of images, of earlier runs and of this one
         self.changed = 0  # images that are captioned again, since their files have changed
@@ -190,6 +192,8 @@ class FileSink:
             return "error" in record and now is not None
         if now is None:
             self._moved.add(alias(record["id"], before[0]))
+        elif self.verify and record.get("sha256"):
+            return hash_of(record["path"]) != record["sha256"]
         return now not in (None, before)
 
     def is_finished(self, item: Item, size: int | None) -> bool:

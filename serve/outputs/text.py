@@ -27,7 +27,7 @@ class TextFiles:
     def of(self, item: Item) -> Path:
         """Return the text file of an image. Raises ImageError where it has no place."""
         if self.folder is None:
-            if item.length is not None or "://" in item.path:
+            if not item.is_file:
                 raise ImageError(
                     "format", "an image in a shard or behind a URL has no place for a text file: give --output-dir"
                 )

@@ -19,10 +19,13 @@ from serve.outputs.jsonl import explained
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.common import html as pages
 from vlv.common.files import atomic_write
-from vlv.data.image import ImageError, load_crop
+from vlv.data.image import ImageError, load_crops
 
 BATCH = 16  # reconstructions at once
 SIDE = 192  # pixels per side of an image on the page; smaller ones are enlarged by the browser
+
+# what the square of an image is, by its crop
+LABELS = {"center": "centre square", "pad": "image, padded", "squash": "image, squashed", "tiles": "square"}
 
 STYLE = """\
 body { max-width: 84rem; }
@@ -40,25 +43,26 @@ article p { margin: .5rem 0 .2rem; }
 def write(
     page: Path, checkpoint: Checkpoint, items: Iterable[Item], captions: Path, count: int = 48, steps: int = 50
 ) -> None:
-    """Write the page for the first `count` items that have a record in `captions`.
+    """Write the page for the first `count` items that have a record in `captions`: the squares that the model saw.
 
     Images are reconstructed by the checkpoint's text-to-image model in `steps` steps from the same
     embeddings that the captions come from; without that model, the page says so. Raises SinkError.
     """
     texts = _captions(captions, first := list(itertools.islice(items, count)))
-    captioned, crops = [], []
+    labels, crops = [], []
     for item in first:
         if item.id in texts:
+            crop, captions_of_squares = texts[item.id]
             try:
-                crops.append(load_crop(item.read(), checkpoint.config.image_size))
-                captioned.append(item)
+                pixels = load_crops(item.read(), checkpoint.config.image_size, crop).pixels
             except ImageError:  # removed since it was captioned
                 continue
+            for number, (square, caption) in enumerate(zip(pixels, captions_of_squares, strict=False), 1):
+                place = f", square {number} of {len(captions_of_squares)}" if crop == "tiles" else ""
+                labels.append((item.id + place, caption, LABELS[crop]))
+                crops.append(square)
     images, about = _reconstruct(checkpoint, np.array(crops), steps) if crops else ([], "No image has a caption.")
-    cards = [
-        _card(item.id, texts[item.id], crop, image)
-        for item, crop, image in itertools.zip_longest(captioned, crops, images)
-    ]
+    cards = [_card(*label, pixels, image) for label, pixels, image in itertools.zip_longest(labels, crops, images)]
     style = STYLE + ("img { image-rendering: pixelated; }\n" if checkpoint.config.image_size < SIDE else "")
     body = "\n".join([f'<p class="about">{about}</p>', "<main>", *cards, "</main>"])
     with explained(page):
@@ -67,13 +71,15 @@ def write(
             file.write_text(pages.page("VLV captions", body, style), encoding="utf-8", errors="replace")
 
 
-def _captions(file: Path, items: list[Item]) -> dict[str, str]:
+def _captions(file: Path, items: list[Item]) -> dict[str, tuple[str, list[str]]]:
+    """Return for each item with a record its crop, and the captions of its squares."""
     ids, texts = {item.id for item in items}, {}
     with open(file, encoding="utf-8") as lines:
         for line in lines:
             record = json.loads(line)
             if record["id"] in ids:
-                texts[record["id"]] = record["caption"]
+                squares = [tile["caption"] for tile in record.get("tiles", ())] or [record["caption"]]
+                texts[record["id"]] = record.get("crop", "center"), squares
                 if len(texts) == len(ids):
                     break
     return texts
@@ -103,8 +109,8 @@ def _reconstruct(checkpoint: Checkpoint, crops: np.ndarray, steps: int) -> tuple
     )
 
 
-def _card(name: str, caption: str, crop: np.ndarray, image: np.ndarray | None) -> str:
-    figures = _figure(crop, "image", caption) + ("" if image is None else _figure(image, "reconstruction", ""))
+def _card(name: str, caption: str, label: str, crop: np.ndarray, image: np.ndarray | None) -> str:
+    figures = _figure(crop, label, caption) + ("" if image is None else _figure(image, "reconstruction", ""))
     return (
         f'<article><div class="pair">{figures}</div>'
         f"<p>{html.escape(caption)}</p><small>{html.escape(name)}</small></article>"

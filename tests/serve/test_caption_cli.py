@@ -147,6 +147,10 @@ def test_other_flags_do_not_go_on_in_the_same_file(caption, scene_images):
     )
     code, records, *_ = caption(scene_images, "--limit", 3, "--raw", "--no-resume")
     assert code == 0 and {r["flags"] for r in records} == {"--max-tokens 24 --raw"}
+    code, *_, stderr = caption(scene_images, "--limit", 3, "--raw", "--crop", "pad")
+    assert code == 1 and "and this run is with --max-tokens 24 --crop pad --raw: choose" in last(stderr)
+    code, records, *_ = caption(scene_images, "--limit", 3, "--crop", "pad", "--no-resume")
+    assert code == 0 and {(r["flags"], r["crop"]) for r in records} == {("--max-tokens 24 --crop pad", "pad")}
 
 
 def test_text_files_alone(captioning_checkpoint, scene_images, tmp_path, capsys, monkeypatch):
