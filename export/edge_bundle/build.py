@@ -4,12 +4,12 @@
 
 | file                            | what it is                                                                     |
 |---------------------------------|--------------------------------------------------------------------------------|
-| `encoder.onnx`                  | image uint8 [H, W, 3] -> crop uint8 [1, 3, S, S], embeddings float32 [1, Q, H]   |
+| `encoder.onnx`                  | image uint8 [H, W, 3] -> crop uint8 [1, 3, S, S], embeddings float32 [1, Q, H] |
 | `llm.gguf`, `tokenizer.json`    | the language model, which continues the embeddings                             |
 | `caption.py`, `requirements.txt`| a program with its packages                                                    |
 | `caption.cpp`, `CMakeLists.txt` | the same for ONNX Runtime's and llama.cpp's C APIs                             |
 | `vectors/`                      | images with the crops, embeddings, tokens and captions that both must give     |
-| `web/`, if asked for           | a page that encodes in the browser and sends embeddings to `serve.gateway`      |
+| `web/`, if asked for            | a page that encodes in the browser and sends embeddings to `serve.gateway`     |
 | `bundle.json`, `README.md`      | hashes, versions and figures; how images are prepared, in words and numbers    |
 """
 
@@ -33,7 +33,7 @@ from export.edge_bundle.caption import Captioner
 from export.edge_bundle.preprocess import with_crop
 from export.edge_bundle.web_page import require_library, write_page
 from export.manifest import Artifact, ArtifactError, describe_files
-from export.runtimes.llama_library import PACKAGE
+from export.runtimes.llama_library import PACKAGE, library
 from vlv.checkpoints.folder import Checkpoint
 from vlv.checkpoints.llm_folder import check_llm_folder, end_token_ids, read_json
 from vlv.common.files import atomic_folder, link_file, write_json
@@ -72,6 +72,7 @@ def build_bundle(config: BundleConfig, checkpoint: Checkpoint) -> dict:
     `out` appears when everything is verified. Raises OutputExists, ArtifactError for an encoder that drifts,
     CheckpointError, GGUFError, LlamaError.
     """
+    library()  # fail early without llama.cpp
     if config.web:
         require_library(config.web)
     check_llm_folder(checkpoint.llm)

@@ -251,13 +251,14 @@ def test_another_llama_cpp_is_refused(bundle, copied):
     (copied / "caption.py").write_text(source.replace('LLAMA = "2026.', 'LLAMA = "2027.'))
     run = caption(copied, "--check")
     assert run.returncode == 1
-    assert "this program needs 2027." in run.stderr.splitlines()[-1]
+    assert run.stderr.startswith("error: xllamacpp 2027.") and "found ['2026." in run.stderr
 
 
 def test_a_damaged_language_model(copied):
     (copied / "llm.gguf").write_bytes((copied / "llm.gguf").read_bytes()[:100_000])
     run = caption(copied, "--check")
-    assert run.returncode == 1 and "is no complete model" in run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and "is no complete model" in run.stderr
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
 
 
 def test_an_existing_folder_is_kept(bundle, capsys):
