@@ -38,7 +38,8 @@ from vlv.checkpoints.folder import Checkpoint
 from vlv.checkpoints.llm_folder import check_llm_folder, end_token_ids, read_json
 from vlv.common.files import atomic_folder, link_file, write_json
 from vlv.data import scenes
-from vlv.data.image import MAX_PIXELS, centre
+from vlv.data.decoding.crop import center
+from vlv.data.image import MAX_PIXELS
 from vlv.model.encoder import IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT = 1
@@ -179,7 +180,7 @@ def _write_vectors(folder: Path) -> None:
         case.mkdir(parents=True)
         scene = Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + 3 * 10**6 + number)))
         image = scene.resize(shape, Image.Resampling.BICUBIC)
-        crop = centre(image, size, MAX_PIXELS)
+        crop = center(image, size, MAX_PIXELS)
         found, embeddings = captioner.encode(np.asarray(image))
         if (levels := np.abs(found[0].transpose(1, 2, 0) - np.asarray(crop, int)).max()) > 1:
             raise ArtifactError(f"{name}: the crop of the graph is off by {levels} grey levels from Pillow's")

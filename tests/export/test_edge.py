@@ -21,7 +21,8 @@ from PIL import Image
 from export.edge_bundle import preprocess
 from export.verification.inputs import border_images
 from tests.export.conftest import BUNDLED
-from vlv.data.image import MAX_PIXELS, centre, load_crop
+from vlv.data.decoding.crop import center
+from vlv.data.image import MAX_PIXELS, load_crop
 from vlv.model.captioner import Captioner
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,7 @@ def crop_of():
 
 def differences(crop: np.ndarray, image: np.ndarray) -> np.ndarray:
     """Grey levels between a crop and Pillow's."""
-    expected = centre(Image.fromarray(image), crop.shape[0], MAX_PIXELS)
+    expected = center(Image.fromarray(image), crop.shape[0], MAX_PIXELS)
     return np.abs(crop.astype(int) - np.asarray(expected, int))
 
 
