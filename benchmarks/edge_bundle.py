@@ -33,6 +33,8 @@ from vlv.data.scenes import write_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_SCENE = 7_000_000  # held-out scenes that nothing else uses
+# without PYTHONPATH, whose packages pip would take for those of the new environment
+ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_17_aarch64", "manylinux_2_27_aarch64", "manylinux_2_28_aarch64")
 
 
@@ -80,7 +82,7 @@ def export(ckpt: str, variant: str, work: Path) -> Path:
     """Export a bundle; return its folder."""
     precision, llm_type = variant.split(":")
     out = work / variant.replace(":", "-")
-    words = ["--ckpt", ckpt, "--out", str(out), "--precision", precision, "--llm-type", llm_type]
+    words = ["--ckpt", ckpt, "--out", str(out), "--precision", precision, "--llm-type", llm_type, "--no-captions"]
     subprocess.run([sys.executable, "-m", "export.edge", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return out
 
@@ -96,7 +98,7 @@ def environment(bundle: Path, work: Path) -> tuple[Path, dict]:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
     python = env / "bin" / "python"
     install = ["-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-compile"]
-    subprocess.run([sys.executable, *install, "-r", bundle / "requirements.txt"], check=True)
+    subprocess.run([sys.executable, *install, "-r", bundle / "requirements.txt"], check=True, env=ALONE)
     (site,) = env.glob("lib/python*/site-packages")
     packages = {folder.name: size(folder) for folder in sorted(site.iterdir()) if folder.is_dir()}
     say(f"environment: {size(env)} MB")
@@ -168,7 +170,7 @@ def on_aarch64(python: list[str], bundle: Path, work: Path, scenes: list[Path]) 
             [*python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], stdout=-1, text=True
         )
         install += ["--implementation", "cp", "--python-version", version.stdout.strip()]
-        subprocess.run([sys.executable, *install, "-r", bundle / "requirements.txt"], check=True)
+        subprocess.run([sys.executable, *install, "-r", bundle / "requirements.txt"], check=True, env=ALONE)
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(site)}
     command = [*python, str(bundle / "caption.py"), "--threads", "1", "--check", *map(str, scenes)]
     start = time.monotonic()

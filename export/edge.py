@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Write the bundle with parsed flags; return the exit code."""
+    checkpoint = arguments.open_checkpoint(args.ckpt)  # first: it silences the libraries
+
     from export.edge_bundle.build import BundleConfig, build_bundle
 
     config = BundleConfig(
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         force=args.force,
         web=args.web,
     )
-    content = build_bundle(config, arguments.open_checkpoint(args.ckpt))
+    content = build_bundle(config, checkpoint)
     for name, entry in content["files"].items():
         print(f"{entry['bytes']:>12,}  {name}")
     say(f"{args.out}: verified; try it: python {args.out}/caption.py --check")

@@ -4,12 +4,12 @@
 
 | file                            | what it is                                                                     |
 |---------------------------------|--------------------------------------------------------------------------------|
-| `encoder.onnx`                  | image uint8 [H, W, 3] -> crop uint8 [1, 3, S, S], embeddings float32 [1, Q, H]   |
+| `encoder.onnx`                  | image uint8 [H, W, 3] -> crop uint8 [1, 3, S, S], embeddings float32 [1, Q, H] |
 | `llm.gguf`, `tokenizer.json`    | the language model, which continues the embeddings                             |
 | `caption.py`, `requirements.txt`| a program with its packages                                                    |
 | `caption.cpp`, `CMakeLists.txt` | the same for ONNX Runtime's and llama.cpp's C APIs                             |
 | `vectors/`                      | images with the crops, embeddings, tokens and captions that both must give     |
-| `web/`, if asked for           | a page that encodes in the browser and sends embeddings to `serve.gateway`      |
+| `web/`, if asked for            | a page that encodes in the browser and sends embeddings to `serve.gateway`     |
 | `bundle.json`, `README.md`      | hashes, versions and figures; how images are prepared, in words and numbers    |
 """
 
@@ -33,12 +33,13 @@ from export.edge_bundle.caption import Captioner
 from export.edge_bundle.preprocess import with_crop
 from export.edge_bundle.web_page import require_library, write_page
 from export.manifest import Artifact, ArtifactError, describe_files
-from export.runtimes.llama_library import PACKAGE
+from export.runtimes.llama_library import PACKAGE, library
 from vlv.checkpoints.folder import Checkpoint
 from vlv.checkpoints.llm_folder import check_llm_folder, end_token_ids, read_json
 from vlv.common.files import atomic_folder, link_file, write_json
 from vlv.data import scenes
-from vlv.data.image import MAX_PIXELS, centre
+from vlv.data.decoding.crop import center
+from vlv.data.image import MAX_PIXELS
 from vlv.model.encoder import IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT = 1
@@ -72,6 +73,7 @@ def build_bundle(config: BundleConfig, checkpoint: Checkpoint) -> dict:
     `out` appears when everything is verified. Raises OutputExists, ArtifactError for an encoder that drifts,
     CheckpointError, GGUFError, LlamaError.
     """
+    library()  # fail early without llama.cpp
     if config.web:
         require_library(config.web)
     check_llm_folder(checkpoint.llm)
@@ -178,7 +180,7 @@ def _write_vectors(folder: Path) -> None:
         case.mkdir(parents=True)
         scene = Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + 3 * 10**6 + number)))
         image = scene.resize(shape, Image.Resampling.BICUBIC)
-        crop = centre(image, size, MAX_PIXELS)
+        crop = center(image, size, MAX_PIXELS)
         found, embeddings = captioner.encode(np.asarray(image))
         if (levels := np.abs(found[0].transpose(1, 2, 0) - np.asarray(crop, int)).max()) > 1:
             raise ArtifactError(f"{name}: the crop of the graph is off by {levels} grey levels from Pillow's")

@@ -51,11 +51,9 @@ class Batch(Structure):
 
 def load_llama() -> ctypes.CDLL:
     """Load llama.cpp from the xllamacpp package. Raises RuntimeError for another version."""
-    found = importlib.metadata.version("xllamacpp")
-    if found != LLAMA:
-        raise RuntimeError(
-            f"xllamacpp {found} is installed, this program needs {LLAMA}: pip install xllamacpp=={LLAMA}"
-        )
+    found = [one.version for one in importlib.metadata.distributions(name="xllamacpp")][:1]
+    if found != [LLAMA]:
+        raise RuntimeError(f"xllamacpp {LLAMA} is needed, found {found}: pip install --no-deps xllamacpp=={LLAMA}")
     folder = Path(importlib.util.find_spec("xllamacpp").origin).parent
     lib = ctypes.CDLL(str(folder / "xllamacpp.abi3.so"))
     for name in "llama_model_load_from_file llama_init_from_model llama_model_get_vocab llama_get_memory".split():
@@ -181,7 +179,10 @@ def main() -> int:
     if not args.images and not args.check:
         parser.error("give an IMAGE, or --check")
     folder = Path(__file__).resolve().parent
-    captioner = Captioner(folder, args.threads)
+    try:
+        captioner = Captioner(folder, args.threads)
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
     problems = check(captioner, folder) if args.check else []
     for file in args.images:
         try:

@@ -1,9 +1,9 @@
 """Put the resize and the centre crop into an encoder's ONNX graph, so that it takes an image of any size.
 
-The graph gives the crop of `vlv.data.image.centre`, level by level: Pillow's antialiased bilinear resize of the short
-side to S, and the central S x S pixels. ONNX's own Resize is not used. Its default, exclude_outside=0, is up to 11 grey
-levels off at the borders; with 1, it rounds ties otherwise, because its coordinates are float32, and the two passes may
-add up to 2 levels.
+The graph gives the crop of `vlv.data.decoding.crop.center`, level by level: Pillow's antialiased bilinear resize of
+the short side to S, and the central S x S pixels. ONNX's own Resize is not used. Its default, exclude_outside=0, is up
+to 11 grey levels off at the borders; with 1, it rounds ties otherwise, because its coordinates are float32, and the two
+passes may add up to 2 levels.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from PIL import Image
 from export.edge_bundle import preprocess
 from export.verification.inputs import border_images
 from tests.export.conftest import BUNDLED
-from vlv.data.image import MAX_PIXELS, centre, load_crop
+from vlv.data.decoding.crop import center
+from vlv.data.image import MAX_PIXELS, load_crop
 from vlv.model.captioner import Captioner
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,7 @@ def crop_of():
 
 def differences(crop: np.ndarray, image: np.ndarray) -> np.ndarray:
     """Grey levels between a crop and Pillow's."""
-    expected = centre(Image.fromarray(image), crop.shape[0], MAX_PIXELS)
+    expected = center(Image.fromarray(image), crop.shape[0], MAX_PIXELS)
     return np.abs(crop.astype(int) - np.asarray(expected, int))
 
 
@@ -251,13 +252,14 @@ def test_another_llama_cpp_is_refused(bundle, copied):
     (copied / "caption.py").write_text(source.replace('LLAMA = "2026.', 'LLAMA = "2027.'))
     run = caption(copied, "--check")
     assert run.returncode == 1
-    assert "this program needs 2027." in run.stderr.splitlines()[-1]
+    assert run.stderr.startswith("error: xllamacpp 2027.") and "found ['2026." in run.stderr
 
 
 def test_a_damaged_language_model(copied):
     (copied / "llm.gguf").write_bytes((copied / "llm.gguf").read_bytes()[:100_000])
     run = caption(copied, "--check")
-    assert run.returncode == 1 and "is no complete model" in run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and "is no complete model" in run.stderr
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
 
 
 def test_an_existing_folder_is_kept(bundle, capsys):
