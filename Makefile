@@ -4,9 +4,10 @@ CAPTION := assets/samples --ckpt assets/vlv-tiny -o out/captions.jsonl --gallery
 ARGS :=
 HF_KERNELS := .venv/hf-kernels
 CLIENTS := .venv/clients
+ALL := .venv/all
 export PYTHON
 
-.PHONY: demo test test-clients coverage lint setup setup-test clean
+.PHONY: demo test test-all test-clients coverage lint setup setup-test clean
 
 demo: setup
 	@mkdir -p out
@@ -16,7 +17,15 @@ demo: setup
 
 # make test ARGS="-k davit -x"
 test: setup-test $(HF_KERNELS)/done
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -rs $(ARGS)
+
+# also what `make test` skips for want of a package: Ray, clouds, data sets, Kubernetes, containers, alerts, mkdocs, clients.
+# pip has neither helm (HELM=/path names one) nor Chromium: without them their tests are skipped
+test-all: setup-test $(HF_KERNELS)/done $(CLIENTS)/done $(ALL)/done
+	@PATH="$(CURDIR)/$(ALL)/bin:$$PATH" $(ALL)/bin/python -m pytest -rs $(ARGS)
+
+$(ALL)/done: requirements/test-all.in requirements/cpu.lock requirements/test.lock | setup-test
+	@scripts/overlay_venv.sh $(@D) -c requirements/cpu.lock -c requirements/test.lock -r $<
 
 # make coverage ARGS=tests/serve: what the tests run, commands that they start included
 coverage: setup-test $(HF_KERNELS)/done
@@ -25,12 +34,14 @@ coverage: setup-test $(HF_KERNELS)/done
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --skip-covered
 
-# other people's clients against the server: LangChain, LiteLLM, LlamaIndex, OpenAI for Node (where npm is), vLLM's benchmark
+# other people's clients against the server: LangChain, LiteLLM, LlamaIndex, guidellm, OpenAI for Node (where npm is),
+# vLLM's benchmark; guidellm needs PyTorch, and takes that of .venv
 test-clients: setup-test $(CLIENTS)/done
 	@$(BIN)/python -m pytest tests/serve/http/test_clients.py -rs $(ARGS)
 
 $(CLIENTS)/done: requirements/test-clients.in | setup-test
 	@$(BIN)/python -m venv $(@D) && $(@D)/bin/pip install -q -r $<
+	@scripts/overlay_venv.sh $(@D)/guidellm guidellm==0.8.1
 	@if command -v npm >/dev/null; then mkdir -p $(@D)/node && cd $(@D)/node && npm install --silent openai; fi
 	@touch $@
 

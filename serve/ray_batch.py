@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from serve.command import engine_arguments, model_arguments, open_model
+from serve.command import engine_arguments, model_arguments, open_model, require_checkpoint
 from serve.ray.cluster import cluster_arguments, joined, on_gpu, share, span
 from vlv.common.command import Misuse, Parser, debug_argument, positive, run_command, say
 
@@ -59,8 +59,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from serve.core.inputs import LeftOut
-    from serve.core.remote import items_of
+    if args.crop == "tiles":
+        raise Misuse("--crop tiles: a unit has one caption an image here; use serve.vllm_caption, with --shard")
+    require_checkpoint(args.ckpt)
+
+    from serve.core.inputs import LeftOut, expand
     from serve.ray.stages import ENDINGS, StageOptions
     from serve.ray.store import Store, part, plan
 
@@ -72,7 +75,7 @@ def _batch(args: argparse.Namespace) -> int:
     flags = " ".join([model.flags] * bool(model.flags) + ["--raw"] * args.raw)
     terms = {"sources": sorted(args.paths), "unit": args.unit, "format": args.format, "model": model_id, "flags": flags}
     left_out = LeftOut()
-    units = plan(store, items_of(args.paths, args.url_column, left_out), terms, args.unit)
+    units = plan(store, expand(args.paths, left_out, args.url_column), terms, args.unit)
     if line := str(left_out):
         say(line)
     ending = ENDINGS[args.format]
@@ -111,7 +114,7 @@ def _results(
     context.target_max_block_size = BLOCK
     gpus = args.llm_gpu if args.tensor_parallel == 1 else args.tensor_parallel
     stages = (
-        (Decode, (args.output, size, args.workers or 1, args.ignore_icc), args.decoders, 0),
+        (Decode, (args.output, size, args.workers or 1, args.ignore_icc, args.crop), args.decoders, 0),
         (Encode, (options,), args.encoders, args.encoder_gpu),
         (Write, (options,), args.llms, gpus),
     )

@@ -1,13 +1,15 @@
 """Collect decoded images into encoder batches: the one place that decides the batch size.
 
 The rule: whenever the encoder is free, it takes all images that wait, at most `Encoder.batch`. While the language
-model has more captions to write than it decodes together (`in_flight`), the encoder waits and a full batch gathers;
-more embeddings would only wait in memory. At most `in_flight` captions and one batch of images are open at a time.
+model has more captions to write than it decodes together (`in_flight`, and a sixteenth more, which takes the places of
+those that end while the next batch is encoded), the encoder waits and a full batch gathers; more embeddings would only
+wait in memory. At most so many captions and one batch of images are open at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from export.runtimes.factory import open_runtime
 from serve.core.decode import DecodePool
 from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
+from vlv.data.decoding.crop import Box
 
 
 class Encoder:
@@ -45,11 +48,17 @@ class Encoder:
             torch.set_num_threads(threads)
         self._runtime = open_runtime(runtime, artifacts, checkpoint, precision, batch if cuda_graphs else 0)
         self._runtime.session("encoder")  # loads it
+        self._stream = contextlib.nullcontext()
+        if self._runtime.device.type == "cuda":
+            # beside vLLM inline, whose stream has a higher priority, the encoder fills what vLLM leaves free
+            torch.cuda.synchronize()  # the weights were copied by the default stream
+            self._stream = torch.cuda.stream(torch.cuda.Stream())
         self.batch = min(batch, self._runtime.max_batch or batch)
 
     def __call__(self, images: np.ndarray) -> Tensor:
         """Encode uint8 [B, 3, S, S] to prompt embeddings, float32 [B, queries, llm_width] on the CPU."""
-        return torch.cat([self._encode(part) for part in torch.from_numpy(images).split(self.batch)])
+        with self._stream:
+            return torch.cat([self._encode(part) for part in torch.from_numpy(images).split(self.batch)])
 
     def _encode(self, images: Tensor) -> Tensor:
         if self._runtime.device.type == "cuda":  # from pinned memory, the copy does not block this thread
@@ -57,23 +66,52 @@ class Encoder:
         return self._runtime.encode(images).cpu()
 
 
+class PassCrops:
+    """Stand in for the encoder where it runs in the engine: pass the crops on, `batch` at a time."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    def __call__(self, images: np.ndarray) -> Tensor:
+        """Return the images uint8 [B, 3, S, S]."""
+        return torch.from_numpy(images)
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """The prompt embeddings of one image, float32 [queries, llm_width], and the seconds that its batch took."""
+    """The prompt embeddings of one image's squares, and the seconds that its batch took.
 
-    embeds: Tensor
+    Where the encoder runs in the engine, the squares themselves: uint8 [N, 3, S, S].
+    """
+
+    squares: Tensor  # float32 [N, queries, llm_width]; N is 1 but for tiles
+    boxes: list[Box]  # the part of the image that each square shows
     seconds: float
+
+    @property
+    def embeds(self) -> Tensor:
+        """Return the embeddings of the first square, float32 [queries, llm_width]."""
+        return self.squares[0]
+
+
+def _encode(encoder: Encoder, images: list[np.ndarray]) -> Tensor:
+    """Encode the squares of images; copying them together would delay the event loop."""
+    return encoder(np.concatenate(images))
 
 
 class Batcher:
     """Encode the images in the slots of a decode pool, in a thread of its own, by the rule above."""
 
     def __init__(
-        self, pool: DecodePool, open_encoder: Callable[[], Encoder], in_flight: int, timeline: Timeline | None = None
+        self,
+        pool: DecodePool,
+        open_encoder: Callable[[], Encoder | PassCrops],
+        in_flight: int,
+        timeline: Timeline | None = None,
     ):
         self._pool = pool
         self._open_encoder = open_encoder
-        self._in_flight = in_flight
+        self._limit = in_flight + in_flight // 16
         self._timeline = timeline
         self._thread = ThreadPoolExecutor(1, "encoder")
         self._decoded: asyncio.Queue[tuple[int, asyncio.Future[Encoded]]] = asyncio.Queue()
@@ -89,7 +127,7 @@ class Batcher:
     def count_captions(self, change: int) -> None:
         """Add to the number of captions that the language model has to write."""
         self.captions += change
-        (self._below_limit.set if self.captions <= self._in_flight else self._below_limit.clear)()
+        (self._below_limit.set if self.captions <= self._limit else self._below_limit.clear)()
 
     async def encode(self, slot: int) -> Encoded:
         """Encode the image in a slot of the pool, and release the slot."""
@@ -107,18 +145,20 @@ class Batcher:
             while len(batch) < encoder.batch and not self._decoded.empty():
                 batch.append(self._decoded.get_nowait())
             needed = [(slot, encoded) for slot, encoded in batch if not encoded.done()]  # the others were cancelled
-            images = self._pool.crops[[slot for slot, _ in needed]]  # a copy
+            images = [self._pool.squares(slot) for slot, _ in needed]
+            boxes = [self._pool.boxes(slot) for slot, _ in needed]
             for slot, _ in batch:
                 self._pool.release(slot)
             if not needed:
                 continue
             start = time.monotonic()
-            rows = await loop.run_in_executor(self._thread, encoder, images)
+            rows = await loop.run_in_executor(self._thread, _encode, encoder, images)
             seconds = time.monotonic() - start
             if self._timeline:
                 self._timeline.span("the encoder", start, images=len(needed), waiting=self.waiting)
-            for (_, encoded), row in zip(needed, rows, strict=True):
+            parts = rows.split([len(squares) for squares in images])
+            for (_, encoded), part, shown in zip(needed, parts, boxes, strict=True):
                 if not encoded.done():
                     # a copy: a view would keep the full batch in memory until its last image is captioned
-                    encoded.set_result(Encoded(row.clone(), seconds))
+                    encoded.set_result(Encoded(part.clone(), shown, seconds))
             await asyncio.sleep(0)  # the tasks that waited count their captions before the next batch is taken

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
+import mmap
 import multiprocessing
 import os
 import signal
 import time
 from collections import deque
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import DupFd
 
 import numpy as np
 
 from serve.core.inputs import Item
 from vlv.common.command import UserError
-from vlv.data.image import MAX_PIXELS, ImageError, load_crop
+from vlv.data.decoding.crop import MAX_TILES, Box
+from vlv.data.image import MAX_PIXELS, ImageError, load_crops
 
-_Job = tuple[Item, int, asyncio.Future]  # an item, its slot, and the future of its result
+_Job = tuple[Item, int, str, asyncio.Future]  # an item, its slot, its crop, and the future of its result
 WINDOW = 2  # items sent to a process: the one it decodes, and the next, so that it need not wait
 
 
@@ -31,36 +33,60 @@ class DecodeError(UserError, RuntimeError):
     """Raised when decode processes cannot be started at all."""
 
 
-def _work(pipe: Connection, max_pixels: int, ignore_icc: bool, memory, slots: int, size: int) -> None:
-    """Send None once running; then decode (item, slot) until the pipe ends.
+class SharedSquares:
+    """Squares in memory that processes share, `pixels` uint8 [slots, MAX_TILES, 3, size, size].
 
-    Sends for each item an error (kind, message) or None, and its start and end by the machine's monotonic clock.
+    A part takes memory once a square has been written there: most images have one.
+    """
+
+    def __init__(self, slots: int, size: int, file: int | None = None):
+        """`file`: descriptor of the memory, if it exists already."""
+        self._arguments = slots, size
+        if file is None:
+            file = os.memfd_create("squares")
+            os.ftruncate(file, slots * MAX_TILES * 3 * size * size)
+        self._file = file
+        self.pixels = np.frombuffer(mmap.mmap(file, 0), np.uint8).reshape(slots, MAX_TILES, 3, size, size)
+
+    def __reduce__(self):  # for a process that is being started
+        return _attach, (*self._arguments, DupFd(self._file))
+
+    def close(self) -> None:
+        """Let no further process have the memory, which lives as long as `pixels`."""
+        os.close(self._file)
+
+
+def _attach(slots: int, size: int, file) -> SharedSquares:
+    return SharedSquares(slots, size, file.detach())
+
+
+def _work(pipe: Connection, max_pixels: int, ignore_icc: bool, memory: SharedSquares, size: int) -> None:
+    """Send None once running; then decode (item, slot, crop) until the pipe ends.
+
+    Sends for each item an error (kind, message) or None, its start and end by the machine's monotonic clock, and the
+    boxes of its squares (none after an error).
     """
     # Ctrl-C reaches the whole process group: the parent decides what it means
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    crops = _crops(memory, slots, size)
     pipe.send(None)
     while True:
         try:
-            item, slot = pipe.recv()
+            item, slot, crop = pipe.recv()
         except (EOFError, OSError):  # the parent has closed the pipe, or was killed
             return
-        start = time.monotonic()
+        start, boxes = time.monotonic(), []
         try:
-            crops[slot] = load_crop(item.read(), size, max_pixels, ignore_icc)
-            answer = None
+            found = load_crops(item.read(), size, crop, max_pixels, ignore_icc)
+            memory.pixels[slot, : len(found.pixels)] = found.pixels
+            answer, boxes = None, found.boxes
         except ImageError as error:
             answer = (error.kind, str(error))
         except MemoryError:
             answer = ("too-large", "not enough memory to decode the image")
         try:
-            pipe.send((answer, start, time.monotonic()))
+            pipe.send((answer, start, time.monotonic(), boxes))
         except OSError:
             return
-
-
-def _crops(memory, slots: int, size: int) -> np.ndarray:
-    return np.frombuffer(memory, np.uint8).reshape(slots, 3, size, size)
 
 
 class DecodeWorker:
@@ -81,17 +107,19 @@ class DecodeWorker:
 
 
 class DecodePool:
-    """Decode items for any number of tasks; at most `slots` crops exist at a time.
+    """Decode items for any number of tasks; the squares of at most `slots` images exist at a time.
 
-    A crop occupies a slot until `release`, which bounds the memory for any input. Use it as an async context manager,
-    from one event loop.
+    An image occupies a slot until `release`, which bounds the memory for any input. Use it as an async context
+    manager, from one event loop.
     """
 
     def __init__(self, size: int, workers: int, slots: int, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False):
-        """size: of the crops. max_pixels, ignore_icc: as for `vlv.data.image.load_crop`."""
+        """size: of the crops. max_pixels, ignore_icc: as for `vlv.data.image.load_crops`."""
         self._context = multiprocessing.get_context("spawn")
-        self._args = (self._context.RawArray(ctypes.c_uint8, slots * 3 * size * size), slots, size)
-        self.crops = _crops(*self._args)  # uint8 [slots, 3, size, size]
+        self._memory = SharedSquares(slots, size)
+        self.crops = self._memory.pixels[:, 0]  # uint8 [slots, 3, size, size]: the first square of each image
+        self._boxes: dict[int, list[Box]] = {}  # by slot
+        self._size = size
         self._free = deque(range(slots))
         self._available = asyncio.Semaphore(slots)
         self._count = workers
@@ -114,6 +142,7 @@ class DecodePool:
             worker.process.terminate()
         for worker in self._workers:
             worker.process.join()
+        self._memory.close()
 
     async def slot(self) -> int:
         """Reserve a free slot, and return it as soon as there is one."""
@@ -121,21 +150,34 @@ class DecodePool:
         return self._free.popleft()
 
     def release(self, slot: int) -> None:
-        """Give a slot back, once its crop has been copied or is not needed."""
+        """Give a slot back, once its squares have been copied or are not needed."""
+        self._boxes.pop(slot, None)
         self._free.append(slot)
         self._available.release()
 
-    async def decode(self, item: Item, slot: int) -> tuple[float, float]:
-        """Decode into `crops[slot]`; return start and end by time.monotonic(). Raises ImageError or DecodeError."""
+    def squares(self, slot: int) -> np.ndarray:
+        """Return a copy of the squares of the image in a slot, uint8 [N, 3, size, size]."""
+        return self._memory.pixels[slot, : len(self._boxes[slot])].copy()
+
+    def boxes(self, slot: int) -> list[Box]:
+        """Return the part of the image in a slot that each of its squares shows."""
+        return self._boxes[slot]
+
+    async def decode(self, item: Item, slot: int, crop: str = "center") -> tuple[float, float]:
+        """Decode into a slot; return start and end by time.monotonic().
+
+        `crop`: as for `vlv.data.image.load_crops`. Raises ImageError or DecodeError.
+        """
         if self._broken:
             raise self._broken
         answer = asyncio.get_running_loop().create_future()
-        self._backlog.append((item, slot, answer))
+        self._backlog.append((item, slot, crop, answer))
         self._distribute()
-        return await answer
+        start, end, self._boxes[slot] = await answer
+        return start, end
 
     def _start(self) -> None:
-        worker = DecodeWorker(self._context, self._max_pixels, self._ignore_icc, *self._args)
+        worker = DecodeWorker(self._context, self._max_pixels, self._ignore_icc, self._memory, self._size)
         self._workers.append(worker)
         asyncio.get_running_loop().add_reader(worker.pipe.fileno(), self._readable, worker)
 
@@ -147,7 +189,7 @@ class DecodePool:
             job = self._backlog.popleft()
             worker.waiting.append(job)
             with contextlib.suppress(OSError):  # it has died: its pipe ends, and _died sends the job to another
-                worker.pipe.send(job[:2])
+                worker.pipe.send(job[:3])
 
     def _readable(self, worker: DecodeWorker) -> None:
         try:
@@ -156,8 +198,8 @@ class DecodePool:
             self._died(worker)
             return
         if worker.ready:
-            problem, *times = answer
-            _settle(worker.waiting.popleft(), ImageError(*problem) if problem else None, tuple(times))
+            problem, *result = answer
+            _settle(worker.waiting.popleft(), ImageError(*problem) if problem else None, tuple(result))
             self._distribute()
         worker.ready = True
 
@@ -181,14 +223,14 @@ class DecodePool:
         self._distribute()
 
 
-def _settle(job: _Job, failure: Exception | None, times: tuple[float, ...] = ()) -> None:
-    answer = job[2]
+def _settle(job: _Job, failure: Exception | None, result: tuple = ()) -> None:
+    answer = job[3]
     if answer.done():  # its task was cancelled
         return
     if failure:
         answer.set_exception(failure)
     else:
-        answer.set_result(times)
+        answer.set_result(result)
 
 
 def _ending(process) -> str:

@@ -26,12 +26,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from serve.core.batcher import Batcher, Encoded, Encoder
+from serve.core.batcher import Batcher, Encoded, Encoder, PassCrops
 from serve.core.decode import DecodeError, DecodePool, default_workers
 from serve.core.inputs import Item
 from serve.engines.base import Completion, EngineError, LLMEngine, Sampling
 from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
+from vlv.common.command import say
 
 WATCH = 0.5  # seconds between two checks of the engine
 
@@ -90,8 +91,10 @@ class CaptionService:
 
     async def start(self) -> None:
         """Start the decode processes, and begin to load the encoder and the language model."""
+        for note in self.engine.notes:
+            say(note)
         await self.pool.__aenter__()
-        self._tasks = [asyncio.create_task(self._guarded(part)) for part in (self.batcher.run, self._keep_engine)]
+        self._tasks = [asyncio.create_task(self._guarded(part)) for part in (self._encode_batches, self._keep_engine)]
 
     async def close(self) -> None:
         """End the tasks and processes."""
@@ -110,8 +113,10 @@ class CaptionService:
     def ready(self, value: bool) -> None:
         (self._ready.set if value else self._ready.clear)()
 
-    def _open_encoder(self) -> Encoder:
+    def _open_encoder(self) -> Encoder | PassCrops:
         config = self.config
+        if self.engine.takes_crops:
+            return PassCrops(config.batch)
         return Encoder(
             self.checkpoint,
             config.encoder,
@@ -121,6 +126,11 @@ class CaptionService:
             config.precision,
             config.cuda_graphs,
         )
+
+    async def _encode_batches(self) -> None:
+        if self.engine.loads_alone:
+            await self._ready.wait()
+        await self.batcher.run()
 
     async def _guarded(self, part: Callable) -> None:
         try:
@@ -133,13 +143,14 @@ class CaptionService:
         if not self.failure.done():
             self.failure.set_exception(error)
 
-    async def decode(self, source: Item | bytes, slot: int | None = None) -> int:
+    async def decode(self, source: Item | bytes, slot: int | None = None, crop: str = "center") -> int:
         """Decode an image into a slot of the pool and return the slot; the caller encodes or releases it.
 
-        `slot`: one that `pool.slot()` has reserved. Raises ImageError, or DecodeError if no image can be decoded.
+        `slot`: one that `pool.slot()` has reserved; `crop`: one of `vlv.data.decoding.crop.CROPS`. Raises ImageError,
+        or DecodeError if no image can be decoded.
         """
         slot = await self.pool.slot() if slot is None else slot
-        decoding = asyncio.create_task(self._decode(source, slot))
+        decoding = asyncio.create_task(self._decode(source, slot, crop))
         try:
             await asyncio.shield(decoding)
         except asyncio.CancelledError:  # the process writes into the slot until it answers
@@ -147,10 +158,10 @@ class CaptionService:
             raise
         return slot
 
-    async def _decode(self, source: Item | bytes, slot: int) -> None:
+    async def _decode(self, source: Item | bytes, slot: int, crop: str) -> None:
         try:
             with contextlib.nullcontext(source) if isinstance(source, Item) else _in_memory(source) as item:
-                start, end = await self.pool.decode(item, slot)
+                start, end = await self.pool.decode(item, slot, crop)
         except BaseException as error:
             self.pool.release(slot)
             if isinstance(error, DecodeError):
@@ -163,9 +174,9 @@ class CaptionService:
         if not decoding.cancelled() and decoding.exception() is None:
             self.pool.release(slot)
 
-    async def encode(self, source: Item | bytes, slot: int | None = None) -> Encoded:
-        """Decode and encode an image. `slot` and errors as for `decode`."""
-        return await self.batcher.encode(await self.decode(source, slot))
+    async def encode(self, source: Item | bytes, slot: int | None = None, crop: str = "center") -> Encoded:
+        """Decode and encode an image. Arguments and errors as for `decode`."""
+        return await self.batcher.encode(await self.decode(source, slot, crop))
 
     async def captions(self, embeds: Tensor, samplings: Sequence[Sampling], wait: bool = False) -> Generated:
         """Continue an image's embeddings [queries, llm_width] once for every sampling.
@@ -183,6 +194,20 @@ class CaptionService:
         if self._timeline:
             self._timeline.span("the language model", start, tokens=sum(len(c.token_ids) for c in completions))
         return Generated(completions, seconds)
+
+    async def caption_squares(
+        self, squares: Tensor, samplings: Sequence[Sampling], wait: bool = False
+    ) -> list[Generated]:
+        """Continue the embeddings of an image's squares [N, queries, llm_width], as `captions` does each.
+
+        Of several squares, each has the seconds of all.
+        """
+        if len(squares) == 1:
+            return [await self.captions(squares[0], samplings, wait)]
+        start = time.monotonic()
+        generated = await asyncio.gather(*(self.captions(square, samplings, wait) for square in squares))
+        seconds = time.monotonic() - start
+        return [Generated(one.completions, seconds) for one in generated]
 
     async def stream(self, embeds: Tensor, sampling: Sampling) -> AsyncGenerator[Completion]:
         """Continue embeddings once, and yield the pieces as they come. Raises EngineError, EmbedsError."""

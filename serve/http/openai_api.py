@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from serve.engines.base import Completion, Sampling
 from serve.http.errors import ApiError, invalid_request, invalid_value
+from vlv.data.decoding.crop import CROPS
 from vlv.model.captioner import clean_caption
 
 MAX_CHOICES = 16
@@ -53,6 +54,7 @@ class CaptionParams:
     count: int = 1  # captions per image
     raw: bool = False  # as the model wrote them, without the clean-up
     as_json: bool = False  # the content is a JSON object {"caption": ...}
+    crop: str = "center"  # what the model sees: one of vlv.data.decoding.crop.CROPS
     clamped: int | None = None  # the limit, if the request asked for more tokens than that
 
     @property
@@ -63,8 +65,11 @@ class CaptionParams:
         return [replace(self.sampling, seed=self.sampling.seed + i) for i in range(self.count)]
 
 
-def caption_params(body: dict, max_tokens: int, has_logprobs: bool = False) -> CaptionParams:
-    """Read a request's decoding fields; `max_tokens` and `has_logprobs` are the engine's. Raises ApiError."""
+def caption_params(body: dict, max_tokens: int, has_logprobs: bool = False, crop: str = "center") -> CaptionParams:
+    """Read a request's decoding fields; `max_tokens` and `has_logprobs` are the engine's, `crop` the server's default.
+
+    Raises ApiError.
+    """
     fields = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
     requested = min(300, max_tokens)
     for name in ("max_tokens", "max_completion_tokens"):
@@ -88,9 +93,16 @@ def caption_params(body: dict, max_tokens: int, has_logprobs: bool = False) -> C
         logprobs=_logprobs(fields, has_logprobs),
     )
     count = _integer(fields.pop("n", 1), "n", 1, MAX_CHOICES)
+    crop = crop_of(fields, crop)
     raw, as_json = _boolean(fields, "raw"), _is_json_object(fields.pop("response_format", {"type": "text"}))
     if fields.get("tool_choice") == "none":
         fields.pop("tools", None)
+    require_neutral(fields)
+    return CaptionParams(sampling, count, raw, as_json, crop, max_tokens if requested > max_tokens else None)
+
+
+def require_neutral(fields: dict) -> None:
+    """Raise ApiError for a field that would change a caption in a way that is not offered."""
     for name, value in fields.items():
         if name not in NEUTRAL:
             raise invalid_request(f"{name} is not supported here: leave it out", name, "unsupported_parameter")
@@ -99,7 +111,16 @@ def caption_params(body: dict, max_tokens: int, has_logprobs: bool = False) -> C
             raise invalid_request(
                 f"{name} is not supported here ({reason}): leave it out", name, "unsupported_parameter"
             )
-    return CaptionParams(sampling, count, raw, as_json, max_tokens if requested > max_tokens else None)
+
+
+def crop_of(fields: dict, default: str, choices: tuple[str, ...] = CROPS) -> str:
+    """Remove the field `crop` and return it, or the server's default where it is one of `choices`. Raises ApiError."""
+    crop = fields.pop("crop", None)
+    if crop is None:
+        return default if default in choices else "center"
+    if crop not in choices:
+        raise invalid_value("crop", f"crop must be one of {', '.join(choices)}, not {_shown(crop)}")
+    return crop
 
 
 def _logprobs(fields: dict, has_logprobs: bool) -> int | None:

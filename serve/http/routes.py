@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp
+from torch import Tensor
 
+from serve.core.batcher import Encoded
 from serve.core.model import Model, ModelOptions
-from serve.core.record import distinct_texts
+from serve.core.record import crop_fields, distinct_texts, joined
 from serve.core.service import ServiceConfig
-from serve.engines.base import Completion
+from serve.engines.base import Completion, Sampling
 from serve.http import openai_api as api
 from serve.http.admission import Admission, AdmissionLease
 from serve.http.app import Bounds, CaptionApp, info_of
@@ -27,6 +31,11 @@ from serve.http.listener import ListenConfig, listen
 from serve.http.reconstructor import ReconstructionParams, ReconstructionService
 from serve.http.service import Service
 from serve.http.web.page import DOCS, HEADERS, OPENAPI, PAGE
+from vlv.data.decoding.crop import CROPS
+from vlv.data.image import png
+
+ONE_SQUARE = tuple(crop for crop in CROPS if crop != "tiles")  # of endpoints with one result an image
+WARM_TOKENS = 8  # of the captions of a warm-up
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Routes(CaptionApp):
         super().__init__(service, keys, admission, bounds)
         self.model = model
         self.fetcher = fetcher
+        self.crop = "center"  # for requests without the field: one of vlv.data.decoding.crop.CROPS
         self.reconstruction = ReconstructionService(service.checkpoint)
         self.queries = service.engine.spec.queries
         self.width = service.engine.spec.width
@@ -90,15 +100,31 @@ class Routes(CaptionApp):
         url, params = api.image_url(body.get("messages")), self._params(request, body)
         stream, with_usage, usage_in_every = api.stream_options(body)
         lease.reserve(len(params.samplings) - 1)
-        embeds = await self.service.embed(await self.fetcher.get(url))
+        squares = (await self._encoded(await self.fetcher.get(url), params, lease)).squares
+        prompt = self.queries * len(squares)
         if stream:
-            chunks = api.Chunks(self.model, self.queries, with_usage, usage_in_every)
-            return self._stream(embeds, params, chunks, start)
-        completions = await self._caption(embeds, params)
-        return api.chat_completion(self.model, completions, params, self.queries, self.service.engine.token_text)
+            chunks = api.Chunks(self.model, prompt, with_usage, usage_in_every)
+            return self._stream(squares, params, chunks, start)
+        completions = [joined(draw, params.raw) for draw in zip(*await self._caption(squares, params), strict=True)]
+        return api.chat_completion(self.model, completions, params, prompt, self.service.engine.token_text)
+
+    async def _encoded(self, content: bytes, params: api.CaptionParams, lease: AdmissionLease) -> Encoded:
+        """Encode an image, and reserve its captions beyond the first square's. Raises ApiError."""
+        encoded = await self.service.encoded(content, params.crop)
+        lease.reserve((len(encoded.squares) - 1) * len(params.samplings))
+        return encoded
+
+    async def _pieces(self, squares: Tensor, sampling: Sampling, raw: bool) -> AsyncGenerator[Completion]:
+        """Yield the pieces of one caption as they come; the captions of several squares come at once at the end."""
+        if len(squares) == 1:
+            async with aclosing(self.service.stream(squares[0], sampling)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        else:
+            yield joined(await gather_or_cancel([self.service.caption(one, sampling) for one in squares]), raw)
 
     async def _stream(
-        self, embeds, params: api.CaptionParams, chunks: api.Chunks, start: float
+        self, squares: Tensor, params: api.CaptionParams, chunks: api.Chunks, start: float
     ) -> AsyncGenerator[bytes]:
         """Yield the events of all choices as they come; one greedy caption is sent as every choice."""
         samplings = params.samplings
@@ -114,7 +140,7 @@ class Routes(CaptionApp):
 
         for number in range(len(samplings)):
             yield events(number, {"role": "assistant", "content": ""})
-        async with aclosing(merge([self.service.stream(embeds, sampling) for sampling in samplings])) as pieces:
+        async with aclosing(merge([self._pieces(squares, sampling, params.raw) for sampling in samplings])) as pieces:
             async for number, piece in pieces:
                 chunks.tokens += len(piece.token_ids)
                 if values := api.logprobs(piece, params.sampling.logprobs, self.service.engine.token_text):
@@ -129,14 +155,17 @@ class Routes(CaptionApp):
                     yield events(number, {}, piece.finish_reason)
         yield chunks.end()
 
-    async def _caption(self, embeds, params: api.CaptionParams) -> list[Completion]:
-        """Return the captions of one image, one for each sampling."""
-        return await gather_or_cancel([self.service.caption(embeds, sampling) for sampling in params.samplings])
+    async def _caption(self, squares: Tensor, params: api.CaptionParams) -> list[list[Completion]]:
+        """Return the captions of each square of one image, one for each sampling."""
+        count = len(params.samplings)
+        work = [self.service.caption(square, sampling) for square in squares for sampling in params.samplings]
+        flat = await gather_or_cancel(work)
+        return [flat[first : first + count] for first in range(0, len(flat), count)]
 
     def _params(self, request: Request, body: dict) -> api.CaptionParams:
         """Read the decoding fields; a caption that is asked to be longer than possible is said in a header."""
         engine = self.service.engine
-        params = api.caption_params(body, engine.max_tokens, engine.has_logprobs)
+        params = api.caption_params(body, engine.max_tokens, engine.has_logprobs, self.crop)
         if params.clamped is not None:
             info_of(request).headers["X-VLV-Max-Tokens"] = str(params.clamped)
         return params
@@ -160,22 +189,27 @@ class Routes(CaptionApp):
             for _, content in sources:
                 content.close()  # never awaited
             raise
-        results = await gather_or_cancel([self._result(i, *source, params) for i, source in enumerate(sources)])
+        results = await gather_or_cancel([self._result(i, *source, params, lease) for i, source in enumerate(sources)])
         return {"model": self.model, "captions": results}
 
-    async def _result(self, index: int, name: str | None, content: Awaitable[bytes], params: api.CaptionParams) -> dict:
+    async def _result(
+        self, index: int, name: str | None, content: Awaitable[bytes], params: api.CaptionParams, lease: AdmissionLease
+    ) -> dict:
         result = {"index": index} | ({"filename": name} if name else {})
         try:
-            completions = await self._caption(await self.service.embed(await content), params)
+            encoded = await self._encoded(await content, params, lease)
+            squares = await self._caption(encoded.squares, params)
         except ApiError as error:
-            if error.status != 400:
+            if error.status != 400 or error.code == "too_many":  # this one is about the request, not the image
                 raise
             return result | api.error_body(error)
+        completions = [joined(draw, params.raw) for draw in zip(*squares, strict=True)]
         texts = list(distinct_texts(completions, params.raw))
         tokens = sum(len(c.token_ids) for c in completions)
         more = {"captions": texts} if params.count > 1 else {}
         result |= {"caption": texts[0], **more, "tokens": tokens}
-        return result | {"finish_reason": completions[0].finish_reason}
+        result |= {"finish_reason": completions[0].finish_reason}
+        return result | crop_fields(params.crop, encoded.boxes, squares, params.raw)
 
     async def embed(self, request: Request, lease: AdmissionLease) -> dict:
         """POST /v1/embeddings: `input` is one image URL or a list."""
@@ -184,10 +218,11 @@ class Routes(CaptionApp):
         urls, encoding = api.image_urls(body, "input", self.bounds.images), body.get("encoding_format") or "float"
         if encoding not in ("float", "base64") or body.get("dimensions") is not None:
             raise invalid_value("encoding_format", "encoding_format must be float or base64, and dimensions left out")
+        crop = api.crop_of(body, self.crop, ONE_SQUARE)
         lease.reserve(len(urls) - 1)
 
         async def one(url: str):
-            return await self.service.embed(await self.fetcher.get(url))
+            return await self.service.embed(await self.fetcher.get(url), crop)
 
         rows = await gather_or_cancel([one(url) for url in urls])
         return api.embeddings(self.model, rows, encoding, (self.queries, self.width))
@@ -196,11 +231,12 @@ class Routes(CaptionApp):
         """POST /v1/reconstructions: reconstruct one image from its embeddings, or mix two and caption the mixture."""
         body = await read_json(request, self.bounds.body_seconds)
         self._check_model(body)
+        crop = api.crop_of(body, self.crop, ONE_SQUARE)
         urls, params = api.image_urls(body, "images", 2), ReconstructionParams.from_body(body)
         lease.reserve(len(urls) - 1)
 
         async def one(url: str):
-            return await self.service.crop(await self.fetcher.get(url))
+            return await self.service.crop(await self.fetcher.get(url), crop)
 
         crops = await gather_or_cancel([one(url) for url in urls])
         with self.metrics.stage("draw"):
@@ -270,16 +306,36 @@ async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
     fetcher = Fetcher(tuple(config.image_host), config.max_image << 20)
     bounds = Bounds(config.deadline, config.body_seconds, config.max_body << 20, config.max_images)
     name = config.model_name or model.checkpoint.folder.resolve().name
-    capacity = None if config.queue is None else config.in_flight + config.queue
-    admission = Admission(capacity, config.max_bodies << 20, config.in_flight, config.deadline)
+    in_flight = service.engine.in_flight
+    capacity = None if config.queue is None else in_flight + config.queue
+    admission = Admission(capacity, config.max_bodies << 20, in_flight, config.deadline)
     try:
         await service.start()
         routes = Routes(service, name, keys, admission, fetcher, bounds)
-        routes.access_log, routes.cors = config.access_log, tuple(config.cors)
+        routes.access_log, routes.cors, routes.crop = config.access_log, tuple(config.cors), config.crop
         yield routes
     finally:
         await service.close()
         await fetcher.close()
+
+
+async def warm_up(config: ServerConfig) -> int:
+    """Load the models, caption one batch of blank images, and return 0: what is compiled is in the caches then."""
+    async with open_routes(config) as routes:
+        service = routes.service
+        size, sampling = service.checkpoint.config.image_size, Sampling(min(WARM_TOKENS, service.engine.max_tokens))
+        blank = png(np.zeros((3, size, size), np.uint8))
+
+        async def caption() -> None:
+            await service.captions((await service.encode(blank)).embeds, [sampling], wait=True)
+
+        captions = asyncio.gather(*(caption() for _ in range(config.prompt_batch)))
+        await asyncio.wait({captions, service.failure}, return_when=asyncio.FIRST_COMPLETED)
+        if service.failure.done():
+            captions.cancel()
+            service.failure.result()
+        await captions
+    return 0
 
 
 async def serve_captions(config: ServerConfig) -> int:

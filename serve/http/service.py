@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 
+from serve.core.batcher import Encoded
 from serve.core.decode import DecodeError
 from serve.core.service import CaptionService, ServiceConfig
 from serve.engines.base import Completion, EmbedsError, EngineError, LLMEngine, Sampling
@@ -30,23 +31,27 @@ class Service(CaptionService):
         self.metrics.watch("encoder_queue", lambda: self.batcher.waiting)
         self.metrics.watch("llm_requests", lambda: self.batcher.captions)
 
-    async def crop(self, content: bytes):
+    async def crop(self, content: bytes, crop: str = "center"):
         """Return an image file's pixels as the encoder takes them, uint8 [3, S, S]. Raises ApiError."""
-        slot = await self._decoded(content)
+        slot = await self._decoded(content, crop)
         crop = self.pool.crops[slot].copy()
         self.pool.release(slot)
         return crop
 
-    async def embed(self, content: bytes):
-        """Return an image file's prompt embeddings [queries, llm_width]. Raises ApiError."""
-        slot = await self._decoded(content)
-        with self.metrics.stage("encode"):
-            return (await self.batcher.encode(slot)).embeds
+    async def embed(self, content: bytes, crop: str = "center"):
+        """Return an image file's prompt embeddings [queries, llm_width], of its first square. Raises ApiError."""
+        return (await self.encoded(content, crop)).embeds
 
-    async def _decoded(self, content: bytes) -> int:
+    async def encoded(self, content: bytes, crop: str) -> Encoded:
+        """Encode the squares of an image file; `crop` as for `vlv.data.image.load_crops`. Raises ApiError."""
+        slot = await self._decoded(content, crop)
+        with self.metrics.stage("encode"):
+            return await self.batcher.encode(slot)
+
+    async def _decoded(self, content: bytes, crop: str) -> int:
         try:
             with self.metrics.stage("decode"):
-                return await self.decode(content)
+                return await self.decode(content, crop=crop)
         except ImageError as error:
             self.metrics.images.labels(error.kind).inc()
             raise ApiError(400, "image", f"the image cannot be used: {error}") from error

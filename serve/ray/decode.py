@@ -17,10 +17,11 @@ Batch = dict[str, Any]
 class Decode:
     """Decode a unit's images in processes of the actor's own: a file that kills its decoder costs that image."""
 
-    def __init__(self, output: str, size: int, workers: int = 1, ignore_icc: bool = False):
-        """`output`: folder or URL of the parts; `size`: pixels of a crop's side; `ignore_icc`: as for `load_crop`."""
+    def __init__(self, output: str, size: int, workers: int = 1, ignore_icc: bool = False, crop: str = "center"):
+        """`output`: folder or URL of the parts; `size`: pixels of a crop's side; others as for `load_crops`."""
         self._store = Store(output)
         self._loop = asyncio.new_event_loop()
+        self._crop = crop
         self._pool = DecodePool(size, workers, 4 * workers, ignore_icc=ignore_icc)
         self._loop.run_until_complete(self._pool.__aenter__())
 
@@ -34,7 +35,7 @@ class Decode:
         async def decode(index: int) -> None:
             slot = await self._pool.slot()
             try:
-                await self._pool.decode(items[index], slot)
+                await self._pool.decode(items[index], slot, self._crop)
                 crops[index] = self._pool.crops[slot]
             except ImageError as error:
                 problems[index] = (error.kind, str(error))

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from serve.core.batcher import Encoder
 from serve.core.inputs import Item
 from serve.core.model import Model, ModelOptions
-from serve.core.record import caption_record, error_record
+from serve.core.record import caption_record, crop_fields, error_record
 from serve.engines.base import EmbedsError, Sampling
 from serve.outputs.webdataset import END, sample
 from serve.ray.store import Store, part, unit_items
@@ -115,7 +115,8 @@ class Write:
             completion = await self._engine.generate(embeds, Sampling(self._engine.max_tokens))
         except EmbedsError as error:
             return error_record(item, "encoder", str(error))
-        return caption_record(item, [completion], self._options.raw, self._model_id, self._options.flags)
+        crop = crop_fields(self._options.model.crop, [], [], self._options.raw)
+        return caption_record(item, [completion], self._options.raw, self._model_id, self._options.flags, crop=crop)
 
 
 def parquet_file(rows: list[dict], texts: tuple[str, ...], numbers: tuple[str, ...] = ()) -> bytes:

@@ -1,23 +1,26 @@
 """Clean the captions of vLLM's own server as published, by `--middleware serve.vllm_model.cleanup.CleanCaptions`.
 
 An ASGI middleware around vLLM's application. It changes the contents of /v1/chat/completions, streamed or not, unless
-the request has `"raw": true`.
+the request has `"raw": true`; and it refuses penalties, which vLLM would compute from the prompt's placeholder tokens.
 """
 
 from __future__ import annotations
 
 import json
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.http.openai_api import Cleaner
+from serve.http.errors import ApiError
+from serve.http.openai_api import Cleaner, error_body, require_neutral
 from vlv.model.captioner import clean_caption
 
 PATH = "/v1/chat/completions"
+PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
 class CleanCaptions:
-    """Pass everything on, and clean the captions of chat completions."""
+    """Pass everything on but penalties, and clean the captions of chat completions."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -33,14 +36,20 @@ class CleanCaptions:
         async def replay() -> Message:
             return messages.pop(0) if messages else await receive()
 
-        await self.app(scope, replay, send if _is_raw(body) else CleanedResponse(send))
+        fields = _fields(body)
+        try:
+            require_neutral({name: fields[name] for name in PENALTIES if fields.get(name) is not None})
+        except ApiError as error:
+            return await JSONResponse(error_body(error), error.status)(scope, replay, send)
+        await self.app(scope, replay, send if fields.get("raw") is True else CleanedResponse(send))
 
 
-def _is_raw(body: bytes) -> bool:
+def _fields(body: bytes) -> dict:
     try:
-        return json.loads(body).get("raw") is True
-    except (ValueError, AttributeError, RecursionError):
-        return False  # vLLM refuses the request
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}  # vLLM refuses the request
+    return fields if isinstance(fields, dict) else {}
 
 
 class CleanedResponse:

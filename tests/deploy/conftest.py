@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -62,9 +61,11 @@ def clean_venv(tmp_path_factory) -> Path:
     packages = Path(run(folder / "bin/python", "-c", where, cwd=ROOT).strip())
     borrowed = packages / "borrowed"
     borrowed.mkdir()
-    here = Path(sysconfig.get_path("purelib"))
-    for entry in here.iterdir():  # all but this project's own .pth or finder, which would lead back to the tree
-        if not entry.name.startswith(("__editable__", "vlv-", "vlv.", "_vlv")) and entry.suffix != ".pth":
+    folders = [Path(path) for path in sys.path if Path(path).name == "site-packages"]  # make test-all has two
+    for entry in (entry for folder in folders for entry in folder.iterdir()):
+        # all but this project's own .pth or finder, which would lead back to the tree
+        own = entry.name.startswith(("__editable__", "vlv-", "vlv.", "_vlv")) or entry.suffix == ".pth"
+        if not own and not (borrowed / entry.name).exists():
             (borrowed / entry.name).symlink_to(entry)
     (packages / "borrowed.pth").write_text(str(borrowed))
     return folder

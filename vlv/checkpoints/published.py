@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
-from vlv.checkpoints.published_config import download, is_hub_id
+from vlv.checkpoints.names import is_hub_id, missing_reason
+from vlv.checkpoints.published_config import download
 from vlv.checkpoints.published_read import convert
 from vlv.checkpoints.tensor_files import weight_files
 from vlv.common.command import say
@@ -19,10 +20,8 @@ def fetch(source: str | Path) -> Path:
     """Return the source's path; a hub id is downloaded, or taken from the cache. Raises CheckpointError."""
     if is_hub_id(str(source)):
         return download(str(source), weights=True)
-    if not Path(source).exists():
-        raise CheckpointError(
-            f"no checkpoint at {source}: expected a folder with vlv.json, published weights, or a hub id (owner/model)"
-        )
+    if reason := missing_reason(source):
+        raise CheckpointError(reason)
     return Path(source)
 
 

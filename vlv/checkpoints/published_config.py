@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vlv.checkpoints.folder import CheckpointError, read_json
+from vlv.checkpoints.names import is_hub_id
 from vlv.checkpoints.published_keys import BART, CLIP, LLM, PROMPT, PROMPT_IDS, STAGE1, TOWER
 from vlv.model.config import DaViTConfig, VLVConfig
 
@@ -33,11 +34,6 @@ _PROBES = (
     _POSITIONS := f"{BART}encoder.embed_positions.weight",
     _FC1 := f"{BART}encoder.layers.0.fc1.weight",
 )
-
-
-def is_hub_id(name: str) -> bool:
-    """Return True if `name` has the form owner/model and is no existing path."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 # of stabilityai/stable-diffusion-2-1-base, which was deleted in November 2025 (huggingface/diffusers issue 12874)

@@ -11,6 +11,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image, ImageCms
 
 from vlv.common.command import UserError, why
 from vlv.data.decoding.color import lab_to_srgb, srgb_transform
+from vlv.data.decoding.crop import Box, boxes, padded, squares
 from vlv.data.decoding.jpeg import START, with_end_marker
 from vlv.data.decoding.optional import (
     HEIF,
@@ -79,22 +81,51 @@ class ImageError(UserError, ValueError):
         return ImageError, (self.kind, str(self))
 
 
+@dataclass(frozen=True)
+class Crops:
+    """What the model sees of one image."""
+
+    pixels: np.ndarray  # uint8 [N, 3, size, size]; N is 1 but for tiles
+    boxes: list[Box]  # the part of the upright image that each square shows
+
+
+def load_crops(
+    source: str | Path | bytes,
+    size: int,
+    crop: str = "center",
+    max_pixels: int = MAX_PIXELS,
+    ignore_icc: bool = False,
+) -> Crops:
+    """Decode a file (path or content) as `decode` does, and cut its squares in one of `vlv.data.decoding.crop.CROPS`.
+
+    Raises ImageError.
+    """
+    with _quiet():
+        return _crops(_load(source, max_pixels), size, crop, max_pixels, ignore_icc)
+
+
 def load_crop(
     source: str | Path | bytes, size: int, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False
 ) -> np.ndarray:
-    """Decode a file (path or content) as `decode` does, resize its short side, crop the centre.
+    """Return the centre square of a file (path or content), the published crop, uint8 [3, size, size].
 
-    Returns uint8 [3, size, size]. Raises ImageError.
+    Raises ImageError.
+    """
+    return load_crops(source, size, "center", max_pixels, ignore_icc).pixels[0]
+
+
+def crop_image(image: Image.Image, size: int) -> np.ndarray:
+    """Return the centre square of an image that Pillow has opened, as `load_crop` does of its file.
+
+    Only what Pillow decodes otherwise than `load_crop` (some TIFF and damaged files) may differ. Raises ImageError.
     """
     with _quiet():
-        image = _load(source, max_pixels)
-        profile = None if ignore_icc else image.info.get("icc_profile")
-        transform = None if image.has_transparency_data else srgb_transform(profile, image.mode)
-        if transform is None:
-            crop = centre(_rgb(image, profile), size, max_pixels)
-        else:  # the crop has far fewer pixels to convert
-            crop = ImageCms.applyTransform(centre(image, size, max_pixels), transform)
-    return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))
+        _require_size(image.width, image.height, MAX_PIXELS)
+        try:
+            upright = _eight_bits(_upright(image))
+        except Exception as error:  # it is decoded only now
+            raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
+        return _crops(upright, size, "center", MAX_PIXELS, ignore_icc=False).pixels[0]
 
 
 def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False) -> Image.Image:
@@ -276,6 +307,18 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _crops(image: Image.Image, size: int, crop: str, max_pixels: int, ignore_icc: bool) -> Crops:
+    """Return the squares of an upright image in a mode of 8 bits."""
+    profile = None if ignore_icc else image.info.get("icc_profile")
+    transform = None if image.has_transparency_data else srgb_transform(profile, image.mode)
+    if transform is None:
+        parts = squares(_rgb(image, profile), size, crop, max_pixels)
+    else:  # the squares have far fewer pixels to convert
+        parts = [ImageCms.applyTransform(part, transform) for part in squares(image, size, crop, max_pixels)]
+    pixels = np.stack([np.asarray(padded(part, size)).transpose(2, 0, 1) for part in parts])
+    return Crops(pixels, boxes(*image.size, crop))
+
+
 def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Convert to RGB, in sRGB where there is a profile, with transparency laid on white."""
     if image.has_transparency_data:
@@ -304,18 +347,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     grey = Image.fromarray(np.rint(values).astype(np.uint8))
     grey.info = image.info
     return grey
-
-
-def centre(image: Image.Image, size: int, max_pixels: int) -> Image.Image:
-    """Resize the short side to `size` and crop the centre, with torchvision's rounding."""
-    short, long = sorted(image.size)
-    scaled = int(size * long / short)
-    width, height = (size, scaled) if image.width <= image.height else (scaled, size)
-    if width * height > max_pixels:
-        # an extreme aspect ratio: resize only what the crop keeps, or it would not fit in memory
-        left, top = (image.width - short) / 2, (image.height - short) / 2
-        return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short))
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.crop((left, top, left + size, top + size))

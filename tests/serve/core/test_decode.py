@@ -12,6 +12,7 @@ import time
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from serve.core.decode import DecodeError, DecodePool
 from serve.core.inputs import Item, expand
@@ -49,6 +50,27 @@ def test_many_through_few_slots(scene_images):
 
     for item, pixels in zip(items * 3, run(work), strict=True):
         assert np.array_equal(pixels, load_crop(item.path, SIZE)), item.id
+
+
+def test_tiles_travel_with_their_boxes(tmp_path):
+    """The squares after the first one come with the answer; a slot that is used again has none of them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, 3 * SIZE, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    item = Item("wide", str(tmp_path / "wide.png"))
+
+    async def work(pool):
+        slot = await pool.slot()
+        await pool.decode(item, slot, "tiles")
+        tiles = pool.squares(slot), pool.boxes(slot)
+        pool.release(slot)
+        slot = await pool.slot()
+        await pool.decode(item, slot)
+        return *tiles, pool.squares(slot), pool.boxes(slot)
+
+    squares, boxes, center, (box,) = run(work, slots=1)
+    assert [box[0] for box in boxes] == [0, 11, 21, 32] and box == (SIZE, 0, 2 * SIZE, SIZE)
+    for (left, top, right, bottom), square in zip([*boxes, box], [*squares, *center], strict=True):
+        assert np.array_equal(square, pixels[top:bottom, left:right].transpose(2, 0, 1))
 
 
 def test_errors_travel(tmp_path, scene_images):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.serve.serving import CLEAN, Running, Scripted
@@ -113,6 +114,66 @@ def test_openai_for_node(server, image):
         pytest.skip(f"openai for Node is not installed: {HOW}")
     (folder / "client.mjs").write_text(NODE)
     assert last_line(["node", str(folder / "client.mjs"), server.url, image]) == [CLEAN, CLEAN, True]
+
+
+def test_guidellm(server, captioning_checkpoint, tmp_path):
+    """Its images with a number of tokens for each, streamed, two at a time."""
+    program = CLIENTS / "guidellm/bin/guidellm"
+    if not program.is_file():
+        pytest.skip(f"guidellm is not installed: {HOW}")
+    options = {
+        "--backend": f"kind=openai_http,target={server.url},model=tiny",
+        "--profile": "kind=concurrent,streams=2",
+        "--constraint": "kind=max_requests,count=6",
+        "--data": "kind=synthetic_image,width=128,height=96,output_tokens=20",
+        "--tokenizer": f"kind=huggingface_auto,model={captioning_checkpoint / 'llm'}",
+        "--output": f"kind=json,path={tmp_path / 'r.json'}",
+    }
+    command = [program, "run", *(word for option in options.items() for word in option), "--disable-console"]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(CLIENTS), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (benchmark,) = json.loads((tmp_path / "r.json").read_text())["benchmarks"]
+    requests = benchmark["requests"]
+    assert len(requests["successful"]) == 6 and not requests["errored"], requests["errored"][:1]
+    assert {request["output_metrics"]["text_tokens"] for request in requests["successful"]} == {20}
+
+
+def test_what_open_webui_sends(server, image):
+    """Open WebUI takes several GB to install. These are the requests of its version 0.12.4, by its source code.
+
+    routers/openai.py lists models and sends chats; utils/payload.py adds the parameters of its settings;
+    routers/tasks.py asks for titles, tags and follow-up questions without an image, which this model cannot answer.
+    """
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer none"}
+    (model,) = httpx.get(f"{server.url}/v1/models", headers=headers).json()["data"]
+    user = {
+        "role": "user",
+        "content": [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": image}}],
+    }
+    settings = {
+        "temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 1000, "frequency_penalty": 0.0,
+        "presence_penalty": 0.0, "seed": 1, "stop": ["<end>"], "reasoning_effort": "low", "logit_bias": {},
+    }  # fmt: skip
+    body = {
+        "model": model["id"],
+        "messages": [{"role": "system", "content": "Be brief."}, user],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **settings,
+    }
+    text, usage = "", None
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, headers=headers) as answer:
+        assert answer.status_code == 200 and "text/event-stream" in answer.headers["content-type"]
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line.removeprefix("data: "))
+                usage = chunk.get("usage") or usage
+                text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+    assert text == CLEAN and usage["completion_tokens"] > 20
+    title = {"model": model["id"], "messages": [{"role": "user", "content": "Write a title."}], "stream": False}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=title, headers=headers)
+    assert answer.status_code == 400 and "must hold one image_url, not 0" in answer.json()["error"]["message"]
 
 
 def test_vllms_benchmark_client(server, captioning_checkpoint, tmp_path, image):
