@@ -2,8 +2,8 @@
 
     python -m benchmarks.caption_verdict --precision fp8 --out benchmarks/caption_verdict.json
 
-Every choice of blocks that the export tries is made once, and checked with each seed's own scenes, the most exact choice
-first. The export keeps the first that passes, so the verdict of a seed is whether any does.
+Every choice of blocks that the export tries is made once, and checked with each seed's own scenes, the most exact
+choice first. The export keeps the first that passes, so the verdict of a seed is whether any does.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-IMPORTS = ("torch", "triton", "transformers", "diffusers", "vllm", "serve.http.routes", "serve.engines.vllm")
+IMPORTS = ("torch", "triton", "cutlass", "transformers", "diffusers", "vllm", "serve.http.routes", "serve.engines.vllm")
 LARGEST = 12  # libraries that are named
 TOOL = Path(__file__).parents[1] / "deploy/docker/slim_cuda.py"
 
@@ -72,6 +72,7 @@ def main() -> int:
         result[f"share_of_{key}"] = round(result["slim"][key] / result["full"][key], 3)
     largest = sorted(slim["files"].items(), key=lambda item: -item[1]["before"])[:LARGEST]
     result["libraries"] = {"count": len(slim["files"]), "bytes": slim["before"], "bytes_slim": slim["after"]}
+    result["unused_files_removed_bytes"] = slim["removed"]
     result["largest"] = {
         Path(path).name: {"bytes": sizes["before"], "bytes_slim": sizes["after"], "held": sizes["architectures"]}
         for path, sizes in largest

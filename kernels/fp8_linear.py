@@ -26,6 +26,9 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST
 
 
+has_fp8._dynamo_marked_constant = True  # Dynamo calls it while it traces, and takes the answer for a constant
+
+
 def quantize_rows_reference(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize x [..., K], or its GELU: return E4M3 [..., K] and the scales, float32 [..., 1], that restore it."""
     x = functional.gelu(x.float()) if gelu else x.float()

@@ -83,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--verify", action="store_true", help="know changed images by a hash of the file, not size and time")
     p.add_argument("--prune", action="store_true", help="remove records of images that are not in the input any more")
     p.add_argument("--strict", action="store_true", help="fail if images are left out, such as .heic or dead links")
-    p.add_argument("--gallery", metavar="HTML", help="also write a page of image | reconstruction | caption")
+    p.add_argument("--gallery", metavar="HTML", help="also write a page to look through and edit captions")
+    p.add_argument("--patch", type=Path, metavar="JSONL", help="first correct captions as edited on the --gallery page")
     p.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
     p.add_argument("--doctor", action="store_true", help="report what is installed and what is missing, and stop")
     p.add_argument(
@@ -164,7 +165,7 @@ def _caption(args: argparse.Namespace) -> int:
     from serve.core.style import CaptionStyle
     from serve.engines.base import Sampling
     from serve.outputs.factory import sink_class
-    from serve.outputs.jsonl import StreamSink
+    from serve.outputs.jsonl import StreamSink, read_patch
     from serve.reports import gallery
     from serve.reports.progress import Progress
     from serve.reports.timeline import Timeline
@@ -196,6 +197,9 @@ def _caption(args: argparse.Namespace) -> int:
     else:
         model_id = engine.options.model_id(model.checkpoint.hash)
         sink = sink_class(args.format)(_output(args), model_id, args.resume, flags, args.verify)
+    if args.patch:
+        count = sink.patch(edits := read_patch(args.patch))
+        say(f"{count} captions corrected; {len(edits) - count} of the patch were not as the page showed them")
     progress, timeline = Progress(), Timeline(args.trace)
     threading.Thread(target=_count, args=(args, progress), daemon=True).start()
     if sink.changed:
@@ -285,9 +289,12 @@ def _check(args: argparse.Namespace) -> None:
         raise Misuse("--verify and --prune need the records of a run: give -o a file or folder")
     if args.output == "-" and args.format != "jsonl":
         raise Misuse(f"--format {args.format} writes files: give -o a file or folder")
-    if args.gallery and (args.output == "-" or _only_texts(args) or args.format in ("parquet", "webdataset")):
+    if (args.gallery or args.patch) and (
+        args.output == "-" or _only_texts(args) or args.format in ("parquet", "webdataset")
+    ):
         raise Misuse(
-            "--gallery reads the captions back from JSON lines: give -o a file, in --format jsonl, txt or coco"
+            "--gallery reads the captions back from JSON lines, which --patch edits: give -o a file, in a --format "
+            "other than parquet and webdataset"
         )
 
 

@@ -28,7 +28,7 @@ from vlv.model.encoder import VLVEncoder
 
 TOY = replace(
     PRESETS["tiny"],
-    image_size=16,
+    image_size=8,
     encoder_layers=1,
     decoder_layers=1,
     context_layers=1,

@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {"best_bf16": 150, "best_fp8": 220, "over_qwen2.5_vl": 3, "over_transformers": 5}
 DISTINCT = 96  # images; the others have the same content under other names
 FULL = Sizes(tokens=220, in_flight=512, more=(1024, 256), rounds=3, batch=64, stock=256, published=8)
-DRY = Sizes(tokens=12, in_flight=8, more=(16,), rounds=2, batch=4, stock=0, published=2)
+DRY = Sizes(tokens=12, in_flight=8, more=(16,), rounds=3, batch=4, stock=0, published=2)
 
 
 def main() -> int:

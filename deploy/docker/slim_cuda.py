@@ -1,9 +1,10 @@
 """Keep the device code of one GPU architecture: python deploy/docker/slim_cuda.py --sm 90 /opt/vlv [--report FILE]
 
 CUDA libraries hold the same kernels for many architectures. In every shared library below the folders this removes
-what a GPU of compute capability SM would not run, and shortens the file. Memory looks as before, but for zeros in place
-of the removed code: a library is a list of segments, and a segment may be longer in memory than in its file, so that
-each removed range splits a segment in two. Only the standard library is needed; the image's build runs it.
+what a GPU of compute capability SM would not run, and what no loader reads, such as debug information, and shortens the
+file. Memory looks as before, but for zeros in place of the removed code: a library is a list of segments, and a segment
+may be longer in memory than in its file, so that each removed range splits a segment in two. A debugger finds less in
+such a library. Only the standard library is needed; the image's build runs it.
 
 Of each fat binary (magic 0xBA55ED50; an entry has its kind at byte 0, the sizes of its header and payload at 4 and 8,
 and its architecture at 28) these entries stay: the machine code of the highest architecture with the major number of SM
@@ -22,15 +23,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+# what a server on an NVIDIA GPU with CUDA 13 does not open: profiling archives, and code for CUDA 12 and AMD's GPUs
+UNUSED = ("cupti/*.a", "nvidia_cutlass_dsl/cu12/lib/*.so", "_cutlass_ir.cu12.*.so", "backends/amd/lib/*.so")
 MAGIC = struct.pack("<I", 0xBA55ED50)
 PTX, CUBIN = 1, 2  # kinds of entries
 MIN_HOLE = 1 << 16  # bytes; smaller ranges become zeros in the file
 PAGES = {62: 4096, 183: 65536}  # largest page by ELF machine: x86-64, AArch64
 ELF64 = b"\x7fELF\x02\x01"  # little-endian
-WRITABLE = 2  # of a segment's flags
-LOAD, PROGRAM_HEADERS, NO_SEGMENT, NO_BITS = 1, 6, 0, 8  # ELF's PT_LOAD, PT_PHDR, PT_NULL, SHT_NOBITS
+LOAD, PROGRAM_HEADERS, NO_SEGMENT = 1, 6, 0  # ELF's PT_LOAD, PT_PHDR, PT_NULL
+SHARED = 3  # ELF's ET_DYN
+SECTION_HEADER = 64  # bytes
 SEGMENT = struct.Struct("<IIQQQQQQ")  # type, flags, offset, address, physical address, file size, memory size, align
-SECTION = struct.Struct("<IIQQQQIIQQ")
 Range = tuple[int, int]  # offsets in a file: the first byte, and the one after the last
 
 
@@ -94,8 +97,8 @@ def segments_of(content: bytes | bytearray) -> list[tuple]:
 
 
 def is_shortened(content: bytes) -> bool:
-    """Return True if a library was shortened before: a segment that cannot be written is longer in memory."""
-    return any(s[0] == LOAD and not s[1] & WRITABLE and s[6] > s[5] for s in segments_of(content))
+    """Return True if a library has no section headers, as after `shorten`."""
+    return struct.unpack_from("<Q", content, 40) == (0,)
 
 
 def same_memory(data: bytearray, short: bytearray) -> bool:
@@ -114,15 +117,17 @@ def same_memory(data: bytearray, short: bytearray) -> bool:
 
 
 def shorten(content: bytes, drop: list[Range]) -> bytes | bytearray:
-    """Return an ELF library without the bytes of `drop`, which are zeros in memory. Raises ValueError."""
+    """Return an ELF library without the bytes of `drop`, which are zeros in memory, and without what no loader reads.
+
+    That is everything after the last segment: symbols, debug information and the headers of sections. A library that
+    would hardly be shorter is returned with the zeros alone. Raises ValueError.
+    """
     page = PAGES.get(struct.unpack_from("<H", content, 18)[0])
     if page is None:
         raise ValueError("not for x86-64 or AArch64")
     data = bytearray(content)
     for first, last in drop:
         data[first:last] = bytes(last - first)
-    (sections_at,) = struct.unpack_from("<Q", data, 40)
-    section_size, section_count = struct.unpack_from("<HH", data, 58)
     segments = segments_of(data)
     loaded = [(s[2], s[2] + s[5]) for s in segments if s[0] == LOAD]
     holes = []
@@ -131,7 +136,8 @@ def shorten(content: bytes, drop: list[Range]) -> bytes | bytearray:
         inside = [a for a, b in loaded if a < first and last < b]  # a segment keeps its first and its last bytes
         if last - first >= max(MIN_HOLE, page) and len(inside) == 1:
             holes.append((first, last))
-    if not holes:
+    end = max(s[2] + s[5] for s in segments)
+    if not holes and len(data) - end < MIN_HOLE:
         return data
 
     def moved(old: int) -> int:
@@ -141,24 +147,14 @@ def shorten(content: bytes, drop: list[Range]) -> bytes | bytearray:
     table = [piece for segment in segments for piece in _pieces(segment, holes, page, moved)]
     if len(table) >= 0xFFFF:
         raise ValueError(f"{len(table)} segments are more than ELF allows")
-    sections = []
-    for i in range(section_count):
-        fields = list(SECTION.unpack_from(data, sections_at + i * section_size))
-        if fields[1] != NO_BITS and any(fields[4] < last and first < fields[4] + fields[5] for first, last in holes):
-            fields[1] = NO_BITS  # its content is to be had from the segments only
-        fields[4] = moved(fields[4])
-        sections.append(SECTION.pack(*fields))
     short, at = bytearray(), 0
-    for first, last in [*holes, (len(data), len(data))]:
+    for first, last in [*holes, (end, end)]:
         short += memoryview(data)[at:first]
         at = last
-    if section_count:
-        here = moved(sections_at)
-        short[here : here + len(b"".join(sections))] = b"".join(sections)
     # on a page of its own, after all others: no segment may seem to contain the table
     short += bytes(-len(short) % page)
-    struct.pack_into("<QQ", short, 32, len(short), moved(sections_at) if section_count else 0)
-    struct.pack_into("<H", short, 56, len(table))
+    struct.pack_into("<QQ", short, 32, len(short), 0)
+    struct.pack_into("<HHHH", short, 56, len(table), SECTION_HEADER, 0, 0)
     short += b"".join(SEGMENT.pack(*segment) for segment in table)
     if not same_memory(data, short):
         raise ValueError("its memory would not be the same")
@@ -194,12 +190,12 @@ def _pieces(segment: tuple, holes: list[Range], page: int, moved) -> Iterator[tu
 
 
 def slim(file: Path, sm: int) -> dict | None:
-    """Shorten a library in place, atomically; return its bytes before and after.
+    """Shorten a library in place, atomically; return its bytes before and after, and the architectures of its code.
 
-    Returns None for a library without device code, and for one that was shortened before. Raises ValueError.
+    Returns None for other files, and for a library that was shortened before. Raises ValueError.
     """
     content = file.read_bytes()
-    if content[:6] != ELF64 or is_shortened(content):
+    if content[:6] != ELF64 or struct.unpack_from("<H", content, 16) != (SHARED,) or is_shortened(content):
         return None
     drop, architectures = [], Counter()
     for entries in fat_binaries(content):
@@ -207,9 +203,7 @@ def slim(file: Path, sm: int) -> dict | None:
         for entry in entries:
             kind = {PTX: "ptx", CUBIN: "sm"}.get(entry.kind, f"kind {entry.kind}, ")
             architectures[f"{kind}{entry.architecture}"] += entry.payload[1] - entry.payload[0]
-    if not architectures:
-        return None
-    short = shorten(content, merged(drop)) if drop else content
+    short = shorten(content, merged(drop))
     if short != content:
         temporary = file.with_name(f".{file.name}.slim")
         temporary.write_bytes(short)
@@ -218,10 +212,19 @@ def slim(file: Path, sm: int) -> dict | None:
     return {"before": len(content), "after": len(short), "architectures": dict(architectures.most_common())}
 
 
+def remove_unused(folders: list[Path]) -> int:
+    """Delete the files of UNUSED below folders; return their bytes."""
+    removed = 0
+    for path in [path for folder in folders if folder.is_dir() for name in UNUSED for path in folder.rglob(name)]:
+        removed += path.lstat().st_size
+        path.unlink()
+    return removed
+
+
 def libraries(folders: list[Path]) -> Iterator[Path]:
-    """Yield the ELF files below folders, not through links."""
+    """Yield the shared libraries below folders, not through links."""
     for folder in folders:
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
+        for path in sorted(folder.rglob("*.so*")) if folder.is_dir() else [folder]:
             if path.is_file() and not path.is_symlink():
                 with path.open("rb") as file:
                     if file.read(4) == b"\x7fELF":
@@ -234,7 +237,7 @@ def main() -> int:
     parser.add_argument("--sm", type=int, required=True, help="compute capability without its point, such as 90")
     parser.add_argument("--report", type=Path, metavar="FILE", help="also write sizes and architectures as JSON")
     args = parser.parse_args()
-    found = {}
+    found, removed = {}, remove_unused(args.folders)
     for path in libraries(args.folders):
         try:
             if (sizes := slim(path, args.sm)) is not None:
@@ -242,9 +245,15 @@ def main() -> int:
         except ValueError as error:
             print(f"{path}: left as it is: {error}", file=sys.stderr)
     before, after = (sum(sizes[key] for sizes in found.values()) for key in ("before", "after"))
-    print(f"{len(found)} libraries with device code: {before:,} bytes before, {after:,} with SM {args.sm} alone")
+    print(f"{removed:,} bytes of unused files removed")
+    code = sum(bool(sizes["architectures"]) for sizes in found.values())
+    print(
+        f"{len(found)} libraries, {code} with device code: {before:,} bytes before, {after:,} with SM {args.sm} alone"
+    )
     if args.report:
-        args.report.write_text(json.dumps({"sm": args.sm, "before": before, "after": after, "files": found}, indent=1))
+        args.report.write_text(
+            json.dumps({"sm": args.sm, "removed": removed, "before": before, "after": after, "files": found}, indent=1)
+        )
     return 0
 
 

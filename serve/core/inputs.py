@@ -418,6 +418,8 @@ class _Listing:
             yield from self.rows(name, path, self.column)
         except DataError as error:
             raise SourceError(str(error)) from error
+        except (OSError, ValueError) as error:  # those of the library
+            raise SourceError(f"{name} cannot be opened: {one_line(error)}") from error
 
     def rows(self, name: str, path: str, column: str | None) -> Iterator[Item]:
         _, ends = _rows(path, column)

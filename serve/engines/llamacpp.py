@@ -21,7 +21,10 @@ from export.runtimes.llama_library import Entry, Llama
 from serve.engines.base import EmbedsError, EngineError, LLMEngine, Sampling
 from vlv.common.command import UserError, one_line
 
-SEQUENCES = 32  # captions decoded together: every row's attention looks at the cells of all of them
+SEQUENCES = 32  # captions decoded together
+# A file that is hardly larger than the CPU's caches: its weights cost less than attention, in which every row looks at
+# the cells of all captions, and threads wait longer for each other than they compute.
+SMALL, SMALL_SEQUENCES = 64 << 20, 8
 ROWS = 512  # of a batch: prompts of several new captions, and one row for each under way
 CELL_BYTES = 2  # of one number in the cache
 
@@ -41,7 +44,7 @@ class _Job:
 
 
 class LlamaCppEngine(LLMEngine):
-    """Decode up to SEQUENCES requests together; further ones wait."""
+    """Decode up to SEQUENCES requests together, of a small model SMALL_SEQUENCES; further ones wait."""
 
     name = "llamacpp"
     takes = frozenset({"gguf", "gguf_type"})
@@ -52,7 +55,9 @@ class LlamaCppEngine(LLMEngine):
         self._wake = threading.Event()
         self._closing = self._failed = False
         self._thread: threading.Thread | None = None
-        self.sequences = max(1, min(self.in_flight, SEQUENCES, self._affordable()))
+        self._cores = len(os.sched_getaffinity(0))
+        # threads of a step, and of one of a caption alone, which has nothing to share the cores with
+        self._threads, self._threads_alone = max(1, self._cores // 2), self._cores
 
     def _affordable(self) -> int:
         """Return the captions of full length whose cache fits into a quarter of the free memory."""
@@ -64,17 +69,9 @@ class LlamaCppEngine(LLMEngine):
         return self.spec.queries + self.max_tokens
 
     @property
-    def threads(self) -> int:
-        """Return the threads that llama.cpp has while images are encoded: half of the cores.
-
-        They wait for each other in busy loops, so one that has to share its core holds up all.
-        """
-        return max(1, len(os.sched_getaffinity(0)) // 2)
-
-    @property
     def encoder_threads(self) -> int:
-        """Return the threads that are left to the encoder."""
-        return max(1, len(os.sched_getaffinity(0)) - self.threads)
+        """Half of the cores: llama.cpp's threads wait in busy loops for one that has to share its core."""
+        return max(1, self._cores - self._cores // 2)
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -93,8 +90,13 @@ class LlamaCppEngine(LLMEngine):
         self._load_tokenizer()
         options = self.options
         file = options.gguf or cached_gguf(self.spec.folder, options.gguf_type)
+        small = file.is_file() and file.stat().st_size < SMALL
+        if small:
+            self._threads = self._threads_alone = 1
+        sequences = min(self.in_flight, SMALL_SEQUENCES if small else SEQUENCES, self._affordable())
+        self.sequences = max(1, sequences)
         rows = max(ROWS, self.spec.queries + self.sequences)
-        llama = Llama(file, self.sequences, self.sequences * self._positions, self.threads, rows, self.debug)
+        llama = Llama(file, self.sequences, self.sequences * self._positions, self._threads, rows, self.debug)
         try:
             made_from = llama.metadata(SOURCE)
             if options.gguf and made_from and made_from != source_hash(self.spec.folder):
@@ -166,8 +168,7 @@ class LlamaCppEngine(LLMEngine):
                     entries.append(Entry(sequence, 0, job.embeds))
                     rows += len(job.embeds)
             if entries:
-                # a caption alone has nothing to share the cores with
-                wanted = len(os.sched_getaffinity(0)) if len(jobs) == 1 else self.threads
+                wanted = self._threads_alone if len(jobs) == 1 else self._threads
                 if wanted != threads:
                     threads = wanted
                     llama.set_threads(threads)

@@ -113,7 +113,8 @@ class VLLMEngine(LLMEngine):
         check_llm_folder(self.spec.folder)
         self._load_tokenizer()
         arguments = AsyncEngineArgs(
-            skip_tokenizer_init=True,  # we detokenize, alike for all engines
+            # we detokenize, alike for all engines; but vLLM has no multimodal model without
+            skip_tokenizer_init=self._field is None,
             disable_log_stats=True,
             **self._settings.arguments,
             **(self._image_arguments() if self._field else self._prompt_arguments()),

@@ -52,6 +52,16 @@ class SidecarSink(FileSink):
                 _remove(record)
         return super().drop(unwanted)
 
+    def patch(self, edits: dict[str, dict]) -> int:
+        for record in self._journal.records():
+            if record["id"] in edits:
+                _remove(record)
+        count = super().patch(edits)
+        for record in self._journal.records():
+            if record["id"] in edits and not sidecar(record["path"]).exists():
+                self._write(record)
+        return count
+
     def caption(self, record: dict, item: Item) -> None:
         text = sidecar(item.path)
         if "://" in item.path:

@@ -88,7 +88,11 @@ class JsonLines:
 
     def drop(self, unwanted: Callable[[dict], bool]) -> int:
         """Remove records, atomically, and return how many. Raises SinkError."""
-        if not self._regular or not (count := sum(map(unwanted, self.records()))):
+        return self.rewrite(lambda record: None if unwanted(record) else record)
+
+    def rewrite(self, change: Callable[[dict], dict | None]) -> int:
+        """Replace records, atomically, and return how many; None removes one. Raises SinkError."""
+        if not self._regular or not (count := sum(change(record) is not record for record in self.records())):
             return 0
         old = self._fd
         try:
@@ -97,8 +101,8 @@ class JsonLines:
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for record in self.records():
-                    if not unwanted(record):
-                        append(self._fd, json_bytes(record) + b"\n")
+                    if (new := change(record)) is not None:
+                        append(self._fd, json_bytes(new) + b"\n")
         finally:
             os.close(old)  # and its lock, once the new file has one and its name
         return count
@@ -182,6 +186,23 @@ class FileSink:
     def drop(self, unwanted: Callable[[dict], bool]) -> int:
         """Remove the records of images, captioned or failed, and return how many. Raises SinkError."""
         return self._journal.drop(unwanted) + (self._errors.drop(unwanted) if self._errors else 0)
+
+    def patch(self, edits: dict[str, dict]) -> int:
+        """Correct the captions of records by their ids, and return how many. Raises SinkError.
+
+        `edits`: of read_patch. A record whose caption is not the one that was edited stays as it is.
+        """
+
+        def change(record: dict) -> dict:
+            edit = edits.get(record["id"])
+            if edit is None or record["caption"] != edit["before"]:
+                return record
+            texts = {"caption": edit["caption"]}
+            if "captions" in record:
+                texts["captions"] = [edit["caption"] if t == edit["before"] else t for t in record["captions"]]
+            return {**record, **texts, "edited": True}
+
+        return self._journal.rewrite(change)
 
     def _has_changed(self, record: dict) -> bool:
         """Return True if an image is not the file that was captioned; one that has disappeared has not changed."""
@@ -294,6 +315,21 @@ def write_line(fd: int, record: dict) -> None:
     with explained("stdout"):
         while line:
             line = line[os.write(fd, line) :]
+
+
+def read_patch(file: Path) -> dict[str, dict]:
+    """Return the corrections that a gallery page has saved, by the ids of records. Raises SinkError."""
+    edits = {}
+    if not file.is_file():
+        raise SinkError(f"--patch: no such file: {file}")
+    try:
+        for record in read_records(file):
+            if not all(isinstance(record[name], str) for name in ("id", "before", "caption")):
+                raise ValueError(f"a line of {file} has no texts id, before and caption")
+            edits[record["id"]] = record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SinkError(f"--patch {file} is no patch of a gallery page: {error}") from error
+    return edits
 
 
 def is_listed(record: dict, listed: IdSet) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.core.id_set import IdSet
-from serve.core.inputs import Item
+from serve.core.inputs import DATASET, Item
 from serve.outputs.jsonl import captions_of, explained
 from vlv.common.command import say
 from vlv.common.files import atomic_write
@@ -42,7 +42,7 @@ class TextFiles:
 
 def common_folder(paths: Sequence[str]) -> str:
     """Return the folder that holds everything that the arguments name."""
-    local = [os.path.realpath(path) for path in paths if "://" not in path]
+    local = [os.path.realpath(path) for path in paths if "://" not in path and not path.startswith(DATASET)]
     folders = [path if os.path.isdir(path) else os.path.dirname(path.partition("*")[0]) for path in local]
     return os.path.commonpath(folders) if folders else os.getcwd()
 

@@ -82,24 +82,36 @@ def test_a_shortened_library_has_the_same_memory(tmp_path):
     (tmp_path / "fat.bin").write_bytes(content * 2)
     (tmp_path / "lib.c").write_text(SOURCE)
     library = tmp_path / "libcode.so"
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-o", library, "lib.c"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    before = library.stat().st_size
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-o"]
+    subprocess.run([*command, library, "lib.c"], cwd=tmp_path, check=True)
+    names = "\n".join(f"static int name_{i}_{'x' * 100}(void) {{ return {i}; }}" for i in range(800))
+    uses = "".join(f"+ name_{i}_{'x' * 100}()" for i in range(800))
+    (tmp_path / "plain.c").write_text(f"{names}\nint total(void) {{ return 0 {uses}; }}")
+    plain = tmp_path / "plain.so"
+    subprocess.run([*command[:3], "-g", "-o", plain, "plain.c"], cwd=tmp_path, check=True)
+    before, plain_before = library.stat().st_size, plain.stat().st_size
     (tmp_path / "link.so").symlink_to(library)
     (tmp_path / "text.so").write_text("not a library")
+    (tmp_path / "sub/backends/amd/lib").mkdir(parents=True)
+    unused, used = tmp_path / "sub/backends/amd/lib/codegen.so", tmp_path / "sub/backends/codegen.so"
+    unused.write_bytes(bytes(1000))
+    used.write_bytes(bytes(10))
     report = tmp_path / "report.json"
     run = subprocess.run(
         [sys.executable, TOOL, "--sm", "90", tmp_path, "--report", report], capture_output=True, text=True, check=True
     )
-    assert "1 libraries with device code" in run.stdout
+    assert run.stdout.startswith("1,000 bytes of unused files removed\n2 libraries, 1 with device code: ")
+    assert used.exists() and not unused.exists()
     sizes = json.loads(report.read_text())
-    assert sizes["before"] == before and sizes["after"] == library.stat().st_size
+    assert sizes["before"] == before + plain_before
+    assert sizes["after"] == library.stat().st_size + plain.stat().st_size
+    assert plain.stat().st_size < plain_before / 2  # its debug information is gone, and it runs
+    script = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).total())"
+    run = subprocess.run([sys.executable, "-c", script, plain], capture_output=True, text=True, check=True)
+    assert int(run.stdout) == 800 * 799 // 2
     dropped = 2 * (300_001 + 5_000 + 700_000 + 150_000)
-    assert (
-        before - 2 * (3 * 2 * 4096 + 5_000) - 20_000
-        < sizes["after"] + dropped
-        < before + 20_000 + 2 * (6 * 4096 + 5_000)
-    )
+    kept = before - dropped
+    assert kept - 20_000 < library.stat().st_size < kept + 20_000 + 2 * (5_000 + 4 * 2 * 4096)
 
     expected = bytearray(content)  # what the library holds twice
     for (first, last), kind in zip(ranges, kinds, strict=True):
@@ -115,4 +127,4 @@ def test_a_shortened_library_has_the_same_memory(tmp_path):
     assert run.stdout == bytes(expected) * 2
     content = library.read_bytes()
     again = subprocess.run([sys.executable, TOOL, "--sm", "80", library], capture_output=True, text=True, check=True)
-    assert again.stdout.startswith("0 libraries") and library.read_bytes() == content  # once is enough
+    assert "0 libraries, 0 with" in again.stdout and library.read_bytes() == content  # once is enough

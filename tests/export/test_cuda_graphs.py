@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from export.runtimes import torch as torch_runtime
-from export.runtimes.cuda_graphs import SIZES, BatchGraphs, CudaCapture
+from export.runtimes.cuda_graphs import OVERHEAD, SIZES, BatchGraphs, CudaCapture
 from export.runtimes.torch import TorchRuntime
 
 BYTES = 1000
@@ -61,9 +61,12 @@ def recorder() -> Recorder:
 
 @pytest.mark.parametrize(
     ("count", "graphs"),
-    [(1, [1]), (2, [2]), (3, [4]), (9, [16]), (17, [32]), (32, [32]), (33, [32, 1]), (75, [32, 32, 16])],
-)
-def test_the_smallest_graph_that_fits_and_parts_of_what_is_larger(recorder, count, graphs):
+    [
+        (1, [1]), (2, [2]), (3, [4]), (5, [4, 1]), (7, [8]), (9, [8, 1]), (15, [16]), (17, [16, 1]), (31, [32]),
+        (32, [32]), (33, [32, 1]), (75, [32, 32, 8, 4]),
+    ],
+)  # fmt: skip
+def test_a_batch_is_padded_or_split_whichever_computes_less(recorder, count, graphs):
     graphed = BatchGraphs(call, images(1), 32, recorder)
     assert graphed.sizes == SIZES and recorder.captured == sorted(SIZES, reverse=True)
     assert graphed.memory_bytes == BYTES * len(SIZES)
@@ -73,6 +76,15 @@ def test_the_smallest_graph_that_fits_and_parts_of_what_is_larger(recorder, coun
     found = graphed(x)
     assert recorder.replayed == graphs
     assert all(torch.equal(a, b) for a, b in zip(found, call(x), strict=True))
+
+
+def test_no_other_sizes_cost_less(recorder):
+    """Against the least cost by dynamic programming, with OVERHEAD rows for each graph."""
+    graphed, best = BatchGraphs(call, images(1), 32, recorder), [0]
+    for count in range(1, 100):
+        best.append(min(size + OVERHEAD + best[max(0, count - size)] for size in SIZES))
+        sizes = graphed.sizes_for(count)
+        assert sum(sizes) >= count > sum(sizes[:-1]) and sum(sizes) + OVERHEAD * len(sizes) == best[count], count
 
 
 @pytest.mark.parametrize(

@@ -110,3 +110,10 @@ def test_an_fp8_layer_is_close_to_its_layer_and_half_as_large():
     assert layer.weight.element_size() == 1 and not list(layer.parameters())
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     assert Fp8Linear.takes(plain) and not Fp8Linear.takes(Linear(24, 16)) and not Fp8Linear.takes(Linear(16, 24))
+
+
+def test_an_fp8_layer_compiles_whole():
+    layer, x = Fp8Linear(Linear(32, 16).requires_grad_(False)), torch.randn(3, 32)
+    layer.gelu_before = True
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), layer(x))

@@ -15,7 +15,7 @@ from vlv.model.encoder import VLVEncoder
 
 SMALL = replace(
     PRESETS["tiny"],
-    image_size=16,
+    image_size=8,
     encoder_layers=1,
     decoder_layers=1,
     context_layers=1,
@@ -37,7 +37,7 @@ def ops(graph: torch.fx.Graph) -> set[str]:
 
 def test_a_compiled_encoder_has_the_custom_ops(encoder):
     torch._dynamo.reset()
-    found, pixels = set(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    found, pixels = set(), torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
 
     def backend(module, inputs):
         found.update(ops(module.graph))
@@ -51,14 +51,14 @@ def test_a_compiled_encoder_has_the_custom_ops(encoder):
 
 def test_the_encoder_agrees_with_its_references(encoder):
     """Also where a block's last sum is left to the kernel of the next block."""
-    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     found = encoder(pixels)
     with dispatch.references():
         torch.testing.assert_close(found, encoder(pixels), rtol=0, atol=1e-5)
 
 
 def test_an_exported_encoder_has_the_references(encoder):
-    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     for strict in (False, True):
         program = torch.export.export(encoder, (pixels,), strict=strict)
         assert not ops(program.graph)

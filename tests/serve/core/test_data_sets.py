@@ -129,6 +129,11 @@ def test_a_folder_of_the_datasets_library(here):
     assert contents("saved") == {f"saved/{i}": image for i, image in enumerate(IMAGES)}
     assert contents(f"hf:{here}/saved") == {f"hf:{here}/saved/{i}": image for i, image in enumerate(IMAGES)}
     assert trained("saved") == IMAGES
+    with pytest.raises(SourceError, match=r"saved has the columns \['image'\], none of photo"):
+        expand(["saved"], column="photo")
+    (here / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"hf:.*empty cannot be opened: FileNotFoundError"):
+        expand([f"hf:{here}/empty"])
 
 
 def test_a_data_set_without_its_package(monkeypatch):

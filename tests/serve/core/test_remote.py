@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import io
 import json
 import tarfile
+import threading
 
 import fsspec
 import pytest
@@ -72,3 +75,23 @@ def test_numbered_shards(here):
     memory = fsspec.filesystem("memory")
     memory.pipe({f"/n/{i}.tar": tar({f"{i}.png": json.dumps(i).encode()}) for i in range(2)})
     assert [i.read() for i in expand(["memory://n/{0..1}.tar"])] == [b"0", b"1"]
+
+
+def test_images_of_a_web_server(here):
+    """By their URLs, in a list of urls and paths, and with a name that says nothing; a missing one is named."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(here))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        (here / "download").write_bytes(b"pixels")
+        (here / "list.txt").write_text(f"# from the web\n{url}/sub/b.png?size=large\nsub/c.png\n{url}/gone.png\n")
+        *good, gone = expand([f"{url}/a.png", f"{url}/download", "list.txt"])
+        assert [item.read() for item in good] == [b"a.png", b"pixels", b"sub/b.png", b"sub/c.png"]
+        assert good[2].id == f"{url}/sub/b.png?size=large"
+        with pytest.raises(ImageError, match="there is no such file"):
+            gone.read()
+        server.shutdown()

@@ -210,6 +210,16 @@ def test_an_image_folder_is_read_by_datasets(images, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("kind", "builder"), [("jsonl", "json"), ("parquet", "parquet")])
+def test_records_are_read_by_datasets(kind, builder, images, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    output = tmp_path / f"c.{kind}"
+    fill(sink_class(kind)(output, "m"), images)
+    files = [str(file) for file in sorted(output.glob("part-*"))] or str(output)
+    loaded = datasets.load_dataset(builder, data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert [(row["id"], row["caption"]) for row in loaded] == [(str(i), f"Picture {i.stem}.") for i in images]
+
+
 def test_the_json_of_sd_scripts(images, tmp_path):
     output = tmp_path / "meta.json"
     fill(sink_class("kohya")(output, "m"), images[:1])
