@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m benchmarks.edge_bundle", description=__doc__)
     p.add_argument("--ckpt", default="assets/vlv-tiny", metavar="DIR")
     p.add_argument("--variants", nargs="+", default=["fp32:f16", "int8:q8_0"], metavar="PRECISION:TYPE")
+    p.add_argument("--bundles", type=Path, nargs="+", metavar="DIR", help="exported bundles, instead of --variants")
     p.add_argument("--images", type=positive, default=512, metavar="N", help="scenes for the rate (512)")
     p.add_argument("--repeats", type=positive, default=7, metavar="N", help="commands with one image (7)")
     p.add_argument("--aarch64", metavar="COMMAND", help="a Python for aarch64, natively or in an emulator")
@@ -63,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         photo = work / "photo.jpg"
         Image.fromarray(noise).resize((4000, 3000), Image.Resampling.BICUBIC).save(photo, quality=90)
         python = None
-        for variant in args.variants:
-            bundle = export(args.ckpt, variant, work)
+        for source in args.bundles or args.variants:
+            bundle = source.resolve() if args.bundles else export(args.ckpt, source, work)
+            about = json.loads((bundle / "bundle.json").read_text())
+            variant = f"{about['precision']}:{about['llm']['kind']}"
             if python is None:
                 python, found["parts"]["environment"] = environment(bundle, work)
                 write_json(args.output, found)
