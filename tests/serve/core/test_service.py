@@ -26,7 +26,7 @@ async def until(condition):
 class FakeEncoder:
     """An encoder's interface, without weights."""
 
-    def __init__(self, checkpoint, runtime, artifacts, batch, threads):
+    def __init__(self, checkpoint, runtime, artifacts, batch, threads, precision, cuda_graphs):
         self.batch = batch
 
 
@@ -43,7 +43,7 @@ def test_the_encoder_is_the_one_that_is_asked_for(captioning_checkpoint, scene_i
             return torch.full((len(crops), 2, 3), 7.0)
 
     monkeypatch.setattr("serve.core.service.Encoder", Sevens)
-    config = ServiceConfig(8, 1, encoder="onnx", artifacts=tmp_path)
+    config = ServiceConfig(8, 1, encoder="onnx", artifacts=tmp_path, precision="bf16", cuda_graphs=False)
 
     async def embed():
         service = Service(checkpoint, lambda: Scripted(LLMSpec.of(checkpoint), 10, 8), config)
@@ -54,7 +54,8 @@ def test_the_encoder_is_the_one_that_is_asked_for(captioning_checkpoint, scene_i
             await service.close()
 
     assert asyncio.run(embed()).tolist() == [[7.0] * 3] * 2
-    assert opened == [(checkpoint, "onnx", tmp_path, 8, None)]  # the scripted engine leaves PyTorch its threads
+    # None: the scripted engine leaves PyTorch its threads
+    assert opened == [(checkpoint, "onnx", tmp_path, 8, None, "bf16", False)]
 
 
 def encoded(monkeypatch, spec: LLMSpec) -> list[int]:
