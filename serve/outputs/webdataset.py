@@ -105,13 +105,16 @@ class WebDatasetSink(FolderSink):
         for shard in self._shard_files():
             found = list(self._read_shard(shard))
             kept = [one for one in found if not unwanted(one.record)]
-            if len(kept) < len(found):
+            if not kept:
+                with explained(shard):
+                    shard.unlink()
+            elif len(kept) < len(found):
                 with explained(shard), atomic_write(shard) as file, open(file, "wb") as new, open(shard, "rb") as old:
                     for one in kept:
                         old.seek(one.start)
                         new.write(old.read(one.end - one.start))
                     new.write(END)
-                count += len(found) - len(kept)
+            count += len(found) - len(kept)
         return count + super().drop(unwanted)
 
     def is_finished(self, item: Item, size: int | None) -> bool:

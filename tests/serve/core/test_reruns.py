@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -22,6 +25,7 @@ from serve.reports.progress import Progress
 from tests.serve.serving import Scripted
 from vlv.checkpoints.folder import Checkpoint
 
+ROOT = Path(__file__).parents[3]
 OUTPUTS = {
     "jsonl": "captions.jsonl",
     "txt": "captions.jsonl",
@@ -197,3 +201,22 @@ def test_a_folder_that_is_moved_with_its_output_goes_on(here, run, monkeypatch):
     differ = {r["id"] for r in records if os.path.getsize(r["id"]) != r["bytes"]}
     progress, changed, missing = run("jsonl", ["in"])
     assert progress.captioned == changed == 8 and missing == [] and differ
+
+
+def test_the_check_of_the_benchmark_sees_every_fault(tmp_path):
+    """benchmarks/reruns_check.py, which reads only the output and the folder."""
+    folder, digests = tmp_path / "in", {}
+    folder.mkdir()
+    for name in ("good", "twice", "absent", "other"):
+        (folder / f"{name}.png").write_bytes(name.encode())
+        digests[name] = hashlib.sha256(name.encode()).hexdigest()
+    records = [("good", digests["good"]), *[("twice", digests["twice"])] * 2, ("other", digests["good"]), ("gone", "0")]
+    with open(tmp_path / "c.jsonl", "w") as file:
+        for name, digest in records:
+            path = f"{folder}/../in/{name}.png"  # spelled otherwise
+            file.write(json.dumps({"id": path, "path": path, "caption": "A.", "sha256": digest}) + "\n")
+    command = [sys.executable, ROOT / "benchmarks" / "reruns_check.py", tmp_path / "c.jsonl", folder]
+    assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == {
+        "images": 4, "records": 5, "images_without_record": 1, "images_with_several": 1, "records_without_image": 1,
+        "records_of_another_image": 1,
+    }  # fmt: skip

@@ -61,7 +61,7 @@ def record(item, text: str | None = None) -> dict:
     return given | {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
 
 
-def run(paths: list[str], out: Path, seed: int = 0, fails=(), stop: int | None = None, prune: bool = False) -> int:
+def run(paths: list[str], out: Path, seed: int = 0, fails=(), stop: int | None = None) -> int:
     """Caption in a random order, as the pipeline does; `stop` ends it after so many as a kill would."""
     sink = WebDatasetSink(out, "m")
     items = [item for item in expand(paths) if not sink.is_finished(item, None)]
@@ -134,6 +134,19 @@ def test_files_of_any_order_are_written_in_order(tmp_path):
     assert run([str(folder)], tmp_path / "out") == 1
     after = read(tmp_path / "out" / "000000.tar")
     assert "000000003.png" not in after and after["000000020.png"] == png(99) and len(after) == 3 * 20
+
+
+def test_a_shard_without_samples_goes(shards, tmp_path):
+    """Its images are not in the input any more; the others stay as they are."""
+    run([str(shards)], tmp_path / "out")
+    before = (tmp_path / "out" / "00001.tar").read_bytes()
+    sink = WebDatasetSink(tmp_path / "out", "m")
+    assert sink.drop(lambda record: "00000.tar" in record["id"]) == 6
+    sink.close()
+    assert [file.name for file in (tmp_path / "out").glob("*.tar")] == ["00001.tar"]
+    assert (tmp_path / "out" / "00001.tar").read_bytes() == before
+    run([str(shards)], tmp_path / "out")
+    expected(shards, tmp_path / "out")
 
 
 def test_several_images_of_one_key_and_names_that_are_too_long(tmp_path):
