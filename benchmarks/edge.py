@@ -67,9 +67,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args.work = Path(folder)
         os.environ["XDG_CACHE_HOME"] = str(args.work / "cache")
-        results = {part: globals()[f"_{part}"](args) for part in args.parts.split(",")}
-    report = json.dumps({**about, "max_tokens": args.max_tokens, "parts": results}, indent=2)
-    Path(args.output).write_text(report + "\n")
+        results: dict[str, dict] = {}
+        for part in args.parts.split(","):
+            results[part] = {"startup": _startup, "scenes": _scenes, "half": _half}[part](args)
+            report = json.dumps({**about, "max_tokens": args.max_tokens, "parts": results}, indent=2)
+            Path(args.output).write_text(report + "\n")  # after each: a long run may be cut off
     print(report)
 
 
