@@ -139,7 +139,8 @@ class Captioner:
 
 def read_image(file: str | Path) -> np.ndarray:
     """Return an image file as uint8 [H, W, 3]: upright (EXIF), in sRGB, transparency on white."""
-    with Image.open(file) as opened:
+    # no other format: Pillow's full list has some that start other programs
+    with Image.open(file, formats="JPEG PNG WEBP GIF BMP TIFF AVIF JPEG2000 PPM".split()) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.has_transparency_data:
             rgba = image.convert("RGBA")
@@ -156,7 +157,7 @@ def check(captioner: Captioner, folder: Path) -> list[str]:
     problems = []
     for case in sorted((folder / "vectors").iterdir()):
         crop, embeddings = captioner.encode(read_image(case / "image.png"))
-        levels = np.abs(crop[0].transpose(1, 2, 0).astype(int) - np.asarray(Image.open(case / "crop.ppm"))).max()
+        levels = np.abs(crop[0].transpose(1, 2, 0).astype(int) - read_image(case / "crop.ppm")).max()
         recorded = np.fromfile(case / "embeddings.f32", "<f4").reshape(embeddings.shape)
         error = np.abs(embeddings - recorded).max() / np.abs(recorded).max()
         tokens = captioner.tokens(embeddings)
@@ -176,8 +177,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the test vectors in vectors/")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="of the processor (all)")
     args = parser.parse_args()
-    if not args.images and not args.check:
-        parser.error("give an IMAGE, or --check")
+    args.images or args.check or parser.error("give an IMAGE, or --check")
     folder = Path(__file__).resolve().parent
     try:
         captioner = Captioner(folder, args.threads)

@@ -315,8 +315,8 @@ def _crops(image: Image.Image, size: int, crop: str, max_pixels: int, ignore_icc
         parts = squares(_rgb(image, profile), size, crop, max_pixels)
     else:  # the squares have far fewer pixels to convert
         parts = [ImageCms.applyTransform(part, transform) for part in squares(image, size, crop, max_pixels)]
-    pixels = np.stack([np.asarray(padded(part, size)).transpose(2, 0, 1) for part in parts])
-    return Crops(pixels, boxes(*image.size, crop))
+    pixels = np.stack([np.asarray(padded(part, size)) for part in parts]).transpose(0, 3, 1, 2)
+    return Crops(np.ascontiguousarray(pixels), boxes(*image.size, crop))
 
 
 def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
