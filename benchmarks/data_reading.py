@@ -1,7 +1,7 @@
 """What training reads from an object store: bytes fetched over bytes of images, requests, and images a second.
 
     git worktree add ../before edb08ac
-    python -m benchmarks.data_reading --before ../before --out benchmarks/data_reading.json
+    python -m benchmarks.data_reading --before ../before --clouds --out benchmarks/data_reading.json
 
 A local HTTP server serves ranges, counts requests and bytes, answers after --latency milliseconds and sends --rate MB
 a second over a connection, about what object stores do. The data:
@@ -9,6 +9,8 @@ a second over a connection, about what object stores do. The data:
 epoch with shuffling through the loader, each in a process of its own with an empty cache; for tars and Parquet the
 indexing before is counted by itself. --before measures an earlier version on the same server over --before-rows rows.
 The order is checked as well: every image once an epoch, and the longest run of rows that are neighbours in a shard.
+--clouds reads the tars and Parquet files from emulators of S3 and Google Cloud Storage as well, by their own clients;
+their bytes are counted on the connection, HTTP's headers of about 500 bytes an answer included.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from benchmarks.clouds import Cloud
 from vlv.common.command import Parser, UserError, command_line, positive, run_command, say
 from vlv.common.files import write_json
 
@@ -191,11 +194,12 @@ def make_data(folder: Path, rows: int, shards: int) -> int:
     return size
 
 
-def measure(program: str, checkout: Path, data: list[str], server: Server, rows: int, workers: int) -> dict:
+def measure(program: str, checkout: Path, data: list[str], server: Server | Cloud, rows: int, workers: int) -> dict:
     """Run a loader over an epoch in a process of its own, with an empty cache; return its counts and rates."""
     settings = {"data": data, "rows": rows, "workers": workers, "micro_batch": MICRO_BATCH}
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "XDG_CACHE_HOME": cache}
+        path = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": cache}
         process = subprocess.Popen(
             [sys.executable, "-c", program, json.dumps(settings)], cwd=cache, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -225,7 +229,12 @@ def longest_run(ids: list[str]) -> int:
 
 
 def work(args: argparse.Namespace) -> int:
-    from benchmarks import machine
+    import fsspec
+
+    from benchmarks import clouds, machine
+
+    if args.clouds and any(map(clouds.missing, clouds.CLIENTS)):
+        raise UserError(f"--clouds needs packages that are not installed: {clouds.INSTALL}")
 
     report = {
         "command": command_line("benchmarks.data_reading"), "kind": "data_reading", "machine": machine.describe(),
@@ -244,7 +253,8 @@ def work(args: argparse.Namespace) -> int:
             "files": [str(_urls(folder, server.url))],
         }
         here = Path(__file__).resolve().parents[1]
-        for kind, data in kinds.items():
+
+        def measure_now(kind: str, data: list[str], server: Server | Cloud) -> None:
             found = measure(NOW, here, data, server, args.rows, args.workers)
             ids = found.pop("ids")[: args.rows]
             found["every_image_once"] = len(set(ids)) == args.rows
@@ -254,6 +264,17 @@ def work(args: argparse.Namespace) -> int:
             say(f"{kind}: {json.dumps(found)}")
             if args.out:
                 write_json(args.out, report, 1)
+
+        for kind, data in kinds.items():
+            measure_now(kind, data, server)
+        for cloud_kind in clouds.CLIENTS if args.clouds else ():
+            with clouds.emulator(cloud_kind) as cloud:
+                for suffix in TARGETS:
+                    urls = [f"{cloud.bucket}/{i:03}.{suffix}" for i in range(args.shards)]
+                    for url in urls:
+                        with fsspec.open(url, "wb") as file:
+                            file.write((folder / url.rpartition("/")[2]).read_bytes())
+                    measure_now(f"{suffix} on {cloud_kind}", urls, cloud)
         for kind in ("tar", "parquet", "local parquet") if args.before else ():
             found = measure(BEFORE, args.before, kinds[kind], server, args.before_rows, args.workers)
             read = len(found.pop("ids")) / args.rows * size
@@ -292,6 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--rate", type=float, default=90, help="MB a second of a connection; 0: no limit (90, as S3's)")
     p.add_argument("--before", type=Path, metavar="DIR", help="checkout of an earlier version, to compare with")
     p.add_argument("--before-rows", type=positive, default=96, help="rows that it reads (96)")
+    p.add_argument("--clouds", action="store_true", help="read from emulators of S3 and Google Cloud Storage as well")
     p.add_argument("--out", type=Path, help="JSON file of the figures")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     return run_command(work, p.parse_args(argv))

@@ -5,6 +5,8 @@ from __future__ import annotations
 COMMANDS = {
     "onnx": "export a checkpoint to verified ONNX graphs",
     "trt": "build TensorRT-RTX or TensorRT engines",
+    "gguf": "write the language model for llama.cpp, quantized and verified",
+    "edge": "write a folder that captions images on a device",
     "verify": "compare artifacts with float32 PyTorch",
     "lint": "check ONNX graphs in seconds, before a build of minutes",
     "bench": "measure latency, throughput and memory of an exported encoder",

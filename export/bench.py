@@ -1,8 +1,8 @@
 """Measure latency, throughput and memory of an exported encoder: python -m export.bench --artifacts DIR --ckpt DIR
 
-Times every runtime that works here in turns, beside eager PyTorch and torch.compile. Each figure comes with its error
-against float32 PyTorch, and a runtime that is wrong is not timed. Memory is the peak of a process that does nothing
-else. Writes JSON and a PNG plot, prints a table.
+Times every runtime that works here in turns, beside PyTorch eager, in CUDA graphs and compiled. Each figure comes with
+its error against float32 PyTorch, and a runtime that is wrong is not timed. Memory is the peak of a process that does
+nothing else. Writes JSON and a PNG plot, prints a table.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 from export import arguments
-from export.components import RUNTIMES
+from export.components import RUNTIMES, TORCH_PRECISIONS
 from vlv.common.command import command_line, positive, run_command, say
 
-TIMED = ("torch", "torch.compile", *RUNTIMES[1:])
+TIMED = ("torch", "torch.graphs", "torch.compile", *RUNTIMES[1:])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--artifacts", type=Path, required=True, metavar="DIR", help="the folder that an export wrote")
     p.add_argument("--ckpt", required=True, metavar="DIR", help="the checkpoint that it was made from")
     p.add_argument("--runtimes", nargs="+", choices=TIMED, default=TIMED, metavar="NAME", help=", ".join(TIMED))
+    p.add_argument("--precision", choices=TORCH_PRECISIONS, help="of PyTorch's rows (bf16 on a GPU, else fp32)")
     p.add_argument("--batches", nargs="+", type=positive, default=[1, 8], metavar="N", help="batch sizes (1 8)")
     p.add_argument("--repeats", type=positive, default=20, metavar="N", help="timed calls each (20)")
     p.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE", help="JSON; the plot is beside it")
@@ -37,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
     from vlv.common.files import write_json
 
     runtimes = [args.memory_of] if args.memory_of else args.runtimes
-    config = benchmark.BenchConfig(args.ckpt, args.artifacts, tuple(runtimes), tuple(args.batches), args.repeats)
+    config = benchmark.BenchConfig(
+        args.ckpt, args.artifacts, tuple(runtimes), tuple(args.batches), args.repeats, args.precision
+    )
     checkpoint = arguments.open_checkpoint(args.ckpt)
     if args.memory_of:
         print(benchmark.peak_bytes(config, checkpoint))

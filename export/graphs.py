@@ -14,7 +14,6 @@ from export.components import COMPONENTS, Port
 from kernels.attention import attention
 from kernels.cross_attention import cross_attention
 from vlv.checkpoints.folder import Checkpoint
-from vlv.diffusion.unet import fused_parts
 from vlv.model.encoder import VLVEncoder
 
 
@@ -201,18 +200,11 @@ class UNetStep(Graph):
             if path.endswith("attn1") and _is_plain(attn) and not attn.is_cross_attention:
                 processors[f"{path}.processor"] = SelfAttention()
         self.unet.set_attn_processor(processors)
-        _fuse_parts(self.unet)
         return self
 
     def forward(self, latents: Tensor, timestep: Tensor, *kv: Tensor) -> Tensor:
         latents = latents.to(self.dtype)
         return self.unet(latents, timestep, encoder_hidden_states=kv, return_dict=False)[0].float()
-
-
-def _fuse_parts(module: nn.Module) -> None:
-    """Replace the norms and activations of a UNet, or of one half of an autoencoder, by our operations."""
-    for parent, name, part in fused_parts(module):
-        setattr(parent, name, part)
 
 
 class VaeDecoder(Graph):
@@ -225,10 +217,6 @@ class VaeDecoder(Graph):
         self.outputs = ("image",)
         parts = ["conv_in", "mid_block", *_children(vae.decoder, "up_blocks"), "conv_norm_out", "conv_out"]
         self.blocks = tuple(f"vae.decoder.{p}" for p in parts)
-
-    def fuse(self) -> Graph:
-        _fuse_parts(self.vae.decoder)
-        return self
 
     def forward(self, latents: Tensor) -> Tensor:
         latents = (latents / self.vae.config.scaling_factor).to(self.dtype)
@@ -245,10 +233,6 @@ class VaeEncoder(Graph):
         self.outputs = ("latents",)
         parts = ["conv_in", *_children(vae.encoder, "down_blocks"), "mid_block", "conv_norm_out", "conv_out"]
         self.blocks = tuple(f"vae.encoder.{p}" for p in parts)
-
-    def fuse(self) -> Graph:
-        _fuse_parts(self.vae.encoder)
-        return self
 
     def forward(self, pixels: Tensor) -> Tensor:
         pixels = (pixels.float() / 127.5 - 1).to(self.dtype)

@@ -43,13 +43,18 @@ def _describable(*tensors: Tensor) -> bool:
     )
 
 
-def _launch(kernel: str, tokens: int, block: str, args: dict, q: Tensor, **constants: int | bool) -> None:
-    """Launch a kernel over blocks of `tokens` tokens; `block` is the constant that holds their size."""
+def _launch(
+    kernel: str, tokens: int, block: str, args: dict, q: Tensor, part: str = "", **constants: int | bool
+) -> None:
+    """Launch a kernel over blocks of `tokens` tokens; `block` is the constant that holds their size.
+
+    part: distinguishes classes of shapes that are tuned apart.
+    """
     batch, heads, _, head_dim = q.shape
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim)}
     launch(
         f"attention.{kernel}",
-        f"d{head_dim}",
+        f"{part}d{head_dim}",
         lambda meta: (cdiv(tokens, meta[block]), heads, batch),
         args,
         {**shape, **constants, "DOUBLE": q.dtype == torch.float64},
@@ -91,8 +96,9 @@ def attention_backward_op(
     shared |= {**grad_strides, "scale": q.shape[-1] ** -0.5}
     # the outputs are [B, tokens, heads, d] in memory
     constants = {"CAUSAL": causal, "HEADS": q.shape[1]}
-    _launch("key_backward", keys, "BLOCK_N", {**shared, "grad_k": grad_k, "grad_v": grad_v}, q, **constants)
-    _launch("query_backward", queries, "BLOCK_M", {**shared, "grad_q": grad_q}, q, **constants)
+    of_keys, of_queries = {"grad_0": grad_k, "grad_1": grad_v}, {"grad_0": grad_q, "grad_1": grad_q}
+    _launch("backward", keys, "BLOCK_OUT", {**shared, **of_keys}, q, "keys ", **constants, OF_KEYS=True)
+    _launch("backward", queries, "BLOCK_OUT", {**shared, **of_queries}, q, "queries ", **constants, OF_KEYS=False)
     return grad_q, grad_k, grad_v
 
 

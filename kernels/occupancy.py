@@ -55,7 +55,7 @@ def choose(target: str) -> dict[str, dict[str, dict]]:
     from kernels.aot.compile import compile_launch
 
     chosen: dict[str, dict[str, dict]] = {}
-    for start in launches(None).values():
+    for start in launches(target).values():
         if start.shape in chosen.setdefault(start.kernel, {}):
             continue
         tried = []

@@ -63,8 +63,7 @@ def _batch(args: argparse.Namespace) -> int:
         raise Misuse("--crop tiles: a unit has one caption an image here; use serve.vllm_caption, with --shard")
     require_checkpoint(args.ckpt)
 
-    from serve.core.inputs import LeftOut
-    from serve.core.remote import items_of
+    from serve.core.inputs import LeftOut, expand
     from serve.ray.stages import ENDINGS, StageOptions
     from serve.ray.store import Store, part, plan
 
@@ -76,7 +75,7 @@ def _batch(args: argparse.Namespace) -> int:
     flags = " ".join([model.flags] * bool(model.flags) + ["--raw"] * args.raw)
     terms = {"sources": sorted(args.paths), "unit": args.unit, "format": args.format, "model": model_id, "flags": flags}
     left_out = LeftOut()
-    units = plan(store, items_of(args.paths, args.url_column, left_out), terms, args.unit)
+    units = plan(store, expand(args.paths, left_out, args.url_column), terms, args.unit)
     if line := str(left_out):
         say(line)
     ending = ENDINGS[args.format]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 NAME = "vlv"
+IN_FLIGHT = 512  # requests that a replica decodes together at most, without --in-flight
 QUEUE = 128  # requests that wait at a replica and at a proxy, without --queue
 
 
@@ -83,7 +84,7 @@ def scaling(args: argparse.Namespace, gpus: bool) -> dict[str, Any]:
             "target_ongoing_requests": args.target,
             "upscale_delay_s": 10,  # loading takes long enough
         },
-        "max_ongoing_requests": args.in_flight + queue,
+        "max_ongoing_requests": (args.in_flight or IN_FLIGHT) + queue,
         "max_queued_requests": queue,  # at a proxy; beyond it, 503
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
-from serve.command import engine_arguments, model_arguments, require_checkpoint
+from serve.command import engine_arguments, model_arguments, placement_arguments, require_checkpoint
 from vlv.common.command import Misuse, Parser, debug_argument, positive, run_command, say
 
 EXIT_CODES = """\
@@ -27,8 +27,13 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m serve.server",
         description="Serve captions of a VLV checkpoint over HTTP, as OpenAI's API.",
         epilog=EXIT_CODES,
-        parents=[serving_arguments(), debug_argument("tracebacks, and the engine's log on stderr")],
+        parents=[
+            serving_arguments(),
+            placement_arguments(),
+            debug_argument("tracebacks, and the engine's log on stderr"),
+        ],
     )
+    p.add_argument("--warm", action="store_true", help="load the models, fill the caches (--cache), and stop")
     p.add_argument("--new-key", metavar="NAME", help="make a key, add its hash to --keys, print it, and stop")
     p.add_argument(
         "--per-minute", type=positive, default=6000, metavar="N", help="of --new-key: images a minute (6000)"
@@ -118,9 +123,11 @@ def _serve(args: argparse.Namespace) -> int:
     require_checkpoint(args.ckpt)
     import uvloop  # asyncio's own loop needs more time for each connection
 
-    from serve.http.routes import ServerConfig, serve_captions
+    from serve.http.routes import ServerConfig, serve_captions, warm_up
 
-    return uvloop.run(serve_captions(config_from(args, ServerConfig)))
+    if args.encoder_placement == "engine":
+        raise Misuse("--encoder-placement engine keeps the embeddings in vLLM, and the server has to return them")
+    return uvloop.run((warm_up if args.warm else serve_captions)(config_from(args, ServerConfig)))
 
 
 if __name__ == "__main__":

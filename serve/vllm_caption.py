@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve import FORMATS
-from serve.command import engine_arguments, model_arguments, open_model
+from serve.command import engine_arguments, model_arguments, open_model, placement_arguments
 from vlv.common.command import Misuse, Parser, debug_argument, hush, positive, run_command, say
 
 if TYPE_CHECKING:
@@ -45,13 +45,15 @@ def parser() -> argparse.ArgumentParser:
         parents=[
             model_arguments(),
             engine_arguments(),
+            placement_arguments(),
             debug_argument("tracebacks, and the engine's log on stderr"),
         ],
     )
     p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, list, .tar shard, or URL")
     p.add_argument("-o", "--output", metavar="FILE", help="file, or folder of shards (captions.*); - for stdout")
     p.add_argument("--format", choices=FORMATS, default="jsonl", help="jsonl (default), .txt beside each image, ...")
-    p.add_argument("--url-column", metavar="NAME", help="column of .parquet, .jsonl and .csv lists (url, path, ...)")
+    p.add_argument("--url-column", metavar="NAME", help="column of tables: image, or its URL or path")
+    p.add_argument("--lenient", action="store_true", help="caption what a truncated JPEG file holds; the rest is grey")
     p.add_argument("--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input; I from 1 to N")
     p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws at a temperature above 0")
@@ -78,9 +80,11 @@ def parser() -> argparse.ArgumentParser:
     style.add_argument("--template", default="{caption}", metavar="TEXT", help='such as "a sks photo, {caption}"')
     p.add_argument("--dry-run", action="store_true", help="only print the images that would be captioned")
     p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
+    p.add_argument("--verify", action="store_true", help="know changed images by a hash of the file, not size and time")
     p.add_argument("--prune", action="store_true", help="remove records of images that are not in the input any more")
     p.add_argument("--strict", action="store_true", help="fail if images are left out, such as .heic or dead links")
-    p.add_argument("--gallery", metavar="HTML", help="also write a page of image | reconstruction | caption")
+    p.add_argument("--gallery", metavar="HTML", help="also write a page to look through and edit captions")
+    p.add_argument("--patch", type=Path, metavar="JSONL", help="first correct captions as edited on the --gallery page")
     p.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
     p.add_argument("--doctor", action="store_true", help="report what is installed and what is missing, and stop")
     p.add_argument(
@@ -161,7 +165,7 @@ def _caption(args: argparse.Namespace) -> int:
     from serve.core.style import CaptionStyle
     from serve.engines.base import Sampling
     from serve.outputs.factory import sink_class
-    from serve.outputs.jsonl import StreamSink
+    from serve.outputs.jsonl import StreamSink, read_patch
     from serve.reports import gallery
     from serve.reports.progress import Progress
     from serve.reports.timeline import Timeline
@@ -180,7 +184,10 @@ def _caption(args: argparse.Namespace) -> int:
         flags,
         CaptionStyle(args.strip_openers, args.max_sentences, args.max_words, args.single_line, args.template),
         args.ignore_icc,
+        args.precision,
+        args.cuda_graphs,
         args.crop,
+        args.verify,
     )
     engine = model.engine()
     if args.output == "-":
@@ -189,7 +196,10 @@ def _caption(args: argparse.Namespace) -> int:
         sink = _text_sink(args)
     else:
         model_id = engine.options.model_id(model.checkpoint.hash)
-        sink = sink_class(args.format)(_output(args), model_id, args.resume, flags)
+        sink = sink_class(args.format)(_output(args), model_id, args.resume, flags, args.verify)
+    if args.patch:
+        count = sink.patch(edits := read_patch(args.patch))
+        say(f"{count} captions corrected; {len(edits) - count} of the patch were not as the page showed them")
     progress, timeline = Progress(), Timeline(args.trace)
     threading.Thread(target=_count, args=(args, progress), daemon=True).start()
     if sink.changed:
@@ -275,11 +285,16 @@ def _check(args: argparse.Namespace) -> None:
         raise Misuse(f"--template {args.template!r}: expected a text with {{caption}}, such as 'a photo, {{caption}}'")
     if (args.overwrite or args.output_dir or args.caption_extension != ".txt") and not _only_texts(args):
         raise Misuse("--output-dir, --overwrite and --caption-extension go with --format txt and without -o")
+    if (args.verify or args.prune) and (args.output == "-" or _only_texts(args)):
+        raise Misuse("--verify and --prune need the records of a run: give -o a file or folder")
     if args.output == "-" and args.format != "jsonl":
         raise Misuse(f"--format {args.format} writes files: give -o a file or folder")
-    if args.gallery and (args.output == "-" or _only_texts(args) or args.format in ("parquet", "webdataset")):
+    if (args.gallery or args.patch) and (
+        args.output == "-" or _only_texts(args) or args.format in ("parquet", "webdataset")
+    ):
         raise Misuse(
-            "--gallery reads the captions back from JSON lines: give -o a file, in --format jsonl, txt or coco"
+            "--gallery reads the captions back from JSON lines, which --patch edits: give -o a file, in a --format "
+            "other than parquet and webdataset"
         )
 
 
@@ -294,17 +309,21 @@ def _flags(args: argparse.Namespace, model: Model) -> str:
     }
     words = [f"{flag} {value}" for flag, value in given.items() if value is not None]
     words += [f"--stop {shlex.quote(text)}" for text in sorted(args.stop)]
-    switches = {"--raw": args.raw, "--strip-openers": args.strip_openers, "--single-line": args.single_line}
+    switches = {
+        "--lenient": args.lenient,
+        "--raw": args.raw,
+        "--strip-openers": args.strip_openers,
+        "--single-line": args.single_line,
+    }
     words += [flag for flag, given in switches.items() if given]
     words += [f"--template {shlex.quote(args.template)}"] * (args.template != "{caption}")
     return " ".join([model.flags] * bool(model.flags) + words)
 
 
 def _items(args: argparse.Namespace, left_out: LeftOut | None = None):
-    from serve.core.inputs import part_of
-    from serve.core.remote import items_of
+    from serve.core.inputs import expand, part_of
 
-    items = items_of(args.paths, args.url_column, left_out)
+    items = expand(args.paths, left_out, args.url_column, args.lenient)
     return part_of(items, *args.shard) if args.shard else items
 
 

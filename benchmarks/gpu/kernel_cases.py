@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from kernels import add_norm as adding
 from kernels import attention as attn
 from kernels import channel_attention as channel
 from kernels import cross_attention as cross
 from kernels import dwconv_norm as dwconv
-from kernels import geglu as gated
-from kernels import groupnorm_silu as norm
+from kernels import fp8_linear as eight
 from kernels import linear as dense
 from kernels import upsample_normalize as upsample
 from kernels import window_attention as window
@@ -45,6 +46,7 @@ class Case:
     speedup: float = 1.0  # the target, over the best rival
     bandwidth: float = 0.0  # the target, of copying's
     calls: int = 1  # in one pass of the model
+    tolerance: float = 0.0  # the RMS error that is correct whatever that of plain operations is
     tunes: tuple[str, str] | None = None  # (kernel, class of shapes), where no launch of ours tells
     reference_class: str = ""  # its class of shapes in the "reference" lists of kernels/tuned.json
 
@@ -66,8 +68,12 @@ def cases(device: str, dtype: torch.dtype, batch: int, toy: bool) -> list[Case]:
     found += [_attention(random, batch, 16 if toy else 64, *size) for size in sizes]
     for m, heads in [(9, 1)] if toy else [(4096, 5), (1024, 10), (256, 20)]:
         found.append(_cross_attention(random, batch, m, heads))
-    for side, c in [(3, 8)] if toy else [(64, 320), (32, 640), (16, 1280)]:
-        found += _unet(random, batch, side, c, 4 if toy else 32)
+    for tokens, c, calls in [(3, 8, 1)] if toy else [(591, 1024, 24), (77, 1024, 59)]:
+        found.append(_add_norm(random, batch, tokens, c, calls))
+    if toy or eight.has_fp8(torch.device(device)):
+        for side, c, _, blocks in [(2, 16, 1, 1)] if toy else STAGES:
+            found.append(_fp8_linear(random, batch, side * side, c, 4 * c, False, 2 * blocks))
+            found.append(_fp8_linear(random, batch, side * side, 4 * c, c, True, 2 * blocks))
     small = 4 if toy else 384
     pixels = torch.randint(0, 256, (batch, 3, small, small), dtype=torch.uint8, generator=generator, device=device)
     constants = [torch.tensor(x, device=device) for x in (IMAGENET_MEAN, IMAGENET_STD)]
@@ -189,30 +195,38 @@ def _cross_attention(random: Callable, batch: int, m: int, heads: int) -> Case:
     )
 
 
-def _unet(random: Callable, batch: int, side: int, c: int, groups: int) -> list[Case]:
-    """Return the norm and the gated GELU of a level of the UNet, by our kernels."""
-    x, gate = random(batch, c, side, side), random(batch, side * side, 8 * c)
-    normalisation = Case(
-        name=f"groupnorm_silu {c}x{side}x{side}",
-        operation="groupnorm_silu",
-        ours=lambda x, w, b: norm.groupnorm_silu_op(x, groups, w, b, 1e-5, True),
-        reference=lambda x, w, b: norm.groupnorm_silu_reference(x, groups, w, b),
-        inputs=[x, random(c), random(c)],
-        batched=1,
-        flops=10 * x.numel(),
-        moved=2 * _size(x),
-        speedup=1.2,
-        reference_class=f"c{c}p{side * side}",
+def _add_norm(random: Callable, batch: int, tokens: int, c: int, calls: int) -> Case:
+    """Return the residual sum and norm of BART's layers."""
+    x = random(batch, tokens, c)
+    return Case(
+        name=f"add_norm {tokens}x{c}",
+        operation="add_norm",
+        ours=lambda x, r, w, b: adding.add_norm_op(x, r, w, b, 1e-5, False)[1],
+        reference=lambda x, r, w, b: adding.add_norm_reference(x, r, w, b)[1],
+        inputs=[x, random(*x.shape), random(c), random(c)],
+        batched=2,
+        flops=8 * x.numel(),
+        moved=3 * _size(x),
+        bandwidth=0.7,
+        calls=calls,
     )
-    gated_gelu = Case(
-        name=f"geglu {side * side}x{4 * c}",
-        operation="geglu",
-        ours=gated.geglu_op,
-        reference=gated.geglu_reference,
-        inputs=[gate],
+
+
+def _fp8_linear(random: Callable, batch: int, n: int, inputs: int, outputs: int, gelu: bool, calls: int) -> Case:
+    """Return a layer of DaViT's MLP by 8-bit floats, with the GELU before it in the kernel that quantizes."""
+    x, weight, bias = random(batch, n, inputs), random(outputs, inputs) * inputs**-0.5, random(outputs)
+    quantized = eight.quantize_rows_reference(weight)
+    product = eight.scaled_product if eight.has_fp8(x.device) else eight.fp8_linear_reference
+    return Case(
+        name=f"fp8_linear {n}x{inputs} to {outputs}{' after GELU' if gelu else ''}",
+        operation="fp8_linear",
+        ours=lambda x, w, b: product(*eight.quantize_rows(x, gelu), *quantized, b),
+        reference=lambda x, w, b: dense.linear_reference(functional.gelu(x) if gelu else x, w, b),
+        inputs=[x, weight, bias],
         batched=1,
-        flops=5 * gate.numel(),
-        moved=_size(gate) * 3 // 2,
-        reference_class=f"f{4 * c}",
+        flops=2 * x.numel() * outputs // 2,  # 8-bit floats multiply at twice the rate
+        moved=_size(x) * 2 + _size(bias) + weight.numel() + batch * n * outputs * x.element_size(),
+        speedup=1.4,
+        calls=calls,
+        tolerance=0.05,
     )
-    return [normalisation, gated_gelu]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -14,6 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.encoder_cpu import flops, prepared, random_images
 from benchmarks.gpu.kernel_measure import OURS, THEIRS, Clock, eager_and_compiled, judge, line, summary
 from benchmarks.published_encoder import PublishedEncoder
+from export.components import tolerance
+from export.graphs import EncoderGraph
+from export.quantize.fp8 import to_fp8
+from export.runtimes.cuda_graphs import BatchGraphs, CudaCapture
+from kernels.fp8_linear import has_fp8
 from kernels.runtime.dispatch import references
 from vlv.checkpoints import random_weights
 from vlv.model.config import PRESETS, DaViTConfig
@@ -21,7 +28,7 @@ from vlv.model.encoder import VLVEncoder
 
 TOY = replace(
     PRESETS["tiny"],
-    image_size=16,
+    image_size=8,
     encoder_layers=1,
     decoder_layers=1,
     context_layers=1,
@@ -49,6 +56,7 @@ class EncoderBench:
         self.clock: Clock = contest.clock
         self.toy = contest.toy
         self.config = TOY if self.toy else PRESETS["qwen2.5-3b"]
+        self.eight: EncoderGraph | None = None  # the encoder in 8-bit floats
         self.times: dict[str, float] = {}
         self.errors: dict = {}
 
@@ -60,12 +68,12 @@ class EncoderBench:
         exact.load_state_dict(ours.state_dict())
         self.pixels = random_images(self.config, self.contest.batch).to(self.clock.device)
         with references():
-            expected = exact.to(self.clock.device)(self.pixels[:2])
+            self.expected = exact.to(self.clock.device)(self.pixels[:2])
         del exact
         self.ours = ours.to(self.clock.device)
         self.published = PublishedEncoder(self.ours, "sdpa").to(self.clock.device)
         self.inputs = prepared(self.ours, self.pixels)
-        self.errors = judge(self.ours(self.pixels)[:2], self.published(self.inputs)[:2], expected)
+        self.errors = judge(self.ours(self.pixels)[:2], self.published(self.inputs)[:2], self.expected)
         self.contest.report.add("checks", {"name": "encoder", **self.errors})
         return self.errors["correct"]
 
@@ -85,14 +93,36 @@ class EncoderBench:
             pixels = random_images(self.config, batch).to(self.clock.device)
             self._time(f"ours eager batch {batch}", lambda pixels=pixels: self.ours(pixels))
 
-    def graphs(self) -> None:
-        """Time our encoder replayed from CUDA graphs, which a CPU does not have."""
-        for batch in () if self.toy else (self.contest.batch, 1, 8):
+    def graphs(self) -> bool:
+        """Check and time our encoder in CUDA graphs; in a dry run a replay calls it again."""
+        return self._graphs("ours graph", lambda x: (self.ours(x),), limit=0.0)
+
+    def fp8(self) -> bool:
+        """Check and time our encoder in 8-bit floats, as it is and in CUDA graphs; a dry run emulates them."""
+        if not (self.toy or has_fp8(self.pixels.device)):
+            return True
+        self.eight = to_fp8(EncoderGraph(copy.deepcopy(self.ours)))
+        allowed = tolerance("fp8", len(self.eight.blocks), self.eight.longest_sum)
+        errors = judge(self.eight(self.pixels)[1][:2], self.published(self.inputs)[:2], self.expected, allowed)
+        self.contest.report.add("checks", {"name": "encoder fp8", **errors})
+        if not errors["correct"]:
+            return False
+        self._time("fp8 eager", lambda: self.eight(self.pixels))
+        return self._graphs("fp8 graph", lambda x: (self.eight(x)[1],), limit=allowed)
+
+    def _graphs(self, name: str, call: Callable[[Tensor], tuple[Tensor, ...]], limit: float) -> bool:
+        if not self.contest.time.allows(0 if self.toy else 10, f"encoder, {name}"):
+            return True
+        capture = Recapture() if self.toy else CudaCapture(self.pixels.device)
+        graphed = BatchGraphs(call, self.pixels[:1], self.contest.batch, capture)
+        errors = judge(graphed(self.pixels)[0][:2], self.published(self.inputs)[:2], self.expected, limit)
+        errors |= {"name": f"encoder, {name}", "graphs": graphed.sizes, "memory_bytes": graphed.memory_bytes}
+        self.contest.report.add("checks", errors)
+        for batch in (self.contest.batch, 1, *(() if self.toy else (8, 3, 64))):
             pixels = random_images(self.config, batch).to(self.clock.device)
-            before = torch.cuda.memory_allocated()
-            graph = _captured(self.ours, pixels)
-            name = "ours graph" + ("" if batch == self.contest.batch else f" batch {batch}")
-            self._time(name, graph.replay, memory_bytes=torch.cuda.memory_allocated() - before)
+            suffix = "" if batch == self.contest.batch else f" batch {batch}"
+            self._time(name + suffix, lambda pixels=pixels: graphed(pixels))
+        return errors["correct"]
 
     def theirs(self) -> None:
         """Time transformers' encoder, eager."""
@@ -110,23 +140,28 @@ class EncoderBench:
                 self._time(name, lambda fast=fast, x=x: fast(x))
 
     def profile(self) -> None:
-        """Record the GPU time of every kernel in one pass of our encoder."""
+        """Record the GPU time of every kernel in one pass of our encoder, and in one by 8-bit floats."""
         if self.toy:
             return
         activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as record:
-            self.ours(self.pixels)
-            torch.cuda.synchronize()
-        table = [
-            {"kernel": event.key, "calls": event.count, "milliseconds": event.self_device_time_total / 1e3}
-            for event in record.key_averages()
-        ]
-        self.contest.report.content["profile"] = sorted(table, key=lambda one: -one["milliseconds"])[:40]
-        self.contest.report.write()
+        for name, model in (("profile", self.ours), ("profile_fp8", self.eight)):
+            if model is None:
+                continue
+            with torch.profiler.profile(activities=activities) as record:
+                model(self.pixels)
+                torch.cuda.synchronize()
+            table = [
+                {"kernel": event.key, "calls": event.count, "milliseconds": event.self_device_time_total / 1e3}
+                for event in record.key_averages()
+            ]
+            self.contest.report.content[name] = sorted(table, key=lambda one: -one["milliseconds"])[:40]
+            self.contest.report.write()
 
     def result(self) -> bool:
         """Add our best against the best rival; return False if the encoder is wrong."""
-        times = {name: ms for name, ms in self.times.items() if "batch" not in name and not name.startswith("ref")}
+        full = {name: ms for name, ms in self.times.items() if "batch" not in name}
+        times = {name: ms for name, ms in full.items() if not name.startswith(("ref", "fp8"))}
+        eight = [ms for name, ms in full.items() if name.startswith("fp8")]
         result = {"name": "encoder", **self.errors}
         if self.errors["correct"] and {"eager"} & set(times) and any(name.startswith("ours") for name in times):
             floor = flops(self.config, self.contest.batch) / self.contest.limits["flops_per_s"] * 1e3
@@ -137,6 +172,8 @@ class EncoderBench:
                 "images_per_s_target": 330,
                 "ceiling_target": 0.75,
             }
+            if eight:
+                result |= {"fp8_speedup": result["milliseconds"]["ours"] / min(eight), "fp8_speedup_target": 1.4}
         print(line(self.contest.report.add("results", result), figures=not self.toy), flush=True)
         return self.errors["correct"]
 
@@ -147,18 +184,22 @@ class EncoderBench:
         self.contest.report.add("encoder", {"name": name, "milliseconds": self.times[name], **more})
 
 
-def _captured(model: Callable[[Tensor], Tensor], pixels: Tensor) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of one call, after the calls that compile its kernels and choose its algorithms."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model(pixels)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model(pixels)
-    return graph
+class Recapture:
+    """Stand for CudaCapture in a dry run: a replay calls again, into the memory of the first call's results."""
+
+    def __call__(self, call: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        outputs = call()
+
+        def replay() -> None:
+            for held, new in zip(outputs, call(), strict=True):
+                held.copy_(new)
+
+        return replay, outputs
+
+    in_turn = staticmethod(nullcontext)
+
+    def memory(self) -> int:
+        return 0
 
 
 def unet(clock: Clock, limits: dict[str, float], dtype: torch.dtype, batch: int, toy: bool) -> dict:

@@ -61,7 +61,14 @@ class Contest:
                 steps.append(lambda: self._tune(lambda case: case.operation in FIRST))
             if encoder:
                 steps += [encoder.tuned] if self.tune else []
-                steps += [encoder.graphs, encoder.batches, encoder.profile, encoder.theirs, encoder.compiled]
+                steps += [
+                    encoder.graphs,
+                    encoder.fp8,
+                    encoder.batches,
+                    encoder.profile,
+                    encoder.theirs,
+                    encoder.compiled,
+                ]
             if self.tune:
                 steps.append(lambda: self._tune(lambda case: case.operation not in FIRST))
             steps += [self._unet, self._compare_operations]

@@ -6,15 +6,16 @@
     python -m benchmarks.gpu.kernels --dry-run        # the same code at toy sizes in Triton's interpreter, on a CPU
 
 Order: correctness of every operation; the encoder eager; the designs of window attention, of the depthwise convolution
-and of the MLP's GELU at each shape (--tune, --budget); the encoder eager again, in CUDA graphs and at other batches;
-a profile; transformers' encoder; the encoder compiled, and transformers' compiled; other configurations; a UNet step;
-every operation against its rivals. The file is written after each figure, so a run that is cut loses little.
+and of the MLP's GELU at each shape (--tune, --budget); the encoder eager again, in CUDA graphs, in 8-bit floats (eager
+and in graphs) and at other batches; profiles; transformers' encoder; the encoder compiled, and transformers' compiled;
+other configurations; a UNet step; every operation against its rivals. The file is written after each figure, so a run
+that is cut loses little.
 
 Every result is first compared with PyTorch's float32 on the same inputs: the RMS error may be at most twice that of the
-plain operations in the same dtype. What is wrong is not timed. Rivals: eager PyTorch (its attention is SDPA with its
-best backend) and torch.compile. Each figure stands beside its target and its ceiling: the bytes or operations that it
-cannot do without, at the bandwidth of a copy and the speed of a large matrix product on this GPU. Exit code 1 where
-there is no GPU, or where a result is wrong.
+plain operations in the same dtype, or, in 8-bit floats, what their rounding explains. What is wrong is not timed.
+Rivals: eager PyTorch (its attention is SDPA with its best backend) and torch.compile. Each figure stands beside its
+target and its ceiling: the bytes or operations that it cannot do without, at the bandwidth of a copy and the speed of a
+large matrix product on this GPU. Exit code 1 where there is no GPU, or where a result is wrong.
 """
 
 from __future__ import annotations

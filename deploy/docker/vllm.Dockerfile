@@ -4,6 +4,8 @@
 #   docker run --gpus all --read-only --tmpfs /tmp --shm-size 8g -v vlv-cache:/cache -v /models/vlv:/models/vlv:ro \
 #     -v "$PWD/keys.json:/etc/vlv/keys.json:ro" -p 8000:8000 \
 #     vlv:vllm serve.server --ckpt /models/vlv --host 0.0.0.0 --keys /etc/vlv/keys.json
+#
+# The same once with `serve.server --ckpt /models/vlv --warm` instead fills the volume with what vLLM compiles.
 ARG VLLM=vllm/vllm-openai:v0.32.0
 ARG PYTHON=python:3.12.11-slim-bookworm@sha256:519591d6871b7bc437060736b9f7456b8731f1499a57e22e6c285135ae657bf7
 
@@ -23,7 +25,8 @@ RUN python3 -m pip install --no-cache-dir --no-deps -c /build/cpu.lock -c /build
     && python3 /build/sbom.py >/usr/share/vlv.cdx.json \
     && mkdir /cache && chown 10001:10001 /cache
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp USER=vlv XDG_CACHE_HOME=/cache HF_HOME=/cache/hf \
-    VLLM_CACHE_ROOT=/cache/vllm TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor
+    VLLM_CACHE_ROOT=/cache/vllm TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    FLASHINFER_WORKSPACE_BASE=/cache/flashinfer
 WORKDIR /tmp
 VOLUME /cache
 USER 10001:10001

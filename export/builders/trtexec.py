@@ -10,7 +10,13 @@ from export.components import COMPONENTS, Batch
 from export.graphs import skeleton
 from vlv.checkpoints.folder import Checkpoint
 
-JETSON = {"sm53": "Jetson Nano and TX1", "sm62": "Jetson TX2", "sm72": "Jetson Xavier", "sm87": "Jetson Orin"}
+JETSON = {
+    "sm53": "Jetson Nano and TX1",
+    "sm62": "Jetson TX2",
+    "sm72": "Jetson Xavier",
+    "sm87": "Jetson Orin",
+    "sm110": "Jetson Thor",
+}
 
 
 def commands(config: ExportConfig, engine: EngineConfig, checkpoint: Checkpoint) -> list[str]:

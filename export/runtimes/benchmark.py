@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from export.components import PEAK, tolerance
-from export.runtimes.base import EncoderRuntime
+from export.runtimes.base import EncoderRuntime, RuntimeUnavailable
 from export.runtimes.factory import open_runtime
 from export.runtimes.torch import TorchRuntime
 from export.verification.verifier import compare
@@ -28,7 +28,7 @@ from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.common.command import one_line
 from vlv.common.table import table as text_table
 
-EAGER, COMPILED = "torch", "torch.compile"
+EAGER, GRAPHS, COMPILED = "torch", "torch.graphs", "torch.compile"
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # torch's names
 WARM_UP = 3  # calls: allocations, compilation, CUDA graphs
 HEAD = ("runtime", "batch", "precision", "p50 ms", "p90 ms", "p99 ms", "images/s", "x eager", "GB", "rms error")
@@ -43,6 +43,7 @@ class BenchConfig:
     runtimes: tuple[str, ...]
     batches: tuple[int, ...] = (1, 8)
     repeats: int = 20
+    precision: str | None = None  # of PyTorch's rows
 
 
 def measure(config: BenchConfig, checkpoint: Checkpoint) -> dict:
@@ -57,7 +58,7 @@ def measure(config: BenchConfig, checkpoint: Checkpoint) -> dict:
 
 def peak_bytes(config: BenchConfig, checkpoint: Checkpoint) -> int:
     """Load the first runtime's encoder, run the first batch, and return the peak memory of this process or GPU."""
-    runtime = _open(config.runtimes[0], config.artifacts, checkpoint)
+    runtime = _open(config.runtimes[0], config, checkpoint)
     runtime.encode(_images(checkpoint, min(config.batches[0], runtime.max_batch or config.batches[0])))
     if runtime.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
@@ -71,7 +72,7 @@ def _open_all(config: BenchConfig, checkpoint: Checkpoint) -> tuple[dict[str, En
     runtimes, missing = {}, {}
     for name in config.runtimes:
         try:
-            runtimes[name] = _open(name, config.artifacts, checkpoint)
+            runtimes[name] = _open(name, config, checkpoint)
         except CheckpointError:
             raise
         except (ValueError, RuntimeError, ImportError) as error:
@@ -79,8 +80,14 @@ def _open_all(config: BenchConfig, checkpoint: Checkpoint) -> tuple[dict[str, En
     return runtimes, missing
 
 
-def _open(name: str, artifacts: Path, checkpoint: Checkpoint) -> EncoderRuntime:
-    runtime = TorchRuntime(checkpoint, compiled=True) if name == COMPILED else open_runtime(name, artifacts, checkpoint)
+def _open(name: str, config: BenchConfig, checkpoint: Checkpoint) -> EncoderRuntime:
+    if name == GRAPHS and not torch.cuda.is_available():
+        raise RuntimeUnavailable("CUDA graphs need a GPU, and there is none")
+    if name in (EAGER, GRAPHS, COMPILED):
+        graphs = max(config.batches) if name == GRAPHS else 0
+        runtime = TorchRuntime(checkpoint, compiled=name == COMPILED, precision=config.precision, graphs=graphs)
+    else:
+        runtime = open_runtime(name, config.artifacts, checkpoint)
     runtime.encode(_images(checkpoint, 1))  # fails here if an artifact is damaged or a compiler missing
     return runtime
 
@@ -141,6 +148,7 @@ def _memory(config: BenchConfig, name: str) -> int:
     """Return the peak bytes of a process that loads one runtime's encoder and runs the largest batch."""
     command = [sys.executable, "-m", "export.bench", "--artifacts", str(config.artifacts), "--ckpt", config.ckpt]
     command += ["--memory-of", name, "--batches", str(max(config.batches))]
+    command += ["--precision", config.precision] if config.precision else []
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 

@@ -20,15 +20,24 @@ CLASSES = {
 
 
 def open_runtime(
-    word: str, artifacts: str | Path | None = None, checkpoint: Checkpoint | None = None
+    word: str,
+    artifacts: str | Path | None = None,
+    checkpoint: Checkpoint | None = None,
+    precision: str | None = None,
+    graphs: int = 0,
 ) -> EncoderRuntime:
-    """Return the runtime of a word of RUNTIMES. Raises ValueError, ArtifactError, or RuntimeUnavailable."""
+    """Return the runtime of a word of RUNTIMES; precision and graphs are TorchRuntime's, and others have none.
+
+    Raises ValueError, ArtifactError, or RuntimeUnavailable.
+    """
     if word not in RUNTIMES:
         raise ValueError(f"no runtime {word!r}; there are {', '.join(RUNTIMES)}")
     if word == "torch" and checkpoint is None:
         raise ValueError("the runtime torch runs a checkpoint: name one")
     if word != "torch" and artifacts is None:
         raise ValueError(f"the runtime {word} runs exported artifacts: name their folder")
+    if word != "torch" and precision:
+        raise ValueError(f"the runtime {word} has the precision of its artifacts, not {precision}: export them with it")
     module, name = CLASSES[word]
     try:
         kind = getattr(importlib.import_module(module), name)
@@ -38,4 +47,6 @@ def open_runtime(
         raise RuntimeUnavailable(
             f"{error.name} is not installed: python -m pip install --no-deps -r requirements/cpu.lock"
         ) from error
-    return kind(checkpoint) if word == "torch" else kind(artifacts, checkpoint)
+    if word == "torch":
+        return kind(checkpoint, precision=precision, graphs=graphs)
+    return kind(artifacts, checkpoint)

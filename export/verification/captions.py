@@ -23,7 +23,8 @@ TOKENS = 96  # of a caption that are compared
 SCENES = 64  # captioned together
 MAX_SCENES = 1024
 MAX_WORK = 1e12  # multiply-adds for the captions of one check: fewer scenes for a larger language model
-CERTAIN = 4.0  # standard errors between the agreement and the limit that end the check
+CERTAIN = 3.0  # standard errors between the agreement and the limit that end the check
+DOUBT = 2.0  # standard errors that are taken off where it stays uncertain
 ENCODED = 16  # images that the reference encodes together
 
 
@@ -41,18 +42,19 @@ class Agreement:
         """Compute from each caption's equal tokens and its length."""
         lost, lengths = np.subtract(totals, kept), np.array(totals)
         share = lost.sum() / lengths.sum()
-        error = np.sqrt(np.square(lost - share * lengths).sum()) / lengths.sum()
-        # captions without any loss say little of the next one: half of it may be lost
-        return cls(len(totals), int(lengths.sum()), float(1 - share), float(max(error, 0.5 / len(totals))))
+        # a few captions lose most of their tokens and the others none: as if one more were lost whole, since a draw
+        # with few of them says little of the next
+        squares = np.square(lost - share * lengths).sum() + lengths.mean() ** 2
+        return cls(len(totals), int(lengths.sum()), float(1 - share), float(np.sqrt(squares) / lengths.sum()))
 
     def is_certain(self, required: float) -> bool:
         """Return True if other scenes would hardly change the verdict."""
         return abs(self.agreement - required) > CERTAIN * self.error
 
     def passes(self, required: float) -> bool:
-        """Return True if enough tokens stay: one standard error more, if it is uncertain after MAX_SCENES."""
+        """Return True if enough tokens stay: DOUBT standard errors more, if it is uncertain after MAX_SCENES."""
         doubt = self.images >= MAX_SCENES and not self.is_certain(required)
-        return self.agreement - (self.error if doubt else 0) >= required
+        return self.agreement - (DOUBT * self.error if doubt else 0) >= required
 
 
 class Captions:

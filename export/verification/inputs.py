@@ -121,7 +121,12 @@ def _images(size: int, count: int, images: Sequence[Path], seed: int) -> Tensor:
 
 def scene_images(size: int, seed: int, first: int, count: int) -> Tensor:
     """Return uint8 [count, 3, size, size]: held-out scenes, others than those of any VerificationInputs."""
-    return torch.from_numpy(np.stack([_scene(size, 10**6 * (seed + 1) + first + i) for i in range(count)]))
+    return torch.from_numpy(np.stack([_scene(size, number) for number in scene_numbers(seed, first, count)]))
+
+
+def scene_numbers(seed: int, first: int, count: int) -> range:
+    """Return the numbers of the scenes of `scene_images`, counted from `scenes.HELD_OUT`."""
+    return range(10**6 * (seed + 1) + first, 10**6 * (seed + 1) + first + count)
 
 
 def border_images(size: int) -> Tensor:

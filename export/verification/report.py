@@ -41,3 +41,18 @@ def _join_layers(outputs: dict[str, dict]) -> dict[str, dict]:
     if not layers:
         return outputs
     return {f"kv ({len(layers)})": {key: max(errors[key] for errors in layers) for key in ("max", "rms")}}
+
+
+def gguf_table(artifacts: Iterable[Artifact]) -> str:
+    """Return the figures of language models in GGUF as text, one line per file."""
+    head = ("artifact", "MB", "tokens", "floor", "captions equal", "objects", "count", "relation", "verdict")
+    rows = []
+    for artifact in artifacts:
+        figures = artifact.verification
+        size = sum(file["bytes"] for file in artifact.files.values())
+        claims = [f"{figures['claims'][name]:.1%}" for name in ("objects", "count", "relation")]
+        equal = f"{figures['captions_equal']} of {figures['scenes']}"
+        verdict = "drifts" if figures["problems"] else "ok"
+        tokens = (f"{figures['agreement']:.2%}", f"{figures['floor']:.2%}")
+        rows.append((artifact.name, f"{size / 1e6:.1f}", *tokens, equal, *claims, verdict))
+    return text_table(head, rows)

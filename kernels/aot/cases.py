@@ -11,18 +11,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels import add_norm, fp8_linear, upsample_normalize
 from kernels import attention as attn
 from kernels import channel_attention as channel
 from kernels import cross_attention as cross
 from kernels import dwconv_norm as dwconv
-from kernels import geglu, groupnorm_silu, upsample_normalize
 from kernels import window_attention as window
 from kernels.runtime import tuning
 from kernels.runtime.launch import recording
 from kernels.runtime.spec import Launch
 
 STAGES = ((192, 256, 8), (96, 512, 16), (48, 1024, 32), (24, 2048, 64))  # side, channels, heads of DaViT at 768 px
-UNET_HEADS, UNET_WIDTHS = (5, 10, 20), (320, 640, 1280)
+UNET_HEADS = (5, 10, 20)
 BATCH = 32
 
 
@@ -45,6 +45,17 @@ def _encoder(dtype: torch.dtype) -> None:
         q = empty(BATCH, queries, 16, 64).transpose(1, 2)
         kv = empty(BATCH, keys, 3, 16, 64).permute(2, 0, 3, 1, 4)
         _run(attn.attention_op, q, kv[1], kv[2], causal)
+    for c in (*(c for _, c, _ in STAGES[:3]), 1024):  # a stage's last sum before the next stage's norm; BART and CLIP
+        for keep_sum in (True, False):
+            x = empty(BATCH, 77, c)
+            _run(add_norm.add_norm_op, x, empty(*x.shape), empty(c), empty(c), 1e-5, keep_sum)
+
+
+def _fp8(dtype: torch.dtype) -> None:
+    for _, c, _ in STAGES:
+        for width, gelu in ((c, False), (4 * c, True)):
+            x = torch.empty(BATCH, 77, width, dtype=dtype, device="meta")
+            _run(fp8_linear.quantize_rows_op, x, gelu)
 
 
 def _training(dtype: torch.dtype) -> None:
@@ -71,13 +82,6 @@ def _unet(dtype: torch.dtype) -> None:
         _run(cross.cross_attention_op, empty(BATCH, side * side, heads, 64), context, context)
     q = empty(BATCH, 4096, 5, 64).transpose(1, 2)
     _run(attn.attention_op, q, q, q, False)
-    for c in UNET_WIDTHS:
-        side = 64 * 320 // c
-        for activation in (True, False):
-            _run(
-                groupnorm_silu.groupnorm_silu_op, empty(BATCH, c, side, side), 32, empty(c), empty(c), 1e-5, activation
-            )
-        _run(geglu.geglu_op, empty(BATCH, side * side, 8 * c))
 
 
 def _run(operation, *args) -> None:
@@ -85,14 +89,23 @@ def _run(operation, *args) -> None:
     operation._init_fn(*args)
 
 
-PARTS: dict[str, Callable[[torch.dtype], None]] = {"encoder": _encoder, "unet": _unet, "training": _training}
+PARTS: dict[str, Callable[[torch.dtype], None]] = {
+    "encoder": _encoder,
+    "fp8": _fp8,
+    "unet": _unet,
+    "training": _training,
+}
 
 
 def launches(target: str | None, dtype: torch.dtype = torch.bfloat16, parts: tuple[str, ...] = tuple(PARTS)):
-    """Return the distinct launches of those parts, by key, in the configurations of architecture `target` ("sm90")."""
+    """Return the distinct launches of those parts, by key, in the configurations of architecture `target` ("sm90").
+
+    GPUs without 8-bit floats have no launches of the part `fp8`.
+    """
     with tuning.forced(target), recording() as record, torch.no_grad():
         for part in parts:
-            PARTS[part](dtype)
+            if part != "fp8" or target not in ("sm80", "sm86"):
+                PARTS[part](dtype)
     distinct: dict[str, Launch] = {}
     for start in record:
         distinct.setdefault(start.key(), start)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm120")
 DTYPES = ("bfloat16", "float16", "float32")
-PARTS = ("encoder", "unet", "training")
+PARTS = ("encoder", "fp8", "unet", "training")
 BASELINE = Path(__file__).parent / "baseline.json"
 MANIFEST, FORMAT = "manifest.json", 2
 

@@ -15,6 +15,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float64: "*fp64",
     torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
 }
 

@@ -72,14 +72,12 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         (128, 128, 1, 8, 2),
     ),
     "attention.delta": _choices("BLOCK_M", (64, 4, 1)),
-    "attention.key_backward": _choices("BLOCK_M BLOCK_N", (32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 4, 2)),
-    "attention.query_backward": _choices("BLOCK_M BLOCK_N", (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
+    "attention.backward": _choices("BLOCK_OUT BLOCK_IN", (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
     "cross_attention.forward": _choices("BLOCK_M", (64, 4, 1), (128, 8, 1), (32, 4, 1)),
-    "groupnorm_silu.statistics": _choices("BLOCK", (2048, 8, 1), (1024, 4, 1), (4096, 8, 1)),
-    "groupnorm_silu.apply": _choices("BLOCK", (2048, 8, 1), (1024, 4, 1), (4096, 8, 1)),
+    "add_norm.forward": _choices("ROWS", (1, 4, 1), (1, 2, 1), (2, 4, 1), (4, 4, 1)),
+    "fp8_linear.quantize": _choices("ROWS", (1, 4, 1), (1, 8, 1), (2, 4, 1), (4, 4, 1), (4, 8, 1)),
     # EPILOGUE 1: GELU in the epilogue of the matrix product (kernels/linear.py); no kernel of ours
     "linear.gelu": _choices("EPILOGUE", (0, 1, 1), (1, 1, 1)),
-    "geglu.forward": _choices("BLOCK", (1024, 4, 1), (2048, 8, 1), (2048, 4, 1)),
     "upsample_normalize.forward": _choices("BLOCK", (256, 4, 1), (128, 4, 1), (512, 8, 1)),
 }
 

@@ -20,7 +20,7 @@ from kernels import attention as attn
 from kernels import channel_attention as channel
 from kernels import cross_attention as cross
 from kernels import dwconv_norm as dwconv
-from kernels import geglu, groupnorm_silu, upsample_normalize
+from kernels import upsample_normalize
 from kernels import window_attention as window
 
 DOMAIN = "vlv"
@@ -63,8 +63,6 @@ OPERATIONS = {
     "dwconv_norm": Operation(dwconv.dwconv_norm_op, dwconv.dwconv_norm_reference),
     "attention": Operation(attn.attention_op, attn.attention_reference, (0, 2, 1, 3)),
     "cross_attention": Operation(cross.cross_attention_op, cross.cross_attention_reference),
-    "groupnorm_silu": Operation(groupnorm_silu.groupnorm_silu_op, groupnorm_silu.groupnorm_silu_reference),
-    "geglu": Operation(geglu.geglu_op, geglu.geglu_reference),
     "upsample_normalize": Operation(
         upsample_normalize.upsample_normalize_op, upsample_normalize.upsample_normalize_reference
     ),

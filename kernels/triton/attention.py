@@ -155,14 +155,24 @@ def forward(
     if CAUSAL:
         end = tl.minimum(keys, first + BLOCK_M)
         unmasked = tl.minimum(keys, first) // BLOCK_N * BLOCK_N
-    for start in range(0, unmasked, BLOCK_N):
-        b_o, row_max, row_sum = _keys_step(
-            b_q, k_source, v_source, o_m, start, keys, scale, b_o, row_max, row_sum, BLOCK_N, CAUSAL, False, DESCRIBED
-        )
-    for start in range(unmasked, end, BLOCK_N):
-        b_o, row_max, row_sum = _keys_step(
-            b_q, k_source, v_source, o_m, start, keys, scale, b_o, row_max, row_sum, BLOCK_N, CAUSAL, True, DESCRIBED
-        )
+    for masked in tl.static_range(2):
+        for start in range(unmasked * masked, end if masked else unmasked, BLOCK_N):
+            b_o, row_max, row_sum = _keys_step(
+                b_q,
+                k_source,
+                v_source,
+                o_m,
+                start,
+                keys,
+                scale,
+                b_o,
+                row_max,
+                row_sum,
+                BLOCK_N,
+                CAUSAL,
+                masked,
+                DESCRIBED,
+            )
     b_o = b_o / row_sum[:, None]
     _store_rows(_head(out, out_b, out_h, out_n, out_d, HEAD_DIM, BLOCK_D), b_o, o_m, queries)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -213,15 +223,15 @@ def _probabilities(q, k, b_do, v, logsum, sums, o_m, o_n, queries, keys, scale, 
 
 
 @triton.jit
-def key_backward(
+def backward(
     q,
     k,
     v,
     grad,
     logsum,
     sums,
-    grad_k,
-    grad_v,
+    grad_0,
+    grad_1,
     queries,
     keys,
     q_b,
@@ -246,85 +256,47 @@ def key_backward(
     BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr,
     DOUBLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
 ):
-    """grad_k = sum_m ds^T q and grad_v = sum_m p^T grad of a block of keys: [B, tokens, heads, head_dim] contiguous."""
+    """Gradients of a block of BLOCK_OUT tokens, from all blocks of BLOCK_IN tokens of the other kind.
+
+    OF_KEYS: grad_0 = grad_k = sum_m ds^T q and grad_1 = grad_v = sum_m p^T grad of a block of keys; else
+    grad_0 = grad_q = sum_n ds k of a block of queries. All are [B, tokens, heads, head_dim] contiguous.
+    """
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    first = tl.program_id(0) * BLOCK_N
-    o_n = first + tl.arange(0, BLOCK_N)
-    b_k = _load_rows(_head(k, k_b, k_h, k_n, k_d, HEAD_DIM, BLOCK_D), o_n, keys)
-    b_v = _load_rows(_head(v, v_b, v_h, v_n, v_d, HEAD_DIM, BLOCK_D), o_n, keys)
+    first = tl.program_id(0) * BLOCK_OUT
+    o_out = first + tl.arange(0, BLOCK_OUT)
     q_head = _head(q, q_b, q_h, q_n, q_d, HEAD_DIM, BLOCK_D)
-    grad_head = _head(grad, grad_b, grad_h, grad_n, grad_d, HEAD_DIM, BLOCK_D)
-    b_dk = tl.zeros((BLOCK_N, BLOCK_D), SUM)
-    b_dv = tl.zeros((BLOCK_N, BLOCK_D), SUM)
-    begin = 0
-    if CAUSAL:
-        begin = first // BLOCK_M * BLOCK_M
-    for start in range(begin, queries, BLOCK_M):
-        o_m = start + tl.arange(0, BLOCK_M)
-        b_q, b_do = _load_rows(q_head, o_m, queries), _load_rows(grad_head, o_m, queries)
-        b_p, b_ds = _probabilities(b_q, b_k, b_do, b_v, logsum, sums, o_m, o_n, queries, keys, scale, CAUSAL)
-        b_dv += dot(tl.trans(b_p), b_do)
-        b_dk += dot(tl.trans(b_ds), b_q)
-    row = tl.cast(keys, tl.int64) * HEADS * HEAD_DIM
-    _store_rows(_head(grad_k, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), b_dk, o_n, keys)
-    _store_rows(_head(grad_v, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), b_dv, o_n, keys)
-
-
-@triton.jit
-def query_backward(
-    q,
-    k,
-    v,
-    grad,
-    logsum,
-    sums,
-    grad_q,
-    queries,
-    keys,
-    q_b,
-    q_h,
-    q_n,
-    q_d,
-    k_b,
-    k_h,
-    k_n,
-    k_d,
-    v_b,
-    v_h,
-    v_n,
-    v_d,
-    grad_b,
-    grad_h,
-    grad_n,
-    grad_d,
-    scale,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """grad_q = sum_n ds k of a block of queries: [B, tokens, heads, head_dim] contiguous."""
-    SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    first = tl.program_id(0) * BLOCK_M
-    o_m = first + tl.arange(0, BLOCK_M)
-    b_q = _load_rows(_head(q, q_b, q_h, q_n, q_d, HEAD_DIM, BLOCK_D), o_m, queries)
-    b_do = _load_rows(_head(grad, grad_b, grad_h, grad_n, grad_d, HEAD_DIM, BLOCK_D), o_m, queries)
     k_head = _head(k, k_b, k_h, k_n, k_d, HEAD_DIM, BLOCK_D)
     v_head = _head(v, v_b, v_h, v_n, v_d, HEAD_DIM, BLOCK_D)
-    b_dq = tl.zeros((BLOCK_M, BLOCK_D), SUM)
-    end = keys
-    if CAUSAL:
-        end = tl.minimum(keys, first + BLOCK_M)
-    for start in range(0, end, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        b_k, b_v = _load_rows(k_head, o_n, keys), _load_rows(v_head, o_n, keys)
-        _, b_ds = _probabilities(b_q, b_k, b_do, b_v, logsum, sums, o_m, o_n, queries, keys, scale, CAUSAL)
-        b_dq += dot(b_ds, b_k)
-    row = tl.cast(queries, tl.int64) * HEADS * HEAD_DIM
-    _store_rows(_head(grad_q, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), b_dq, o_m, queries)
+    grad_head = _head(grad, grad_b, grad_h, grad_n, grad_d, HEAD_DIM, BLOCK_D)
+    begin = 0
+    if OF_KEYS:
+        outs, end = keys, queries
+        b_k, b_v = _load_rows(k_head, o_out, keys), _load_rows(v_head, o_out, keys)
+        if CAUSAL:
+            begin = first // BLOCK_IN * BLOCK_IN
+    else:
+        outs, end = queries, keys
+        b_q, b_do = _load_rows(q_head, o_out, queries), _load_rows(grad_head, o_out, queries)
+        if CAUSAL:
+            end = tl.minimum(keys, first + BLOCK_OUT)
+    b_0 = tl.zeros((BLOCK_OUT, BLOCK_D), SUM)
+    b_1 = tl.zeros((BLOCK_OUT, BLOCK_D), SUM)
+    for start in range(begin, end, BLOCK_IN):
+        o_in = start + tl.arange(0, BLOCK_IN)
+        if OF_KEYS:
+            b_q, b_do = _load_rows(q_head, o_in, queries), _load_rows(grad_head, o_in, queries)
+            b_p, b_ds = _probabilities(b_q, b_k, b_do, b_v, logsum, sums, o_in, o_out, queries, keys, scale, CAUSAL)
+            b_1 += dot(tl.trans(b_p), b_do)
+            b_0 += dot(tl.trans(b_ds), b_q)
+        else:
+            b_k, b_v = _load_rows(k_head, o_in, keys), _load_rows(v_head, o_in, keys)
+            _, b_ds = _probabilities(b_q, b_k, b_do, b_v, logsum, sums, o_out, o_in, queries, keys, scale, CAUSAL)
+            b_0 += dot(b_ds, b_k)
+    row = tl.cast(outs, tl.int64) * HEADS * HEAD_DIM
+    _store_rows(_head(grad_0, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), b_0, o_out, outs)
+    if OF_KEYS:
+        _store_rows(_head(grad_1, row, HEAD_DIM, HEADS * HEAD_DIM, 1, HEAD_DIM, BLOCK_D), b_1, o_out, outs)

@@ -1,13 +1,15 @@
 """Collect decoded images into encoder batches: the one place that decides the batch size.
 
 The rule: whenever the encoder is free, it takes all images that wait, at most `Encoder.batch`. While the language
-model has more captions to write than it decodes together (`in_flight`), the encoder waits and a full batch gathers;
-more embeddings would only wait in memory. At most `in_flight` captions and one batch of images are open at a time.
+model has more captions to write than it decodes together (`in_flight`, and a sixteenth more, which takes the places of
+those that end while the next batch is encoded), the encoder waits and a full batch gathers; more embeddings would only
+wait in memory. At most so many captions and one batch of images are open at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,20 +37,28 @@ class Encoder:
         artifacts: Path | None = None,
         batch: int = 32,
         threads: int | None = None,
+        precision: str | None = None,
+        cuda_graphs: bool = True,
     ):
         """Load the weights. `threads`: for PyTorch on a CPU, in the thread that calls, which has to encode too.
 
-        Raises ArtifactError or CheckpointError.
+        precision, cuda_graphs: of the runtime torch. Raises ArtifactError or CheckpointError.
         """
         if threads:
             torch.set_num_threads(threads)
-        self._runtime = open_runtime(runtime, artifacts, checkpoint)
+        self._runtime = open_runtime(runtime, artifacts, checkpoint, precision, batch if cuda_graphs else 0)
         self._runtime.session("encoder")  # loads it
+        self._stream = contextlib.nullcontext()
+        if self._runtime.device.type == "cuda":
+            # beside vLLM inline, whose stream has a higher priority, the encoder fills what vLLM leaves free
+            torch.cuda.synchronize()  # the weights were copied by the default stream
+            self._stream = torch.cuda.stream(torch.cuda.Stream())
         self.batch = min(batch, self._runtime.max_batch or batch)
 
     def __call__(self, images: np.ndarray) -> Tensor:
         """Encode uint8 [B, 3, S, S] to prompt embeddings, float32 [B, queries, llm_width] on the CPU."""
-        return torch.cat([self._encode(part) for part in torch.from_numpy(images).split(self.batch)])
+        with self._stream:
+            return torch.cat([self._encode(part) for part in torch.from_numpy(images).split(self.batch)])
 
     def _encode(self, images: Tensor) -> Tensor:
         if self._runtime.device.type == "cuda":  # from pinned memory, the copy does not block this thread
@@ -56,9 +66,23 @@ class Encoder:
         return self._runtime.encode(images).cpu()
 
 
+class PassCrops:
+    """Stand in for the encoder where it runs in the engine: pass the crops on, `batch` at a time."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    def __call__(self, images: np.ndarray) -> Tensor:
+        """Return the images uint8 [B, 3, S, S]."""
+        return torch.from_numpy(images)
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """The prompt embeddings of one image's squares, and the seconds that its batch took."""
+    """The prompt embeddings of one image's squares, and the seconds that its batch took.
+
+    Where the encoder runs in the engine, the squares themselves: uint8 [N, 3, S, S].
+    """
 
     squares: Tensor  # float32 [N, queries, llm_width]; N is 1 but for tiles
     boxes: list[Box]  # the part of the image that each square shows
@@ -79,11 +103,15 @@ class Batcher:
     """Encode the images in the slots of a decode pool, in a thread of its own, by the rule above."""
 
     def __init__(
-        self, pool: DecodePool, open_encoder: Callable[[], Encoder], in_flight: int, timeline: Timeline | None = None
+        self,
+        pool: DecodePool,
+        open_encoder: Callable[[], Encoder | PassCrops],
+        in_flight: int,
+        timeline: Timeline | None = None,
     ):
         self._pool = pool
         self._open_encoder = open_encoder
-        self._in_flight = in_flight
+        self._limit = in_flight + in_flight // 16
         self._timeline = timeline
         self._thread = ThreadPoolExecutor(1, "encoder")
         self._decoded: asyncio.Queue[tuple[int, asyncio.Future[Encoded]]] = asyncio.Queue()
@@ -99,7 +127,7 @@ class Batcher:
     def count_captions(self, change: int) -> None:
         """Add to the number of captions that the language model has to write."""
         self.captions += change
-        (self._below_limit.set if self.captions <= self._in_flight else self._below_limit.clear)()
+        (self._below_limit.set if self.captions <= self._limit else self._below_limit.clear)()
 
     async def encode(self, slot: int) -> Encoded:
         """Encode the image in a slot of the pool, and release the slot."""

@@ -1,40 +1,56 @@
-"""List the images of files, folders, globs, lists and tar shards, as a lazy stream of items.
+"""List the images of files, folders, globs, lists, shards, tables, data sets and URLs, as a lazy stream of items.
+
+    items = expand(["photos/", "s3://bucket/shards/{00000..00099}.tar", "list.csv", "train.parquet", "hf:user/name"])
 
 Memory does not grow with the number of images: only the listing of the folder or shard that is being read is held.
-The order is that of the arguments, sorted by name within a folder.
+The order is that of the arguments, sorted by name within a folder. Shards, tables and URLs are read by vlv.data, as in
+training.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
 import glob
+import hashlib
 import itertools
 import os
-import re
 import tarfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
-from vlv.common.command import Misuse, why
+import numpy as np
+
+from vlv.common.command import Misuse, one_line, why
+from vlv.data import remote
+from vlv.data.decoding.jpeg import intact_part
 from vlv.data.decoding.optional import missing_package
 from vlv.data.image import EXTENSIONS, ImageError
-from vlv.data.image_files import is_image
+from vlv.data.image_files import is_image, numbered_paths
+from vlv.data.parquet import FOOTER, Parquet, image_column
+from vlv.data.remote import DataError, Range, is_url, need, open_ranged, read_ranges
+from vlv.data.samples import table_records
+from vlv.data.sources import HuggingFace
+from vlv.data.tars import ENDINGS as SHARDS
+from vlv.data.tars import headers, open_tar, plain_tar
 
 LISTS = (".txt",)
-TABLES = (".parquet", ".jsonl", ".csv")
-SHARDS = (".tar",)
-COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+ROWS = ".parquet"
+TABLES = (ROWS, ".jsonl", ".csv")
+DATASET = "hf:"  # begins the name of a data set of the `datasets` library
+UNREAD_SHARDS = (".tar.zst", ".tar.lz4")
+COLUMNS = ("url", "path", "file_name", "image", "id")  # the first that a table has names the images
+HEADERS = 1 << 16  # bytes that are fetched at a time while a remote shard is listed
+ATTEMPTS = 2  # to read a URL
 # endings of images that are not read, some of them only without an optional package
 UNREAD_IMAGES = frozenset(
     ".heic .heif .hif .jxl .tga .psd .svg .eps .ico .icns .jxr .wdp .exr .hdr .dds .xcf .pcx .qoi .jpf .jpx .jpm .mj2"
     " .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw".split()
 )
 SHOWN = 5  # names in a message
-# opens a URL or table; True if a list names it, which is not checked then
-Opener = Callable[[str, "LeftOut", bool], Iterator["Item"]]
 Members = dict[str, tuple[int, int]]  # by name: offset and size of the content
 
 
@@ -46,8 +62,9 @@ class SourceError(Misuse):
 class Item:
     """One image, or (with `problem`) a source whose images cannot be listed.
 
-    `id` is the path as the arguments give it, for a member of a tar shard `shard.tar/member`.
-    `path` is the file that holds the bytes: all of it, or `length` bytes from `offset`.
+    `id` is the path as the arguments give it, for a member of a shard `shard.tar/member`, for a row `file.parquet/17`.
+    `path` is the file or URL that holds the bytes: all of it, `length` bytes from `offset`, or the `column` of a `row`.
+    With `lenient`, a truncated JPEG file is completed, so that its intact part is decoded.
     """
 
     id: str
@@ -55,35 +72,66 @@ class Item:
     offset: int = 0
     length: int | None = None
     problem: str | None = None
+    row: int | None = None
+    column: str | None = None
+    lenient: bool = False
 
     @property
     def key(self) -> str:
         """Return what identifies the image, however the arguments spell its path."""
         return key_of(self.id, self.path)
 
+    @property
+    def is_file(self) -> bool:
+        """Return True if the image is a local file, not one behind a URL or within a shard or table."""
+        return self.length is None and self.row is None and not is_url(self.path)
+
     def __reduce__(self):  # every image is pickled once, and the dataclass's own method is several times slower
-        return type(self), (self.id, self.path, self.offset, self.length, self.problem)
+        values = (self.id, self.path, self.offset, self.length, self.problem, self.row, self.column, self.lenient)
+        return Item, values
 
     def read(self) -> bytes:
         """Return the image file's content. Raises ImageError."""
         if self.problem:
             raise ImageError("unreadable", self.problem)
         try:
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                content = file.read(-1 if self.length is None else self.length)
-        except FileNotFoundError as error:
-            raise ImageError("missing", "there is no such file") from error
-        except OSError as error:
-            raise ImageError("unreadable", f"cannot read the file: {why(error)}") from error
-        if self.length is not None and len(content) < self.length:
-            raise ImageError("damaged", f"the shard ends after {len(content)} of {self.length} bytes of this member")
+            content = self._content()
+        except (OSError, ValueError, ImportError) as error:
+            content = error
+        if isinstance(content, FileNotFoundError):
+            raise ImageError("missing", "there is no such file") from content
+        if isinstance(content, OSError) and content.errno:
+            raise ImageError("unreadable", f"cannot read the file: {why(content)}") from content
+        if isinstance(content, OSError):  # of read_ranges
+            raise ImageError("damaged", f"the shard is shorter than its headers say: {content}") from content
+        if isinstance(content, Exception):
+            raise ImageError("unreadable", f"cannot be read: {one_line(content.__cause__ or content)}") from content
+        return intact_part(content) if self.lenient else content
+
+    def _content(self) -> bytes | Exception:
+        if self.row is not None:
+            return _read_row(self.path, self.column, self.row)
+        path = self.path if self.length is None else plain_tar(self.path)
+        (content,) = read_ranges([Range(path, self.offset, self.length)], ATTEMPTS)
         return content
+
+
+def _read_row(path: str, column: str | None, row: int) -> bytes:
+    source, ends = _rows(path, column)
+    shard = int(np.searchsorted(ends, row, side="right"))
+    return source.read(shard, row - int(ends[shard]) + source.rows[shard]).image
+
+
+@functools.lru_cache(8)
+def _rows(path: str, column: str | None):
+    """Return a source of rows, and the numbers of rows up to the end of each of its shards. Raises DataError."""
+    source = Parquet([path], path, column) if path.endswith(ROWS) else HuggingFace([path], path, column)
+    return source, np.cumsum(source.rows)
 
 
 def key_of(image_id: str, path: str | None) -> str:
     """Return what identifies an image: its path, with the folder's links resolved, and its name within a shard."""
-    if not path or "://" in path:
+    if not path or is_url(path) or path.startswith(DATASET):
         return image_id
     folder, name = os.path.split(path)
     key = os.path.join(_real_folder(folder), name)
@@ -103,6 +151,21 @@ def stamp_of(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
+
+
+def hash_of(path: str) -> str | None:
+    """Return the SHA-256 of a file's content in hex, None for a URL or if it cannot be read."""
+    try:
+        status = os.stat(path)
+        return _hash_of(path, status.st_ino, status.st_size, status.st_ctime_ns)
+    except (OSError, ValueError):
+        return None
+
+
+@functools.lru_cache(256)  # a shard is asked for once for each of its members
+def _hash_of(path: str, *_: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass
@@ -138,104 +201,270 @@ class LeftOut:
         return f"left out: {'; '.join(parts)}" if parts else ""
 
 
-def expand(paths: Sequence[str], left_out: LeftOut | None = None, other: Opener | None = None) -> Iterator[Item]:
-    """Yield the images of files, folders (recursive), globs, .txt lists of paths and .tar shards, in order.
+def expand(
+    paths: Sequence[str], left_out: LeftOut | None = None, column: str | None = None, lenient: bool = False
+) -> Iterator[Item]:
+    """Yield the images of files, folders (recursive), globs, .txt lists, shards, tables, data sets and URLs, in order.
 
     A path with {00000..00099} stands for the paths with these numbers. Hidden files and folders are left out of
     folders and globs; `left_out` counts what else is. A .txt file with an image of the same name beside it is that
-    image's caption, not a list. `other` opens URLs and tables. Raises SourceError at once if a path does not exist or
-    all of them together hold no image.
+    image's caption, not a list. `column` of tables holds the images, their URLs or paths; None: the first that does.
+    `lenient` is that of Item. Raises SourceError at once if a path does not exist or all of them hold no image.
     """
-    paths = [one for path in paths for one in _numbered(path)]
+    paths = [one for path in paths for one in numbered_paths(path)]
     for path in paths:
-        if other and _is_other(path):
+        if is_url(path) or path.startswith(DATASET):
             continue
         if not os.path.lexists(path) and not glob.has_magic(path):
             raise SourceError(f"no such file or folder: {path}")
-        if path.lower().endswith(COMPRESSED):
-            raise SourceError(f"{path} is a compressed shard, whose members cannot be read at random: decompress it")
+        if path.lower().endswith(UNREAD_SHARDS):
+            raise SourceError(f"{path} is a compressed shard of a kind that is not read: decompress it")
     counts = left_out or LeftOut()
-    items = itertools.chain.from_iterable(_argument(path, counts, other) for path in paths)
+    listing = _Listing(counts, column)
+    items = itertools.chain.from_iterable(listing.argument(path) for path in paths)
     first = next(items, None)
     if first is None:
         kinds = " ".join(sorted(EXTENSIONS))
         about = f" ({counts})" if str(counts) else ""
-        raise SourceError(f"no images in {', '.join(paths)}: looked for {kinds} and .tar shards{about}")
-    return itertools.chain([first], items)
+        raise SourceError(f"no images in {', '.join(paths)}: looked for {kinds}, .tar shards and .parquet{about}")
+    items = itertools.chain([first], items)
+    return (dataclasses.replace(item, lenient=True) for item in items) if lenient else items
 
 
 def part_of(items: Iterator[Item], part: int, parts: int) -> Iterator[Item]:
-    """Return the items of one of `parts` workers (`part` from 1), by their ids: new files move no others."""
-    return (item for item in items if zlib.crc32(os.fsencode(item.id)) % parts == part - 1)
+    """Return every `parts`-th item, for one of `parts` workers (`part` from 1): their numbers differ by one at most."""
+    return itertools.islice(items, part - 1, None, parts)
 
 
-def _numbered(path: str) -> list[str]:
-    """Return the paths of a pattern such as shard-{00000..00099}.tar; another path as it is."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", path)
-    if match is None or os.path.lexists(path):
-        return [path]
-    first, last = match.groups()
-    numbers = range(int(first), int(last) + 1)
-    return [f"{path[: match.start()]}{number:0{len(first)}}{path[match.end() :]}" for number in numbers]
+def file_system(url: str):
+    """Return fsspec's file system of a URL or path, and the path in it. Raises SourceError."""
+    try:
+        fs, path = remote.file_system(url)
+    except DataError as error:
+        raise SourceError(str(error)) from error
+    return fs, path.rstrip("/")
 
 
-def _is_other(path: str) -> bool:
-    """Return True for a URL or a table, which serve.core.remote opens."""
-    return "://" in path or path.lower().endswith(TABLES)
+class _Listing:
+    """List the images of arguments; what each kind of them leaves out is counted."""
 
+    def __init__(self, left_out: LeftOut, column: str | None):
+        self.left_out = left_out
+        self.column = column
 
-def _argument(path: str, left_out: LeftOut, other: Opener | None) -> Iterator[Item]:
-    if other and _is_other(path):
-        return other(path, left_out, False)
-    path = os.path.normpath(path)
-    if not os.path.lexists(path) and glob.has_magic(path):
-        return itertools.chain.from_iterable(_entry(p, False, left_out) for p in _glob(path))
-    if path.lower().endswith(LISTS) and not os.path.isdir(path):
-        if _is_caption(path):
-            left_out.file(path)
-            return iter(())
-        return _list(path, left_out, other)
-    return _entry(path, True, left_out)
+    def argument(self, path: str) -> Iterator[Item]:
+        if is_url(path):
+            return self.url(path, False)
+        if path.startswith(DATASET):
+            return self.dataset(path, path)
+        path = os.path.normpath(path)
+        if not os.path.lexists(path) and glob.has_magic(path):
+            return itertools.chain.from_iterable(self.entry(p, False) for p in _glob(path))
+        if path.lower().endswith(LISTS) and not os.path.isdir(path):
+            if _is_caption(path):
+                self.left_out.file(path)
+                return iter(())
+            return self.text_list(path)
+        if os.path.isfile(os.path.join(path, "dataset_info.json")):  # a folder of Dataset.save_to_disk
+            return self.dataset(path, f"{DATASET}{os.path.abspath(path)}")
+        return self.entry(path, True)
+
+    def entry(self, path: str, named: bool) -> Iterator[Item]:
+        """Yield the items of a folder, shard, table or file; a file that is not `named` needs an image's extension."""
+        name = path.lower()
+        if os.path.isdir(path):
+            yield from self.folder(path)
+        elif name.endswith(SHARDS):
+            yield from self.shard(path)
+        elif name.endswith(ROWS):
+            yield from self.parquet(path, named)
+        elif named and name.endswith(TABLES):
+            yield from self.table(path)
+        elif named or is_image(path):
+            yield Item(path, os.path.abspath(path))
+        else:
+            self.left_out.file(path)
+
+    def folder(self, path: str, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
+        """Yield a folder's images, recursively; a link that leads back to a parent is not followed."""
+        try:
+            status = os.stat(path)
+            with os.scandir(path) as entries:
+                names = sorted(filter(None, (_name(entry, self.left_out) for entry in entries)))
+        except OSError as error:
+            yield Item(path, os.path.abspath(path), problem=f"cannot list the folder: {why(error)}")
+            return
+        here = (status.st_dev, status.st_ino)
+        if here in parents:
+            return
+        for name in names:
+            inside = name if path == os.curdir else os.path.join(path, name)
+            if name.endswith(os.sep):
+                yield from self.folder(inside.rstrip(os.sep), (*parents, here))
+            elif is_image(name):
+                yield Item(inside, os.path.abspath(inside))
+            else:
+                yield from self.entry(inside, False)
+
+    def url(self, path: str, listed: bool) -> Iterator[Item]:
+        """Yield the images of a URL; one that a list or table names is an image, if it is no shard."""
+        inside = urlsplit(path).path.lower()
+        fs, name = file_system(path)
+        if glob.has_magic(name) and not listed:
+            yield from self.remote_folder(fs, sorted(fs.glob(name)), path)
+        elif inside.endswith(SHARDS):
+            yield from self.shard(path)
+        elif listed or not inside.endswith(TABLES):
+            if listed or (
+                path.startswith(("http://", "https://")) and not path.endswith("/")
+            ):  # its end may say nothing
+                yield Item(path, path)
+            else:
+                yield from self.remote_folder(fs, sorted(fs.find(name)), path)
+        elif not fs.exists(name):
+            raise SourceError(f"no such file: {path}")
+        elif inside.endswith(ROWS):
+            yield from self.parquet(path, True)
+        else:
+            yield from self.table(path)
+
+    def remote_folder(self, fs, names: list[str], url: str) -> Iterator[Item]:
+        if not any(is_image(name) or name.lower().endswith((*SHARDS, ROWS)) for name in names):
+            raise SourceError(f"no images at {url}")
+        for name in names:
+            full = fs.unstrip_protocol(name)
+            if name.lower().endswith(SHARDS):
+                yield from self.shard(full)
+            elif name.lower().endswith(ROWS):
+                yield from self.parquet(full, False)
+            elif is_image(name):
+                yield Item(full, full)
+            else:
+                self.left_out.file(name)
+
+    def text_list(self, path: str) -> Iterator[Item]:
+        """Yield the files named in a text file, one a line or separated by NUL bytes (find -print0).
+
+        Empty lines and comments (#) are skipped.
+        """
+        try:
+            yield from self.named(_names(path), path)
+        except OSError as error:
+            raise SourceError(f"cannot read the list {path}: {why(error)}") from error
+
+    def table(self, path: str) -> Iterator[Item]:
+        """Yield the images that the records of a .jsonl or .csv file name."""
+        try:
+            yield from self.named(self._names_in(path), path)
+        except DataError as error:
+            raise SourceError(str(error)) from error
+
+    def _names_in(self, path: str) -> Iterator[str]:
+        for line, record in table_records(path):
+            yield str(record[self._column(f"line {line} of {path}", list(record))] or "")
+
+    def _column(self, where: str, names: Sequence[str]) -> str:
+        found = next((name for name in ([self.column] if self.column else COLUMNS) if name in names), None)
+        if found is None:
+            expected = f"column {self.column}" if self.column else f"column {', '.join(COLUMNS)}"
+            raise SourceError(f"{where} has no {expected}: it has {list(names)}; choose --url-column")
+        return found
+
+    def named(self, names: Iterable[str], table: str) -> Iterator[Item]:
+        """Yield the images, shards and URLs that a list or table names.
+
+        Relative names are looked up from the current folder, as arguments are, or from the folder of the table if the
+        first one is only there, or the table has a URL.
+        """
+        beside, folder = os.path.dirname(table), None
+        for name in names:
+            if is_url(name) or is_url(table):
+                yield from self.url(name if is_url(name) else f"{beside}/{name}", True)
+                continue
+            if folder is None and not os.path.isabs(name):
+                only_beside = not os.path.lexists(name) and os.path.lexists(os.path.join(beside, name))
+                folder = beside if only_beside else ""
+            # not checked here: a list may be long and its disk slow; a missing file is an error of its own
+            name = os.path.normpath(os.path.join(folder or "", name))
+            if name.lower().endswith(SHARDS):
+                yield from self.shard(name)
+            else:
+                yield Item(name, os.path.abspath(name))
+
+    def parquet(self, path: str, named: bool) -> Iterator[Item]:
+        """Yield the rows of a Parquet file with image bytes; of a `named` one without, the images that it names."""
+        try:
+            parquet = need("pyarrow.parquet", path)
+            with open_ranged(path, FOOTER) as stream:
+                file = parquet.ParquetFile(stream)
+                if column := image_column(file.schema_arrow, self.column):
+                    yield from self.rows(path, path if is_url(path) else os.path.abspath(path), column)
+                elif named:
+                    name = self._column(path, file.schema_arrow.names)
+                    batches = (batch.column(0).to_pylist() for batch in file.iter_batches(columns=[name]))
+                    yield from self.named((str(value or "") for values in batches for value in values), path)
+                else:
+                    self.left_out.file(path)
+        except SourceError:
+            raise
+        except (OSError, ValueError) as error:  # also pyarrow's
+            if named:
+                raise SourceError(f"{path} cannot be read: {one_line(error)}") from error
+            yield Item(path, os.path.abspath(path), problem=f"cannot be read: {one_line(error)}")
+
+    def dataset(self, name: str, path: str) -> Iterator[Item]:
+        """Yield the rows of a data set of the `datasets` library."""
+        try:
+            yield from self.rows(name, path, self.column)
+        except DataError as error:
+            raise SourceError(str(error)) from error
+        except (OSError, ValueError) as error:  # those of the library
+            raise SourceError(f"{name} cannot be opened: {one_line(error)}") from error
+
+    def rows(self, name: str, path: str, column: str | None) -> Iterator[Item]:
+        _, ends = _rows(path, column)
+        for row in range(int(ends[-1]) if len(ends) else 0):
+            yield Item(f"{name}/{row}", path, row=row, column=column)
+
+    def shard(self, path: str) -> Iterator[Item]:
+        """Yield the images of a tar shard (WebDataset); only headers are read here."""
+        where = path if is_url(path) else os.path.abspath(path)
+        members: Members = {}
+        problem = None
+        try:
+            with open_tar(where, HEADERS) as shard:
+                self.members(shard, members, path)
+        except (OSError, ValueError, tarfile.TarError) as error:  # ValueError: DataError of a server
+            problem = f"the shard cannot be read to its end: {error}"
+        for name, (offset, size) in members.items():
+            yield Item(f"{path}/{name}", where, offset, size)
+        if problem:
+            yield Item(path, where, problem=problem)
+
+    def members(self, shard: tarfile.TarFile, members: Members, path: str) -> None:
+        """Fill in the members that are images, by their names. Raises OSError, tarfile.TarError.
+
+        Of members with one name the last one counts, as when tar extracts them; the earlier ones are left out.
+        """
+        for member in headers(shard):
+            name = member.name
+            if os.path.basename(name).startswith("."):
+                continue
+            if not is_image(name):
+                if os.path.splitext(name)[1].lower() in UNREAD_IMAGES:
+                    self.left_out.file(name)
+            elif member.isreg() and not member.issparse():
+                if name in members:
+                    self.left_out.replaced.append(f"{path}/{name}")
+                members[name] = (member.offset_data, member.size)
+            elif not member.isdir():
+                self.left_out.images["links or sparse files in shards"] += 1
 
 
 def _is_caption(path: str) -> bool:
     """Return True if an image of the same name is beside a text file, as after a run with --format txt."""
     stem = os.path.splitext(path)[0]
     return any(os.path.exists(stem + extension) for extension in (*EXTENSIONS, *map(str.upper, EXTENSIONS)))
-
-
-def _entry(path: str, named: bool, left_out: LeftOut) -> Iterator[Item]:
-    """Yield the items of a folder, shard or file; a file that is not `named` needs the extension of an image."""
-    if os.path.isdir(path):
-        yield from _folder(path, left_out)
-    elif path.lower().endswith(SHARDS):
-        yield from _shard(path, left_out)
-    elif named or is_image(path):
-        yield Item(path, os.path.abspath(path))
-    else:
-        left_out.file(path)
-
-
-def _folder(path: str, left_out: LeftOut, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
-    """Yield a folder's images and shards, recursively; a link that leads back to a parent is not followed."""
-    try:
-        status = os.stat(path)
-        with os.scandir(path) as entries:
-            names = sorted(filter(None, (_name(entry, left_out) for entry in entries)))
-    except OSError as error:
-        yield Item(path, os.path.abspath(path), problem=f"cannot list the folder: {why(error)}")
-        return
-    here = (status.st_dev, status.st_ino)
-    if here in parents:
-        return
-    for name in names:
-        inside = name if path == os.curdir else os.path.join(path, name)
-        if name.endswith(os.sep):
-            yield from _folder(inside.rstrip(os.sep), left_out, (*parents, here))
-        elif name.lower().endswith(SHARDS):
-            yield from _shard(inside, left_out)
-        else:
-            yield Item(inside, os.path.abspath(inside))
 
 
 def _name(entry: os.DirEntry, left_out: LeftOut) -> str | None:
@@ -246,7 +475,7 @@ def _name(entry: os.DirEntry, left_out: LeftOut) -> str | None:
     try:
         if entry.is_dir():
             return name + os.sep
-        readable = is_image(name) or name.lower().endswith(SHARDS)
+        readable = is_image(name) or name.lower().endswith((*SHARDS, ROWS))
         if readable and entry.is_file():
             return name
         if readable or (entry.is_symlink() and not os.path.exists(entry.path)):
@@ -289,39 +518,6 @@ def _match(base: str, parts: list[str]) -> Iterator[str]:
             yield from _match(path, parts)
 
 
-def _list(path: str, left_out: LeftOut, other: Opener | None) -> Iterator[Item]:
-    """Yield the files named in a text file, one a line or separated by NUL bytes (find -print0).
-
-    Empty lines and comments (#) are skipped.
-    """
-    try:
-        yield from named_items(_names(path), path, left_out, other)
-    except OSError as error:
-        raise SourceError(f"cannot read the list {path}: {why(error)}") from error
-
-
-def named_items(names: Iterable[str], table: str, left_out: LeftOut, other: Opener | None) -> Iterator[Item]:
-    """Yield the images, shards and URLs that a list or table names.
-
-    Relative names are looked up from the current folder, as arguments are, or from the folder of the table if the
-    first one is only there.
-    """
-    folder = None
-    for name in names:
-        if "://" in name and other:
-            yield from other(name, left_out, True)
-            continue
-        if folder is None and not os.path.isabs(name):
-            beside = os.path.dirname(table)
-            folder = beside if not os.path.lexists(name) and os.path.lexists(os.path.join(beside, name)) else ""
-        # not checked here: a list may be long and its disk slow; a missing file is an error of its own
-        name = os.path.normpath(os.path.join(folder or "", name))
-        if name.lower().endswith(SHARDS):
-            yield from _shard(name, left_out)
-        else:
-            yield Item(name, os.path.abspath(name))
-
-
 def _names(path: str) -> Iterator[str]:
     """Yield the names in a list of files. Raises SourceError for UTF-16, which PowerShell writes; OSError."""
     with open(path, "rb") as file:
@@ -341,40 +537,3 @@ def _names(path: str) -> Iterator[str]:
             yield from (os.fsdecode(name) for name in names if name)
         if rest.strip():
             yield os.fsdecode(rest)
-
-
-def _shard(path: str, left_out: LeftOut) -> Iterator[Item]:
-    """Yield the images of a tar shard (WebDataset); only headers are read here."""
-    where = os.path.abspath(path)
-    members: Members = {}
-    problem = None
-    try:
-        with tarfile.open(path, "r:") as shard:
-            read_members(shard, members, left_out, path)
-    except (OSError, tarfile.TarError) as error:
-        problem = f"the shard cannot be read to its end: {error}"
-    for name, (offset, size) in members.items():
-        yield Item(f"{path}/{name}", where, offset, size)
-    if problem:
-        yield Item(path, where, problem=problem)
-
-
-def read_members(shard: tarfile.TarFile, members: Members, left_out: LeftOut, path: str) -> None:
-    """Fill in the members that are images by their names; only headers are read. Raises OSError, tarfile.TarError.
-
-    Of members with one name the last one counts, as when tar extracts them; the earlier ones are left out.
-    """
-    while (member := shard.next()) is not None:
-        shard.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep every header
-        name = member.name
-        if os.path.basename(name).startswith("."):
-            continue
-        if not is_image(name):
-            if os.path.splitext(name)[1].lower() in UNREAD_IMAGES:
-                left_out.file(name)
-        elif member.isreg() and not member.issparse():
-            if name in members:
-                left_out.replaced.append(f"{path}/{name}")
-            members[name] = (member.offset_data, member.size)
-        elif not member.isdir():
-            left_out.images["links or sparse files in shards"] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,15 @@ from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.published import resolve
 from vlv.common.command import Misuse
 
+# environment variables that name the folders of caches, and the part of --cache that each gets
+CACHES = {
+    "VLLM_CACHE_ROOT": "vllm",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "XDG_CACHE_HOME": "",
+}
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -19,11 +29,18 @@ class ModelOptions:
 
     ckpt: str | None  # checkpoint folder, published weights, or a hub id
     max_tokens: int | None = None  # longest caption; None: 300, or what fits
-    in_flight: int = 256  # captions that are decoded together
+    in_flight: int | None = None  # captions that are decoded together; None: as the engine chooses
     engine: str | None = None  # one of serve.ENGINES; None: vllm, or remote with llm_url
     llm_url: str | None = None
     lora: Path | None = None
     tensor_parallel: int = 1
+    encoder_placement: str = "process"  # one of serve.PLACEMENTS
+    llm_quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    cache: Path | None = None  # folder of what is compiled; None: the caches of the user
+    llm_dtype: str = "auto"
+    gguf: Path | None = None
+    gguf_type: str = "f16"
     encoder: str = "torch"  # a runtime of export.runtimes
     artifacts: Path | None = None
     prompt_batch: int = 32
@@ -31,6 +48,8 @@ class ModelOptions:
     ignore_icc: bool = False
     crop: str = "center"  # what the model sees of an image: one of vlv.data.decoding.crop.CROPS
     debug: bool = False
+    precision: str | None = None  # of the encoder in torch; one of TORCH_PRECISIONS
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,12 +66,18 @@ class Model:
         """Check options. Raises Misuse if they fit neither each other nor what is on the disk; CheckpointError."""
         if not options.ckpt:
             raise Misuse("--ckpt is needed (--help shows the usage)")
+        if options.cache:
+            use_cache(options.cache)
         try:
             checkpoint = resolve(options.ckpt)
         except CheckpointError as error:
             raise Misuse(f"--ckpt: {error}") from error
+        if options.encoder_placement == "engine" and options.encoder != "torch":
+            raise Misuse(f"--encoder {options.encoder} runs in our process: not with --encoder-placement engine")
         if (options.encoder == "torch") != (options.artifacts is None):
             raise Misuse(f"--encoder {options.encoder} and --artifacts: an exported encoder needs both, torch neither")
+        if options.precision and options.encoder != "torch":
+            raise Misuse(f"--precision {options.precision} and --encoder {options.encoder}: an export has its own")
         try:
             if options.artifacts:
                 Manifest.open(options.artifacts)
@@ -68,13 +93,44 @@ class Model:
     @property
     def flags(self) -> str:
         """Return the flags that change captions where they are not the default, for the records of captions."""
-        longest = [f"--max-tokens {self.max_tokens}"] if self.max_tokens != self.spec.max_tokens(None) else []
-        crop = [f"--crop {self.options.crop}"] if self.options.crop != "center" else []
-        return " ".join(longest + crop + ["--ignore-icc"] * self.options.ignore_icc)
+        options, given = self.options, []
+        if self.max_tokens != self.spec.max_tokens(None):
+            given.append(f"--max-tokens {self.max_tokens}")
+        if options.crop != "center":
+            given.append(f"--crop {options.crop}")
+        if options.precision:
+            given.append(f"--precision {options.precision}")
+        if options.llm_dtype != "auto":
+            given.append(f"--llm-dtype {options.llm_dtype}")
+        if options.llm_quantization:
+            given.append(f"--llm-quantization {options.llm_quantization}")
+        if options.kv_cache_dtype != "auto":
+            given.append(f"--kv-cache-dtype {options.kv_cache_dtype}")
+        if options.gguf:
+            given.append(f"--gguf {options.gguf.name}")
+        if options.gguf_type != "f16":
+            given.append(f"--gguf-type {options.gguf_type}")
+        return " ".join(given + ["--ignore-icc"] * options.ignore_icc)
 
     def engine(self) -> LLMEngine:
         """Return a new engine, not started. Raises OptionError for an option that it does not take."""
         options = self.options
         kind = engine_class(options.engine or ("remote" if options.llm_url else "vllm"))
-        engine_options = Options(options.lora, options.tensor_parallel, options.llm_url)
+        engine_options = Options(
+            options.lora,
+            options.tensor_parallel,
+            options.llm_url,
+            options.llm_dtype,
+            options.gguf,
+            options.gguf_type,
+            options.encoder_placement,
+            options.llm_quantization,
+            options.kv_cache_dtype,
+        )
         return kind(self.spec, self.max_tokens, options.in_flight, options.debug, engine_options)
+
+
+def use_cache(folder: Path) -> None:
+    """Let everything that is compiled or converted be kept in one folder, also by processes that this one starts."""
+    for name, part in CACHES.items():
+        os.environ[name] = str((folder / part).absolute())

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from serve.core.id_set import IdSet
-from serve.core.inputs import Item, stamp_of
+from serve.core.inputs import Item, hash_of, stamp_of
 from serve.core.record import PLAIN, caption_record, crop_fields, error_record, joined
 from serve.core.service import CaptionService, ServiceConfig
 from serve.core.style import CaptionStyle
@@ -30,8 +30,7 @@ from vlv.checkpoints.folder import Checkpoint
 from vlv.data.image import MAX_PIXELS, ImageError
 
 LISTED = 64  # items that are read from the listing at a time
-Stamp = tuple[int, int] | None  # size and time of an image file
-Listed = tuple[Item, Stamp]
+Listed = tuple[Item, dict]  # an item, and the fields of its record that tell a later run whether the file has changed
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,10 @@ class RunConfig:
     flags: str = ""  # for the records: what changes captions beside the model
     style: CaptionStyle = PLAIN  # how captions are edited
     ignore_icc: bool = False  # take colours as they are stored, as published
+    precision: str | None = None  # of the encoder in torch
+    cuda_graphs: bool = True  # for the encoder in torch on a GPU
     crop: str = "center"  # what the model sees of an image: one of vlv.data.decoding.crop.CROPS
+    verify: bool = False  # record the hashes of the files
 
 
 class CaptionRun:
@@ -92,6 +94,8 @@ class CaptionRun:
             config.encoder,
             config.artifacts,
             config.ignore_icc,
+            config.precision,
+            config.cuda_graphs,
             restarts=0,
         )
         self._service = service = CaptionService(self.checkpoint, lambda: self.engine, limits, self.timeline)
@@ -110,17 +114,17 @@ class CaptionRun:
         finally:
             await service.close()
 
-    def _new(self, items: Iterable[Item]) -> Iterator[tuple[Item, Stamp]]:
-        """Yield the items that are not finished, with their files' size and time before they are read."""
+    def _new(self, items: Iterable[Item]) -> Iterator[Listed]:
+        """Yield the items that are not finished, with what tells their files from others, before they are read."""
         for item in itertools.islice(items, self.config.limit):
-            stamp = stamp_of(item.path)
-            size = stamp[0] if stamp else None
+            size, modified = stamp_of(item.path) or (None, None)
             self.listed.add(item.key)
             self.listed.add(alias(item.id, size))
             if self.sink.is_finished(item, size):
                 self.progress.skipped += 1
             else:
-                yield item, stamp
+                digest = {"sha256": hash_of(item.path)} if self.config.verify else {}
+                yield item, {"bytes": size, "mtime_ns": modified, **digest}
         self.complete = self.config.limit is None
 
     async def _show_progress(self) -> None:
@@ -136,11 +140,11 @@ class CaptionRun:
         """Start a task for every item, as slots become free."""
         loop = asyncio.get_running_loop()
         while head:
-            for item, stamp in head:
-                tasks.create_task(self._caption(item, stamp, await self._service.pool.slot()))
+            for item, of_file in head:
+                tasks.create_task(self._caption(item, of_file, await self._service.pool.slot()))
             head = await loop.run_in_executor(self._listing, _take, rest)  # listing may wait for a slow disk
 
-    async def _caption(self, item: Item, stamp: Stamp, slot: int) -> None:
+    async def _caption(self, item: Item, of_file: dict, slot: int) -> None:
         samplings = [self._sampling(item, number) for number in range(self.config.captions)]
         config = self.config
         try:
@@ -153,10 +157,10 @@ class CaptionRun:
             record = caption_record(
                 item, completions, config.raw, self.model_id, config.flags, config.style, timings, crop
             )
-            self.sink.caption(record | _of_file(stamp), item)
+            self.sink.caption(record | of_file, item)
         except (ImageError, EmbedsError) as error:
             kind = error.kind if isinstance(error, ImageError) else "encoder"
-            self.sink.error(error_record(item, kind, str(error)) | _of_file(stamp))
+            self.sink.error(error_record(item, kind, str(error)) | of_file)
             self.progress.failed += 1
         else:
             self.progress.caption()
@@ -170,12 +174,6 @@ class CaptionRun:
 
 def _take(items: Iterator[Listed]) -> list[Listed]:
     return list(itertools.islice(items, LISTED))
-
-
-def _of_file(stamp: Stamp) -> dict:
-    """Return the fields of a record that tell a later run whether the image has changed."""
-    size, modified = stamp or (None, None)
-    return {"bytes": size, "mtime_ns": modified}
 
 
 def _first(error: BaseException) -> BaseException:

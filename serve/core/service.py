@@ -26,12 +26,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from serve.core.batcher import Batcher, Encoded, Encoder
+from serve.core.batcher import Batcher, Encoded, Encoder, PassCrops
 from serve.core.decode import DecodeError, DecodePool, default_workers
 from serve.core.inputs import Item
 from serve.engines.base import Completion, EngineError, LLMEngine, Sampling
 from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
+from vlv.common.command import say
 
 WATCH = 0.5  # seconds between two checks of the engine
 
@@ -46,6 +47,8 @@ class ServiceConfig:
     encoder: str = "torch"  # a runtime of export.runtimes
     artifacts: Path | None = None  # folder of the exported encoder, for all but torch
     ignore_icc: bool = False  # take colours as they are stored, as published
+    precision: str | None = None  # of the encoder in torch
+    cuda_graphs: bool = True  # for the encoder in torch on a GPU
     restarts: int = 3  # of an engine that dies, in a row without a caption between them; then the service fails
 
 
@@ -88,8 +91,10 @@ class CaptionService:
 
     async def start(self) -> None:
         """Start the decode processes, and begin to load the encoder and the language model."""
+        for note in self.engine.notes:
+            say(note)
         await self.pool.__aenter__()
-        self._tasks = [asyncio.create_task(self._guarded(part)) for part in (self.batcher.run, self._keep_engine)]
+        self._tasks = [asyncio.create_task(self._guarded(part)) for part in (self._encode_batches, self._keep_engine)]
 
     async def close(self) -> None:
         """End the tasks and processes."""
@@ -108,9 +113,24 @@ class CaptionService:
     def ready(self, value: bool) -> None:
         (self._ready.set if value else self._ready.clear)()
 
-    def _open_encoder(self) -> Encoder:
+    def _open_encoder(self) -> Encoder | PassCrops:
         config = self.config
-        return Encoder(self.checkpoint, config.encoder, config.artifacts, config.batch, self.engine.encoder_threads)
+        if self.engine.takes_crops:
+            return PassCrops(config.batch)
+        return Encoder(
+            self.checkpoint,
+            config.encoder,
+            config.artifacts,
+            config.batch,
+            self.engine.encoder_threads,
+            config.precision,
+            config.cuda_graphs,
+        )
+
+    async def _encode_batches(self) -> None:
+        if self.engine.loads_alone:
+            await self._ready.wait()
+        await self.batcher.run()
 
     async def _guarded(self, part: Callable) -> None:
         try:

@@ -1,1 +1,1 @@
-"""Language-model engines that continue prompt embeddings: vLLM, transformers, a remote server."""
+"""Language-model engines that continue prompt embeddings: vLLM, transformers, llama.cpp, a remote server."""

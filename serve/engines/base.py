@@ -28,7 +28,18 @@ from vlv.checkpoints.llm_folder import end_token_ids
 from vlv.common.command import Misuse, UserError, one_line
 from vlv.model.generation import cut_at_end
 
-FLAGS = {"lora": "lora", "tensor_parallel": "tensor-parallel", "url": "llm-url"}  # of Options
+DEFAULT_IN_FLIGHT = 256
+FLAGS = {  # of Options
+    "lora": "lora",
+    "tensor_parallel": "tensor-parallel",
+    "url": "llm-url",
+    "dtype": "llm-dtype",
+    "gguf": "gguf",
+    "gguf_type": "gguf-type",
+    "placement": "encoder-placement",
+    "quantization": "llm-quantization",
+    "cache_dtype": "kv-cache-dtype",
+}
 
 
 class EngineError(UserError, RuntimeError):
@@ -133,6 +144,12 @@ class Options:
     lora: Path | None = None  # a PEFT adapter's folder
     tensor_parallel: int = 1  # devices that share the language model
     url: str | None = None  # of the server that runs the language model
+    dtype: str = "auto"  # one of serve.LLM_DTYPES; auto: bfloat16 on a GPU, float32 on a CPU
+    gguf: Path | None = None  # the language model's file; None: written on first use, into the cache
+    gguf_type: str = "f16"  # of the file that is written: one of export.components.GGUF_TYPES
+    placement: str = "process"  # one of serve.PLACEMENTS
+    quantization: str | None = None  # of the language model while it is loaded: fp8
+    cache_dtype: str = "auto"  # of keys and values: auto or fp8
 
     def model_id(self, checkpoint_hash: str) -> str:
         """Return the id that records carry: the checkpoint's hash, and the hash of the adapter if there is one."""
@@ -152,22 +169,39 @@ class LLMEngine(ABC):
     has_logprobs = False
     ends: tuple[int, ...]  # tokens that end a caption, once started
     encoder_threads: int | None = None  # for the encoder in PyTorch beside it; None: as PyTorch chooses
+    takes_crops = False  # instead of embeddings: the encoder runs in the engine
+    loads_alone = False  # no other thread of this process may compute while it loads
 
     def __init__(
-        self, spec: LLMSpec, max_tokens: int, in_flight: int, debug: bool = False, options: Options | None = None
+        self,
+        spec: LLMSpec,
+        max_tokens: int,
+        in_flight: int | None = None,
+        debug: bool = False,
+        options: Options | None = None,
     ):
-        """`max_tokens` is the longest caption of any request, `in_flight` how many decode together.
+        """`max_tokens` is the longest caption of any request, `in_flight` how many decode together (None: by default).
 
         Raises OptionError for an option that this engine does not take.
         """
         self.spec = spec
         self.max_tokens = max_tokens
-        self.in_flight = in_flight
+        self._in_flight = in_flight
         self.debug = debug
         self.options = options or Options()
         for field in fields(Options):
             if field.name not in self.takes and getattr(self.options, field.name) != field.default:
                 raise OptionError(f"--{FLAGS[field.name]} does not go with --engine {self.name}")
+
+    @property
+    def in_flight(self) -> int:
+        """Return how many captions decode together."""
+        return self._in_flight or DEFAULT_IN_FLIGHT
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what a user should know of the settings, in sentences."""
+        return ()
 
     @abstractmethod
     async def start(self) -> None:

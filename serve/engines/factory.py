@@ -7,7 +7,12 @@ from importlib import import_module
 from serve import ENGINES
 from serve.engines.base import LLMEngine
 
-CLASSES = {"vllm": "VLLMEngine", "transformers": "TransformersEngine", "remote": "RemoteEngine"}
+CLASSES = {
+    "vllm": "VLLMEngine",
+    "transformers": "TransformersEngine",
+    "llamacpp": "LlamaCppEngine",
+    "remote": "RemoteEngine",
+}
 
 
 def engine_class(word: str) -> type[LLMEngine]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
+import importlib.util
 import itertools
 import json
 import logging.config
-import math
 import multiprocessing
 import os
 import re
@@ -22,6 +23,7 @@ import tempfile
 import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
@@ -29,25 +31,43 @@ from torch import Tensor
 
 from serve.engines.base import EngineError, LLMEngine, OptionError, Sampling, Tokens
 from serve.engines.child_reaper import ChildProcessReaper
-from vlv.checkpoints.folder import CheckpointError
+from serve.engines.vllm_settings import Device, VLLMSettings, free_memory, settings
+from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.llm_folder import check_llm_folder
 from vlv.common.command import one_line
+from vlv.data.remote import cache_folder
 
 SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, they leave shared memory to clean up
+NO_FLASHINFER = "flashinfer is not installed, so vLLM samples with PyTorch; pip install flashinfer-python"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 FEW_CORES = 4  # where serve.engines.vllm_executor is the faster
-CPU_BLOCK = 32  # tokens a block of vLLM's CPU cache: the fewest that its kernels take
+# encoder placements (serve.PLACEMENTS) that vLLM gets as its own multimodal model, and the field of their input
+FIELDS = {"multimodal": "embeds", "engine": "crops"}
 
 
 class VLLMEngine(LLMEngine):
-    """Continuous batching by vLLM, in its own processes."""
+    """Continuous batching by vLLM: in its own processes, or inline in a thread of this one."""
 
     name = "vllm"
-    takes = frozenset({"lora", "tensor_parallel"})
+    takes = frozenset({"lora", "tensor_parallel", "dtype", "placement", "quantization", "cache_dtype"})
     has_logprobs = True
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
+        self._placement = self.options.placement
+        self._field = FIELDS.get(self._placement)
+        self.takes_crops = self._field == "crops"
+        # a CUDA graph cannot be captured while another thread allocates, and vLLM changes torch's default dtype
+        self.loads_alone = self._placement == "inline"
+        if self._field and not entry_points(group="vllm.general_plugins", name="vlv"):
+            raise OptionError(
+                f"--encoder-placement {self._placement}: vLLM looks for our model among installed packages, and this "
+                "one is not installed; pip install --no-deps -e ."
+            )
+        if self.options.lora and self._field:
+            raise OptionError(f"--lora does not go with --encoder-placement {self._placement}")
+        if self.options.tensor_parallel > 1 and self._placement in ("inline", "engine"):
+            raise OptionError(f"--tensor-parallel does not go with --encoder-placement {self._placement}: one GPU only")
         self._ids = itertools.count()
         self._lora = None
         self._lora_rank = lora_rank(self.options.lora) if self.options.lora else None
@@ -92,35 +112,87 @@ class VLLMEngine(LLMEngine):
 
         check_llm_folder(self.spec.folder)
         self._load_tokenizer()
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            # the encoder shares the card
-            device = {"dtype": "bfloat16", "gpu_memory_utilization": 0.8}
-        else:
-            # eager: without a C++ compiler at hand, and several seconds sooner than compiled
-            device = {"dtype": "float32", "enforce_eager": True, "block_size": CPU_BLOCK}
-            device["kv_cache_memory_bytes"] = self._cache_bytes()
-            if self.encoder_threads:
-                from serve.engines.vllm_executor import SharedCoresExecutor
-
-                device["distributed_executor_backend"] = SharedCoresExecutor
         arguments = AsyncEngineArgs(
-            model=str(self.spec.folder),
-            enable_prompt_embeds=True,
-            enable_prefix_caching=False,  # every prompt is another image
-            generation_config="vllm",  # not the checkpoint's: penalties and embeddings do not go together
-            max_model_len=self.spec.queries + self.max_tokens,
-            max_num_seqs=self.in_flight,
-            skip_tokenizer_init=True,  # we detokenize, alike for all engines
+            # we detokenize, alike for all engines; but vLLM has no multimodal model without
+            skip_tokenizer_init=self._field is None,
             disable_log_stats=True,
-            tensor_parallel_size=self.options.tensor_parallel,
-            **device,
+            **self._settings.arguments,
+            **(self._image_arguments() if self._field else self._prompt_arguments()),
             **self._lora_arguments(),
         )
         config = arguments.create_engine_config()
         if self._closed:
             raise EngineError("closed before it had started")
+        if self._placement == "inline":
+            from serve.engines.vllm_inline import InlineEngine
+
+            return InlineEngine(config)
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+    def _prompt_arguments(self) -> dict:
+        """Return what makes vLLM take prompt embeddings."""
+        return {"model": str(self.spec.folder), "enable_prompt_embeds": True, **self._executor()}
+
+    def _image_arguments(self) -> dict:
+        """Return what makes vLLM run our own model, on crops or on embeddings. Writes the model's folder."""
+        from serve.vllm_model.config import require_tested
+        from serve.vllm_model.folder import write_links
+        from serve.vllm_plugin import register
+
+        require_tested()
+        register()  # vLLM's processes find it by this package's entry point, or by their copy of this registry
+        checkpoint = Checkpoint.open(self.spec.folder.parent)
+        folder = cache_folder("vllm") / f"{checkpoint.hash}-{self._field}"
+        write_links(checkpoint, folder, loads_encoder=self.takes_crops)
+        arguments = {
+            "model": str(folder),
+            "limit_mm_per_prompt": {"image": 1},
+            "mm_processor_cache_gb": 0,  # every image is another one
+            **self._executor(),
+        }
+        if self.takes_crops:
+            # on a CPU vLLM does not schedule asynchronously
+            scheduler = "AsyncBatchScheduler" if self._device.cuda else "BatchScheduler"
+            arguments["scheduler_cls"] = f"serve.vllm_model.scheduler.{scheduler}"
+            return arguments | ({"async_scheduling": True} if self._device.cuda else {})
+        return arguments | {"skip_mm_profiling": True}  # there is no encoder whose memory could be measured
+
+    def _executor(self) -> dict:
+        inline = self._placement == "inline"  # on a CPU vLLM would start a process even then
+        if self._device.cuda or not (self.encoder_threads or inline):
+            return {}
+        from serve.engines.vllm_executor import SharedCoresExecutor
+
+        return {"distributed_executor_backend": SharedCoresExecutor}
+
+    @functools.cached_property
+    def _device(self) -> Device:
+        if torch.cuda.is_available():
+            return Device(True, torch.cuda.get_device_properties(0).total_memory)
+        return Device(False, free_memory())
+
+    @functools.cached_property
+    def _settings(self) -> VLLMSettings:
+        options = self.options
+        return settings(
+            self._device,
+            self.spec,
+            self.max_tokens,
+            self._in_flight,
+            options.quantization,
+            options.cache_dtype,
+            self._placement == "inline",
+            options.tensor_parallel,
+            options.dtype,
+        )
+
+    @property
+    def in_flight(self) -> int:
+        return self._settings.in_flight
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self._settings.notes, *([NO_FLASHINFER] if self._device.cuda and not _has_flashinfer() else []))
 
     @property
     def encoder_threads(self) -> int | None:
@@ -137,16 +209,6 @@ class VLLMEngine(LLMEngine):
         self._lora = LoRARequest(self.options.lora.name, 1, str(self.options.lora))
         return {"enable_lora": True, "max_lora_rank": self._lora_rank}
 
-    def _cache_bytes(self) -> int:
-        """Key-value cache for all requests in flight at their longest, but at most a quarter of the free memory.
-
-        With less, vLLM lets some requests wait; by its own choice it would take most of the memory.
-        """
-        # vLLM keeps one block empty
-        blocks = self.in_flight * math.ceil((self.spec.queries + self.max_tokens) / CPU_BLOCK) + 1
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        return min(blocks * CPU_BLOCK * self.spec.kv_values * 4, free // 4)
-
     def _set_environment(self) -> None:
         """For vLLM's processes: flat memory, no usage reports, the log in a file (on stderr with debug)."""
         # activations stay in the heap: mapped anew for each operator, the kernel's zeroing of pages costs a quarter
@@ -156,6 +218,8 @@ class VLLMEngine(LLMEngine):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        if not _has_flashinfer():  # vLLM up to 0.26 ends without it
+            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         if self.options.tensor_parallel > 1:  # on a CPU, vLLM would want a NUMA node for each process
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if "VLLM_RPC_BASE_PATH" not in os.environ:
@@ -191,7 +255,7 @@ class VLLMEngine(LLMEngine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self.spec.check(embeds)
+        prompt, number = self._prompt(embeds), str(next(self._ids))
         params = SamplingParams(
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
@@ -206,9 +270,7 @@ class VLLMEngine(LLMEngine):
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if every else RequestOutputKind.FINAL_ONLY,
         )
-        # with its type, vLLM takes it as it is; without, it would be looked at in another thread first
-        prompt = {"type": "embeds", "prompt_embeds": embeds}
-        request = self._engine.generate(prompt, params, str(next(self._ids)), lora_request=self._lora)
+        request = self._engine.generate(prompt, params, number, lora_request=self._lora)
         try:
             async with aclosing(request) as outputs:
                 async for output in outputs:
@@ -218,6 +280,19 @@ class VLLMEngine(LLMEngine):
                     yield Tokens(completion.token_ids, logprobs)
         except Exception as error:
             raise EngineError(self._explain("vLLM's engine has died", error)) from error
+
+    def _prompt(self, values: Tensor) -> dict:
+        """Return vLLM's input. `values`: embeddings, or a crop uint8 [3, S, S] if it takes crops. Raises EmbedsError.
+
+        With its type, vLLM takes the input as it is; without, it would be looked at in another thread first.
+        """
+        if not self.takes_crops:
+            self.spec.check(values)
+        if self._field is None:
+            return {"type": "embeds", "prompt_embeds": values}
+        from serve.vllm_model.requests import image_input
+
+        return image_input(self._field, values, self.spec.queries, str(next(self._ids)))
 
     def _processes(self) -> list:
         if self._others is None:  # never started
@@ -260,6 +335,10 @@ def lora_rank(folder: Path) -> int:
         raise OptionError(f"--lora: {file} does not describe a LoRA adapter: {one_line(error)}") from error
     except StopIteration:
         raise OptionError(f"--lora: {file}: rank {rank}; vLLM takes up to {LORA_RANKS[-1]}") from None
+
+
+def _has_flashinfer() -> bool:
+    return importlib.util.find_spec("flashinfer") is not None
 
 
 def _engine_processes() -> list:

@@ -9,15 +9,19 @@ import os
 import tempfile
 
 import torch
-from vllm import envs
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 
 class SharedCoresExecutor(UniProcExecutor):
-    """One process that computes with half of the cores; our decoding and encoding have the others."""
+    """One process, or a thread of ours, that computes with half of the cores; decoding and encoding have the others."""
 
     def _init_executor(self) -> None:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(cores - cores // 2)
-        tempfile.tempdir = envs.VLLM_RPC_BASE_PATH  # for the file by which its processes meet; removed with the engine
-        super()._init_executor()
+        before = tempfile.tempdir
+        # for the file by which its processes meet; removed with the engine
+        tempfile.tempdir = os.environ["VLLM_RPC_BASE_PATH"]
+        try:
+            super()._init_executor()
+        finally:
+            tempfile.tempdir = before

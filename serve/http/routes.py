@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp
@@ -30,8 +32,10 @@ from serve.http.reconstructor import ReconstructionParams, ReconstructionService
 from serve.http.service import Service
 from serve.http.web.page import DOCS, HEADERS, OPENAPI, PAGE
 from vlv.data.decoding.crop import CROPS
+from vlv.data.image import png
 
 ONE_SQUARE = tuple(crop for crop in CROPS if crop != "tiles")  # of endpoints with one result an image
+WARM_TOKENS = 8  # of the captions of a warm-up
 
 
 @dataclass(frozen=True)
@@ -289,14 +293,22 @@ async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
     keys = read_keys(config.keys, config.no_auth, config.host)
     model = Model.of(config)
     stages = ServiceConfig(
-        config.prompt_batch, config.workers, config.max_pixels, config.encoder, config.artifacts, config.ignore_icc
+        config.prompt_batch,
+        config.workers,
+        config.max_pixels,
+        config.encoder,
+        config.artifacts,
+        config.ignore_icc,
+        config.precision,
+        config.cuda_graphs,
     )
     service = Service(model.checkpoint, model.engine, stages)
     fetcher = Fetcher(tuple(config.image_host), config.max_image << 20)
     bounds = Bounds(config.deadline, config.body_seconds, config.max_body << 20, config.max_images)
     name = config.model_name or model.checkpoint.folder.resolve().name
-    capacity = None if config.queue is None else config.in_flight + config.queue
-    admission = Admission(capacity, config.max_bodies << 20, config.in_flight, config.deadline)
+    in_flight = service.engine.in_flight
+    capacity = None if config.queue is None else in_flight + config.queue
+    admission = Admission(capacity, config.max_bodies << 20, in_flight, config.deadline)
     try:
         await service.start()
         routes = Routes(service, name, keys, admission, fetcher, bounds)
@@ -305,6 +317,25 @@ async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
     finally:
         await service.close()
         await fetcher.close()
+
+
+async def warm_up(config: ServerConfig) -> int:
+    """Load the models, caption one batch of blank images, and return 0: what is compiled is in the caches then."""
+    async with open_routes(config) as routes:
+        service = routes.service
+        size, sampling = service.checkpoint.config.image_size, Sampling(min(WARM_TOKENS, service.engine.max_tokens))
+        blank = png(np.zeros((3, size, size), np.uint8))
+
+        async def caption() -> None:
+            await service.captions((await service.encode(blank)).embeds, [sampling], wait=True)
+
+        captions = asyncio.gather(*(caption() for _ in range(config.prompt_batch)))
+        await asyncio.wait({captions, service.failure}, return_when=asyncio.FIRST_COMPLETED)
+        if service.failure.done():
+            captions.cancel()
+            service.failure.result()
+        await captions
+    return 0
 
 
 async def serve_captions(config: ServerConfig) -> int:

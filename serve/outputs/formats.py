@@ -21,7 +21,7 @@ from vlv.common.files import atomic_write
 from vlv.data.image import ImageError
 
 ROWS = 10_000  # captions in one Parquet part
-IDENTITY = ("id", "path", "model", "flags", "bytes", "mtime_ns")  # columns that a later run reads
+IDENTITY = ("id", "path", "model", "flags", "bytes", "mtime_ns", "sha256")  # columns that a later run reads
 COCO_HEAD = b'{"info": {"description": "VLV captions'
 
 
@@ -52,12 +52,22 @@ class SidecarSink(FileSink):
                 _remove(record)
         return super().drop(unwanted)
 
+    def patch(self, edits: dict[str, dict]) -> int:
+        for record in self._journal.records():
+            if record["id"] in edits:
+                _remove(record)
+        count = super().patch(edits)
+        for record in self._journal.records():
+            if record["id"] in edits and not sidecar(record["path"]).exists():
+                self._write(record)
+        return count
+
     def caption(self, record: dict, item: Item) -> None:
         text = sidecar(item.path)
-        if item.length is not None:
-            raise ImageError("format", "an image inside a tar shard has no place for a .txt: use --format webdataset")
         if "://" in item.path:
             raise ImageError("format", "an image behind a URL has no place for a .txt: use another --format")
+        if not item.is_file:
+            raise ImageError("format", "an image inside a shard has no place for a .txt: use --format webdataset")
         if str(text) in self._written:
             raise ImageError(
                 "exists",
@@ -159,7 +169,7 @@ class ImageFolderSink(DerivedSink):
     def _name(self, record: dict, item: Item | None = None) -> str:
         """Return the image's path below the folder. Raises ImageError for an image that is elsewhere."""
         name = os.path.relpath(record["path"], self.path.parent)
-        if name.startswith("..") or "://" in record["path"] or (item and item.length is not None):
+        if name.startswith("..") or "://" in record["path"] or (item and not item.is_file):
             raise ImageError("format", f"not a file below {self.path.parent.absolute()}, the folder of -o")
         return name
 
@@ -185,8 +195,8 @@ class KohyaSink(DerivedSink):
         file.write(b"\n}\n")
 
     def caption(self, record: dict, item: Item) -> None:
-        if item.length is not None:
-            raise ImageError("format", "an image inside a tar shard has no path of its own: use --format webdataset")
+        if item.length is not None or item.row is not None:
+            raise ImageError("format", "an image inside a shard has no path of its own: use --format webdataset")
         super().caption(record, item)
 
 
@@ -275,7 +285,7 @@ class ParquetSink(FolderSink):
         number = pa.float64()
         fields = {"id": text, "path": text, "caption": text, "captions": pa.list_(text), "tokens": pa.int32()}
         fields |= {"finish_reason": text, "encode_seconds": number, "llm_seconds": number, "model": text, "flags": text}
-        fields |= {"bytes": pa.int64(), "mtime_ns": pa.int64()}
+        fields |= {"bytes": pa.int64(), "mtime_ns": pa.int64(), "sha256": text}
         if any("crop" in record for record in records):
             square = pa.struct({"box": pa.list_(pa.int32()), "caption": text, "captions": pa.list_(text)})
             fields |= {"crop": text, "tiles": pa.list_(square)}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from serve.core.id_set import IdSet
-from serve.core.inputs import Item, key_of, stamp_of
+from serve.core.inputs import Item, hash_of, key_of, stamp_of
 from vlv.common.command import UserError, why
 from vlv.common.files import atomic_write
 from vlv.common.jsonl import cut_torn_line, read_records
@@ -88,7 +88,11 @@ class JsonLines:
 
     def drop(self, unwanted: Callable[[dict], bool]) -> int:
         """Remove records, atomically, and return how many. Raises SinkError."""
-        if not self._regular or not (count := sum(map(unwanted, self.records()))):
+        return self.rewrite(lambda record: None if unwanted(record) else record)
+
+    def rewrite(self, change: Callable[[dict], dict | None]) -> int:
+        """Replace records, atomically, and return how many; None removes one. Raises SinkError."""
+        if not self._regular or not (count := sum(change(record) is not record for record in self.records())):
             return 0
         old = self._fd
         try:
@@ -97,8 +101,8 @@ class JsonLines:
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for record in self.records():
-                    if not unwanted(record):
-                        append(self._fd, json_bytes(record) + b"\n")
+                    if (new := change(record)) is not None:
+                        append(self._fd, json_bytes(new) + b"\n")
         finally:
             os.close(old)  # and its lock, once the new file has one and its name
         return count
@@ -113,14 +117,16 @@ class JsonLines:
 class FileSink:
     """Write captions to `captions.jsonl`, and failed images to `captions.errors.jsonl` (created when needed)."""
 
-    def __init__(self, path: str | Path, model: str, resume: bool = True, flags: str = ""):
+    def __init__(self, path: str | Path, model: str, resume: bool = True, flags: str = "", verify: bool = False):
         """Open both files and read what is finished. Without `resume`, old files become `NAME.old`, `NAME.old2` ...
 
+        `verify`: an image has changed if the hash of its file has, where its record has one, not if size or time have.
         Captions of two models (by their ids), or with other `flags`, are not mixed in one output. Raises SinkError.
         """
         self.path = Path(path)
         self.model = model
         self.flags = flags
+        self.verify = verify
         self.errors_path = self.path.with_name(self.path.stem + ".errors.jsonl")
         self.finished = IdSet()  # keys of images, of earlier runs and of this one
         self.changed = 0  # images that are captioned again, since their files have changed
@@ -181,6 +187,23 @@ class FileSink:
         """Remove the records of images, captioned or failed, and return how many. Raises SinkError."""
         return self._journal.drop(unwanted) + (self._errors.drop(unwanted) if self._errors else 0)
 
+    def patch(self, edits: dict[str, dict]) -> int:
+        """Correct the captions of records by their ids, and return how many. Raises SinkError.
+
+        `edits`: of read_patch. A record whose caption is not the one that was edited stays as it is.
+        """
+
+        def change(record: dict) -> dict:
+            edit = edits.get(record["id"])
+            if edit is None or record["caption"] != edit["before"]:
+                return record
+            texts = {"caption": edit["caption"]}
+            if "captions" in record:
+                texts["captions"] = [edit["caption"] if t == edit["before"] else t for t in record["captions"]]
+            return {**record, **texts, "edited": True}
+
+        return self._journal.rewrite(change)
+
     def _has_changed(self, record: dict) -> bool:
         """Return True if an image is not the file that was captioned; one that has disappeared has not changed."""
         if "path" not in record or "mtime_ns" not in record:  # of an earlier version
@@ -190,6 +213,8 @@ class FileSink:
             return "error" in record and now is not None
         if now is None:
             self._moved.add(alias(record["id"], before[0]))
+        elif self.verify and record.get("sha256"):
+            return hash_of(record["path"]) != record["sha256"]
         return now not in (None, before)
 
     def is_finished(self, item: Item, size: int | None) -> bool:
@@ -290,6 +315,21 @@ def write_line(fd: int, record: dict) -> None:
     with explained("stdout"):
         while line:
             line = line[os.write(fd, line) :]
+
+
+def read_patch(file: Path) -> dict[str, dict]:
+    """Return the corrections that a gallery page has saved, by the ids of records. Raises SinkError."""
+    edits = {}
+    if not file.is_file():
+        raise SinkError(f"--patch: no such file: {file}")
+    try:
+        for record in read_records(file):
+            if not all(isinstance(record[name], str) for name in ("id", "before", "caption")):
+                raise ValueError(f"a line of {file} has no texts id, before and caption")
+            edits[record["id"]] = record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SinkError(f"--patch {file} is no patch of a gallery page: {error}") from error
+    return edits
 
 
 def is_listed(record: dict, listed: IdSet) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.core.id_set import IdSet
-from serve.core.inputs import Item
+from serve.core.inputs import DATASET, Item
 from serve.outputs.jsonl import captions_of, explained
 from vlv.common.command import say
 from vlv.common.files import atomic_write
@@ -27,7 +27,7 @@ class TextFiles:
     def of(self, item: Item) -> Path:
         """Return the text file of an image. Raises ImageError where it has no place."""
         if self.folder is None:
-            if item.length is not None or "://" in item.path:
+            if not item.is_file:
                 raise ImageError(
                     "format", "an image in a shard or behind a URL has no place for a text file: give --output-dir"
                 )
@@ -42,7 +42,7 @@ class TextFiles:
 
 def common_folder(paths: Sequence[str]) -> str:
     """Return the folder that holds everything that the arguments name."""
-    local = [os.path.realpath(path) for path in paths if "://" not in path]
+    local = [os.path.realpath(path) for path in paths if "://" not in path and not path.startswith(DATASET)]
     folders = [path if os.path.isdir(path) else os.path.dirname(path.partition("*")[0]) for path in local]
     return os.path.commonpath(folders) if folders else os.getcwd()
 

@@ -50,7 +50,14 @@ class Encode:
 
     def __init__(self, options: StageOptions):
         model = options.model
-        self._encoder = Encoder(Model.of(model).checkpoint, model.encoder, model.artifacts, model.prompt_batch)
+        self._encoder = Encoder(
+            Model.of(model).checkpoint,
+            model.encoder,
+            model.artifacts,
+            model.prompt_batch,
+            precision=model.precision,
+            cuda_graphs=model.cuda_graphs,
+        )
 
     def __call__(self, batch: Batch) -> Batch:
         crops = np.array(batch.pop("crop"))  # a copy: Ray's are read-only

@@ -18,8 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from serve.core.id_set import IdSet
-from serve.core.inputs import Item
-from serve.core.remote import Remote, file_system
+from serve.core.inputs import Item, file_system
 from vlv.common.command import Misuse
 from vlv.common.files import atomic_write
 
@@ -97,11 +96,10 @@ def _once(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def _write_unit(store: Store, unit: int, items: list[Item]) -> None:
-    entries = [asdict(item) | {"remote": isinstance(item, Remote)} for item in items]
-    store.write(f"_plan/{unit:06}.json", json.dumps(entries).encode())
+    store.write(f"_plan/{unit:06}.json", json.dumps([asdict(item) for item in items]).encode())
 
 
 def unit_items(store: Store, unit: int) -> list[Item]:
     """Return the images of one unit."""
     entries = json.loads(store.read(f"_plan/{unit:06}.json"))
-    return [(Remote if entry.pop("remote") else Item)(**entry) for entry in entries]
+    return [Item(**{k: v for k, v in entry.items() if k != "remote"}) for entry in entries]  # of an earlier version

@@ -46,6 +46,8 @@ NEEDS = (
     Need("triton", ("triton",), "GPU kernels", ""),
     Need("tensorrt", ("tensorrt-cu13", "tensorrt"), "TensorRT engines", "trt"),
     Need("tensorrt_rtx_bindings", ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"), "TensorRT-RTX engines", "rtx"),
+    Need("gguf", ("gguf",), "the language model for llama.cpp", "edge"),
+    Need("xllamacpp", ("xllamacpp",), "captioning (--engine llamacpp)", "edge"),
     Need("starlette", ("starlette",), "the server", "serve"),
     Need("uvicorn", ("uvicorn",), "the server", "serve"),
     Need("uvloop", ("uvloop",), "the server", "serve"),

@@ -1,88 +1,130 @@
-"""Write a page of image | reconstruction | caption that works offline."""
+"""Write a page to look through and correct captions, which works offline: images, reconstructions, filters, a patch."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import itertools
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from serve.core.inputs import Item
+from serve.core.inputs import Item, key_of
 from serve.outputs.jsonl import explained
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.common import html as pages
 from vlv.common.files import atomic_write
-from vlv.data.image import ImageError, load_crops
+from vlv.data.image import ImageError, load_crop
 
+LIMIT = 10_000  # images on the page
+EMBEDDED = 48  # images that the page itself holds; the others are files beside it
 BATCH = 16  # reconstructions at once
 SIDE = 192  # pixels per side of an image on the page; smaller ones are enlarged by the browser
-
-# what the square of an image is, by its crop
-LABELS = {"center": "centre square", "pad": "image, padded", "squash": "image, squashed", "tiles": "square"}
-
-STYLE = """\
-body { max-width: 84rem; }
-h1 { margin: 0; }
-p.about { margin: .2rem 0 1.5rem; }
-main { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(24.5rem, 1fr)); }
-article { background: var(--card); border-radius: .7rem; padding: .8rem; }
-.pair { display: flex; gap: .6rem; }
-figure { margin: 0; flex: 1; }
-img { width: 100%; aspect-ratio: 1; display: block; border-radius: .4rem; }
-article p { margin: .5rem 0 .2rem; }
-"""
+TEMPLATE = Path(__file__).with_name("gallery.html")
 
 
 def write(
-    page: Path, checkpoint: Checkpoint, items: Iterable[Item], captions: Path, count: int = 48, steps: int = 50
+    page: Path, checkpoint: Checkpoint, items: Iterable[Item], captions: Path, count: int = EMBEDDED, steps: int = 50
 ) -> None:
-    """Write the page for the first `count` items that have a record in `captions`: the squares that the model saw.
+    """Write the page for the first LIMIT items that have a record in `captions`, with `NAME.images/` beside it.
 
-    Images are reconstructed by the checkpoint's text-to-image model in `steps` steps from the same
+    The first `count` images are reconstructed by the checkpoint's text-to-image model in `steps` steps from the same
     embeddings that the captions come from; without that model, the page says so. Raises SinkError.
     """
-    texts = _captions(captions, first := list(itertools.islice(items, count)))
-    labels, crops = [], []
-    for item in first:
-        if item.id in texts:
-            crop, captions_of_squares = texts[item.id]
+    listed = list(itertools.islice(items, LIMIT))
+    records = _records(captions, {item.key for item in listed})
+    captioned, crops = [], []
+    for item in listed:
+        if item.key in records and len(captioned) < count:
             try:
-                pixels = load_crops(item.read(), checkpoint.config.image_size, crop).pixels
+                crops.append(load_crop(item.read(), checkpoint.config.image_size))
+                captioned.append(item)
             except ImageError:  # removed since it was captioned
                 continue
-            for number, (square, caption) in enumerate(zip(pixels, captions_of_squares, strict=False), 1):
-                place = f", square {number} of {len(captions_of_squares)}" if crop == "tiles" else ""
-                labels.append((item.id + place, caption, LABELS[crop]))
-                crops.append(square)
+        elif item.key in records:
+            captioned.append(item)
     images, about = _reconstruct(checkpoint, np.array(crops), steps) if crops else ([], "No image has a caption.")
-    cards = [_card(*label, pixels, image) for label, pixels, image in itertools.zip_longest(labels, crops, images)]
-    style = STYLE + ("img { image-rendering: pixelated; }\n" if checkpoint.config.image_size < SIDE else "")
-    body = "\n".join([f'<p class="about">{about}</p>', "<main>", *cards, "</main>"])
+    if len(captioned) > len(crops):
+        about = f"{len(captioned):,} images. The first {about}"
+    entries = [_entry(records[item.key]) for item in captioned]
+    for entry, crop, image in itertools.zip_longest(entries[: len(crops)], crops, images):
+        entry["image"] = _data(crop)
+        entry["reconstruction"] = None if image is None else _data(image)
     with explained(page):
         page.parent.mkdir(parents=True, exist_ok=True)
+        _write_images(page, list(zip(captioned, entries, strict=True))[len(crops) :])
+        data = json.dumps(entries, ensure_ascii=False).replace("<", "\\u003c")
+        template = TEMPLATE.read_text(encoding="utf-8")
+        style, _, body = template.partition("</style>\n")
+        body = body.replace("%ABOUT%", about).replace("%PATCH%", json.dumps(f"{page.stem}.patch.jsonl"))
+        style = style.removeprefix("<style>\n")
+        style += "img { image-rendering: pixelated; }\n" if checkpoint.config.image_size < SIDE else ""
         with atomic_write(page) as file:
-            file.write_text(pages.page("VLV captions", body, style), encoding="utf-8", errors="replace")
+            text = pages.page("VLV captions", body.replace("%RECORDS%", data), style)
+            file.write_text(text, encoding="utf-8", errors="replace")
 
 
-def _captions(file: Path, items: list[Item]) -> dict[str, tuple[str, list[str]]]:
-    """Return for each item with a record its crop, and the captions of its squares."""
-    ids, texts = {item.id for item in items}, {}
+def _records(file: Path, keys: set[str]) -> dict[str, dict]:
+    """Return the records of images, by their keys."""
+    found = {}
     with open(file, encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            if record["id"] in ids:
-                squares = [tile["caption"] for tile in record.get("tiles", ())] or [record["caption"]]
-                texts[record["id"]] = record.get("crop", "center"), squares
-                if len(texts) == len(ids):
-                    break
-    return texts
+        for record in map(json.loads, lines):
+            if (key := key_of(record["id"], record.get("path"))) in keys:
+                found[key] = record
+    return found
+
+
+def _entry(record: dict) -> dict:
+    return {"id": record["id"], "caption": record["caption"], "cut": record.get("finish_reason") == "length"}
+
+
+def _write_images(page: Path, rest: list[tuple[Item, dict]]) -> None:
+    """Write the images of the entries that have none, as files in `NAME.images/`."""
+    folder = page.with_name(f"{page.stem}.images")
+    for old in folder.glob("[0-9]*.jpg"):
+        old.unlink()
+    if not rest:
+        return
+    folder.mkdir(exist_ok=True)
+    workers = min(len(os.sched_getaffinity(0)), 32, 1 + len(rest) // 500)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        contents: Iterator[bytes | None] = pool.map(thumbnail, [item for item, _ in rest], chunksize=64)
+        for number, ((_, entry), content) in enumerate(zip(rest, contents, strict=True)):
+            if number % 1000 == 0:
+                print(f"gallery: {number} of {len(rest)} images", file=sys.stderr, flush=True)
+            if content:  # else removed since it was captioned
+                (folder / f"{number:06}.jpg").write_bytes(content)
+                entry["image"] = f"{folder.name}/{number:06}.jpg"
+
+
+def thumbnail(item: Item) -> bytes | None:
+    """Return an image as a small JPEG file, None if it cannot be read."""
+    try:
+        return _encoded(load_crop(item.read(), SIDE), "jpeg")
+    except ImageError:
+        return None
+
+
+def _encoded(pixels: np.ndarray, kind: str) -> bytes:
+    """Return an image uint8 [3, S, S] as the content of a file."""
+    image = Image.fromarray(pixels.transpose(1, 2, 0))
+    image.thumbnail((2 * SIDE, 2 * SIDE))
+    stream = io.BytesIO()
+    image.save(stream, kind, **({"optimize": True} if kind == "png" else {"quality": 88}))
+    return stream.getvalue()
+
+
+def _data(pixels: np.ndarray) -> str:
+    """Return an image uint8 [3, S, S] as a URL that contains it; small ones without loss."""
+    kind = "png" if pixels.shape[2] < SIDE else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(_encoded(pixels, kind)).decode()}"
 
 
 def _reconstruct(checkpoint: Checkpoint, crops: np.ndarray, steps: int) -> tuple[list[np.ndarray], str]:
@@ -106,26 +148,4 @@ def _reconstruct(checkpoint: Checkpoint, crops: np.ndarray, steps: int) -> tuple
     return images, (
         f"{len(crops)} images, each beside its reconstruction by the frozen text-to-image model from the {queries} "
         f"embeddings of width {width} that the caption is written from."
-    )
-
-
-def _card(name: str, caption: str, label: str, crop: np.ndarray, image: np.ndarray | None) -> str:
-    figures = _figure(crop, label, caption) + ("" if image is None else _figure(image, "reconstruction", ""))
-    return (
-        f'<article><div class="pair">{figures}</div>'
-        f"<p>{html.escape(caption)}</p><small>{html.escape(name)}</small></article>"
-    )
-
-
-def _figure(pixels: np.ndarray, label: str, alt: str) -> str:
-    """Return an image uint8 [3, S, S] as HTML that contains its data; small ones without loss."""
-    image = Image.fromarray(pixels.transpose(1, 2, 0))
-    kind, options = ("png", {"optimize": True}) if image.width < SIDE else ("jpeg", {"quality": 88})
-    image.thumbnail((2 * SIDE, 2 * SIDE))
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    data = base64.b64encode(stream.getvalue()).decode()
-    return (
-        f'<figure><img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}">'
-        f"<figcaption>{label}</figcaption></figure>"
     )

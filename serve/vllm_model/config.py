@@ -10,6 +10,7 @@ from vlv.common.command import UserError
 
 ARCHITECTURE = "VLVForCaptioning"
 TESTED = ("0.32",)  # minor versions of vLLM, whose classes for multimodal models change between them
+PLACEHOLDER = 0  # what stands in a prompt for an embedding: any token, its own embedding is never used
 ANYWAY = "VLV_ANY_VLLM"  # environment variable: 1 tries another version
 
 
@@ -18,17 +19,20 @@ class VersionError(UserError, ValueError):
 
 
 class CaptionerConfig(PretrainedConfig):
-    """Configure encoder and language model. `encoder`: VLVConfig as a dict; `text_config`: the language model's."""
+    """Configure encoder and language model. `encoder`: VLVConfig as a dict; `text_config`: the language model's.
+
+    `loads_encoder`: False for a model that gets embeddings and no images.
+    """
 
     model_type = "vlv"
     has_no_defaults_at_init = True
 
-    def __init__(self, encoder: dict, text_config: dict | PretrainedConfig, **kwargs):
+    def __init__(self, encoder: dict, text_config: dict | PretrainedConfig, loads_encoder: bool = True, **kwargs):
         """Read the configuration. Raises VersionError for a version of vLLM that was not tested."""
         require_tested()
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.encoder, self.text_config = encoder, text_config
+        self.encoder, self.text_config, self.loads_encoder = encoder, text_config, loads_encoder
         super().__init__(**kwargs)
 
 

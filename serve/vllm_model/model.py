@@ -18,6 +18,8 @@ from vllm.model_executor.models.interfaces import SupportsMultiModal
 from vllm.model_executor.models.utils import init_vllm_registered_model
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.media import MediaWithBytes
+from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -27,14 +29,30 @@ from vllm.multimodal.processing import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from serve.vllm_model.config import CaptionerConfig
-from vlv.data.decoding.crop import center
-from vlv.data.image import MAX_PIXELS
+from serve.vllm_model.config import PLACEHOLDER, CaptionerConfig
+from serve.vllm_model.requests import FIELDS
+from vlv.data.image import crop_image, load_crop
 from vlv.model.config import VLVConfig
 from vlv.model.encoder import VLVEncoder
 
 LLM = "llm."  # prefix of the language model's tensors while they are loaded
-PLACEHOLDER = 0  # any token: its embedding is never used
+BATCH = 32  # images that the encoder takes at once
+
+
+class Parser(MultiModalDataParser):
+    """Read images as every other command does: into crops, with ICC profiles, orientation and 16 bits applied."""
+
+    def __init__(self, size: int):
+        """`size`: pixels of a crop's side."""
+        super().__init__()
+        self._size = size
+
+    def _parse_image_data(self, data) -> ImageProcessorItems | None:
+        if data is None or self.is_embeddings(data):
+            return super()._parse_image_data(data)
+        is_array = isinstance(data, np.ndarray | Tensor)
+        one = isinstance(data, Image.Image | MediaWithBytes) or (is_array and data.ndim < 4)
+        return ImageProcessorItems([_crop(image, self._size) for image in ([data] if one else data)])
 
 
 class Info(BaseProcessingInfo):
@@ -43,6 +61,9 @@ class Info(BaseProcessingInfo):
     @property
     def encoder(self) -> VLVConfig:
         return VLVConfig.from_dict(self.ctx.get_hf_config(CaptionerConfig).encoder)
+
+    def get_data_parser(self) -> MultiModalDataParser:
+        return Parser(self.encoder.image_size)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": 1}
@@ -63,15 +84,13 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):
 
 
 class Processor(BaseMultiModalProcessor[Info]):
-    """Turn an image into its uint8 crop, and the prompt into the placeholders of its embeddings."""
+    """Pass on the crop of an image, and turn the prompt into the placeholders of its embeddings."""
 
     def _call_hf_processor(self, hf_data: Mapping, hf_kwargs: Mapping) -> BatchFeature:
-        size = self.info.encoder.image_size
-        crops = np.stack([_crop(image, size) for image in hf_data["images"]])
-        return BatchFeature({"crops": torch.from_numpy(crops).permute(0, 3, 1, 2)})
+        return BatchFeature({"crops": torch.from_numpy(np.stack(hf_data["images"]))})
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
-        return {"crops": MultiModalFieldConfig.batched("image")}
+        return FIELDS
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
         """Drop the text: the language model has learned to continue embeddings alone."""
@@ -82,28 +101,27 @@ class Processor(BaseMultiModalProcessor[Info]):
         return [PromptInsertion("image", PromptIndexTargets.start(), tokens)]
 
 
-def _crop(image: Image.Image | np.ndarray | Tensor, size: int) -> np.ndarray:
-    """Return the crop of vlv.data.image.load_crop, uint8 [size, size, 3]. Raises ValueError if it is no image.
+def _crop(image: Image.Image | MediaWithBytes | np.ndarray | Tensor, size: int) -> np.ndarray:
+    """Return the crop of vlv.data.image.load_crop, uint8 [3, size, size]. Raises ImageError or ValueError.
 
-    vLLM has decoded a file, applied its orientation, composed it with white and converted it to RGB; it passes arrays
-    through unchanged.
+    vLLM has decoded a file that it has read, and keeps its content; it is decoded again where vLLM has changed its
+    mode, or not applied its profile.
     """
-    if not isinstance(image, Image.Image):
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(
-                f"an image is a PIL image or uint8 [height, width, 3], not {image.dtype} {list(image.shape)}"
-            )
-        image = Image.fromarray(image)
-    return np.asarray(center(image, size, MAX_PIXELS))
+    if isinstance(image, MediaWithBytes):
+        if image.io_config or image.media.info.get("icc_profile"):
+            return load_crop(image.original_bytes, size)
+        image = image.media
+    if isinstance(image, Image.Image):
+        return crop_image(image, size)
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image is a PIL image or uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
+    return crop_image(Image.fromarray(image), size)
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=DummyInputs)
 class VLVForCaptioning(nn.Module, SupportsMultiModal):
     """Hold the encoder of the checkpoint, and its language model as vLLM runs it."""
-
-    # files of the folder: the encoder's first, then the language model's (below)
-    allow_patterns_overrides = ("encoder.safetensors",)
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -115,15 +133,21 @@ class VLVForCaptioning(nn.Module, SupportsMultiModal):
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
         model, config = vllm_config.model_config, vllm_config.model_config.hf_config
-        self.secondary_weights = (DefaultModelLoader.Source(model.model, model.revision, "llm", LLM),)
-        with self._mark_tower_model(vllm_config, "image"):
-            self.encoder = VLVEncoder(VLVConfig.from_dict(config.encoder)).requires_grad_(False)
+        self.encoder = None
+        if config.loads_encoder:
+            # files of the folder: the encoder's first, then the language model's
+            self.allow_patterns_overrides = ("encoder.safetensors",)
+            self.secondary_weights = (DefaultModelLoader.Source(model.model, model.revision, "llm", LLM),)
+            with self._mark_tower_model(vllm_config, "image"):
+                self.encoder = VLVEncoder(VLVConfig.from_dict(config.encoder)).requires_grad_(False)
         with self._mark_language_model(vllm_config):
             # without a prefix: a quantised folder names its layers as if it were loaded alone
             self.language_model = init_vllm_registered_model(vllm_config, prefix=prefix, hf_config=config.text_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load both parts; return the names of the loaded parameters, which vLLM compares with its own list."""
+        if self.encoder is None:
+            return {f"language_model.{name}" for name in self.language_model.load_weights(weights)}
         encoder = {}
 
         def of_llm():
@@ -140,8 +164,10 @@ class VLVForCaptioning(nn.Module, SupportsMultiModal):
         return {f"language_model.{name}" for name in loaded} | {f"encoder.{name}" for name in encoder}
 
     def embed_multimodal(self, **kwargs) -> Tensor:
-        """Return prompt embeddings [B, queries, llm_width] of crops: uint8 [B, 3, S, S]."""
-        return self.encoder(kwargs["crops"])
+        """Return prompt embeddings [B, queries, llm_width] of crops uint8 [B, 3, S, S], or `embeds` as they are."""
+        if self.encoder is None:
+            return kwargs["embeds"]
+        return torch.cat([self.encoder(crops) for crops in kwargs["crops"].split(BATCH)])
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs) -> Tensor:
         """Return hidden states [T, llm_width] of the tokens of all requests, concatenated."""

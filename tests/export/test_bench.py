@@ -12,7 +12,8 @@ from tests.export.conftest import BUNDLED
 def test_one_run(artifacts, tmp_path, capsys):
     out = tmp_path / "bench.json"
     args = ["--artifacts", str(artifacts), "--ckpt", str(BUNDLED), "--out", str(out), "--repeats", "3"]
-    assert bench.main([*args, "--runtimes", "torch", "onnx", "onnx-cuda", "--batches", "1", "2", "9"]) == 0
+    runtimes = ["torch", "torch.graphs", "onnx", "onnx-cuda"]
+    assert bench.main([*args, "--runtimes", *runtimes, "--batches", "1", "2", "9"]) == 0
     result = json.loads(out.read_text())
     assert [(row["runtime"], row["batch"]) for row in result["runs"][:4]] == [
         ("torch", 1), ("onnx", 1), ("torch", 2), ("onnx", 2),
@@ -25,7 +26,7 @@ def test_one_run(artifacts, tmp_path, capsys):
     assert len(capsys.readouterr().out.strip().splitlines()) == 1 + len(result["runs"])
     import torch
 
-    assert torch.cuda.is_available() or "onnx-cuda" in result["missing"]
+    assert torch.cuda.is_available() or {"onnx-cuda", "torch.graphs"} == set(result["missing"])
 
 
 def test_quantiles():

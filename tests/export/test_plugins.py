@@ -22,8 +22,6 @@ from export.runtimes.base import RuntimeUnavailable
 from export.runtimes.tensorrt import pad_batch
 from kernels.attention import attention
 from kernels.cross_attention import cross_attention
-from kernels.geglu import geglu
-from kernels.groupnorm_silu import groupnorm_silu
 from kernels.tensorrt.onnx_nodes import OPERATIONS
 from kernels.upsample_normalize import bicubic_matrix, upsample_normalize
 from vlv.model.config import DaViTConfig
@@ -44,16 +42,14 @@ class Toy(graphs.Graph):
     def __init__(self):
         super().__init__()
         self.tower = DaViT(DaViTConfig((32,), (1,), (2,), (1,), (3,), (2,), (1,), (False,), 4))
-        self.norm = torch.nn.GroupNorm(4, 32)
-        self.wide = torch.nn.Linear(32, 64)
+        self.norm = torch.nn.LayerNorm(32)
         for name, value in zip(self.constants, (bicubic_matrix(4, 8), torch.rand(3), torch.rand(3) + 1), strict=True):
             self.register_buffer(name, value)
 
     def forward(self, image: Tensor, pixels: Tensor) -> Tensor:
         large = upsample_normalize(pixels, self.resize, self.mean, self.std, self.dtype)
         x = self.tower(torch.cat([image.to(self.dtype), large], 1))
-        x = groupnorm_silu(x.permute(0, 3, 1, 2), 4, self.norm.weight, self.norm.bias).permute(0, 2, 3, 1)
-        heads = geglu(self.wide(x.flatten(1, 2))).unflatten(-1, (2, 16))
+        heads = self.norm(x).flatten(1, 2).unflatten(-1, (2, 16))
         heads = cross_attention(heads, heads[:, :7], heads[:, :7]).transpose(1, 2)
         return attention(heads, heads, heads, True).transpose(1, 2).flatten(2)
 
@@ -105,11 +101,11 @@ def test_onnx_runtime_runs_the_nodes_as_their_plain_twin(toy, twins):
 
 
 def test_a_node_a_kernel_is_left(twins, built):
-    """Channel attention and GroupNorm become two, all others one; nothing is left without its source."""
+    """Channel attention becomes two, all others one; nothing is left without its source."""
     model, made = built
     nodes = [node for node in model.graph if node.domain == "vlv"]
     before = operations(twins["nodes"])
-    assert len(nodes) == len(before) + sum(name.startswith(("channel_attention", "groupnorm")) for name in before)
+    assert len(nodes) == len(before) + sum(name.startswith("channel_attention") for name in before)
     assert not model.functions and {node.op_type for node in nodes} == set(made)
     assert [tuple(value.shape) for value in model.graph.inputs] == [(BATCH, 9, 8, 3), (BATCH, 3, 4, 4)]
     for node in nodes:
@@ -128,14 +124,12 @@ def test_a_node_a_kernel_is_left(twins, built):
 
 
 ENCODER = {"upsample_normalize", "window_attention", "channel_attention", "dwconv_norm", "attention"}
-UNET = {"groupnorm_silu", "geglu", "attention", "cross_attention"}
+UNET = {"attention", "cross_attention"}
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"), [("encoder", ENCODER), ("unet", UNET), ("vae_decoder", {"groupnorm_silu"})]
-)
+@pytest.mark.parametrize(("name", "expected"), [("encoder", ENCODER), ("unet", UNET)])
 def test_a_component_of_a_checkpoint(artifacts, checkpoint, tmp_path, name, expected):
-    """Everything that we have a kernel for is one of ours: no plain norm and no plain attention is left."""
+    """Everything that we have a kernel for is one of ours: no plain attention is left."""
     import onnx
 
     graph = Manifest.open(artifacts).checked(name)
@@ -143,11 +137,12 @@ def test_a_component_of_a_checkpoint(artifacts, checkpoint, tmp_path, name, expe
     assert set(operations(file)) == set(made) and all("sm_90a" in kernel.ptx for kernel in made.values())
     assert {kernel.kernel.split(".")[0] for kernel in made.values()} == expected
     plain = {node.op_type for node in onnx.load(file).graph.node if node.domain != "vlv"}
-    assert not plain & {"GroupNormalization", "InstanceNormalization", "Softmax"}
+    assert "Softmax" not in plain
 
 
-def test_a_component_with_nothing_to_fuse(artifacts, checkpoint, tmp_path):
-    graph = Manifest.open(artifacts).checked("context_kv")
+@pytest.mark.parametrize("name", ["context_kv", "vae_decoder"])
+def test_a_component_with_nothing_to_fuse(artifacts, checkpoint, tmp_path, name):
+    graph = Manifest.open(artifacts).checked(name)
     assert plugins.make(checkpoint, graph, tmp_path, artifacts / graph.main_file, "sm90") is None
 
 
@@ -178,7 +173,7 @@ def test_shapes_that_are_not_known_are_refused():
 
     x = onnx_ir.Value(name="x", shape=onnx_ir.Shape(["batch", "n", 4]), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
     with pytest.raises(ValueError, match="shape of x is not known"):
-        plugins.Signature.of(onnx_ir.node("geglu", [x], domain="vlv", name="node"))
+        plugins.Signature.of(onnx_ir.node("attention", [x], domain="vlv", name="node"))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 
+import torch
+
 from serve.vllm_caption import main
 from tests.export.conftest import BUNDLED
 
@@ -22,6 +24,8 @@ def test_captions_are_pytorchs(artifacts, scene_images, tmp_path):
     code, expected = caption(tmp_path, "torch", scene_images)
     assert code == 0 and len(set(expected.values())) > 1
     assert caption(tmp_path, "onnx", scene_images, "--encoder", "onnx", "--artifacts", artifacts) == (0, expected)
+    code, rounded = caption(tmp_path, "fp8", scene_images, "--precision", "fp8-emulated")
+    assert code == 0 and sum(rounded[image] == expected[image] for image in expected) >= 60
 
 
 def test_what_does_not_belong_is_refused(copied, scene_images, tmp_path, capsys):
@@ -32,6 +36,9 @@ def test_what_does_not_belong_is_refused(copied, scene_images, tmp_path, capsys)
     assert caption(tmp_path, "c", image, "--encoder", "onnx", "--artifacts", tmp_path)[0] == 2
     assert "--artifacts: no artifacts in" in capsys.readouterr().err
     assert caption(tmp_path, "d", image, "--encoder", "rtx", "--artifacts", copied)[0] == 1
+    if not torch.cuda.is_available():
+        assert caption(tmp_path, "f", image, "--precision", "fp8")[0] == 1
+        assert "--precision fp8 needs a GPU that multiplies 8-bit floats" in capsys.readouterr().err
     os.truncate(copied / "encoder.onnx", 10)
     assert caption(tmp_path, "e", image, "--encoder", "onnx", "--artifacts", copied)[0] == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -35,7 +35,8 @@ needs_triton = pytest.mark.skipif(
 
 
 def start(**args) -> Launch:
-    return Launch("geglu.forward", "f8", lambda meta: (3, cdiv(args["width"], meta["BLOCK"])), args, {"BLOCK": 4}, {})
+    grid = lambda meta: (3, cdiv(args["width"], meta["BLOCK"]))  # noqa: E731
+    return Launch("add_norm.forward", "c8", grid, args, {"BLOCK": 4}, {})
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def built(tmp_path_factory) -> Path:
     everything = aot_cases.launches
 
     def few(*args):
-        return {key: one for key, one in everything(*args).items() if one.kernel == "geglu.forward"}
+        return {key: one for key, one in everything(*args).items() if one.kernel == "cross_attention.forward"}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "launches", few)
@@ -86,7 +87,7 @@ def test_missing_builds_are_named(tmp_path):
     builds = aot_loader.Builds(tmp_path)
     with pytest.raises(KeyError, match="not for this GPU's sm90"):
         builds.entry(start(width=8), "sm90")
-    with pytest.raises(KeyError, match=r"no build of geglu\.forward width=i32 BLOCK=4"):
+    with pytest.raises(KeyError, match=r"no build of add_norm\.forward width=i32 BLOCK=4"):
         builds.entry(start(width=8), "sm80")
 
 

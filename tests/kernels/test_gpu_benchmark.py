@@ -25,9 +25,15 @@ def test_dry_run_checks_every_operation_and_both_models(tmp_path):
     tuned = (ROOT / "kernels/tuned.json").read_bytes()
     done = run("--dry-run", "--out", tmp_path / "kernels.json")
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "kernels.json").read_text())["results"]
+    report = json.loads((tmp_path / "kernels.json").read_text())
+    assert {"ours graph", "ours graph batch 1", "fp8 eager", "fp8 graph"} <= {one["name"] for one in report["encoder"]}
+    checks = {one["name"]: one for one in report["checks"]}
+    assert all(one["correct"] for one in checks.values())
+    assert checks["encoder fp8"]["rms"] > checks["encoder"]["rms"] and checks["encoder, ours graph"]["graphs"] == [1, 2]
+    results = report["results"]
     names = {result["name"].split()[0] for result in results}
-    assert {"window_attention", "attention", "upsample_normalize", "encoder", "unet", "linear"} < names
+    operations = {"window_attention", "attention", "upsample_normalize", "linear", "add_norm", "fp8_linear"}
+    assert {"encoder", "unet", *operations} < names
     assert len(names) == 11
     assert all(result["correct"] and result["milliseconds"] for result in results)
     assert "ms" not in done.stdout  # a dry run shows no figure
@@ -35,8 +41,8 @@ def test_dry_run_checks_every_operation_and_both_models(tmp_path):
 
 
 def test_tuning_tries_every_candidate(tmp_path):
-    done = run("--dry-run", "--tune", "--only", "geglu", "--out", tmp_path / "kernels.json")
-    assert done.returncode == 0 and "tuned geglu.forward f32" in done.stdout, done.stdout + done.stderr
+    done = run("--dry-run", "--tune", "--only", "upsample", "--out", tmp_path / "kernels.json")
+    assert done.returncode == 0 and "tuned upsample_normalize.forward t8" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_budget_skips_what_does_not_fit_and_keeps_what_was_measured(tmp_path):

@@ -63,13 +63,13 @@ def test_no_room_at_all_is_an_error(start):
 def test_an_entry_of_the_gpu_comes_before_its_architecture(monkeypatch):
     entry = {"BLOCK": 1, "num_warps": 1, "num_stages": 1}
     table = {
-        name: {"kernels": {"geglu.forward": {"f8": {"config": {**entry, "BLOCK": block}}}}}
-        for name, block in (("NVIDIA X", 512), ("sm90", 256))
+        name: {"kernels": {"upsample_normalize.forward": {"t8": {"config": {**entry, "BLOCK": block}}}}}
+        for name, block in (("NVIDIA X", 512), ("sm90", 128))
     }
     monkeypatch.setattr(tuning, "table", lambda: table)
-    for name, shape, block in (("NVIDIA X", "f8", 512), ("another", "f8", 256), ("another", "f9", 1024)):
+    for name, shape, block in (("NVIDIA X", "t8", 512), ("another", "t8", 128), ("another", "t9", 256)):
         monkeypatch.setattr(tuning, "_names", lambda index, name=name: (name, "sm90"))
-        assert tuning.config("geglu.forward", shape, torch.device("cuda", 0))[0] == {"BLOCK": block}
+        assert tuning.config("upsample_normalize.forward", shape, torch.device("cuda", 0))[0] == {"BLOCK": block}
 
 
 def test_committed_configurations_are_candidates():

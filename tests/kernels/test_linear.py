@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.fp8_linear import Fp8Linear, fp8_linear_reference, quantize_rows_reference, scaled_product
 from kernels.linear import Linear, gelu_epilogue, linear, linear_reference
 from kernels.runtime import tuning
 
@@ -78,3 +79,41 @@ def test_the_epilogue_is_chosen_by_tuned_json(monkeypatch):
     monkeypatch.setattr(tuning, "_names", lambda index: ("GPU", "sm90"))
     assert tuning.tuned_constant("linear.gelu", "k256n1024", "EPILOGUE", 0) == 1
     assert tuning.tuned_constant("linear.gelu", "k512n2048", "EPILOGUE", 0) == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_of_8_bit_floats_is_its_reference(bias):
+    """torch._scaled_mm, here in its version for CPUs: layout of weights and scales, and the sum's rounding."""
+    torch.manual_seed(0)
+    x, scale = quantize_rows_reference(torch.randn(2, 5, 64))
+    weight, weight_scale = quantize_rows_reference(torch.randn(48, 64) * torch.logspace(-2, 2, 48)[:, None])
+    more = torch.randn(48).bfloat16() if bias else None
+    try:
+        found = scaled_product(x, scale, weight, weight_scale, more)
+    except RuntimeError as error:
+        if "only supports per-tensor" not in str(error):
+            raise
+        pytest.skip("this torch multiplies rows with scales of their own on GPUs alone: pip install torch==2.13.0")
+    exact = (x.double() * scale) @ (weight.double() * weight_scale).T + (more.double() if bias else 0)
+    assert found.shape == (2, 5, 48) and found.dtype == torch.bfloat16
+    for result in (found, fp8_linear_reference(x, scale, weight, weight_scale, more)):
+        assert ((result.double() - exact).abs() <= 2**-6 * exact.abs().amax((0, 1)) + 2**-7).all()
+
+
+def test_an_fp8_layer_is_close_to_its_layer_and_half_as_large():
+    """Three bits behind the leading one: rounding errs by 2**-4 / sqrt(3) at most, in either operand."""
+    torch.manual_seed(0)
+    plain, x = Linear(256, 128).requires_grad_(False), torch.randn(64, 256)
+    layer = Fp8Linear(plain)
+    error = (layer(x) - plain(x)).square().mean().sqrt() / plain(x).square().mean().sqrt()
+    assert 0.02 < error < 2**-4 / 3**0.5 * 2**0.5
+    assert layer.weight.element_size() == 1 and not list(layer.parameters())
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert Fp8Linear.takes(plain) and not Fp8Linear.takes(Linear(24, 16)) and not Fp8Linear.takes(Linear(16, 24))
+
+
+def test_an_fp8_layer_compiles_whole():
+    layer, x = Fp8Linear(Linear(32, 16).requires_grad_(False)), torch.randn(3, 32)
+    layer.gelu_before = True
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), layer(x))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels.channel_attention import channel_attention_op
-from kernels.geglu import geglu_op
+from kernels.cross_attention import cross_attention_op
 from kernels.tensorrt.plugin import plugin_kernels, without_scratch
 from kernels.window_attention import window_attention_op
 
@@ -28,7 +28,7 @@ def kernels_of(op, inputs: list[torch.Tensor], *numbers: int):
 @pytest.mark.parametrize(
     "op, inputs, numbers, grid",
     [
-        (geglu_op, [empty(3, 7, 90)], (), (21, 1, 1)),
+        (cross_attention_op, [empty(2, 70, 3, 16), empty(2, 7, 3, 16), empty(2, 7, 3, 16)], (), (2, 3, 2)),
         (window_attention_op, [empty(2, 8, 6, 48), empty(48)], (1, 4), (4, 1, 2)),
     ],
 )
@@ -55,9 +55,9 @@ def test_two_kernels_share_what_lies_between():
 
 
 def test_views_are_refused():
-    x = empty(2, 7, 90)
+    x = empty(2, 7, 3, 16)
     with pytest.raises(ValueError, match="no whole tensor"):
-        plugin_kernels(lambda: geglu_op._init_fn(x[1:]), [x], 80)
+        plugin_kernels(lambda: cross_attention_op._init_fn(x[1:], x, x), [x], 80)
 
 
 def test_used_scratch_memory_is_refused():

@@ -191,6 +191,35 @@ def test_text_files_alone(captioning_checkpoint, scene_images, tmp_path, capsys,
     assert code == 2 and stderr.startswith("error: --template 'no place': expected a text with {caption}")
 
 
+def test_a_gallery_and_the_patch_of_its_edits(caption, scene_images, tmp_path):
+    """The same command with the patch corrects records, writes text files again, and captions nothing."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(3):
+        shutil.copy(scene_images / f"{i:02}.png", folder)
+    flags = [folder, "--format", "txt"]
+    code, records, *_ = caption(*flags, "--gallery", tmp_path / "g.html")
+    assert code == 0 and all(json.dumps(record["caption"]) in (tmp_path / "g.html").read_text() for record in records)
+    edit = {"id": records[0]["id"], "before": records[0]["caption"], "caption": "Mine."}
+    (tmp_path / "p.jsonl").write_text(json.dumps(edit) + "\n" + json.dumps({**edit, "id": "gone"}) + "\n")
+    code, after, _, stderr = caption(*flags, "--patch", tmp_path / "p.jsonl")
+    assert code == 0 and "1 captions corrected; 1 of the patch were not as the page showed them" in stderr
+    assert [record["caption"] for record in after] == ["Mine.", *(record["caption"] for record in records[1:])]
+    assert Path(records[0]["path"]).with_suffix(".txt").read_text() == "Mine.\n"
+    code, *_, stderr = caption(folder, "--format", "parquet", "--patch", "p", output=tmp_path / "c.parquet")
+    assert code == 2 and "which --patch edits: give -o a file" in stderr
+
+
+def test_truncated_images_are_captioned_where_that_is_asked_for(caption, tmp_path):
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8))
+    content = encode(pixels, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    code, records, errors, _ = caption(tmp_path / "cut.jpg")
+    assert (code, records, [error["kind"] for error in errors]) == (1, [], ["damaged"])
+    code, records, *_ = caption(tmp_path / "cut.jpg", "--lenient", output=tmp_path / "lenient.jsonl")
+    assert code == 0 and len(records) == 1 and "--lenient" in records[0]["flags"]
+
+
 def test_a_dry_run_loads_nothing(scene_images, tmp_path, capsys):
     (tmp_path / "a.psd").write_bytes(b"")
     for i in range(3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import serve
-from serve.command import engine_arguments, model_arguments, open_model
+from serve.command import engine_arguments, model_arguments, open_model, placement_arguments
+from serve.core.model import CACHES
 from serve.engines.base import OptionError
 from vlv.common.command import Misuse, Parser, explain, run_command
 
@@ -58,7 +60,7 @@ def test_the_package_lists_its_commands():
 
 
 def parse(*args) -> argparse.Namespace:
-    p = Parser(parents=[model_arguments(in_flight=7), engine_arguments()])
+    p = Parser(parents=[model_arguments(in_flight=7), engine_arguments(), placement_arguments()])
     p.set_defaults(debug=False)
     return p.parse_args([str(arg) for arg in args])
 
@@ -67,23 +69,52 @@ def test_arguments_become_a_model_and_its_engine(captioning_checkpoint):
     model = open_model(parse("--ckpt", captioning_checkpoint, "--max-tokens", 9, "--llm-url", "http://127.0.0.1:1"))
     engine = model.engine()
     assert (engine.name, engine.in_flight, engine.max_tokens) == ("remote", 7, 9)
+    assert (model.options.precision, model.options.cuda_graphs) == (None, True)
     assert engine.options.url == "http://127.0.0.1:1" and engine.spec == model.spec
     assert model.engine() is not engine
     with pytest.raises(OptionError, match="--lora does not go with --engine transformers"):
         open_model(parse("--ckpt", captioning_checkpoint, "--engine", "transformers", "--lora", "x")).engine()
+    with pytest.raises(OptionError, match="--llm-dtype does not go with --engine transformers"):
+        open_model(
+            parse("--ckpt", captioning_checkpoint, "--engine", "transformers", "--llm-dtype", "float16")
+        ).engine()
+    model = open_model(parse("--ckpt", captioning_checkpoint, "--llm-dtype", "bfloat16"))
+    assert model.engine().options.dtype == "bfloat16" and model.flags == "--llm-dtype bfloat16"
     with pytest.raises(OptionError, match="--engine remote needs --llm-url"):
         open_model(parse("--ckpt", captioning_checkpoint, "--engine", "remote")).engine()
     with pytest.raises(OptionError, match=r"--lora: /absent/adapter_config\.json does not describe a LoRA adapter"):
         open_model(parse("--ckpt", captioning_checkpoint, "--lora", "/absent")).engine()
 
 
+def test_what_changes_captions_is_in_their_flags(captioning_checkpoint):
+    given = ("--ckpt", captioning_checkpoint, "--llm-quantization", "fp8", "--kv-cache-dtype", "fp8", "--ignore-icc")
+    model = open_model(parse(*given, "--encoder-placement", "inline"))
+    assert model.flags == "--llm-quantization fp8 --kv-cache-dtype fp8 --ignore-icc"  # a placement changes nothing
+    assert (model.engine().options.quantization, model.engine().options.placement) == ("fp8", "inline")
+    assert open_model(parse("--ckpt", captioning_checkpoint)).flags == ""
+
+
+def test_one_folder_for_all_caches(captioning_checkpoint, tmp_path, monkeypatch):
+    for name in CACHES:
+        monkeypatch.setenv(name, "/elsewhere")
+    monkeypatch.chdir(tmp_path)
+    open_model(parse("--ckpt", captioning_checkpoint, "--cache", "kept"))
+    assert os.environ["VLLM_CACHE_ROOT"] == f"{tmp_path}/kept/vllm"
+    assert os.environ["XDG_CACHE_HOME"] == f"{tmp_path}/kept"
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (
+            ("--encoder-placement", "engine", "--encoder", "onnx", "--artifacts", "/absent"),
+            "--encoder onnx runs in our",
+        ),
         (("--max-tokens", 10**6), "--max-tokens: 1000000 tokens a caption"),
         (("--encoder", "onnx"), "--encoder onnx and --artifacts: an exported encoder needs both"),
         (("--artifacts", "/absent"), "--encoder torch and --artifacts"),
         (("--encoder", "onnx", "--artifacts", "/absent"), "--artifacts: no artifacts in /absent"),
+        (("--encoder", "onnx", "--artifacts", "/absent", "--precision", "fp8"), "--precision fp8 and --encoder onnx"),
     ],
 )
 def test_arguments_that_do_not_fit(captioning_checkpoint, args, words):

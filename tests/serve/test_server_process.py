@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from serve.server import main
+from vlv.common.files import link_tree
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,3 +134,35 @@ def test_arguments_that_are_refused(captioning_checkpoint, tmp_path, capsys):
     key = capsys.readouterr().out.strip()
     assert key.startswith("vlv-") and key not in file.read_text() and '"concurrent": 3' in file.read_text()
     assert main(["--new-key", "me", "--keys", str(file)]) == 2 and "has a key 'me' already" in capsys.readouterr().err
+
+
+def test_a_warm_up_fills_the_caches_and_ends(captioning_checkpoint, tmp_path):
+    """With vLLM, which keeps there what it has learned of the model's class; nothing listens, and nothing is left."""
+    pytest.importorskip("vllm")
+    cache, out = tmp_path / "cache", tmp_path / "log"
+    command = [sys.executable, "-m", "serve.server", "--ckpt", captioning_checkpoint, "--cache", cache, "--warm"]
+    env = {name: value for name, value in os.environ.items() if name != "VLLM_CACHE_ROOT"}
+    with out.open("w") as log:
+        done = subprocess.run(
+            [*map(str, command), "--prompt-batch", "2", "--workers", "1", "--in-flight", "4"],
+            cwd=ROOT,
+            env=env,
+            stderr=log,
+            timeout=300,
+        )
+    assert done.returncode == 0, out.read_text()
+    assert [file for file in (cache / "vllm").rglob("*") if file.is_file()]
+
+
+def test_a_warm_up_that_fails_says_why(captioning_checkpoint, tmp_path, capfd):
+    link_tree(captioning_checkpoint, tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "llm" / "model.safetensors").unlink()
+    words = ["--ckpt", tmp_path / "ckpt", "--engine", "transformers", "--workers", "1", "--warm"]
+    assert main([str(word) for word in words]) == 1
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "holds no weights" in lines[0]
+
+
+def test_the_server_returns_embeddings(captioning_checkpoint, capsys):
+    assert main(["--ckpt", str(captioning_checkpoint), "--encoder-placement", "engine"]) == 2
+    assert "--encoder-placement engine keeps the embeddings in vLLM" in capsys.readouterr().err

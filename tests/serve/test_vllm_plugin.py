@@ -24,6 +24,7 @@ pytest.importorskip("vllm")
 
 from serve import vllm_caption, vllm_plugin
 from serve.vllm_model.folder import write
+from tests.vlv.data.pixel_cases import PROFILES
 from vlv.checkpoints.folder import Checkpoint
 from vlv.model.captioner import clean_caption
 
@@ -32,7 +33,8 @@ SCENES = 16
 
 @pytest.fixture(scope="module")
 def images(scene_images, tmp_path_factory) -> list[Path]:
-    """Scenes, and the first of them stored as a camera, a paint program and a website would."""
+    """The first scene stored as a camera, a paint program, a website and a scanner would, and many scenes."""
+    import numpy as np
     from PIL import Image
 
     folder, first = tmp_path_factory.mktemp("odd"), Image.open(scene_images / "00.png")
@@ -42,6 +44,8 @@ def images(scene_images, tmp_path_factory) -> list[Path]:
     wide.save(folder / "turned.jpg", exif=turned)
     wide.convert("P").save(folder / "palette.png", transparency=3)
     wide.convert("L").save(folder / "grey.webp", lossless=True)
+    wide.save(folder / "profile.png", icc_profile=PROFILES["wide"])
+    Image.fromarray(np.asarray(wide.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
     return [*sorted(scene_images.glob("*.png"))[:SCENES], *sorted(folder.iterdir())]
 
 
@@ -150,8 +154,9 @@ def test_the_documented_server_captions_and_cleans(documented, captioning_checkp
     from vlv.data.image import load_crop
     from vlv.model.captioner import Captioner
 
+    images = images[:4] + [image for image in images if image.stem in ("deep", "profile", "turned")]
     captioner = Captioner.load(Checkpoint.open(captioning_checkpoint))
-    crops = np.stack([load_crop(image, captioner.encoder.config.image_size) for image in images[:4]])
+    crops = np.stack([load_crop(image, captioner.encoder.config.image_size) for image in images])
     expected = captioner.captions(torch.from_numpy(crops), max_new_tokens=15)
     client = openai.OpenAI(base_url=documented + "/v1", api_key="none", max_retries=0)
 

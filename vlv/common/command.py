@@ -31,6 +31,8 @@ INSTALL = {
     "pycocoevalcap": "pip install --no-deps pycocoevalcap",
     "ray": 'pip install "ray[data,serve]"',
     "onnxruntime": "pip install onnx onnxscript onnxruntime",
+    "gguf": "pip install gguf",
+    "xllamacpp": "pip install --no-deps xllamacpp==2026.10.11549",
     "vllm": "pip install vllm, or without a GPU: pip install --no-deps -r requirements/cpu.lock",
 }  # --no-deps where the dependencies would bring another build of torch
 

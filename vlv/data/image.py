@@ -101,15 +101,7 @@ def load_crops(
     Raises ImageError.
     """
     with _quiet():
-        image = _load(source, max_pixels)
-        profile = None if ignore_icc else image.info.get("icc_profile")
-        transform = None if image.has_transparency_data else srgb_transform(profile, image.mode)
-        if transform is None:
-            parts = squares(_rgb(image, profile), size, crop, max_pixels)
-        else:  # the squares have far fewer pixels to convert
-            parts = [ImageCms.applyTransform(part, transform) for part in squares(image, size, crop, max_pixels)]
-    pixels = np.stack([np.asarray(padded(part, size)).transpose(2, 0, 1) for part in parts])
-    return Crops(pixels, boxes(*image.size, crop))
+        return _crops(_load(source, max_pixels), size, crop, max_pixels, ignore_icc)
 
 
 def load_crop(
@@ -120,6 +112,20 @@ def load_crop(
     Raises ImageError.
     """
     return load_crops(source, size, "center", max_pixels, ignore_icc).pixels[0]
+
+
+def crop_image(image: Image.Image, size: int) -> np.ndarray:
+    """Return the centre square of an image that Pillow has opened, as `load_crop` does of its file.
+
+    Only what Pillow decodes otherwise than `load_crop` (some TIFF and damaged files) may differ. Raises ImageError.
+    """
+    with _quiet():
+        _require_size(image.width, image.height, MAX_PIXELS)
+        try:
+            upright = _eight_bits(_upright(image))
+        except Exception as error:  # it is decoded only now
+            raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {error}") from error
+        return _crops(upright, size, "center", MAX_PIXELS, ignore_icc=False).pixels[0]
 
 
 def decode(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False) -> Image.Image:
@@ -299,6 +305,18 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # damaged EXIF says nothing about the pixels
         return image
     return image if turn is None else image.transpose(turn)
+
+
+def _crops(image: Image.Image, size: int, crop: str, max_pixels: int, ignore_icc: bool) -> Crops:
+    """Return the squares of an upright image in a mode of 8 bits."""
+    profile = None if ignore_icc else image.info.get("icc_profile")
+    transform = None if image.has_transparency_data else srgb_transform(profile, image.mode)
+    if transform is None:
+        parts = squares(_rgb(image, profile), size, crop, max_pixels)
+    else:  # the squares have far fewer pixels to convert
+        parts = [ImageCms.applyTransform(part, transform) for part in squares(image, size, crop, max_pixels)]
+    pixels = np.stack([np.asarray(padded(part, size)).transpose(2, 0, 1) for part in parts])
+    return Crops(pixels, boxes(*image.size, crop))
 
 
 def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:

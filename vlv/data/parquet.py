@@ -12,10 +12,9 @@ import functools
 import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from vlv.common.files import atomic_write
-from vlv.data.remote import cache_folder, file_stamp, is_url, need, open_ranged
+from vlv.data.remote import cache_folder, drop_old, file_stamp, is_url, need, open_ranged
 from vlv.data.samples import ABOUT, CAPTION, IMAGE, WINDOW, Rows, Sample, check_image_key, row_sample
 
 KEPT_BYTES = 4 << 30  # of row groups on the disk, three windows of them
@@ -85,7 +84,7 @@ class Parquet(Rows):
             table = self._read_group(file, group)
             with atomic_write(kept, shared=True) as temporary:
                 feather.write_feather(table, temporary, compression="uncompressed")
-            _drop_old(cache_folder("parquet"), KEPT_BYTES, kept)
+            drop_old(cache_folder("parquet"), "*.arrow", KEPT_BYTES, kept)
             return feather.read_table(kept, memory_map=True)
 
     def _read_texts(self, shard: int):
@@ -108,17 +107,14 @@ class Parquet(Rows):
         self._keep()
 
 
-def _drop_old(folder: Path, limit: int, last: Path) -> None:
-    """Delete the files used longest ago until the folder holds at most `limit` bytes; `last` stays."""
-    found = []
-    for file in folder.rglob("*.arrow"):
-        with contextlib.suppress(FileNotFoundError):  # another process deletes as well
-            status = file.stat()
-            found.append((status.st_mtime_ns, status.st_size, file))
-    total = sum(size for _, size, _ in found)
-    for _, size, file in sorted(found):
-        if total <= limit:
-            return
-        if file != last:
-            file.unlink(missing_ok=True)
-            total -= size
+def image_column(schema, image_key: str | None = None) -> str | None:
+    """Return the column of an Arrow schema that holds image files, as bytes or structs with bytes; None without one.
+
+    `image_key` is the only column looked at; else IMAGE come first, then the first struct.
+    """
+    kinds = {field.name: str(field.type) for field in schema}
+    struct = [name for name, kind in kinds.items() if kind.startswith("struct<") and "bytes: " in kind]
+    binary = [name for name in IMAGE if "binary" in kinds.get(name, "")]
+    if image_key:
+        return image_key if image_key in struct or "binary" in kinds.get(image_key, "") else None
+    return next((name for name in (*IMAGE, *struct) if name in binary or name in struct), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
@@ -62,16 +63,16 @@ def file_system(url: str):
         raise DataError(f"{url} cannot be opened: {one_line(error)}") from error
 
 
-def read_ranges(ranges: Sequence[Range]) -> list[bytes | OSError]:
+def read_ranges(ranges: Sequence[Range], attempts: int = ATTEMPTS) -> list[bytes | OSError]:
     """Return the content of each range, or the error of a file that is not there or ends early.
 
     Ranges of one file that are at most MAX_GAP bytes apart are read together; the requests to a server go out at the
-    same time. Raises ServerError where a server fails repeatedly.
+    same time. Raises ServerError where a server fails `attempts` times.
     """
     results: list[bytes | OSError] = [OSError("not read")] * len(ranges)
     merged = _merge(ranges)
     remote = [group for group in merged if is_url(group[0].path)]
-    contents = dict(zip(map(id, remote), _fetch([merged_range for merged_range, _ in remote]), strict=True))
+    contents = dict(zip(map(id, remote), _fetch([merged_range for merged_range, _ in remote], attempts), strict=True))
     for group in merged:
         covering, members = group
         content = contents[id(group)] if id(group) in contents else _read_local(covering)
@@ -115,11 +116,11 @@ def _read_local(asked: Range) -> bytes | OSError:
         return error
 
 
-def _fetch(ranges: Sequence[Range]) -> list[bytes | OSError]:
+def _fetch(ranges: Sequence[Range], attempts: int) -> list[bytes | OSError]:
     """Return the contents of remote ranges; those that fail are asked for again."""
     results: list[bytes | OSError] = [OSError("not read")] * len(ranges)
     left = list(range(len(ranges)))
-    for attempt in range(ATTEMPTS):
+    for attempt in range(attempts):
         found = _fetch_once([ranges[i] for i in left])
         again = []
         for i, content in zip(left, found, strict=True):
@@ -132,11 +133,11 @@ def _fetch(ranges: Sequence[Range]) -> list[bytes | OSError]:
         if not again:
             return results
         left = [i for i, _ in again]
-        if attempt + 1 < ATTEMPTS:
+        if attempt + 1 < attempts:
             time.sleep(0.5 * 2**attempt)
     path, error = ranges[left[0]].path, again[0][1]
     raise ServerError(
-        f"{path} could not be read in {ATTEMPTS} attempts ({one_line(error)}): the same command goes on when its "
+        f"{path} could not be read in {attempts} attempts ({one_line(error)}): the same command goes on when its "
         "server answers again"
     ) from error
 
@@ -259,3 +260,19 @@ def _ask(path: str, question: Callable):
 def cache_folder(kind: str) -> Path:
     """Return the folder of a kind of cached files: $XDG_CACHE_HOME/vlv/KIND."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlv" / kind
+
+
+def drop_old(folder: Path, pattern: str, limit: int, last: Path) -> None:
+    """Delete the files of a pattern used longest ago until they take at most `limit` bytes; `last` stays."""
+    found = []
+    for file in folder.rglob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # another process deletes as well
+            status = file.stat()
+            found.append((status.st_mtime_ns, status.st_size, file))
+    total = sum(size for _, size, _ in found)
+    for _, size, file in sorted(found):
+        if total <= limit:
+            return
+        if file != last:
+            file.unlink(missing_ok=True)
+            total -= size

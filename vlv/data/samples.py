@@ -1,19 +1,22 @@
-"""One row of training data, and what is read as its image, captions and licence."""
+"""Rows of training data: the records of tables, and what is read as an image, captions and licence."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vlv.data.remote import DataError, ServerError
+from vlv.data.remote import DataError, ServerError, open_file
 
 # names of columns and fields; the first that is there counts
 IMAGE, CAPTION = ("image", "jpg", "png", "webp"), ("caption", "text", "txt")
 # what else a row may tell of its image, for vlv.train.distill
 ABOUT = ("license", "url", "source", "author", "copyright", "pwatermark")
+PATH = ("path", "file_name", "id")  # names an image in a table without its content
 WINDOW = 65_536  # rows shuffled together, unless a source asks for fewer
 
 
@@ -139,6 +142,27 @@ def captions_of(values: dict) -> tuple:
 def about(values: dict) -> dict:
     """Return what a record or row tells of its image."""
     return {name: values[name] for name in ABOUT if values.get(name) is not None}
+
+
+def table_records(file: str) -> Iterator[tuple[int, dict]]:
+    """Yield the line and the content of each record of a .jsonl or .csv file, local or remote.
+
+    Raises DataError for a line that is no JSON object, OSError.
+    """
+    with open_file(file) as stream:
+        if file.lower().endswith(".csv"):
+            rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
+            yield from ((rows.line_num, row) for row in rows)
+            return
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line.decode("utf-8-sig"))
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict):
+                    raise DataError(f"{file}, line {number}: expected a JSON object, got {line[:60]!r}")
+                yield number, record
 
 
 def first_of(values: dict, names: Sequence[str]):

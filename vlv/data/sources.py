@@ -1,4 +1,4 @@
-"""Training data as shards of rows, read at random: folders, JSON lines, WebDataset tars, Parquet, HF datasets.
+"""Training data as shards of rows, read at random: folders, JSON lines, CSV, WebDataset tars, Parquet, HF datasets.
 
 Paths are local or any URL that fsspec opens (s3://…, hf://…, simplecache::s3://… to keep whole shards on disk). Every
 row has an id and an image file's bytes, and a caption where there is one: a .txt or .json beside an image (of the
@@ -12,17 +12,19 @@ import contextlib
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vlv.data.image_files import is_image
+from vlv.data.image_files import is_image, numbered_paths
 from vlv.data.parquet import Parquet
-from vlv.data.remote import DataError, Range, file_system, is_url, need, open_file, read_ranges
+from vlv.data.remote import DataError, Range, file_system, is_url, need, read_ranges
 from vlv.data.samples import (
     IMAGE,
+    PATH,
     Rows,
     Sample,
     Source,
@@ -32,8 +34,9 @@ from vlv.data.samples import (
     described,
     first_of,
     row_sample,
+    table_records,
 )
-from vlv.data.tars import TEXTS, Tars, image_and_text_members
+from vlv.data.tars import ENDINGS, TEXTS, Tars, image_and_text_members, plain_tar
 
 
 def open_sources(paths: Sequence[str], image_key: str | None = None) -> Source:
@@ -42,14 +45,14 @@ def open_sources(paths: Sequence[str], image_key: str | None = None) -> Source:
     `image_key`: the column of the images, or their ending in a tar, where it is not the usual one.
     """
     made: list[Source] = []
-    for path in paths:
+    for path in itertools.chain.from_iterable(map(numbered_paths, paths)):
         files = [path] if path.startswith("hf:") and not path.startswith("hf://") else expand(path)
         for name, (matches, opener) in _KINDS.items():
             if chosen := [f for f in files if matches(f)]:
                 made.append(opener(chosen, path, image_key))
                 files = [f for f in files if f not in set(chosen)] if name != "folder" else []
         if files:
-            raise DataError(f"{files[0]}: expected a folder, .tar, .parquet, .jsonl or hf:NAME")
+            raise DataError(f"{files[0]}: expected a folder, .tar, .parquet, .jsonl, .csv or hf:NAME")
     source = made[0] if len(made) == 1 else Joined(made)
     if not sum(source.rows):
         raise DataError(f"no rows in {', '.join(paths)}")
@@ -66,7 +69,7 @@ def expand(path: str) -> list[str]:
     if os.path.isdir(path):
         if (Path(path) / "dataset_info.json").is_file():
             return [f"hf:{path}"]
-        shards = sorted(str(f) for f in Path(path).rglob("*") if f.suffix in (".tar", ".parquet"))
+        shards = sorted(str(f) for f in Path(path).rglob("*") if f.name.endswith((*ENDINGS, ".parquet")))
         return shards or [path]
     found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
     if not found or not os.path.exists(found[0]):
@@ -102,7 +105,7 @@ class Files(Rows):
 
     @classmethod
     def of_lines(cls, files: list[str], name: str, image_key: str | None = None) -> Files:
-        """Read JSON lines with a path (or an id that is one), relative to the file's folder, and a caption.
+        """Read JSON lines or CSV with a path (or file_name or id), relative to the file's folder, and a caption.
 
         The record of a tar's member, as serve.vllm_caption writes it, has the tar as its path and its id ends with
         the tar's name and the member's.
@@ -111,23 +114,20 @@ class Files(Rows):
         members = functools.cache(lambda tar: {n: (o, size) for n, o, size in image_and_text_members(tar)})
         for file in files:
             folder = os.path.dirname(file) or "."
-            with open_file(file) as stream:
-                for number, line in enumerate(stream, 1):
-                    where = f"{file}, line {number}"
-                    try:
-                        record = json.loads(line.decode("utf-8-sig"))
-                        path = record.get("path") or record["id"]
-                        path = path if is_url(path) or os.path.isabs(path) else f"{folder}/{path}"
-                        id = str(first_of(record, ("id", "path")))
-                    except (ValueError, KeyError, AttributeError, TypeError) as error:
-                        raise DataError(f"{where}: expected a JSON object with a path, or an id that is one") from error
-                    images.append(_member(path, id, members, where) if path.endswith(".tar") else Range(path))
-                    captions = captions_of(record)
-                    several = captions if len(captions) > 1 else ()
-                    known.append(
-                        {"caption": captions[0] if captions else None, "captions": several, "about": about(record)}
-                    )
-                    ids.append(id)
+            for number, record in table_records(file):
+                where = f"{file}, line {number}"
+                path = next((record[name] for name in PATH if record.get(name)), None)
+                if not isinstance(path, str):
+                    raise DataError(f"{where}: expected a JSON object with a path, or an id that is one")
+                path = path if is_url(path) or os.path.isabs(path) else f"{folder}/{path}"
+                id = str(first_of(record, ("id", *PATH)))
+                images.append(_member(path, id, members, where) if path.endswith(ENDINGS) else Range(path))
+                captions = captions_of(record)
+                several = captions if len(captions) > 1 else ()
+                known.append({
+                    "caption": captions[0] if captions else None, "captions": several, "about": about(record)
+                })  # fmt: skip
+                ids.append(id)
         return cls(images, ids, [[]] * len(images), known)
 
     def fingerprint(self) -> str:
@@ -167,7 +167,7 @@ def _member(tar: str, id: str, members: Callable, where: str) -> Range:
     """Return where a tar's member lies that a record is about. Raises DataError where there is none of its name."""
     _, _, name = id.partition(f"{os.path.basename(tar)}/")
     try:
-        return Range(tar, *members(tar)[name])
+        return Range(plain_tar(tar), *members(tar)[name])
     except (OSError, KeyError) as error:
         raise DataError(f"{where}: expected an id that ends with the name of a member of {tar}, got {id!r}") from error
 
@@ -235,8 +235,8 @@ class Joined(Rows):
 
 _KINDS: dict[str, tuple[Callable[[str], bool], Callable[[list[str], str, str | None], Source]]] = {
     "hf": (lambda f: f.startswith("hf:") and not f.startswith("hf://"), HuggingFace),
-    "tar": (lambda f: f.endswith(".tar"), lambda files, name, image_key: Tars(files, image_key)),
+    "tar": (lambda f: f.endswith(ENDINGS), lambda files, name, image_key: Tars(files, image_key)),
     "parquet": (lambda f: f.endswith(".parquet"), Parquet),
-    "lines": (lambda f: f.endswith(".jsonl"), Files.of_lines),
+    "lines": (lambda f: f.endswith((".jsonl", ".csv")), Files.of_lines),
     "folder": (lambda f: os.path.isdir(f) or (is_url(f) and not os.path.splitext(f)[1]), Files.of_folder),
 }

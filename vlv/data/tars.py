@@ -2,27 +2,48 @@
 
 Members of one name up to the first dot make a row, as WebDataset groups them. The row's image is the member that has
 one ending alone, the first of ORDER: of 7.jpg, 7.png and 7.mask.png it is 7.jpg. A name that is twice in a tar counts
-once, with its last content, as tar extracts it.
+once, with its last content, as tar extracts it. A compressed tar (.tar.gz, .tgz, .tar.bz2, .tar.xz) is decompressed
+once and kept in $XDG_CACHE_HOME/vlv/plain, since its members cannot be read at random.
 """
 
 from __future__ import annotations
 
+import bz2
+import contextlib
+import fcntl
+import gzip
 import hashlib
 import json
+import lzma
 import os
+import shutil
 import tarfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlv.common.files import atomic_write
 from vlv.data.image import EXTENSIONS
-from vlv.data.remote import DataError, Range, cache_folder, file_stamp, is_url, open_ranged, read_ranges
+from vlv.data.remote import (
+    DataError,
+    Range,
+    cache_folder,
+    drop_old,
+    file_stamp,
+    is_url,
+    open_file,
+    open_ranged,
+    read_ranges,
+)
 from vlv.data.samples import Rows, Sample, described
 
 FORMAT = 2  # of the index
 BLOCK = 2048  # bytes of a remote tar read at a header: with a short caption between, two headers in one request
+COMPRESSED = {".tar.gz": gzip.open, ".tgz": gzip.open, ".tar.bz2": bz2.open, ".tar.xz": lzma.open}
+ENDINGS = (".tar", *COMPRESSED)
+KEPT_BYTES = 16 << 30  # of decompressed tars on the disk
 SCANS = 16  # tars scanned at the same time
 ORDER = (".jpg", ".jpeg", ".png", ".webp", *sorted(EXTENSIONS - {".jpg", ".jpeg", ".png", ".webp"}))
 TEXTS = (".json", ".txt")  # the first that has a caption counts
@@ -64,7 +85,7 @@ class Tars(Rows):
         found = [(self.files[shard], self._rows[shard][row]) for shard, row in places]
         parts = [(_head(row.image, head), *(row.texts if texts else ())) for _, row in found]
         ranges = [
-            Range(file, offset, length)
+            Range(plain_tar(file), offset, length)
             for (file, _), members in zip(found, parts, strict=True)
             for _, offset, length in members
         ]
@@ -137,21 +158,66 @@ def image_and_text_members(file: str) -> list[Member]:
 
 
 def _index_file(file: str) -> Path:
+    return cache_folder("tars") / f"{_digest(file)}.json"
+
+
+def _digest(file: str) -> str:
     if is_url(file):
         stamp = file_stamp(file)
     else:
         status = os.stat(file)
         stamp = [os.path.abspath(file), status.st_size, status.st_mtime_ns]
-    digest = hashlib.sha256(json.dumps([FORMAT, *stamp]).encode()).hexdigest()
-    return cache_folder("tars") / f"{digest[:24]}.json"
+    return hashlib.sha256(json.dumps([FORMAT, *stamp]).encode()).hexdigest()[:24]
+
+
+def plain_tar(file: str) -> str:
+    """Return a tar that can be read at random: the file itself, or what it holds, decompressed once and kept.
+
+    The kept ones that were used longest ago go beyond KEPT_BYTES. Raises DataError, OSError.
+    """
+    opener = next((opener for ending, opener in COMPRESSED.items() if file.lower().endswith(ending)), None)
+    if opener is None:
+        return file
+    kept = cache_folder("plain") / f"{_digest(file)}.tar"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process decompresses it, the others wait
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(kept)
+            return str(kept)
+        try:
+            with (
+                open_file(file) as stream,
+                opener(stream) as content,
+                atomic_write(kept, shared=True) as plain,
+                open(plain, "wb") as target,
+            ):
+                shutil.copyfileobj(content, target, 1 << 20)
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            raise DataError(f"{file} cannot be decompressed to its end ({error}): write it again") from error
+    drop_old(kept.parent, "*.tar", KEPT_BYTES, kept)
+    return str(kept)
+
+
+@contextlib.contextmanager
+def open_tar(file: str, block: int = BLOCK) -> Iterator[tarfile.TarFile]:
+    """Open a tar, local or remote, also a compressed one. Raises DataError, OSError, tarfile.TarError."""
+    with open_ranged(plain_tar(file), block) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        yield tar
+
+
+def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield a tar's members, of which only the headers are read and none is held. Raises OSError, tarfile.TarError."""
+    while (member := tar.next()) is not None:
+        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would remember every header
+        yield member
 
 
 def _scan(file: str) -> list[Member]:
     members = []
     try:
-        with open_ranged(file, BLOCK) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # tarfile would remember every header
+        with open_tar(file) as tar:
+            for member in headers(tar):
                 if member.isreg() and not member.issparse() and member.name.lower().endswith((*EXTENSIONS, *TEXTS)):
                     members.append((member.name, member.offset_data, member.size))
     except (tarfile.TarError, EOFError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kernels.add_norm import add_norm
 from kernels.attention import attention
 from kernels.linear import Linear
 from vlv.model.config import VLVConfig
@@ -67,10 +68,10 @@ class BartLayer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        x = self.attention_norm(x + self.attention(x))
+        _, x = add_norm(x, self.attention(x), self.attention_norm, keep_sum=False)
         if memory is not None:
-            x = self.cross_norm(x + self.cross(x, memory))
-        return self.norm(x + self.fc2(self.fc1(x)))
+            _, x = add_norm(x, self.cross(x, memory), self.cross_norm, keep_sum=False)
+        return add_norm(x, self.fc2(self.fc1(x)), self.norm, keep_sum=False)[1]
 
 
 class Bart(nn.Module):
@@ -109,8 +110,8 @@ class ClipLayer(nn.Module):
         self.fc2 = Linear(ffn, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+        x, normed = add_norm(x, self.attention(self.norm1(x)), self.norm2)
+        return x + self.fc2(self.activation(self.fc1(normed)))
 
 
 class ClipText(nn.Module):

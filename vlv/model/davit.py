@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from kernels.add_norm import add_norm
 from kernels.channel_attention import channel_attention
 from kernels.dwconv_norm import adds_residual, dwconv_norm
 from kernels.linear import Linear
@@ -25,8 +26,12 @@ class PatchEmbed(nn.Module):
         self.conv = nn.Conv2d(inputs, dim, patch, stride, padding)
         self.norm = nn.LayerNorm(inputs if prenorm else dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x) if self.prenorm else x
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Embed x, or x + residual."""
+        if self.prenorm:
+            x = self.norm(x) if residual is None else add_norm(x, residual, self.norm, keep_sum=False)[1]
+        elif residual is not None:
+            x = x + residual
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x if self.prenorm else self.norm(x)
 
@@ -114,16 +119,17 @@ class DaViT(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        residual = None
         for embed, stage in zip(self.embeds, self.stages, strict=True):
-            x = self._run(stage, embed(x))
-        return x
+            x, residual = self._run(stage, embed(x, residual))
+        return x if residual is None else x + residual
 
-    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
-        """Run a stage; where one kernel adds the residual and convolves, the next block adds a block's residual."""
+    def _run(self, stage: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run a stage; where one kernel adds the residual and convolves, return the two terms of its last sum."""
         if not adds_residual(x, x):
-            return stage(x)
+            return stage(x), None
         residual = None
         for pair in stage:
             for block in pair:
                 x, residual = block(x, residual, defer=True)
-        return x + residual
+        return x, residual

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from vlv.common.command import say
 from vlv.common.files import link_tree, write_json
 from vlv.data import scene_batches, scenes
 from vlv.data.latents import LatentCache
+from vlv.data.loader import TrainingImages, batches
 from vlv.data.samples import Source
 from vlv.data.selection import Limits, Selection, select
 from vlv.data.sources import open_sources
@@ -47,6 +48,7 @@ from vlv.model.encoder import VLVEncoder
 from vlv.train.config import Inputs, Synthetic, T2IConfig, TrainConfig, TrainError
 from vlv.train.objectives import Objective, Stage1, Stage2
 from vlv.train.parallel import World
+from vlv.train.trainer import Trainer
 
 SD21_UNET = {
     "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": (5, 10, 20, 20),
@@ -181,6 +183,17 @@ def open_data(inputs: Inputs, limits: Limits, world: World) -> tuple[Source, Sel
             say(note)
     world.barrier()
     return found or both()
+
+
+def training_batches(
+    trainer: Trainer, source: Source, selection: Selection | None, limits: Limits, size: int
+) -> Iterator[dict]:
+    """Return a process's micro-batches from the trainer's position on; crops of `size` pixels. See `batches`."""
+    if trainer.world.first and selection:
+        trainer.skipped.add([selection.bad])
+    c, world = trainer.config, trainer.world
+    images = TrainingImages(source, size, c.seed, limits, selection)
+    return batches(images, c.micro_batch, trainer.images, c.workers, world.rank, world.size, world.device)
 
 
 def build_t2i(config: T2IConfig) -> T2I:

@@ -29,7 +29,6 @@ def train_stage1(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
     """Train, resuming what the run holds, and write the checkpoint folder `options.out`: encoder and t2i/, no llm/."""
     from vlv.data import scene_batches
     from vlv.data.latents import LatentCache, scene_latents
-    from vlv.data.loader import TrainingImages, batches
     from vlv.data.samples import identity
     from vlv.data.selection import Limits
     from vlv.train import initialize, logging
@@ -69,10 +68,7 @@ def train_stage1(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
         if toy:
             feed = scenes()
         else:
-            images = TrainingImages(source, stage.model.image_size, c.seed, limits, selection)
-            if world.first and selection:
-                trainer.skipped.add([selection.bad])
-            feed = batches(images, c.micro_batch, trainer.images, c.workers, world.rank, world.size, device)
+            feed = initialize.training_batches(trainer, source, selection, limits, stage.model.image_size)
         train(trainer, feed, options, stage.write)
 
 

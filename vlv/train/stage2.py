@@ -28,7 +28,6 @@ def train_stage2(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
     import numpy as np
 
     from vlv.data import scene_batches, scenes
-    from vlv.data.loader import TrainingImages, batches
     from vlv.data.samples import identity
     from vlv.data.selection import Limits
     from vlv.train import initialize, logging
@@ -64,10 +63,7 @@ def train_stage2(config: TrainConfig, inputs: Inputs, options: RunOptions) -> No
         if toy:
             feed = captioned_scenes()
         else:
-            images = TrainingImages(source, stage.model.image_size, c.seed, limits, selection)
-            if world.first and selection:
-                trainer.skipped.add([selection.bad])
-            feed = batches(images, c.micro_batch, trainer.images, c.workers, world.rank, world.size, device)
+            feed = initialize.training_batches(trainer, source, selection, limits, stage.model.image_size)
         train(trainer, feed, options, stage.write)
 
 

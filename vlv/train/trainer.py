@@ -10,11 +10,14 @@ takes which of its micro-batches, and a run that was killed continues exactly fr
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -124,7 +127,34 @@ class Trainer:
         """Train to the last step. `feed` gives this process's micro-batches from image `self.images` on.
 
         A micro-batch has `pixels`, its `position` (an integer that decides its noise) and what the objective takes.
+        Raises TrainError if another process trains in the same folder.
         """
+        with self._only_run():
+            self._fit(feed, log)
+
+    @contextmanager
+    def _only_run(self) -> Iterator[None]:
+        """Hold the run folder's lock. Raises TrainError if another process trains in it."""
+        if not self.world.first:
+            yield
+            return
+        with (self.run_dir / f"{self.name}.lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                raise TrainError(
+                    f"{self.run_dir} is being trained by process {lock.read().strip()} (torchrun's workers go on when "
+                    "torchrun itself is killed): stop that one, or give another --run-folder"
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+    def _fit(self, feed: Iterator[dict], log: str) -> None:
         c = self.config
         sink = open_log(log, self.run_dir, self.name, asdict(c), self.step) if self.world.first else None
         start, before, first = time.time(), (self.seconds, self.gpu_seconds), self.images

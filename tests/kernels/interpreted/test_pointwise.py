@@ -1,12 +1,11 @@
-"""GroupNorm with SiLU, gated GELU, and the preparation of images."""
+"""Residual sum with its norm, rows in 8-bit floats, and the preparation of images."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kernels.geglu import geglu, geglu_op, geglu_reference
-from kernels.groupnorm_silu import groupnorm_silu, groupnorm_silu_op, groupnorm_silu_reference
+from kernels.add_norm import add_norm, add_norm_op, add_norm_reference
+from kernels.fp8_linear import Fp8Linear, quantize_rows, quantize_rows_op, quantize_rows_reference
+from kernels.runtime.tuning import forced
 from kernels.upsample_normalize import (
     bicubic_matrix,
     upsample_normalize,
@@ -18,41 +17,106 @@ from tests.kernels.interpreted.checks import DTYPES, compare, far_apart, surroun
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
-def norm(x, weight, bias, groups, activation=True):
-    return groupnorm_silu(x, groups, weight, bias, 1e-5, activation)
+def layer_norm(c, dtype=torch.float32):
+    norm = torch.nn.LayerNorm(c, eps=1e-3)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    return norm.to(dtype)
 
 
-def norm_reference(x, weight, bias, groups, activation=True):
-    return groupnorm_silu_reference(x, groups, weight, bias, 1e-5, activation)
+def summed(x, residual, weight, bias, keep_sum=True):
+    """add_norm with the parameters as tensors; without the sum, only the norm is a result."""
+    norm = torch.nn.LayerNorm(x.shape[-1], eps=1e-3)
+    norm.weight, norm.bias = (torch.nn.Parameter(p, requires_grad=False) for p in (weight, bias))
+    found = add_norm(x, residual, norm, keep_sum)
+    assert keep_sum or found[0].numel() in (0, x.numel())
+    return found if keep_sum else found[1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["rows", "channels last", "strided"])
-@pytest.mark.parametrize("shape, groups", [((1, 12, 5, 7), 4), ((3, 6, 3, 2), 1), ((1, 4, 65, 67), 2)])
-def test_groupnorm_silu(shape, groups, layout, dtype):
-    x = (torch.randn(shape) * 2 + 3).to(dtype)  # a mean that a difference of squares would drown in
-    if layout == "channels last":
-        x = x.contiguous(memory_format=torch.channels_last)
-    elif layout == "strided":
-        x = surrounded(x)
-    inputs = [x, torch.randn(shape[1]).to(dtype), torch.randn(shape[1]).to(dtype)]
-    depth = shape[1] * shape[2] * shape[3] // groups
-    compare(norm, norm_reference, inputs, groups, depth=depth)
-    assert norm(*inputs, groups).stride() == norm_reference(*inputs, groups).stride() or layout == "strided"
-
-
-@settings(max_examples=6, deadline=None, derandomize=True)
-@given(st.integers(0, 3), st.integers(1, 5), st.integers(1, 6), st.integers(1, 20), st.integers(1, 20), st.booleans())
-def test_groupnorm_silu_of_any_shape(b, groups, per_group, h, w, activation):
-    c = groups * per_group
-    inputs = [torch.randn(b, c, h, w + 1), torch.randn(c), torch.randn(c)]  # the reference refuses a single value
-    compare(norm, norm_reference, inputs, groups, activation, depth=per_group * h * (w + 1))
+def summed_reference(x, residual, weight, bias, keep_sum=True):
+    found = add_norm_reference(x, residual, weight, bias, 1e-3)
+    return found if keep_sum else found[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 3, 90), (0, 8), (1, 2), (5, 4200)])
-def test_geglu(shape, dtype):
-    compare(geglu, geglu_reference, [surrounded(torch.randn(shape).to(dtype))], depth=2)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 5, 40), (0, 8), (7, 16)])
+def test_add_norm(shape, rows, dtype):
+    inputs = [torch.randn(shape).to(dtype), (torch.randn(shape) + 3).to(dtype)]
+    inputs += [torch.randn(shape[-1]).to(dtype) for _ in range(2)]
+    with forced(add_norm__forward={"ROWS": rows, "num_warps": 4, "num_stages": 1}):
+        for keep_sum in (True, False):
+            compare(summed, summed_reference, inputs, keep_sum, depth=shape[-1])
+
+
+def test_add_norm_steps_aside_for_training_and_strides():
+    norm, x = layer_norm(8), torch.randn(2, 3, 8)
+    plain = add_norm_reference(x, x, norm.weight, norm.bias, norm.eps)
+    found = add_norm(x, x, norm)[1]
+    assert found.requires_grad and torch.equal(found, plain[1])
+    with torch.no_grad():
+        mixed = add_norm(x[:1], x, norm)  # the same queries for every image
+        assert torch.equal(mixed[0], x[:1] + x)
+        strided = x.transpose(0, 1)
+        torch.testing.assert_close(add_norm(strided, strided, norm)[0], 2 * strided)
+
+
+def test_add_norm_gives_the_norm_of_the_rounded_sum():
+    """As if the sum had been stored in between: in bfloat16 its rounding is larger than any other error."""
+    norm, x, residual = layer_norm(64, torch.bfloat16), torch.randn(3, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+    with torch.no_grad():
+        _, found = add_norm(x, residual, norm)
+        exact = torch.nn.functional.layer_norm(
+            (x + residual).float(), (64,), norm.weight.float(), norm.bias.float(), norm.eps
+        )
+    assert (found.float() - exact).abs().max() <= 2 * 2**-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, rows", [((2, 3, 90), 4), ((0, 8), 1), ((1, 2), 1), ((5, 300), 2)])
+def test_quantize_rows_is_the_reference_bit_by_bit(shape, rows, dtype):
+    x = torch.randn(shape) * torch.logspace(-6, 3, shape[-1])
+    x = surrounded(x.to(dtype))
+    with forced(fp8_linear__quantize={"ROWS": rows, "num_warps": 4, "num_stages": 1}):
+        values, scale = quantize_rows(x)
+    exact, exact_scale = quantize_rows_reference(x)
+    assert torch.equal(scale, exact_scale) and torch.equal(values.view(torch.uint8), exact.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_rows_after_gelu(dtype):
+    x = surrounded(torch.randn(3, 70).to(dtype) * 3)
+    values, scale = quantize_rows(x, gelu=True)
+    exact = torch.nn.functional.gelu(x.double())
+    torch.testing.assert_close(scale.double(), exact.abs().amax(-1, keepdim=True) / 448, rtol=1e-6, atol=0)
+    # half a step: three bits behind the leading one, and 2**-9 scales where the exponent ends
+    error = (values.double() * scale - exact).abs()
+    assert (error <= exact.abs() * 2**-4 + scale * 2**-10 * 1.01).all()
+
+
+def test_rows_of_zeros_extremes_and_what_is_not_finite():
+    x = torch.zeros(6, 20)
+    x[1, 3], x[2, 4], x[3, 5], x[4, 6], x[5] = 3e38, float("nan"), float("inf"), 1e-45, torch.randn(20)
+    values, scale = quantize_rows(x)
+    found = values.float() * scale
+    assert torch.equal(found[[0, 1, 4]], torch.where(x.abs() > 1e-40, x, 0.0)[[0, 1, 4]])
+    assert found[2].isnan().any() and found[3].isnan().any(), "a product with such a row is NaN"
+    assert torch.equal(found[5], (quantize_rows_reference(x[5])[0].float() * scale[5]))
+
+
+@pytest.mark.parametrize("gelu, gelu_before", [(False, False), (True, False), (False, True)])
+def test_fp8_linear_multiplies_the_quantized_rows(gelu, gelu_before):
+    plain, x = torch.nn.Linear(48, 32), torch.randn(2, 7, 48)
+    layer = Fp8Linear(plain, gelu)
+    layer.gelu_before = gelu_before
+    with torch.no_grad():
+        found = layer(x)
+        before = torch.nn.functional.gelu(x) if gelu_before else x
+        weight, scale = quantize_rows_reference(plain.weight)
+        rows, row_scale = quantize_rows_reference(before)
+        exact = (rows.double() * row_scale) @ (weight.double() * scale).T + plain.bias
+        exact = torch.nn.functional.gelu(exact) if gelu else exact
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=0.05 if gelu_before else 1e-5)
 
 
 def levels(size, batch=1):
@@ -64,7 +128,7 @@ def prepared(operation, pixels, size, target, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(
-    "batch, size, target", [(1, 24, 48), (3, 7, 14), (1, 20, 33), (1, 5, 5), (0, 4, 8), (1, 9, 31)]
+    "batch, size, target", [(1, 12, 24), (2, 7, 14), (1, 10, 17), (1, 5, 5), (0, 4, 8), (1, 5, 18)]
 )
 def test_upsample_normalize_is_the_reference_bit_by_bit(batch, size, target):
     pixels = levels(size, batch)
@@ -80,20 +144,22 @@ def test_offsets_beyond_32_bits():
     pixels = far_apart(levels(4, 2), 0)
     exact = prepared(upsample_normalize_reference, pixels, 4, 8)
     assert torch.equal(prepared(upsample_normalize, pixels, 4, 8), exact)
-    compare(geglu, geglu_reference, [far_apart(torch.randn(2, 40).half(), 0)], depth=2)
+    x = far_apart(torch.randn(2, 40).half(), 0)
+    assert torch.equal(quantize_rows(x)[0].view(torch.uint8), quantize_rows_reference(x)[0].view(torch.uint8))
 
 
 def test_torch_compile_sees_whole_graphs():
-    x, w = torch.randn(1, 4, 3, 5), torch.randn(4)
-    torch.library.opcheck(groupnorm_silu_op, (x, 2, w, w, 1e-5, True))
-    torch.library.opcheck(groupnorm_silu_op, (x.contiguous(memory_format=torch.channels_last), 2, w, w, 1e-5, True))
-    torch.library.opcheck(geglu_op, (torch.randn(2, 3, 10),))
+    x, w = torch.randn(2, 3, 10), torch.randn(10)
+    torch.library.opcheck(add_norm_op, (x, x, w, w, 1e-5, True))
+    torch.library.opcheck(add_norm_op, (x, x, w, w, 1e-5, False))
+    torch.library.opcheck(quantize_rows_op, (x, False))
     torch.library.opcheck(upsample_normalize_op, (levels(4), bicubic_matrix(4, 8), MEAN, STD, torch.float32))
-    matrix = bicubic_matrix(4, 8)
+    matrix, norm = bicubic_matrix(4, 8), layer_norm(10)
 
-    def everything(x, w, pixels):
-        return groupnorm_silu(x, 2, w, w), geglu(x), upsample_normalize(pixels, matrix, MEAN, STD)
+    def everything(x, pixels):
+        values, scale = quantize_rows(x)
+        return *add_norm(x, x, norm), values.float(), scale, upsample_normalize(pixels, matrix, MEAN, STD)
 
-    x = torch.randn(1, 4, 3, 6)
-    compiled = torch.compile(everything, fullgraph=True, backend="eager")(x, w, pixels := levels(4))
-    torch.testing.assert_close(compiled, everything(x, w, pixels), rtol=0, atol=0)
+    with torch.no_grad():
+        compiled = torch.compile(everything, fullgraph=True, backend="eager")(x, pixels := levels(4))
+        torch.testing.assert_close(compiled, everything(x, pixels), rtol=0, atol=0)

@@ -18,7 +18,7 @@ from kernels.window_attention import window_attention, window_attention_op, wind
 from tests.kernels.interpreted.checks import DTYPES, compare, far_apart, surrounded
 
 BIG_TILES = {
-    f"dwconv_norm__{kernel}": {"TILE": 64, "num_warps": 4, "num_stages": 1}
+    f"dwconv_norm__{kernel}": {"TILE": 128, "num_warps": 4, "num_stages": 1}
     for kernel in ("norm_backward", "weight_backward")
 }
 BIG_TILES["dwconv_norm__forward"] = {"DESIGN": 0, "TILE": 64, "LINES": 1, "num_warps": 4, "num_stages": 1}
@@ -37,7 +37,7 @@ def window_inputs(b, h, w, heads, d, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape, window", [((1, 13, 12, 1, 32), 12), ((3, 5, 9, 2, 20), 5), ((1, 8, 8, 1, 64), 8), ((1, 3, 2, 1, 128), 7)]
+    "shape, window", [((1, 13, 12, 1, 32), 12), ((2, 5, 9, 2, 20), 5), ((1, 8, 8, 1, 64), 8), ((1, 3, 2, 1, 128), 7)]
 )
 def test_window_attention(shape, window, dtype):
     inputs, heads, depth = window_inputs(*shape, dtype), shape[3], shape[4] + window**2
@@ -84,10 +84,10 @@ def test_designs_with_offsets_beyond_32_bits(design, group, block, dim):
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     st.sampled_from(DESIGNS),
-    st.integers(0, 3),
-    st.integers(1, 11),
-    st.integers(1, 11),
-    st.integers(1, 5),
+    st.integers(0, 2),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 3),
     st.integers(16, 40),
     st.integers(4, 7),
 )
@@ -105,7 +105,7 @@ def test_window_attention_gradcheck():
 
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
-    st.integers(0, 3), st.integers(1, 11), st.integers(1, 11), st.integers(1, 2), st.integers(16, 40), st.integers(4, 7)
+    st.integers(0, 2), st.integers(1, 9), st.integers(1, 9), st.integers(1, 2), st.integers(16, 40), st.integers(4, 7)
 )
 def test_window_attention_of_any_shape(b, h, w, heads, d, window):
     compare(
@@ -119,7 +119,7 @@ def channel_inputs(b, n, groups, d, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 600, 1, 32), (3, 49, 2, 24), (1, 1, 1, 16)])
+@pytest.mark.parametrize("shape", [(1, 600, 1, 32), (2, 49, 2, 24), (1, 1, 1, 16)])
 def test_channel_attention(shape, dtype):
     inputs = channel_inputs(*shape, dtype)
     compare(channel_attention, channel_attention_reference, inputs, shape[2], depth=shape[1] + shape[3], gradients=True)
@@ -143,7 +143,7 @@ def dwconv_inputs(b, h, w, c, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 9, 11, 24), (3, 2, 3, 16), (1, 1, 1, 33)])
+@pytest.mark.parametrize("shape", [(1, 9, 11, 24), (2, 2, 3, 16), (1, 1, 1, 33)])
 def test_dwconv_norm(shape, dtype):
     pixels = shape[0] * shape[1] * shape[2]
     compare(dwconv_norm, dwconv_norm_reference, dwconv_inputs(*shape, dtype), 1e-5, depth=pixels + 9, gradients=True)
@@ -156,10 +156,10 @@ WALKS = [(1, 4, 3), (1, 1, 24), (2, 4, 3), (2, 2, 5)]
 @pytest.mark.parametrize(
     "shape, dtype",
     [
-        ((1, 9, 11, 24), torch.float32),
-        ((3, 2, 3, 16), torch.bfloat16),
+        ((1, 6, 7, 24), torch.float32),
+        ((2, 2, 3, 16), torch.bfloat16),
         ((1, 1, 1, 33), torch.float16),
-        ((2, 7, 1, 18), torch.bfloat16),
+        ((2, 5, 1, 18), torch.bfloat16),
     ],
 )
 def test_every_design_of_dwconv_norm(shape, design, tile, lines, dtype):
@@ -171,7 +171,7 @@ def test_every_design_of_dwconv_norm(shape, design, tile, lines, dtype):
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
-@given(st.sampled_from(WALKS), st.integers(0, 3), st.integers(1, 9), st.integers(1, 9), st.integers(2, 70))
+@given(st.sampled_from(WALKS), st.integers(0, 2), st.integers(1, 7), st.integers(1, 7), st.integers(2, 70))
 def test_every_design_of_dwconv_norm_of_any_shape(walk, b, h, w, c):
     config = dict(zip(("DESIGN", "TILE", "LINES"), walk, strict=True))
     with forced(dwconv_norm__forward={**config, "num_warps": 4, "num_stages": 1}):
@@ -180,7 +180,7 @@ def test_every_design_of_dwconv_norm_of_any_shape(walk, b, h, w, c):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape, design, tile, lines", [((1, 9, 11, 24), 0, 8, 1), ((2, 3, 1, 33), 1, 2, 4), ((1, 5, 4, 18), 2, 4, 3)]
+    "shape, design, tile, lines", [((1, 5, 7, 24), 0, 8, 1), ((2, 3, 1, 33), 1, 2, 4), ((1, 5, 4, 18), 2, 4, 3)]
 )
 def test_dwconv_norm_adds_a_residual(shape, design, tile, lines, dtype):
     config = {"DESIGN": design, "TILE": tile, "LINES": lines, "num_warps": 4, "num_stages": 1}

@@ -101,7 +101,7 @@ def test_damaged_shard_is_an_item_of_its_own(here):
 
 def test_what_leads_nowhere(here):
     os.mkdir("empty")
-    touch("only.txt", "texts/a.md", "s.tar.gz")
+    touch("only.txt", "texts/a.md", "s.tar.zst")
     os.truncate("only.txt", 0)
     for path, words in {
         "absent.jpg": "no such file or folder: absent.jpg",
@@ -109,7 +109,7 @@ def test_what_leads_nowhere(here):
         "texts": "no images in texts",
         "*.jpg": r"no images in \*.jpg",
         "only.txt": "no images in only.txt",
-        "s.tar.gz": "decompress it",
+        "s.tar.zst": "decompress it",
     }.items():
         with pytest.raises(SourceError, match=words):
             expand([path])

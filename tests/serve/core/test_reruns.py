@@ -47,11 +47,12 @@ def run(captioning_checkpoint):
     """run(kind, paths, ...) captions paths into OUTPUTS[kind]: (progress, images that have changed, missing ids)."""
     checkpoint = Checkpoint.open(captioning_checkpoint)
 
-    def caption(kind: str, paths: list[str], prune: bool = False, after: int | None = None):
+    def caption(kind: str, paths: list[str], prune: bool = False, after: int | None = None, verify: bool = False):
         engine = Scripted(LLMSpec.of(checkpoint), 20, 4)
         cls = type("Small", (sink_class(kind),), {"rows": 3, "shard_bytes": 20_000})
-        sink, progress = cls(OUTPUTS[kind], checkpoint.hash), Progress()
-        captioning = CaptionRun(checkpoint, engine, sink, RunConfig(Sampling(20), 4, 1, limit=after), progress)
+        sink, progress = cls(OUTPUTS[kind], checkpoint.hash, verify=verify), Progress()
+        config = RunConfig(Sampling(20), 4, 1, limit=after, verify=verify)
+        captioning = CaptionRun(checkpoint, engine, sink, config, progress)
         try:
             asyncio.run(captioning.run(expand(paths)))
             missing = list(sink.missing(captioning.listed)) if captioning.complete else []
@@ -143,6 +144,25 @@ def test_a_random_history(here, run):
     for record in records.values():
         status = os.stat(record["path"])
         assert (record["bytes"], record["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_verified_by_content(kind, here, run):
+    """A file of another time with the same content stays, another one of the same size and time is captioned again."""
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    folder = here / "in"
+    (folder / "00.png").write_bytes((here / "spare" / "08.png").read_bytes() + b"a")
+    run(kind, ["in"], verify=True)
+    before = os.stat(folder / "00.png")
+    (folder / "00.png").write_bytes((here / "spare" / "08.png").read_bytes() + b"b")
+    os.utime(folder / "00.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(folder / "01.png", ns=(1, 1))
+    progress, changed, missing = run(kind, ["in"], verify=True)
+    assert (progress.captioned, progress.skipped, changed, missing) == (1, 7, 1, [])
+    assert captioned(kind) == Counter(f.name for f in folder.glob("*.png"))
+    progress, changed, _ = run(kind, ["in"])  # by size and time, it is the other one that has changed
+    assert (progress.captioned, progress.skipped, changed) == (1, 7, 1)
 
 
 def test_a_failed_image_that_is_repaired_is_captioned(here, run):

@@ -15,6 +15,7 @@ from serve.engines.base import EngineError, LLMSpec, Sampling
 from serve.engines.factory import engine_class
 from serve.engines.transformers import TransformersEngine
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.common.command import INSTALL
 from vlv.model.captioner import Captioner
 from vlv.model.generation import cut_at_end
 
@@ -32,6 +33,12 @@ SETTINGS = {
     "max_new_tokens": 5,
     "suppress_tokens": list(range(20, 200)),
 }
+
+
+def needs(word: str) -> None:
+    """Skip the test where the engine's package is not installed."""
+    if package := {"vllm": "vllm", "llamacpp": "xllamacpp"}.get(word):
+        pytest.importorskip(package, reason=INSTALL[package])
 
 
 def update(file: Path, **values) -> None:
@@ -86,11 +93,10 @@ def completions(word: str, checkpoint: Path, embeds) -> list:
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("word", ["transformers", "vllm"])
+@pytest.mark.parametrize("word", ["transformers", "vllm", "llamacpp"])
 def test_the_folder_decides_neither_how_to_decode_nor_where_to_go_on(word, copy, captioning_checkpoint, embeds):
     """The captions are those of the folder without settings, and end where the model ends them."""
-    if word == "vllm":
-        pytest.importorskip("vllm")
+    needs(word)
     expected = completions("transformers", captioning_checkpoint, embeds)
     assert all(c.finish_reason == "stop" for c in expected)
     other_end_token(copy / "llm")
@@ -100,12 +106,11 @@ def test_the_folder_decides_neither_how_to_decode_nor_where_to_go_on(word, copy,
     assert [(c.text, c.finish_reason) for c in found] == [(c.text, "stop") for c in expected]
 
 
-@pytest.mark.parametrize("word", ["transformers", "vllm"])
+@pytest.mark.parametrize("word", ["transformers", "vllm", "llamacpp"])
 @pytest.mark.parametrize("damage", ["a layer", "the head", "a prefix"])
 def test_incomplete_folders_are_refused_by_name(word, damage, copy, embeds):
     """Both libraries would write: transformers with random values, vLLM with uninitialized ones."""
-    if word == "vllm":
-        pytest.importorskip("vllm")
+    needs(word)
     file = copy / "llm" / "model.safetensors"
     weights = load_file(file)
     if damage == "a layer":

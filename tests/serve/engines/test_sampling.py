@@ -17,6 +17,7 @@ from torch import Tensor
 from serve.engines.base import LLMSpec, Sampling
 from serve.engines.factory import engine_class
 from vlv.checkpoints.folder import Checkpoint
+from vlv.common.command import INSTALL
 from vlv.data.image import load_crop
 
 COUNT, TOKENS = 6, 40
@@ -36,11 +37,12 @@ def embeds(checkpoint, scene_images) -> Tensor:
         return checkpoint.load_encoder()(torch.from_numpy(crops))
 
 
-@pytest.fixture(scope="module", params=["vllm", "transformers"])
+@pytest.fixture(scope="module", params=["vllm", "transformers", "llamacpp"])
 def generate(request, checkpoint, embeds):
     """Call it with samplings: completions of every image, from one running engine; `generate.engine` is that."""
-    if request.param == "vllm":
-        pytest.importorskip("vllm")
+    if request.param != "transformers":
+        needed = {"vllm": "vllm", "llamacpp": "xllamacpp"}[request.param]
+        pytest.importorskip(needed, reason=INSTALL[needed])
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

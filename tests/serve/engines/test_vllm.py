@@ -217,6 +217,25 @@ def test_a_lora_adapter_gives_the_captions_of_merged_weights(loop, checkpoint, e
     assert tokens != [tokens for tokens, _ in reference[:16]]
 
 
+def test_bfloat16_is_chosen_by_an_option(loop, checkpoint, embeds, reference):
+    """An engine of its own: its captions differ from float32's in a few words of some."""
+    import torch
+
+    engine = VLLMEngine(LLMSpec.of(checkpoint), TOKENS, 32, options=Options(dtype="bfloat16"))
+
+    async def generate():
+        try:
+            await engine.start()
+            assert engine._engine.model_config.dtype == torch.bfloat16
+            return await asyncio.gather(*(engine.generate(row, Sampling(TOKENS)) for row in embeds[:32]))
+        finally:
+            await engine.close()
+
+    tokens = [c.token_ids for c in loop(generate())]
+    equal = sum(a == b for a, (b, _) in zip(tokens, reference, strict=False))
+    assert 16 <= equal < 32
+
+
 def test_unusable_embeddings_are_refused_and_harm_nobody(vllm, loop, embeds, reference):
     async def generate():
         wrong = [embeds[0, :, :-1], embeds[0, :-1], embeds[:1], embeds[0] * float("inf"), embeds[0].long()]

@@ -42,11 +42,12 @@ def write(kind: str, output: str, images: list[Path], found=None) -> None:
         os.write(found, b"%d\n" % len(sink.finished))
     for number, image in enumerate(images):
         record = {"id": str(image), "path": str(image), "model": "m"}
-        if sink.finished.add(record["id"]):
+        item = Item(str(image), str(image))
+        if not sink.is_finished(item, None):
             if number % 10 == 9:
                 sink.error({**record, "kind": "damaged"})
             else:
-                sink.caption({**record, "caption": f"Picture {image.stem}."}, Item(str(image), str(image)))
+                sink.caption({**record, "caption": f"Picture {image.stem}."}, item)
     sink.close()
 
 
@@ -65,7 +66,7 @@ def main() -> None:
             time.sleep(draw.uniform(0, 0.004))
         else:  # while it writes
             so_far.append(int(os.read(counts, 100)))
-            time.sleep(draw.uniform(0, 0.002))
+            time.sleep(draw.uniform(0, 0.005))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         while select.select([counts], [], [], 0)[0]:

@@ -86,23 +86,28 @@ def captioned(scene_images, tmp_path):
     items = list(expand([str(scene_images)]))[:5]
     file = tmp_path / "c.jsonl"
     with open(file, "w") as stream:
-        for item in items[1:]:
-            record = {"id": item.id, "caption": f'A <b>bold</b> {item.id[-6:]} & a "quote".'}
+        for number, item in enumerate(items[1:]):
+            record = {"id": item.id, "path": item.path, "caption": f'A <b>bold</b> {item.id[-6:]} & a "quote".'}
+            record["finish_reason"] = ("stop", "length")[number % 2]
             stream.write(json.dumps(record) + "\n")
     return items, file
+
+
+def records_of(page) -> list[dict]:
+    return json.loads(re.search(r'<script type="application/json" id="records">(.*?)</script>', page.read_text())[1])
 
 
 def test_gallery_without_t2i(random_checkpoint, captioned, tmp_path):
     items, file = captioned
     page = tmp_path / "new" / "gallery.html"
     gallery.write(page, Checkpoint.open(random_checkpoint), items, file)
-    text = page.read_text()
-    assert text.count("<article>") == 4 and text.count("<img") == 4
-    assert "A &lt;b&gt;bold&lt;/b&gt; 01.png &amp; a &quot;quote&quot;." in text and "<b>bold" not in text
+    text, records = page.read_text(), records_of(page)
+    assert len(records) == 4 and not (tmp_path / "new" / "gallery.images").exists()
+    assert records[0]["caption"] == 'A <b>bold</b> 01.png & a "quote".' and "<b>bold" not in text
+    assert records[0]["id"] == items[1].id and [record["cut"] for record in records] == [False, True, False, True]
     assert "no text-to-image model (t2i/): no reconstructions" in text
-    assert not re.search(r"https?://|src=\"(?!data:)|<script|<link", text)  # works offline
-    data = re.search(r'src="data:image/png;base64,([^"]+)"', text)[1]
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert not re.search(r"https?://|<[^>]*src=|<link|@import", text)  # works offline
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(records[0]["image"].split(",")[1]))))
     assert np.array_equal(pixels, np.asarray(Image.open(items[1].path)))
 
 
@@ -115,8 +120,13 @@ def test_gallery_with_reconstructions(random_checkpoint, captioned, tmp_path):
     build_t2i(T2I["tiny"]).save(folder / "t2i")
     page = tmp_path / "gallery.html"
     gallery.write(page, Checkpoint.open(folder), *captioned, count=3, steps=2)
+    records = records_of(page)
+    assert [record["reconstruction"][:22] for record in records[:3]] == ["data:image/png;base64,"] * 3
+    assert "reconstruction" not in records[3] and records[3]["image"] == "gallery.images/000000.jpg"
+    with Image.open(tmp_path / "gallery.images" / "000000.jpg") as image:
+        assert image.size == (192, 192)
     text = page.read_text()
-    assert text.count("<article>") == 2 and text.count("<figcaption>reconstruction") == 2
+    assert "4 images. The first 3 images, each beside" in text
     assert "frozen text-to-image model from the 32 embeddings of width 128" in text
 
 

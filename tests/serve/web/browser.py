@@ -30,7 +30,7 @@ FLAGS = [
     "--remote-debugging-port=0",
     "--window-size=1200,900",
 ]
-KEYS = {"Tab": 9, "Escape": 27, "ArrowRight": 39, " ": 32}
+KEYS = {"Tab": 9, "Escape": 27, "ArrowRight": 39, " ": 32, "/": 191}
 
 
 def chromium() -> str | None:

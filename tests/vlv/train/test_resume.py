@@ -54,6 +54,32 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
+def test_a_folder_is_trained_by_one_run_at_a_time(tmp_path):
+    """Another process is refused by name while the first one trains, and goes on when it was killed."""
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+from tests.vlv.train import test_resume
+from vlv.train.parallel import World
+def feed():
+    yield {{"position": 0}}
+    print("trains", flush=True)
+    time.sleep(600)
+with World.start("cpu") as world:
+    objective = test_resume.Line()
+    test_resume.Trainer("toy", test_resume.Path({str(tmp_path)!r}), test_resume.CONFIG, objective, world).fit(feed())
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match=rf"is being trained by process {process.pid} .*: stop that one, or give"):
+            fit(tmp_path, 20)
+    finally:
+        process.kill()
+        process.wait()
+    assert len(fit(tmp_path, 20)) == 2
+
+
 def test_the_log_holds_settings_and_curve(tmp_path):
     fit(tmp_path, 20)
     log = json.loads((tmp_path / "toy.json").read_text())

@@ -1,14 +1,16 @@
-"""Tell a JPEG file that only lacks its end marker from a truncated one."""
+"""Tell a JPEG file that only lacks its end marker from a truncated one, and complete either."""
 
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 from PIL import JpegImagePlugin
 
-START, _END = b"\xff\xd8\xff", b"\xff\xd9"
+START, _END, _SCAN = b"\xff\xd8\xff", b"\xff\xd9", b"\xff\xda"  # of the file, of the file, of pixels
 _SEQUENTIAL = (0xC0, 0xC1)  # frames that are coded in one pass
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # what ends a scan
 _FILLER = b"\xa5\x5a\x33\xcc" * 64
 
 
@@ -27,6 +29,22 @@ def with_end_marker(content: bytes) -> bytes | None:
     except (OSError, SyntaxError, ValueError):
         return None
     return completed if same else None
+
+
+def intact_part(content: bytes) -> bytes:
+    """Return a JPEG file that ends within its pixels with an end marker, and any other file as it is.
+
+    Decoders then keep the pixels that are there, and fill the rest with grey. What follows the last scan, such as the
+    beginning of a table, is left out.
+    """
+    scan = content.rfind(_SCAN) if content.startswith(START) else -1
+    if scan <= content.rfind(_END):
+        return content
+    start = scan + 2 + int.from_bytes(content[scan + 2 : scan + 4], "big")
+    if start >= len(content):  # within the header of the scan: the one before is the last
+        return content[:scan] + _END
+    after = _MARKER.search(content, start)
+    return content[: after.start() if after else len(content)].removesuffix(b"\xff") + _END
 
 
 def _decode(content: bytes) -> np.ndarray:

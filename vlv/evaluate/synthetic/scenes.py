@@ -18,11 +18,15 @@ def score_captions(captioner: Captioner, scenes: list[Scene], images: Tensor, ba
 
     `images`: uint8 [B, 3, S, S], of the scenes.
     """
-    verdicts, samples = [], []
+    texts = []
     for i in range(0, len(scenes), batch):
-        texts = captioner.captions(images[i : i + batch], max_new_tokens=96)
-        verdicts += [judge(t, s) for t, s in zip(texts, scenes[i : i + batch], strict=True)]
-        samples += texts
+        texts += captioner.captions(images[i : i + batch], max_new_tokens=96)
+    return {**true_claims(texts, scenes), "samples": texts[:8]}
+
+
+def true_claims(texts: list[str], scenes: list[Scene]) -> dict[str, float]:
+    """Return the shares of scenes whose caption is right in each kind of claim; relations of those with several."""
+    verdicts = [judge(text, scene) for text, scene in zip(texts, scenes, strict=True)]
     total = len(scenes)
     several = [v for v, s in zip(verdicts, scenes, strict=True) if len(s.things) > 1]
     return {
@@ -32,7 +36,6 @@ def score_captions(captioner: Captioner, scenes: list[Scene], images: Tensor, ba
         "sizes": sum(v.sizes for v in verdicts) / total,
         "places": sum(v.places for v in verdicts) / total,
         "relation": sum(v.relations[1] > 0 and v.relations[0] == v.relations[1] for v in several) / len(several),
-        "samples": samples[:8],
     }
 
 

@@ -1,0 +1,1 @@
+"""Make the edge bundle: one folder that captions images without PyTorch, vLLM or this package."""
