@@ -24,8 +24,8 @@ test: setup-test $(HF_KERNELS)/done
 test-all: setup-test $(HF_KERNELS)/done $(CLIENTS)/done $(ALL)/done
 	@PATH="$(CURDIR)/$(ALL)/bin:$$PATH" $(ALL)/bin/python -m pytest -rs $(ARGS)
 
-$(ALL)/done: requirements/test-all.in requirements/cpu.lock requirements/test.lock | setup-test
-	@scripts/overlay_venv.sh $(@D) -c requirements/cpu.lock -c requirements/test.lock -r $<
+$(ALL)/done: requirements/test-all.in | setup-test
+	@scripts/overlay_venv.sh $(@D) -r $<
 
 # make coverage ARGS=tests/serve: what the tests run, commands that they start included
 coverage: setup-test $(HF_KERNELS)/done

@@ -63,6 +63,7 @@ def main() -> int:
         "full": measure(args.tree),
     }
     start = time.monotonic()
+    subprocess.run([python, "-m", "pip", "uninstall", "-y", "-q", "-r", TOOL.with_name("slim.txt")], check=True)
     subprocess.run([python, TOOL, "--sm", str(args.sm), args.tree, "--report", report], check=True)
     slim = json.loads(report.read_text())
     report.unlink()

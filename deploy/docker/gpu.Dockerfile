@@ -1,5 +1,5 @@
-# The captioning server on NVIDIA GPUs, with the packages of requirements/gpu.lock; with SM, only with the device code of
-# one compute capability (90: H100, H200; 89: L4, L40S; 80: A100), less than half as large:
+# The captioning server on NVIDIA GPUs, with the packages of requirements/gpu.lock. With SM, the slim variant: the device
+# code of one compute capability alone (90: H100, H200; 89: L4, L40S; 80: A100), and nothing for videos and other models.
 #
 #   docker build -f deploy/docker/gpu.Dockerfile -t vlv:gpu .
 #   docker build -f deploy/docker/gpu.Dockerfile --build-arg SM=90 -t vlv:gpu-sm90 .
@@ -15,8 +15,9 @@ RUN python -m venv /opt/vlv
 WORKDIR /src
 COPY requirements/gpu.lock requirements/gpu.lock
 RUN pip install -r requirements/gpu.lock
-COPY deploy/docker/slim_cuda.py deploy/docker/slim_cuda.py
-RUN if [ -n "${SM}" ]; then python deploy/docker/slim_cuda.py --sm "${SM}" /opt/vlv; fi
+COPY deploy/docker/slim_cuda.py deploy/docker/slim.txt deploy/docker/
+RUN if [ -n "${SM}" ]; then pip uninstall -y -r deploy/docker/slim.txt \
+    && python deploy/docker/slim_cuda.py --sm "${SM}" /opt/vlv; fi
 COPY . .
 RUN pip install --no-deps --no-build-isolation . \
     && python -m serve.server --help >/dev/null \

@@ -71,6 +71,13 @@ def test_edge_packages_are_all_pinned():
     assert not [line for line in lines if "==" not in line and line not in lock]
 
 
+def test_what_the_slim_image_uninstalls_is_in_the_lock():
+    lock = {line.split("==")[0] for line in (ROOT / "requirements/gpu.lock").read_text().splitlines()}
+    lines = (DEPLOY / "docker/slim.txt").read_text().splitlines()
+    names = {line for line in lines if not line.startswith("#")}
+    assert names <= lock | {"z3-solver"}, names - lock  # tilelang's own requirement
+
+
 @by_name
 def test_hadolint(path):
     if not shutil.which("hadolint"):
