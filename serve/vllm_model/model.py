@@ -104,8 +104,8 @@ class Processor(BaseMultiModalProcessor[Info]):
 def _crop(image: Image.Image | MediaWithBytes | np.ndarray | Tensor, size: int) -> np.ndarray:
     """Return the crop of vlv.data.image.load_crop, uint8 [size, size, 3]. Raises ImageError or ValueError.
 
-    A crop stays as it is: vLLM parses some images twice. vLLM has decoded a file that it has read, and keeps its content; it is decoded again where vLLM has changed its
-    mode, or not applied its profile.
+    A crop stays as it is, since vLLM parses some images twice. vLLM has decoded a file that it has read, and keeps its
+    content; it is decoded again where vLLM has changed its mode, or not applied its profile.
     """
     if isinstance(image, MediaWithBytes):
         if image.io_config or image.media.info.get("icc_profile"):
