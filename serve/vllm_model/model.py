@@ -87,7 +87,7 @@ class Processor(BaseMultiModalProcessor[Info]):
     """Pass on the crop of an image, and turn the prompt into the placeholders of its embeddings."""
 
     def _call_hf_processor(self, hf_data: Mapping, hf_kwargs: Mapping) -> BatchFeature:
-        return BatchFeature({"crops": torch.from_numpy(np.stack(hf_data["images"]))})
+        return BatchFeature({"crops": torch.from_numpy(np.stack(hf_data["images"])).permute(0, 3, 1, 2)})
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
         return FIELDS
@@ -102,21 +102,21 @@ class Processor(BaseMultiModalProcessor[Info]):
 
 
 def _crop(image: Image.Image | MediaWithBytes | np.ndarray | Tensor, size: int) -> np.ndarray:
-    """Return the crop of vlv.data.image.load_crop, uint8 [3, size, size]. Raises ImageError or ValueError.
+    """Return the crop of vlv.data.image.load_crop, uint8 [size, size, 3]. Raises ImageError or ValueError.
 
-    vLLM has decoded a file that it has read, and keeps its content; it is decoded again where vLLM has changed its
-    mode, or not applied its profile.
+    A crop stays as it is, since vLLM parses some images twice. vLLM has decoded a file that it has read, and keeps its
+    content; it is decoded again where vLLM has changed its mode, or not applied its profile.
     """
     if isinstance(image, MediaWithBytes):
         if image.io_config or image.media.info.get("icc_profile"):
-            return load_crop(image.original_bytes, size)
+            return load_crop(image.original_bytes, size).transpose(1, 2, 0)
         image = image.media
     if isinstance(image, Image.Image):
-        return crop_image(image, size)
+        return crop_image(image, size).transpose(1, 2, 0)
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image is a PIL image or uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
-    return crop_image(Image.fromarray(image), size)
+    return crop_image(Image.fromarray(image), size).transpose(1, 2, 0)
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=DummyInputs)
