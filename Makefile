@@ -2,6 +2,7 @@
 BIN := .venv/bin
 CAPTION := assets/samples --ckpt assets/vlv-tiny -o out/captions.jsonl --gallery out/gallery.html --no-resume
 ARGS :=
+JOBS := 2
 HF_KERNELS := .venv/hf-kernels
 CLIENTS := .venv/clients
 ALL := .venv/all
@@ -15,9 +16,9 @@ demo: setup
 	@echo "captions: $(CURDIR)/out/captions.jsonl"
 	@echo "gallery:  $(CURDIR)/out/gallery.html"
 
-# make test ARGS="-k davit -x"
+# make test ARGS="-k davit -x" JOBS=1; each of the JOBS takes a file at a time, and up to 6 GB
 test: setup-test $(HF_KERNELS)/done
-	@$(BIN)/python -m pytest -rs $(ARGS)
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -rs -n $(JOBS) --dist loadfile $(ARGS)
 
 # also what `make test` skips for want of a package: Ray, clouds, data sets, Kubernetes, containers, alerts, mkdocs, clients.
 # pip has neither helm (HELM=/path names one) nor Chromium: without them their tests are skipped
