@@ -188,7 +188,6 @@ def library() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise LlamaError(f"{files[0]} cannot be loaded: {error}") from error
-    lib.llama_log_set(_log, None)
     lib.llama_backend_init()
     return lib
 
@@ -233,6 +232,7 @@ class Llama:
         self._lib = lib = library()
         _show_log = show_log
         _warnings.clear()
+        lib.llama_log_set(_log, None)  # another user of the library in this process may have set its own
         if not 0 < sequences <= MAX_SEQUENCES:
             raise LlamaError(f"{sequences} sequences: llama.cpp decodes 1 to {MAX_SEQUENCES} together")
         params = lib.llama_model_default_params()

@@ -40,6 +40,7 @@ from vlv.data.remote import cache_folder
 SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, they leave shared memory to clean up
 NO_FLASHINFER = "flashinfer is not installed, so vLLM samples with PyTorch; pip install flashinfer-python"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+SET_NUM_THREADS = torch.set_num_threads  # vLLM's worker on a CPU replaces it in its process, which inline is this one
 FEW_CORES = 4  # where serve.engines.vllm_executor is the faster
 # encoder placements (serve.PLACEMENTS) that vLLM gets as its own multimodal model, and the field of their input
 FIELDS = {"multimodal": "embeds", "engine": "crops"}
@@ -314,12 +315,17 @@ class VLLMEngine(LLMEngine):
         for process in self._processes():  # still booting, when it listens to nothing softer
             process.kill()
         self._reaper.dismiss()
+        torch.set_num_threads = SET_NUM_THREADS
         if self._sockets is not None:
             os.environ.pop("VLLM_RPC_BASE_PATH", None)  # ours: the next process must not look for it
             shutil.rmtree(self._sockets, ignore_errors=True)
             self._sockets = None
         if self._logs is not None:
             os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)  # ours: the next process must not look for it
+            logger = logging.getLogger("vllm")
+            for handler in [h for h in logger.handlers if getattr(h, "baseFilename", "") == str(self._logs)]:
+                logger.removeHandler(handler)
+                handler.close()
             if not self._failed:
                 shutil.rmtree(self._logs.parent, ignore_errors=True)
 

@@ -21,7 +21,7 @@ from serve.outputs.jsonl import explained
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.common import html as pages
 from vlv.common.files import atomic_write
-from vlv.data.image import ImageError, load_crop
+from vlv.data.image import ImageError, load_crops
 
 LIMIT = 10_000  # images on the page
 EMBEDDED = 48  # images that the page itself holds; the others are files beside it
@@ -35,31 +35,33 @@ def write(
 ) -> None:
     """Write the page for the first LIMIT items that have a record in `captions`, with `NAME.images/` beside it.
 
+    An image is shown as the model saw it: its square, or the squares of its tiles side by side, with their captions.
     The first `count` images are reconstructed by the checkpoint's text-to-image model in `steps` steps from the same
     embeddings that the captions come from; without that model, the page says so. Raises SinkError.
     """
     listed = list(itertools.islice(items, LIMIT))
     records = _records(captions, {item.key for item in listed})
-    captioned, crops = [], []
+    captioned, shown = [], []  # shown: of the first images their squares, uint8 [N, 3, S, S]
     for item in listed:
         if item.key in records and len(captioned) < count:
             try:
-                crops.append(load_crop(item.read(), checkpoint.config.image_size))
+                shown.append(load_crops(item.read(), checkpoint.config.image_size, _crop(records[item.key])).pixels)
                 captioned.append(item)
             except ImageError:  # removed since it was captioned
                 continue
         elif item.key in records:
             captioned.append(item)
-    images, about = _reconstruct(checkpoint, np.array(crops), steps) if crops else ([], "No image has a caption.")
-    if len(captioned) > len(crops):
+    first = np.array([squares[0] for squares in shown])
+    images, about = _reconstruct(checkpoint, first, steps) if shown else ([], "No image has a caption.")
+    if len(captioned) > len(shown):
         about = f"{len(captioned):,} images. The first {about}"
     entries = [_entry(records[item.key]) for item in captioned]
-    for entry, crop, image in itertools.zip_longest(entries[: len(crops)], crops, images):
-        entry["image"] = _data(crop)
+    for entry, squares, image in itertools.zip_longest(entries[: len(shown)], shown, images):
+        entry["image"] = _data(_side_by_side(squares))
         entry["reconstruction"] = None if image is None else _data(image)
     with explained(page):
         page.parent.mkdir(parents=True, exist_ok=True)
-        _write_images(page, list(zip(captioned, entries, strict=True))[len(crops) :])
+        _write_images(page, list(zip(captioned, entries, strict=True))[len(shown) :])
         data = json.dumps(entries, ensure_ascii=False).replace("<", "\\u003c")
         template = TEMPLATE.read_text(encoding="utf-8")
         style, _, body = template.partition("</style>\n")
@@ -82,7 +84,20 @@ def _records(file: Path, keys: set[str]) -> dict[str, dict]:
 
 
 def _entry(record: dict) -> dict:
-    return {"id": record["id"], "caption": record["caption"], "cut": record.get("finish_reason") == "length"}
+    tiles = [tile["caption"] for tile in record.get("tiles", ())]
+    return {
+        "id": record["id"], "caption": record["caption"], "cut": record.get("finish_reason") == "length",
+        "crop": _crop(record), **({"tiles": tiles} if len(tiles) > 1 else {}),
+    }  # fmt: skip
+
+
+def _crop(record: dict) -> str:
+    return record.get("crop", "center")
+
+
+def _side_by_side(squares: np.ndarray) -> np.ndarray:
+    """Return squares uint8 [N, 3, S, S] as one image [3, S, W]."""
+    return np.concatenate(list(squares), axis=2)
 
 
 def _write_images(page: Path, rest: list[tuple[Item, dict]]) -> None:
@@ -95,7 +110,9 @@ def _write_images(page: Path, rest: list[tuple[Item, dict]]) -> None:
     folder.mkdir(exist_ok=True)
     workers = min(len(os.sched_getaffinity(0)), 32, 1 + len(rest) // 500)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        contents: Iterator[bytes | None] = pool.map(thumbnail, [item for item, _ in rest], chunksize=64)
+        contents: Iterator[bytes | None] = pool.map(
+            thumbnail, *zip(*((item, e["crop"]) for item, e in rest), strict=True), chunksize=64
+        )
         for number, ((_, entry), content) in enumerate(zip(rest, contents, strict=True)):
             if number % 1000 == 0:
                 print(f"gallery: {number} of {len(rest)} images", file=sys.stderr, flush=True)
@@ -104,26 +121,26 @@ def _write_images(page: Path, rest: list[tuple[Item, dict]]) -> None:
                 entry["image"] = f"{folder.name}/{number:06}.jpg"
 
 
-def thumbnail(item: Item) -> bytes | None:
-    """Return an image as a small JPEG file, None if it cannot be read."""
+def thumbnail(item: Item, crop: str) -> bytes | None:
+    """Return what the model saw of an image as a small JPEG file, None if it cannot be read."""
     try:
-        return _encoded(load_crop(item.read(), SIDE), "jpeg")
+        return _encoded(_side_by_side(load_crops(item.read(), SIDE, crop).pixels), "jpeg")
     except ImageError:
         return None
 
 
 def _encoded(pixels: np.ndarray, kind: str) -> bytes:
-    """Return an image uint8 [3, S, S] as the content of a file."""
+    """Return an image uint8 [3, S, W] as the content of a file."""
     image = Image.fromarray(pixels.transpose(1, 2, 0))
-    image.thumbnail((2 * SIDE, 2 * SIDE))
+    image.thumbnail((image.width, 2 * SIDE))
     stream = io.BytesIO()
     image.save(stream, kind, **({"optimize": True} if kind == "png" else {"quality": 88}))
     return stream.getvalue()
 
 
 def _data(pixels: np.ndarray) -> str:
-    """Return an image uint8 [3, S, S] as a URL that contains it; small ones without loss."""
-    kind = "png" if pixels.shape[2] < SIDE else "jpeg"
+    """Return an image uint8 [3, S, W] as a URL that contains it; small ones without loss."""
+    kind = "png" if pixels.shape[1] < SIDE else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(_encoded(pixels, kind)).decode()}"
 
 

@@ -50,6 +50,8 @@ def test_no_graph_resizes_with_weights_at_the_borders(artifacts):
     """The encoder upsamples by matrix products; the other graphs repeat pixels, which needs none from beyond."""
     resizes = {}
     for name, artifact in Manifest.open(artifacts).artifacts.items():
+        if artifact.runtime != "onnx":  # an engine that another test has built there
+            continue
         nodes = onnx.load(artifacts / artifact.main_file, load_external_data=False).graph.node
         resizes[name] = [node for node in nodes if node.op_type in ("Resize", "Upsample")]
     assert not resizes["encoder"]

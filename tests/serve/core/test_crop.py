@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import re
 
@@ -116,9 +118,11 @@ def test_tiles_are_listed(checkpoint, wide, tmp_path):
     assert record["tokens"] == 6 and record["finish_reason"] == "length"
     page = tmp_path / "gallery.html"
     gallery.write(page, checkpoint, expand([str(folder)]), tmp_path / "tiles.jsonl")
-    text = page.read_text()
-    assert text.count("<figcaption>square") == 3 and "wide.png, square 2 of 3" in text
-    assert record["tiles"][1]["caption"] in text
+    (entry,) = json.loads(re.search(r'id="records">(.*?)</script>', page.read_text()).group(1))
+    assert entry["crop"] == "tiles" and entry["tiles"] == [tile["caption"] for tile in record["tiles"]]
+    shown = Image.open(io.BytesIO(base64.b64decode(entry["image"].partition(",")[2])))  # a PNG: without loss
+    squares = [np.asarray(image.crop(place)) for place in places]
+    np.testing.assert_array_equal(np.asarray(shown), np.concatenate(squares, axis=1))
 
 
 def test_several_captions_of_tiles(checkpoint, wide, tmp_path):

@@ -38,13 +38,13 @@ def metric(server, name: str) -> float:
 
 def test_the_first_text_counts_from_the_request(server, ask, monkeypatch):
     """Through all stages, and to what a client can read: the first sentence, not the first token."""
-    embed = server.service.embed
+    encoded = server.service.encoded
 
-    async def slow(content):
+    async def slow(content, crop):
         await asyncio.sleep(0.3)
-        return await embed(content)
+        return await encoded(content, crop)
 
-    monkeypatch.setattr(server.service, "embed", slow)
+    monkeypatch.setattr(server.service, "encoded", slow)
     monkeypatch.setattr(LLMEngine, "pace", 0.05)
     before = metric(server, "vlv_first_token_seconds_sum")
     assert ask(stream=True).status_code == 200
@@ -52,10 +52,10 @@ def test_the_first_text_counts_from_the_request(server, ask, monkeypatch):
 
 
 def test_an_unexpected_error_is_counted(server, ask, monkeypatch):
-    async def broken(content):
+    async def broken(content, crop):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(server.service, "embed", broken)
+    monkeypatch.setattr(server.service, "encoded", broken)
     answer = ask()
     assert answer.status_code == 500 and "see the server's log" in answer.text
     assert metric(server, 'vlv_requests_total{route="/v1/chat/completions",status="500"}') == 1
