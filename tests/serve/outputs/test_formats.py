@@ -304,7 +304,7 @@ def test_killed_at_any_moment(kind, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = [int(n) for n in run.stdout.split()]
-    assert len(set(found)) > 10 and found[-1] < count, f"the kills came too early or too late: {found}"
+    assert len(set(found)) > 5 and found[-1] < count, f"the kills came too early or too late: {found}"
     errors = [json.loads(line)["id"] for line in output.with_name(output.stem + ".errors.jsonl").open()]
     captions = READERS[kind](output, folder)
     assert Counter(errors + captions) == {str(folder / f"{i:04}.png"): 1 for i in range(count)}
