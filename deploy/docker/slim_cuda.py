@@ -58,7 +58,7 @@ def fat_binaries(content: bytes) -> Iterator[list[Entry]]:
 
 
 def _entries(content: bytes, at: int, end: int) -> list[Entry] | None:
-    """Return the entries between two offsets; None if that is no list of entries."""
+    """Return the entries between two offsets; None if they do not hold a list of entries."""
     entries = []
     while at < end <= len(content) and at + 64 <= len(content):
         kind, _, header, size = struct.unpack_from("<HHIQ", content, at)

@@ -93,23 +93,18 @@ class Model:
     @property
     def flags(self) -> str:
         """Return the flags that change captions where they are not the default, for the records of captions."""
-        options, given = self.options, []
-        if self.max_tokens != self.spec.max_tokens(None):
-            given.append(f"--max-tokens {self.max_tokens}")
-        if options.crop != "center":
-            given.append(f"--crop {options.crop}")
-        if options.precision:
-            given.append(f"--precision {options.precision}")
-        if options.llm_dtype != "auto":
-            given.append(f"--llm-dtype {options.llm_dtype}")
-        if options.llm_quantization:
-            given.append(f"--llm-quantization {options.llm_quantization}")
-        if options.kv_cache_dtype != "auto":
-            given.append(f"--kv-cache-dtype {options.kv_cache_dtype}")
-        if options.gguf:
-            given.append(f"--gguf {options.gguf.name}")
-        if options.gguf_type != "f16":
-            given.append(f"--gguf-type {options.gguf_type}")
+        options = self.options
+        settings = (
+            ("max-tokens", self.max_tokens, self.spec.max_tokens(None)),
+            ("crop", options.crop, "center"),
+            ("precision", options.precision, None),
+            ("llm-dtype", options.llm_dtype, "auto"),
+            ("llm-quantization", options.llm_quantization, None),
+            ("kv-cache-dtype", options.kv_cache_dtype, "auto"),
+            ("gguf", options.gguf and options.gguf.name, None),
+            ("gguf-type", options.gguf_type, "f16"),
+        )
+        given = [f"--{flag} {value}" for flag, value, default in settings if value != default]
         return " ".join(given + ["--ignore-icc"] * options.ignore_icc)
 
     def engine(self) -> LLMEngine:

@@ -328,7 +328,7 @@ def read_patch(file: Path) -> dict[str, dict]:
                 raise ValueError(f"a line of {file} has no texts id, before and caption")
             edits[record["id"]] = record
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SinkError(f"--patch {file} is no patch of a gallery page: {error}") from error
+        raise SinkError(f"--patch {file} is not a patch of a gallery page: {error}") from error
     return edits
 
 

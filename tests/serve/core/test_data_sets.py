@@ -8,7 +8,6 @@ import io
 import json
 import lzma
 import pickle
-import tarfile
 from pathlib import Path
 
 import fsspec
@@ -17,6 +16,7 @@ import pytest
 from PIL import Image
 
 from serve.core.inputs import LeftOut, SourceError, expand
+from tests.serve.core.test_remote import tar
 from vlv.data.image import ImageError, load_crop
 from vlv.data.sources import open_sources
 
@@ -38,16 +38,6 @@ def png(shade: int) -> bytes:
 
 
 IMAGES = [png(shade) for shade in range(7)]
-
-
-def tar(contents: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as shard:
-        for name, content in contents.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            shard.addfile(info, io.BytesIO(content))
-    return stream.getvalue()
 
 
 def contents(*paths: str, **options) -> dict[str, bytes]:

@@ -21,20 +21,11 @@ from serve.engines.transformers import TransformersEngine
 from serve.engines.vllm import VLLMEngine
 from serve.outputs.jsonl import FileSink
 from serve.reports.progress import Progress
+from tests.serve.engines.test_vllm import Shared
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data.image import load_crop
 
 TOKENS, SCENES = 48, 32
-
-
-class Kept(VLLMEngine):
-    """An engine that a pipeline neither starts nor closes."""
-
-    async def start(self) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +66,7 @@ def test_captions_are_the_same(placement, checkpoint, scene_images, crops, embed
     """By requests of each kind, and through the whole pipeline from files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # where vLLM's processes find VLV's model
-    engine = Kept(LLMSpec.of(checkpoint), TOKENS, 16, options=Options(placement=placement))
+    engine = Shared(LLMSpec.of(checkpoint), TOKENS, 16, options=Options(placement=placement))
     inputs = crops if engine.takes_crops else embeds
     (tmp_path / "images").mkdir()
     for file in sorted(scene_images.glob("*.png"))[:SCENES]:

@@ -29,7 +29,6 @@ from serve.http.app import Bounds
 from serve.http.auth import Keys
 from serve.http.gateway import Gateway, Upstream
 from serve.http.metrics import Metrics
-from tests.serve.web.browser import Browser, chromium
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data.image import load_crop
 from vlv.data.scenes import write_scenes
@@ -49,10 +48,15 @@ def library() -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
+def needs_packages() -> None:
+    """Skip the test where the packages of the extra `edge` are not installed."""
     for package in ("gguf", "xllamacpp"):
         pytest.importorskip(package, reason="pip install --no-deps gguf==0.19.0 xllamacpp==2026.10.11549")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    needs_packages()
     out = tmp_path_factory.mktemp("edge") / "bundle"
     flags = ["--no-captions", "--probes", "4", "--web", str(library())]
     assert edge.main(["--ckpt", str(BUNDLED), "--out", str(out), *flags]) == 0
@@ -129,15 +133,6 @@ def gateway(site):
     yield url, recorded
     server.should_exit = True
     thread.join(20)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    path = chromium()
-    if path is None:
-        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
-    with Browser(path, tmp_path_factory.mktemp("browser")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +237,7 @@ def test_a_browser_without_simd(browser, site, gateway):
 
 
 def test_another_library_is_refused(tmp_path, capsys):
+    needs_packages()
     out = tmp_path / "out"
     command = ["--ckpt", str(BUNDLED), "--out", str(out), "--web", str(tmp_path)]
     assert edge.main(command) == 2

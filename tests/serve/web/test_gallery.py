@@ -14,7 +14,6 @@ from serve.core.inputs import Item, expand
 from serve.outputs.factory import sink_class
 from serve.outputs.jsonl import SinkError, captions_of, read_patch
 from serve.reports import gallery
-from tests.serve.web.browser import Browser, chromium
 from vlv.checkpoints.folder import Checkpoint
 
 COUNT = 10_000
@@ -42,15 +41,6 @@ def folder(random_checkpoint, tmp_path_factory) -> Path:
             )
     gallery.write(top / "g.html", Checkpoint.open(random_checkpoint), expand([str(top / "in")]), top / "captions.jsonl")
     return top
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    path = chromium()
-    if path is None:
-        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
-    with Browser(path, tmp_path_factory.mktemp("browser")) as running:
-        yield running
 
 
 @pytest.fixture
@@ -165,7 +155,7 @@ def test_a_patch_in_every_format_that_has_a_gallery(kind, tmp_path):
 
 
 def test_what_is_no_patch(tmp_path):
-    for content, words in {'{"id": "a"}\n': "is no patch of a gallery page", "[]\n": "is no patch"}.items():
+    for content, words in {'{"id": "a"}\n': "is not a patch of a gallery page", "[]\n": "is not a patch"}.items():
         (tmp_path / "p").write_text(content)
         with pytest.raises(SinkError, match=words):
             read_patch(tmp_path / "p")

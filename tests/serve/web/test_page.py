@@ -11,7 +11,6 @@ import pytest
 from serve.http.auth import Keys
 from serve.http.web.page import HEADERS, PAGE
 from tests.serve.serving import CLEAN, Running, Scripted
-from tests.serve.web.browser import Browser, chromium
 from vlv.checkpoints.folder import Checkpoint
 
 DONE = "cards.length && cards.every(card => card.record || card.failed)"
@@ -34,15 +33,6 @@ def server(t2i_checkpoint):
     running = Running(Checkpoint.open(t2i_checkpoint), LLMEngine)
     yield running
     running.stop()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    path = chromium()
-    if path is None:
-        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
-    with Browser(path, tmp_path_factory.mktemp("browser")) as running:
-        yield running
 
 
 @pytest.fixture
