@@ -2,11 +2,11 @@
 
     python -m benchmarks.host                          # into benchmarks/host.json
 
-Encoder and language model are stand-ins that compute nothing: every image gets zeros as embeddings and the same 220
-tokens, which are decoded to text as ever. Measured is CPU time: of `load_crop` for one file in one process, and of the
-main process of the batch pipeline and of the server for one image, with decoding in processes of its own and the
-server's clients in another. Every crop that reaches the encoder is compared with load_crop's, byte for byte. From these
-come the cores that a GPU needs at a rate of captions.
+Encoder and language model are stand-ins that compute nothing: every image gets zeros as embeddings, after the time that
+an H200 takes for its batch, and the same 220 tokens, which are decoded to text as ever. Measured is CPU time: of
+`load_crop` for one file in one process, and of the main process of the batch pipeline and of the server for one image,
+with decoding in processes of its own and the server's clients in another. Every crop that reaches the encoder is
+compared with load_crop's, byte for byte. From these come the cores that a GPU needs at a rate of captions.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ TOKENS = 220
 TARGETS = {"pipeline_main_ms": 0.6, "decode_ms": 7.0}  # CPU milliseconds an image of 1024x1024
 RATE = 150  # captions a second, for which cores are counted
 REPEATS = 3
+ENCODER_START, ENCODER_IMAGE = 0.0464, 0.0036  # seconds: an H200 takes 50 ms for one image, 163 for 32 (gpu/h200.json)
 
 
 class StandInEncoder:
-    """Return zeros; with `checks`, also count the crops by their hashes."""
+    """Return zeros once a GPU would have them; with `checks`, also count the crops by their hashes."""
 
     spec: LLMSpec
     checks = False
@@ -65,24 +66,33 @@ class StandInEncoder:
     def __call__(self, images: np.ndarray) -> torch.Tensor:
         if self.checks:
             self.seen.update(digest(image) for image in images)
+        time.sleep(ENCODER_START + ENCODER_IMAGE * len(images))  # without it, each image would be a batch of its own
         return torch.zeros(len(images), self.spec.queries, self.spec.width)
 
 
 class CountingSink(FileSink):
-    """Remember the CPU seconds that this process had spent at each caption."""
+    """Remember the CPU seconds that this process had spent after the first quarter of `count` captions, and at the end.
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    Not at each caption: asking takes as much CPU as everything else for one.
+    """
+
+    def __init__(self, file: Path, model: str, count: int):
+        super().__init__(file, model)
+        self._left = count
+        self._first = count // 4
+        self._count = count - self._first
         self.spent: list[float] = []
 
     def caption(self, record: dict, item) -> None:
         super().caption(record, item)
-        self.spent.append(time.process_time())
+        self._left -= 1
+        if self._left in (self._count, 0):
+            self.spent.append(time.process_time())
 
     def milliseconds(self) -> float:
         """Return those of one caption, without the start: the first quarter of the captions."""
-        first = len(self.spent) // 4
-        return 1000 * (self.spent[-1] - self.spent[first]) / (len(self.spent) - 1 - first)
+        first, last = self.spent
+        return 1000 * (last - first) / self._count
 
 
 class StandInEngine(LLMEngine):
@@ -148,7 +158,7 @@ async def measure(checkpoint: Checkpoint, images: Path, size: int) -> dict:
     pipeline = []
     for number in range(REPEATS + 1):
         StandInEncoder.checks = number == 0  # a run of its own: hashing costs as much as all the rest
-        sink = CountingSink(images.parent / f"{number}.jsonl", checkpoint.hash)
+        sink = CountingSink(images.parent / f"{number}.jsonl", checkpoint.hash, len(files))
         run = CaptionRun(checkpoint, StandInEngine(spec, TOKENS), sink, RunConfig(Sampling(TOKENS)), Progress())
         await run.run(expand([str(images)]))
         if not StandInEncoder.checks:

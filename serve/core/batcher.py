@@ -94,11 +94,6 @@ class Encoded:
         return self.squares[0]
 
 
-def _encode(encoder: Encoder, images: list[np.ndarray]) -> Tensor:
-    """Encode the squares of images; copying them together would delay the event loop."""
-    return encoder(np.concatenate(images))
-
-
 class Batcher:
     """Encode the images in the slots of a decode pool, in a thread of its own, by the rule above."""
 
@@ -145,18 +140,19 @@ class Batcher:
             while len(batch) < encoder.batch and not self._decoded.empty():
                 batch.append(self._decoded.get_nowait())
             needed = [(slot, encoded) for slot, encoded in batch if not encoded.done()]  # the others were cancelled
-            images = [self._pool.squares(slot) for slot, _ in needed]
+            squares = [self._pool.squares(slot) for slot, _ in needed]
             boxes = [self._pool.boxes(slot) for slot, _ in needed]
+            images = np.concatenate(squares) if needed else None  # copies them
             for slot, _ in batch:
                 self._pool.release(slot)
             if not needed:
                 continue
             start = time.monotonic()
-            rows = await loop.run_in_executor(self._thread, _encode, encoder, images)
+            rows = await loop.run_in_executor(self._thread, encoder, images)
             seconds = time.monotonic() - start
             if self._timeline:
                 self._timeline.span("the encoder", start, images=len(needed), waiting=self.waiting)
-            parts = rows.split([len(squares) for squares in images])
+            parts = rows.split([len(shown) for shown in boxes])
             for (_, encoded), part, shown in zip(needed, parts, boxes, strict=True):
                 if not encoded.done():
                     # a copy: a view would keep the full batch in memory until its last image is captioned

@@ -156,8 +156,8 @@ class DecodePool:
         self._available.release()
 
     def squares(self, slot: int) -> np.ndarray:
-        """Return a copy of the squares of the image in a slot, uint8 [N, 3, size, size]."""
-        return self._memory.pixels[slot, : len(self._boxes[slot])].copy()
+        """Return the squares of the image in a slot, uint8 [N, 3, size, size]: a view, valid until its release."""
+        return self._memory.pixels[slot, : len(self._boxes[slot])]
 
     def boxes(self, slot: int) -> list[Box]:
         """Return the part of the image in a slot that each of its squares shows."""

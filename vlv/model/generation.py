@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,4 +74,4 @@ def join_end_tokens(*sources: int | Sequence[int] | None) -> tuple[int, ...]:
 
 def cut_at_end(ids: Sequence[int], end_tokens: Sequence[int]) -> list[int]:
     """Return the tokens before the first end token, all of them where there is none."""
-    return list(itertools.takewhile(lambda token: token not in end_tokens, ids))
+    return list(ids[: min((ids.index(token) for token in end_tokens if token in ids), default=len(ids))])

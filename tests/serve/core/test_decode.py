@@ -61,7 +61,7 @@ def test_tiles_travel_with_their_boxes(tmp_path):
     async def work(pool):
         slot = await pool.slot()
         await pool.decode(item, slot, "tiles")
-        tiles = pool.squares(slot), pool.boxes(slot)
+        tiles = pool.squares(slot).copy(), pool.boxes(slot)
         pool.release(slot)
         slot = await pool.slot()
         await pool.decode(item, slot)
