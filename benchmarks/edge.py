@@ -34,6 +34,7 @@ PARTS = ("scenes", "startup", "half")
 CASES = {  # flags of serve.vllm_caption
     "vllm float32": ("--engine", "vllm"),
     "vllm bfloat16": ("--engine", "vllm", "--llm-dtype", "bfloat16"),
+    "vllm fp8 cache": ("--engine", "vllm", "--kv-cache-dtype", "fp8"),
     "llamacpp f32": ("--engine", "llamacpp", "--gguf-type", "f32"),
     "llamacpp f16": ("--engine", "llamacpp", "--gguf-type", "f16"),
     "llamacpp q8_0": ("--engine", "llamacpp", "--gguf-type", "q8_0"),

@@ -69,6 +69,17 @@ class VLLMEngine(LLMEngine):
             raise OptionError(f"--lora does not go with --encoder-placement {self._placement}")
         if self.options.tensor_parallel > 1 and self._placement in ("inline", "engine"):
             raise OptionError(f"--tensor-parallel does not go with --encoder-placement {self._placement}: one GPU only")
+        if self.options.quantization:
+            if not self._device.cuda:
+                raise OptionError(
+                    f"--llm-quantization {self.options.quantization} needs a GPU: vLLM has no such products for a CPU; "
+                    "--engine llamacpp --gguf-type q8_0 has"
+                )
+            if self.options.dtype == "float32":
+                raise OptionError(
+                    f"--llm-quantization {self.options.quantization} does not go with --llm-dtype float32: vLLM "
+                    "quantises float16 and bfloat16 weights"
+                )
         self._ids = itertools.count()
         self._lora = None
         self._lora_rank = lora_rank(self.options.lora) if self.options.lora else None

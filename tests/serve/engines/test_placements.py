@@ -135,6 +135,7 @@ def test_an_inline_engine_that_cannot_load_says_why_and_another_one_starts(check
             {"placement": "inline", "tensor_parallel": 2},
             "--tensor-parallel does not go with --encoder-placement inline",
         ),
+        ({"quantization": "fp8"}, "--llm-quantization fp8 needs a GPU"),
     ],
 )
 def test_what_does_not_go_together(checkpoint, options, words):
