@@ -146,7 +146,7 @@ def _engine(args, case: str, spec, max_tokens: int, in_flight: int):
     from serve.vllm_caption import parser
 
     flags = parser().parse_args([*CASES[case], "--in-flight", str(in_flight)])
-    options = Options(dtype=flags.llm_dtype, gguf_type=flags.gguf_type)
+    options = Options(dtype=flags.llm_dtype, gguf_type=flags.gguf_type, cache_dtype=flags.kv_cache_dtype)
     return engine_class(flags.engine)(spec, max_tokens, flags.in_flight, options=options)
 
 
