@@ -21,12 +21,16 @@ test: setup-test $(HF_KERNELS)/done
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -rs -n $(JOBS) --dist loadfile $(ARGS)
 
 # also what `make test` skips for want of a package: Ray, clouds, data sets, Kubernetes, containers, alerts, mkdocs, clients.
-# pip has neither helm (HELM=/path names one) nor Chromium: without them their tests are skipped
+# Where there is no helm (HELM=/path names one), Helm's library renders the chart. pip has no Chromium, no headers of ONNX
+# Runtime: without them (apt-get install chromium libonnxruntime-dev libllama-dev) their tests are skipped
 test-all: setup-test $(HF_KERNELS)/done $(CLIENTS)/done $(ALL)/done
-	@PATH="$(CURDIR)/$(ALL)/bin:$$PATH" $(ALL)/bin/python -m pytest -rs $(ARGS)
+	@PATH="$(CURDIR)/$(ALL)/bin:$$PATH" HELM="$${HELM:-$$(command -v helm || echo $(CURDIR)/scripts/helm.py)}" \
+		ONNXRUNTIME_WEB="$(CURDIR)/$(ALL)/node/node_modules/onnxruntime-web" $(ALL)/bin/python -m pytest -rs $(ARGS)
 
 $(ALL)/done: requirements/test-all.in | setup-test
 	@scripts/overlay_venv.sh $(@D) -r $<
+	@version=$$($(BIN)/python -c "from export.edge_bundle.web_page import ORT_WEB; print(ORT_WEB)") && mkdir -p $(@D)/node && \
+		if command -v npm >/dev/null; then npm install --silent --prefix $(@D)/node onnxruntime-web@$$version; fi
 
 # make coverage ARGS=tests/serve: what the tests run, commands that they start included
 coverage: setup-test $(HF_KERNELS)/done
