@@ -6,9 +6,13 @@ JOBS := 2
 HF_KERNELS := .venv/hf-kernels
 CLIENTS := .venv/clients
 ALL := .venv/all
+OLDEST := .venv/vllm-0.26
 export PYTHON
 
-.PHONY: demo test test-all test-clients coverage lint setup setup-test clean
+VERSION_TESTS := tests/serve/test_vllm_plugin.py tests/serve/test_caption_cli.py $(addprefix tests/serve/engines/test_,\
+	vllm.py vllm_settings.py llm_settings.py placements.py sampling.py remote.py)
+
+.PHONY: demo test test-all test-clients test-versions coverage lint setup setup-test clean
 
 demo: setup
 	@mkdir -p out
@@ -39,16 +43,26 @@ coverage: setup-test $(HF_KERNELS)/done
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --skip-covered
 
-# other people's clients against the server: LangChain, LiteLLM, LlamaIndex, guidellm, OpenAI for Node (where npm is),
-# vLLM's benchmark; guidellm needs PyTorch, and takes that of .venv
+# other people's clients against the server: LangChain, LiteLLM, LlamaIndex, guidellm, Open WebUI, OpenAI for Node (where
+# npm is), vLLM's benchmark; guidellm and Open WebUI need PyTorch, and take that of .venv
 test-clients: setup-test $(CLIENTS)/done
 	@$(BIN)/python -m pytest tests/serve/http/test_clients.py -rs $(ARGS)
 
 $(CLIENTS)/done: requirements/test-clients.in | setup-test
 	@$(BIN)/python -m venv $(@D) && $(@D)/bin/pip install -q -r $<
 	@scripts/overlay_venv.sh $(@D)/guidellm guidellm==0.8.1
+	@scripts/overlay_venv.sh $(@D)/open-webui open-webui==0.12.4 \
+		|| echo "setup: Open WebUI is not installed (it takes Python 3.11 and 3.12): its test will be skipped" >&2
 	@if command -v npm >/dev/null; then mkdir -p $(@D)/node && cd $(@D)/node && npm install --silent openai; fi
 	@touch $@
+
+# the engine, its placements and the plugin with the newest vLLM, that of .venv, and with the oldest one that is tested;
+# 6 GB, since its torch comes with CUDA's libraries
+test-versions: setup-test $(OLDEST)/done
+	@for python in $(BIN) $(OLDEST)/bin; do $$python/python -m pytest -rs $(VERSION_TESTS) $(ARGS) || exit 1; done
+
+$(OLDEST)/done: requirements/vllm-0.26.in requirements/gpu.lock | setup-test
+	@scripts/overlay_venv.sh $(@D) --no-deps -r $< -c requirements/gpu.lock
 
 lint: setup-test
 	@$(BIN)/ruff check .
