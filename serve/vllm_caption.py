@@ -146,8 +146,13 @@ def _plan(args: argparse.Namespace) -> None:
     hush()  # before transformers is imported, which warns of torchvision
 
     from serve.reports.capacity import report
+    from vlv.checkpoints.folder import CheckpointError
+    from vlv.model.config import PRESETS
 
-    print(report(args.plan, args.gpu_memory, args.price, args.max_tokens or 300))
+    try:
+        print(report(args.plan, args.gpu_memory, args.price, args.max_tokens or 300))
+    except CheckpointError as error:
+        raise Misuse(f"--plan: {error}, or a preset: {', '.join(PRESETS)}") from error
 
 
 def _caption(args: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import functools
 import gc
-import importlib.util
 import itertools
 import json
 import logging.config
@@ -31,14 +30,13 @@ from torch import Tensor
 
 from serve.engines.base import EngineError, LLMEngine, OptionError, Sampling, Tokens
 from serve.engines.child_reaper import ChildProcessReaper
-from serve.engines.vllm_settings import Device, VLLMSettings, free_memory, settings
+from serve.engines.vllm_settings import Device, VLLMSettings, flashinfer_problem, free_memory, settings
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.llm_folder import check_llm_folder
 from vlv.common.command import one_line
 from vlv.data.remote import cache_folder
 
 SHUTDOWN = 20  # seconds that vLLM's processes have to end in order; killed, they leave shared memory to clean up
-NO_FLASHINFER = "flashinfer is not installed, so vLLM samples with PyTorch; pip install flashinfer-python"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 SET_NUM_THREADS = torch.set_num_threads  # vLLM's worker on a CPU replaces it in its process, which inline is this one
 FEW_CORES = 4  # where serve.engines.vllm_executor is the faster
@@ -204,7 +202,8 @@ class VLLMEngine(LLMEngine):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*self._settings.notes, *([NO_FLASHINFER] if self._device.cuda and not _has_flashinfer() else []))
+        problem = flashinfer_problem() if self._device.cuda else None
+        return (*self._settings.notes, *([f"{problem}, so vLLM samples with PyTorch"] if problem else []))
 
     @property
     def encoder_threads(self) -> int | None:
@@ -230,7 +229,7 @@ class VLLMEngine(LLMEngine):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-        if not _has_flashinfer():  # vLLM up to 0.26 ends without it
+        if flashinfer_problem():  # vLLM 0.26 would end at its first step
             os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         if self.options.tensor_parallel > 1:  # on a CPU, vLLM would want a NUMA node for each process
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -352,10 +351,6 @@ def lora_rank(folder: Path) -> int:
         raise OptionError(f"--lora: {file} does not describe a LoRA adapter: {one_line(error)}") from error
     except StopIteration:
         raise OptionError(f"--lora: {file}: rank {rank}; vLLM takes up to {LORA_RANKS[-1]}") from None
-
-
-def _has_flashinfer() -> bool:
-    return importlib.util.find_spec("flashinfer") is not None
 
 
 def _engine_processes() -> list:

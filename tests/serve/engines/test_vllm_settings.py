@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 
 import pytest
 
+from serve.engines import vllm_settings
 from serve.engines.base import LLMSpec
-from serve.engines.vllm_settings import Device, graph_sizes, settings, weight_bytes
+from serve.engines.vllm_settings import Device, flashinfer_problem, graph_sizes, settings, weight_bytes
 
 H200, L4 = Device(True, 141 << 30), Device(True, 23 << 30)
 
@@ -117,3 +119,30 @@ def test_vllm_takes_the_arguments(captioning_checkpoint):
     scheduler = config.scheduler_config
     assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (32, 2048)
     assert not config.cache_config.enable_prefix_caching and config.compilation_config.cudagraph_capture_sizes == []
+
+
+def test_flashinfer_needs_a_compiler_or_its_compiled_kernels(tmp_path, monkeypatch):
+    """vLLM 0.26 with flashinfer and without nvcc would end when it first samples, as after pip install vllm alone."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(vllm_settings, "CUDA", str(tmp_path / "nowhere"))
+    monkeypatch.syspath_prepend(tmp_path)
+    if importlib.util.find_spec("flashinfer") is None:
+        assert "flashinfer is not installed" in flashinfer_problem()
+    (tmp_path / "flashinfer").mkdir()
+    (tmp_path / "flashinfer/__init__.py").touch()
+    importlib.invalidate_caches()
+    assert "flashinfer finds no nvcc" in flashinfer_problem()
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(0o755)
+    assert flashinfer_problem() is None  # on PATH
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "other"))  # which flashinfer then takes alone
+    assert "flashinfer finds no nvcc" in flashinfer_problem()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert flashinfer_problem() is None
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "other"))
+    (tmp_path / "flashinfer_jit_cache.py").touch()
+    importlib.invalidate_caches()
+    assert flashinfer_problem() is None

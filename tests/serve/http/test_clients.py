@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -139,8 +142,67 @@ def test_guidellm(server, captioning_checkpoint, tmp_path):
     assert {request["output_metrics"]["text_tokens"] for request in requests["successful"]} == {20}
 
 
+@pytest.fixture(scope="module")
+def open_webui(server, tmp_path_factory):
+    """Open WebUI beside our server, which is its only source of models; yield its URL."""
+    program, folder = CLIENTS / "open-webui/bin/open-webui", tmp_path_factory.mktemp("open-webui")
+    if not program.is_file():
+        pytest.skip(f"Open WebUI is not installed: {HOW}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "DATA_DIR": str(folder),
+        "WEBUI_SECRET_KEY": "of this test",
+        "OPENAI_API_BASE_URLS": f"{server.url}/v1",
+        "OPENAI_API_KEYS": "none",
+        "ENABLE_OLLAMA_API": "False",
+        # it loads a model for its search in documents otherwise
+        "RAG_EMBEDDING_ENGINE": "openai",
+        "OFFLINE_MODE": "True",
+        "HF_HUB_OFFLINE": "1",
+        "ENABLE_VERSION_UPDATE_CHECK": "False",
+        "ANONYMIZED_TELEMETRY": "False",
+    }
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
+    command = [program, "serve", "--host", "127.0.0.1", "--port", port]
+    with (folder / "log").open("w") as log:
+        run = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        try:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                assert run.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
+                time.sleep(0.5)
+            yield url
+        finally:
+            run.kill()
+            run.wait()
+
+
+def test_open_webui(open_webui, image):
+    """Its first user lists the models and chats, with and without a stream, as its page does."""
+    user = {"name": "a", "email": "a@example.org", "password": "of this test", "profile_image_url": ""}
+    token = httpx.post(f"{open_webui}/api/v1/auths/signup", json=user, timeout=60).json()["token"]
+    with httpx.Client(base_url=open_webui, headers={"Authorization": f"Bearer {token}"}, timeout=60) as client:
+        models = client.get("/api/models").json()["data"]
+        assert [model["id"] for model in models if model.get("owned_by") == "openai"] == ["tiny"], models
+        content = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": image}}]
+        body = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
+        answer = client.post("/api/chat/completions", json={**body, "stream": False})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["message"]["content"] == CLEAN
+        answer = client.post("/api/chat/completions", json={**body, "stream": True})
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        pieces = [choice["delta"].get("content") or "" for chunk in chunks for choice in chunk.get("choices", [])]
+        assert "".join(pieces) == CLEAN, answer.text
+
+
 def test_what_open_webui_sends(server, image):
-    """Open WebUI takes several GB to install. These are the requests of its version 0.12.4, by its source code.
+    """Send the requests of Open WebUI 0.12.4, by its source code, where it is not installed.
 
     routers/openai.py lists models and sends chats; utils/payload.py adds the parameters of its settings;
     routers/tasks.py asks for titles, tags and follow-up questions without an image, which this model cannot answer.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from serve.reports.capacity import IN_FLIGHT, MEASURED, capacity, report, sizes_of
+from serve.vllm_caption import main
 from vlv.checkpoints.folder import Checkpoint
 
 
@@ -54,3 +55,9 @@ def test_the_readme_table_is_what_is_computed():
         assert [cell.strip() for cell in cells.split("|")][:3] == expected, size
     measured = json.loads((root / "benchmarks" / "gpu" / "h200.json").read_text())["captioning"]
     assert MEASURED["qwen2.5-3b"][0] == measured["captions_per_s_by_in_flight"]["512"]
+
+
+def test_an_unknown_name_is_misuse_and_the_presets_are_named(capsys):
+    assert main(["--plan", "nonsense"]) == 2
+    assert "--plan: no checkpoint at nonsense: " in (text := capsys.readouterr().err)
+    assert text.rstrip().endswith("or a preset: tiny, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-3b")

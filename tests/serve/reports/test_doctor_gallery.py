@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serve import ENGINES
 from serve.core.inputs import expand
 from serve.outputs.jsonl import SinkError
 from serve.reports import doctor, gallery
@@ -38,6 +39,40 @@ def test_doctor_fails_where_captioning_would(capsys, monkeypatch):
     report = capsys.readouterr().out
     assert "does not import: ModuleNotFoundError" in report
     assert "captioning does not work here: no_such_module" in report
+
+
+@pytest.mark.parametrize(
+    ("absent", "proposed", "lines"),
+    [
+        (
+            (),
+            "captions.jsonl\n",
+            ["vllm +works", "transformers +works", "llamacpp +works", "remote +works, with --llm-url URL"],
+        ),
+        (
+            ("vllm", "xllamacpp"),
+            "captions.jsonl --engine transformers\n",
+            ["vllm +needs vllm: .*cpu.lock", r"llamacpp +needs xllamacpp: .*\.\[edge\]\"", "transformers +works"],
+        ),
+    ],
+)
+def test_doctor_says_what_each_engine_needs(absent, proposed, lines, capsys, monkeypatch):
+    """Captions need no vLLM: transformers, which is always there, writes them too."""
+    every = ("torch", *(module for modules in doctor.ENGINE_MODULES.values() for module in modules))
+    installed = doctor.version("numpy")
+    needs = [need for need in doctor.NEEDS if need.module in every]
+    monkeypatch.setattr(doctor, "NEEDS", needs)
+    monkeypatch.setattr(doctor, "_installed", lambda names: None if {*names} & {*absent} else installed)
+    monkeypatch.setattr(doctor, "_import_error", lambda module: None)
+    assert main(["--doctor"]) == 0
+    report = capsys.readouterr().out
+    assert report.endswith(proposed)
+    for line in lines:
+        assert re.search(rf"^--engine {line}$", report, re.M), report
+
+
+def test_every_engine_is_in_the_report():
+    assert tuple(doctor.ENGINE_MODULES) == ENGINES
 
 
 SMI = """\
