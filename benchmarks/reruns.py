@@ -1,17 +1,22 @@
 """Is the output true after any history? Kills, and images replaced, renamed, deleted and added between the runs.
 
     python -m benchmarks.reruns                                   # into benchmarks/reruns.json
-    python -m benchmarks.reruns --images 500 --kills 3 -o /tmp/try.json
+    python -m benchmarks.reruns --images 500 --kills 3 --engine transformers -o /tmp/try.json
 
-The batch command captions generated scenes of 64 px, and is killed (SIGKILL) at random moments; in between, images
-change, and the folder is spelled differently. A last run comes to its end. Then a process of its own, which reads only
-the output and the folder (benchmarks/reruns_check.py), looks for one record an image, each of the image that is there
-now. Some images are captioned again into an output without a history, for the same captions.
+The batch command captions generated scenes of 64 px, and is killed (SIGKILL) at random moments: after a random number
+of records, and every third time after a random number of seconds, which hits the start as well. In between, images
+change, and the folder is spelled differently; every second run compares files by a hash (--verify), the others by size
+and time. A last run comes to its end. Then a process of its own, which reads only the output and the folder
+(benchmarks/reruns_check.py), looks for one record an image, each of the image that is there now. Some images are
+captioned again into an output without a history, for the same captions.
+
+By default the captions are hashes of the pixels (benchmarks/reruns_engine.py): what is examined is the bookkeeping.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -26,12 +31,14 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.machine import describe
-from vlv.common.command import command_line
+from vlv.common.command import command_line, say
 from vlv.data import scenes
 
 ROOT = Path(__file__).resolve().parents[1]
+ENGINE = ROOT / "benchmarks" / "reruns_engine.py"
 FOLDERS = 10  # that the images are in
 TIMEOUT = 300  # seconds without a new record
+LATEST = 25  # seconds from its start within which a run is killed that is killed at a time
 
 
 class History:
@@ -77,8 +84,10 @@ def lines(output: Path) -> int:
 
 def start(args: argparse.Namespace, paths: list[str], output: Path, *flags: str) -> subprocess.Popen:
     """Start the command in a process group of its own."""
-    command = [sys.executable, "-m", "serve.vllm_caption", *paths, "-o", str(output), "--ckpt", args.ckpt]
-    command += ["--engine", args.engine, "--max-tokens", str(args.max_tokens), *flags]
+    hashes = args.engine == "pixels"
+    command = [sys.executable, *(["-P", str(ENGINE)] if hashes else ["-m", "serve.vllm_caption"]), *paths, *flags]
+    command += ["-o", str(output), "--ckpt", args.ckpt, "--max-tokens", str(args.max_tokens)]
+    command += ["--engine", "transformers" if hashes else args.engine]
     log = open(output.with_suffix(".log"), "ab")  # noqa: SIM115
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=output.parent, env=environment, stderr=log, start_new_session=True)
@@ -92,7 +101,7 @@ def wait_for(output: Path, more: int, run: subprocess.Popen) -> None:
             last, since = now, time.monotonic()
         if time.monotonic() - since > TIMEOUT:
             raise SystemExit(f"no record in {TIMEOUT} s: see {output.with_suffix('.log')}")
-        time.sleep(0.05)
+        time.sleep(0.3)
 
 
 def measure(args: argparse.Namespace, work: Path) -> dict:
@@ -104,14 +113,20 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         history.write(folder / f"{number % FOLDERS}" / f"{number:07}.png")
     spellings = ["images", str(folder), "./images/../images", f"{folder}/*"]
     began = time.monotonic()
+    ends = []
     for kill in range(args.kills):
-        run = start(args, [spellings[kill % len(spellings)]], output, "--verify")
-        wait_for(output, draw.randrange(1, max(2, 2 * args.images // (args.kills + 1))), run)
+        run = start(args, [spellings[kill % len(spellings)]], output, *["--verify"] * (kill % 2))
+        if kill % 3 == 2:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(draw.uniform(0, LATEST))
+        else:
+            wait_for(output, draw.randrange(1, max(2, 2 * args.images // (args.kills + 1))), run)
         ended = run.poll()
         if ended is None:
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
-        print(f"run {kill + 1}: {'killed' if ended is None else ended}, {lines(output)} records", file=sys.stderr)
+        ends.append({"ended": "killed" if ended is None else ended, "records": lines(output)})
+        say(f"run {kill + 1}: {ends[-1]}")
         history.change(args.changes)
     last = start(args, [spellings[args.kills % len(spellings)]], output, "--verify", "--prune")
     last.wait()
@@ -126,7 +141,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     return {
         "images_at_first": args.images,
         "scenes_written": history.count,
-        "kills": args.kills,
+        "runs_before_the_last": ends,
         "changes_between": history.changes,
         "spellings": [s.replace(str(work), "DIR") for s in spellings],
         "last_exit_code": last.returncode,
@@ -141,11 +156,11 @@ def main() -> None:
     """Measure and write."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--ckpt", default=str(ROOT / "assets" / "vlv-tiny"), metavar="DIR")
-    p.add_argument("--engine", default="transformers")
-    p.add_argument("--images", type=int, default=20_000, help="scenes at first (20000)")
+    p.add_argument("--engine", default="pixels", help="pixels (default): captions are hashes; or a real engine")
+    p.add_argument("--images", type=int, default=100_000, help="scenes at first (100000)")
     p.add_argument("--kills", type=int, default=20, help="runs that are killed (20)")
     p.add_argument(
-        "--changes", type=int, default=50, help="images replaced, renamed, deleted and added after each (50)"
+        "--changes", type=int, default=250, help="images replaced, renamed, deleted and added after each (250)"
     )
     p.add_argument("--sample", type=int, default=500, help="images captioned again without a history (500)")
     p.add_argument("--max-tokens", type=int, default=12)

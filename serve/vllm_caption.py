@@ -246,11 +246,14 @@ def _text_sink(args: argparse.Namespace):
 
 def _dry_run(args: argparse.Namespace) -> int:
     """Print the ids of images; of text files, only of the images that have none."""
+    from serve.core.id_set import IdSet
     from serve.core.inputs import LeftOut, stamp_of
 
-    left_out, count, done = LeftOut(), 0, 0
+    left_out, named, count, done = LeftOut(), IdSet(), 0, 0
     sink = _text_sink(args) if _only_texts(args) else None
     for item in itertools.islice(_items(args, left_out), args.limit):
+        if not named.add(item.key):  # by another spelling of its path
+            continue
         if sink and sink.is_finished(item, (stamp_of(item.path) or (None,))[0]):
             done += 1
         else:

@@ -251,6 +251,7 @@ class _Listing:
     def __init__(self, left_out: LeftOut, column: str | None):
         self.left_out = left_out
         self.column = column
+        self.folders: set[str] = set()  # that are listed
 
     def argument(self, path: str) -> Iterator[Item]:
         if is_url(path):
@@ -285,22 +286,22 @@ class _Listing:
         else:
             self.left_out.file(path)
 
-    def folder(self, path: str, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
-        """Yield a folder's images, recursively; a link that leads back to a parent is not followed."""
+    def folder(self, path: str) -> Iterator[Item]:
+        """Yield a folder's images, recursively; a folder that is listed already, by a link or argument, is left out."""
+        real = os.path.realpath(path)
+        if real in self.folders:
+            return
+        self.folders.add(real)
         try:
-            status = os.stat(path)
             with os.scandir(path) as entries:
                 names = sorted(filter(None, (_name(entry, self.left_out) for entry in entries)))
         except OSError as error:
             yield Item(path, os.path.abspath(path), problem=f"cannot list the folder: {why(error)}")
             return
-        here = (status.st_dev, status.st_ino)
-        if here in parents:
-            return
         for name in names:
             inside = name if path == os.curdir else os.path.join(path, name)
             if name.endswith(os.sep):
-                yield from self.folder(inside.rstrip(os.sep), (*parents, here))
+                yield from self.folder(inside.rstrip(os.sep))
             elif is_image(name):
                 yield Item(inside, os.path.abspath(inside))
             else:
@@ -311,7 +312,7 @@ class _Listing:
         inside = urlsplit(path).path.lower()
         fs, name = file_system(path)
         if glob.has_magic(name) and not listed:
-            yield from self.remote_folder(fs, sorted(fs.glob(name)), path)
+            yield from self.remote_folder(path)
         elif inside.endswith(SHARDS):
             yield from self.shard(path)
         elif listed or not inside.endswith(TABLES):
@@ -320,25 +321,37 @@ class _Listing:
             ):  # its end may say nothing
                 yield Item(path, path)
             else:
-                yield from self.remote_folder(fs, sorted(fs.find(name)), path)
+                yield from self.remote_folder(path)
         elif not fs.exists(name):
-            raise SourceError(f"no such file: {path}")
+            raise SourceError(self._absent(path))
         elif inside.endswith(ROWS):
             yield from self.parquet(path, True)
         else:
             yield from self.table(path)
 
-    def remote_folder(self, fs, names: list[str], url: str) -> Iterator[Item]:
+    @staticmethod
+    def _absent(path: str) -> str:
+        """Return the sentence for a remote file that is not there."""
+        try:
+            remote.file_size(path)
+        except DataError as error:
+            return str(error)
+        return f"no such file: {path}"
+
+    def remote_folder(self, url: str) -> Iterator[Item]:
+        try:
+            names = remote.list_files(url)
+        except DataError as error:
+            raise SourceError(str(error)) from error
         if not any(is_image(name) or name.lower().endswith((*SHARDS, ROWS)) for name in names):
             raise SourceError(f"no images at {url}")
         for name in names:
-            full = fs.unstrip_protocol(name)
             if name.lower().endswith(SHARDS):
-                yield from self.shard(full)
+                yield from self.shard(name)
             elif name.lower().endswith(ROWS):
-                yield from self.parquet(full, False)
+                yield from self.parquet(name, False)
             elif is_image(name):
-                yield Item(full, full)
+                yield Item(name, name)
             else:
                 self.left_out.file(name)
 
@@ -418,8 +431,6 @@ class _Listing:
             yield from self.rows(name, path, self.column)
         except DataError as error:
             raise SourceError(str(error)) from error
-        except (OSError, ValueError) as error:  # those of the library
-            raise SourceError(f"{name} cannot be opened: {one_line(error)}") from error
 
     def rows(self, name: str, path: str, column: str | None) -> Iterator[Item]:
         _, ends = _rows(path, column)

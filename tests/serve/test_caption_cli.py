@@ -229,6 +229,8 @@ def test_a_dry_run_loads_nothing(scene_images, tmp_path, capsys):
     stdout, stderr = capsys.readouterr()
     assert stdout.split() == [f"{tmp_path}/00.png", f"{tmp_path}/02.png"]
     assert "2 images to caption, 1 have a text file" in stderr and "left out: 1 .psd" in stderr
+    assert main([str(tmp_path), f"{tmp_path}/../{tmp_path.name}/*.png", "--dry-run"]) == 0
+    assert len(capsys.readouterr().out.split()) == 3  # each once, however it is spelled
     assert not list(tmp_path.glob("*.jsonl"))
 
 

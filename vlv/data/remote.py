@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 
 from vlv.common.command import UserError, one_line
@@ -61,6 +62,29 @@ def file_system(url: str):
         raise
     except Exception as error:  # fsspec and its packages have no common class of errors
         raise DataError(f"{url} cannot be opened: {one_line(error)}") from error
+
+
+def list_files(url: str) -> list[str]:
+    """Return the URLs of the files below a URL, or that match its pattern (*), by name. Raises DataError."""
+    system, path = file_system(url)
+    try:
+        names = system.glob(path) if has_magic(path) else system.find(path)
+    except FileNotFoundError as error:
+        raise DataError(not_found(url, error)) from error
+    except Exception as error:  # fsspec and its packages have no common class of errors
+        raise DataError(f"{url} cannot be listed: {one_line(error)}") from error
+    return [system.unstrip_protocol(name) for name in sorted(names)]
+
+
+def not_found(name: str, error: Exception) -> str:
+    """Return the sentence for a file, folder or data set that is not there; of a hub, it tells why and what to do."""
+    kinds = {type(each).__name__ for each in (error, error.__cause__)}
+    login = "log in (hf auth login, or the variable HF_TOKEN)"
+    if "GatedRepoError" in kinds or "gated" in str(error):
+        return f"{name} is gated: ask for access on its page on the hub, then {login}"
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        return f"{name} is not on the hub, or is private: check the name, or {login}"
+    return f"no such file or folder: {name}"
 
 
 def read_ranges(ranges: Sequence[Range], attempts: int = ATTEMPTS) -> list[bytes | OSError]:
@@ -249,7 +273,7 @@ def _ask(path: str, question: Callable):
         try:
             return question(system, inner)
         except FileNotFoundError as error:
-            raise DataError(f"no such file: {path}") from error
+            raise DataError(not_found(path, error)) from error
         except Exception as error:  # fsspec and its packages have no common class of errors
             last = error
         if attempt + 1 < ATTEMPTS:

@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vlv.common.command import one_line
 from vlv.data.image_files import is_image, numbered_paths
 from vlv.data.parquet import Parquet
-from vlv.data.remote import DataError, Range, file_system, is_url, need, read_ranges
+from vlv.data.remote import DataError, Range, is_url, list_files, need, not_found, read_ranges
 from vlv.data.samples import (
     IMAGE,
     PATH,
@@ -62,10 +63,12 @@ def open_sources(paths: Sequence[str], image_key: str | None = None) -> Source:
 def expand(path: str) -> list[str]:
     """Return the shards of a folder that has any, else the folder itself; the files of a glob; a file."""
     if is_url(path):
-        fsspec = need("fsspec", path)
+        if "*" in path and "::" in path:  # through a cache, which the names have to keep
+            return [f.full_name if hasattr(f, "full_name") else f.path for f in need("fsspec", path).open_files(path)]
         if "*" in path:
-            return [f.full_name if hasattr(f, "full_name") else f.path for f in fsspec.open_files(path)]
-        return [path]
+            return list_files(path)
+        inside = list_files(path) if _is_folder(path) and "::" not in path else []
+        return [f for f in inside if f.endswith((*ENDINGS, ".parquet"))] or [path]
     if os.path.isdir(path):
         if (Path(path) / "dataset_info.json").is_file():
             return [f"hf:{path}"]
@@ -94,8 +97,7 @@ class Files(Rows):
     def of_folder(cls, files: list[str], name: str, image_key: str | None = None) -> Files:
         """List the images of a folder and those below it, by name."""
         if is_url(name):
-            fs, root = file_system(name)
-            names = [fs.unstrip_protocol(f) for f in fs.find(root)]
+            names = list_files(name)
         else:
             names = [os.path.join(d, f) for top in files for d, _, inner in os.walk(top) for f in inner]
         there = {f for f in names if f.endswith(TEXTS)}
@@ -157,6 +159,11 @@ class Files(Rows):
         return samples
 
 
+def _is_folder(path: str) -> bool:
+    """Return True for a URL whose name has no ending."""
+    return is_url(path) and not os.path.splitext(path)[1]
+
+
 def _head(part: Range, length: int | None) -> Range:
     if length is None:
         return part
@@ -184,10 +191,15 @@ class HuggingFace(Rows):
 
     @staticmethod
     def _load(datasets, part: str):
-        if os.path.isdir(part):
-            return datasets.load_from_disk(part)
         name, _, split = part.partition(":")
-        return datasets.load_dataset(name, split=split or "train")
+        try:
+            if os.path.isdir(part):
+                return datasets.load_from_disk(part)
+            return datasets.load_dataset(name, split=split or "train")
+        except datasets.exceptions.DatasetNotFoundError as error:
+            raise DataError(not_found(f"hf:{name}", error)) from error
+        except Exception as error:  # the library and those below it have no common class of errors
+            raise DataError(f"hf:{part} cannot be opened: {one_line(error)}") from error
 
     @staticmethod
     def _undecoded(datasets, data, name: str, image_key: str | None):
@@ -238,5 +250,5 @@ _KINDS: dict[str, tuple[Callable[[str], bool], Callable[[list[str], str, str | N
     "tar": (lambda f: f.endswith(ENDINGS), lambda files, name, image_key: Tars(files, image_key)),
     "parquet": (lambda f: f.endswith(".parquet"), Parquet),
     "lines": (lambda f: f.endswith((".jsonl", ".csv")), Files.of_lines),
-    "folder": (lambda f: os.path.isdir(f) or (is_url(f) and not os.path.splitext(f)[1]), Files.of_folder),
+    "folder": (lambda f: os.path.isdir(f) or _is_folder(f), Files.of_folder),
 }

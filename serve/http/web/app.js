@@ -3,6 +3,7 @@
 // the others wait in the browser, so that any number of files can be dropped on a server of any size.
 const MAX_CAPTIONS = 4, MAX_RECONSTRUCTIONS = 2, MAX_TOASTS = 4, MAX_ATTEMPTS = 30;
 const at = id => document.getElementById(id);
+const base = location.pathname.replace(/\/*$/, "/"); // behind a proxy the page may have a path, also without a slash
 const cards = [], clock = { busy: 0, since: 0, running: 0 };
 let model = null, chosen = [], outdated = new AbortController(), mixing = new AbortController();
 
@@ -34,7 +35,7 @@ async function post(path, body, signal) {
   for (let attempt = 1; ; attempt++) {
     let answer;
     try {
-      answer = await fetch(path, { method: "POST", body: JSON.stringify(body), headers, signal });
+      answer = await fetch(base + path, { method: "POST", body: JSON.stringify(body), headers, signal });
     } catch (error) {
       if (signal.aborted) throw error;
       throw new RequestError("the server does not answer");
@@ -95,6 +96,7 @@ async function caption(card) {
     timings: { first: round(first ?? total), total: round(total) }, model: model?.id,
   };
   card.image.alt = text;
+  card.copy.hidden = false;
   card.note(`${tokens} tokens, ${total.toFixed(2)} s`);
 }
 
@@ -113,12 +115,33 @@ async function reconstruct(card) {
   }, signal).catch(error => { if (!signal.aborted) { figure.hidden = true; toast(card.name, error); } });
 }
 
+function nameCopy(card, word) {
+  card.copy.textContent = word;
+  card.copy.setAttribute("aria-label", `${word} the caption of ${card.name}`);
+}
+
+/** Copies a caption; a page over plain HTTP has no clipboard, but may copy what is selected. */
+async function copy(card) {
+  try {
+    await navigator.clipboard.writeText(card.record.caption);
+  } catch {
+    const range = document.createRange();
+    range.selectNodeContents(card.text);
+    getSelection().removeAllRanges();
+    getSelection().addRange(range);
+    if (!document.execCommand("copy")) return toast(card.name, new Error("this browser does not let pages copy"));
+    getSelection().removeAllRanges();
+  }
+  nameCopy(card, "Copied");
+  setTimeout(nameCopy, 2000, card, "Copy");
+}
+
 function work(card) {
   card.node.className = "";
   card.node.setAttribute("aria-busy", "true");
   card.text.textContent = "waiting …";
   card.record = card.failed = null;
-  card.again.hidden = true;
+  card.again.hidden = card.copy.hidden = true;
   captioning.run(async () => {
     if (clock.running++ === 0) clock.since = performance.now();
     card.text.textContent = "…";
@@ -129,7 +152,7 @@ function work(card) {
     if (card.signal.aborted) return;
     card.failed = error.message;
     card.node.className = "failed";
-    card.text.textContent = error.message;
+    card.text.textContent = `Failed: ${error.message}`;
     card.again.hidden = false;
     toast(card.name, error);
   }).finally(() => { card.node.removeAttribute("aria-busy"); show(); });
@@ -143,14 +166,17 @@ function add(files) {
     const card = {
       file, node, signal: stop.signal, name: same ? `${file.name} (${same + 1})` : file.name,
       text: node.querySelector(".caption"), again: node.querySelector(".again"), image: node.querySelector("img"),
+      copy: node.querySelector(".copy"),
       note: text => { node.querySelector("small").textContent = text ? `${card.name} · ${text}` : card.name; },
     };
     card.note("");
     card.image.src = URL.createObjectURL(file);
     card.image.alt = card.name;
     card.again.onclick = () => work(card);
+    card.copy.onclick = () => copy(card);
     const remove = node.querySelector(".remove"), mix = node.querySelector(".mix");
     remove.setAttribute("aria-label", `Remove ${card.name}`);
+    nameCopy(card, "Copy");
     mix.setAttribute("aria-label", `Mix ${card.name} with another image`);
     card.remove = () => {
       stop.abort();
@@ -249,13 +275,13 @@ async function connect() {
   for (;;) {
     try {
       const headers = at("key").value ? { Authorization: "Bearer " + at("key").value } : {};
-      const answer = await fetch("v1/models", { headers });
+      const answer = await fetch(base + "v1/models", { headers });
       if (answer.status === 401) {
         at("lock").hidden = false;
         at("status").textContent = "This server asks for an API key.";
         return;
       }
-      const ready = await fetch("ready");
+      const ready = await fetch(base + "ready");
       if (answer.ok && ready.ok) {
         model = (await answer.json()).data[0];
         at("status").textContent = `Model ${model.id}. Images are sent to this server only.`;

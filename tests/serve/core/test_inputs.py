@@ -123,6 +123,7 @@ def test_links(here):
     assert ids("linked") == ["linked/a.png"]
     os.mkfifo("real/pipe.png")  # would block whoever opened it
     assert ids("real") == ["real/a.png"]
+    assert ids("real", "linked", f"{here}/real", "real/../real") == ["real/a.png"]  # one folder by several names
 
 
 def test_unreadable_folder_does_not_end_the_run(here, monkeypatch):
@@ -204,6 +205,9 @@ def test_what_is_left_out_is_counted(here):
     assert left_out.images == {".psd": 2, ".svg": 1, "links to nothing": 1, "special files": 1, ".tga": 1}
     assert left_out.others == {".txt": 1, ".json": 1, "no extension": 1}
     assert str(left_out).startswith("left out: 2 .psd; ") and "3 other files (" in str(left_out)
+    again = LeftOut()
+    list(expand(["a", f"{here}/a", "a/deep"], again))
+    assert again == left_out
     assert str(LeftOut()) == ""
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from serve.core.inputs import expand
 from serve.core.run import CaptionRun, RunConfig
@@ -210,13 +211,18 @@ def test_the_check_of_the_benchmark_sees_every_fault(tmp_path):
     for name in ("good", "twice", "absent", "other"):
         (folder / f"{name}.png").write_bytes(name.encode())
         digests[name] = hashlib.sha256(name.encode()).hexdigest()
+    for name, shade in {"red": (255, 0, 0), "blue": (0, 0, 255)}.items():
+        Image.new("RGB", (2, 2), shade).save(folder / f"{name}.png")
+    red = f"Pixels {hashlib.sha256(bytes([255] * 4 + [0] * 8)).hexdigest()[:16]}."  # channels first
     records = [("good", digests["good"]), *[("twice", digests["twice"])] * 2, ("other", digests["good"]), ("gone", "0")]
+    records += [("red", None), ("blue", None)]
     with open(tmp_path / "c.jsonl", "w") as file:
         for name, digest in records:
             path = f"{folder}/../in/{name}.png"  # spelled otherwise
-            file.write(json.dumps({"id": path, "path": path, "caption": "A.", "sha256": digest}) + "\n")
+            text = "A." if digest else red
+            file.write(json.dumps({"id": path, "path": path, "caption": text, "sha256": digest}) + "\n")
     command = [sys.executable, ROOT / "benchmarks" / "reruns_check.py", tmp_path / "c.jsonl", folder]
     assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == {
-        "images": 4, "records": 5, "images_without_record": 1, "images_with_several": 1, "records_without_image": 1,
-        "records_of_another_image": 1,
+        "images": 6, "records": 7, "images_without_record": 1, "images_with_several": 1, "records_without_image": 1,
+        "records_of_another_image": 1, "captions_of_other_pixels": 1, "compared_by_hash": 4, "compared_by_pixels": 2,
     }  # fmt: skip

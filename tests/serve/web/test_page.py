@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import contextlib
 import json
 import re
+import threading
 
 import httpx
 import pytest
@@ -96,6 +100,134 @@ def test_fifty_files_and_a_broken_one(page, scene_images, tmp_path):
     assert page.run("document.querySelector('#toasts').children.length") == 0
     page.run("document.querySelector('.failed .again').click()")
     page.wait("document.querySelector('#toasts').children.length === 1")
+
+
+def test_a_failed_file_says_so_and_can_be_tried_again(page, scene_images, tmp_path):
+    file = tmp_path / "late.png"
+    file.write_bytes(b"not an image")
+    page.upload("#files", [file])
+    page.wait(DONE)
+    text = page.run("cards[0].text.innerText")
+    assert text.startswith("Failed: the image cannot be used") and "not recognised as an image" in text
+    assert page.run("cards[0].node.className") == "failed" and page.run("cards[0].node.ariaBusy") is None
+    assert page.run("getComputedStyle(cards[0].text).color !== getComputedStyle(document.body).color")
+    buttons = "[...cards[0].node.querySelectorAll('button')].filter(b => b.checkVisibility()).map(b => b.innerText)"
+    assert page.run(buttons) == ["Try again", "Remove"]
+    assert page.run("at('download').disabled") and page.run("at('failed').textContent") == "1"
+    page.run("cards[0].again.focus()")
+    page.press(" ")  # the file is still not an image
+    page.wait("document.querySelector('#toasts').children.length === 2")
+    content = base64.b64encode((scene_images / "00.png").read_bytes()).decode()
+    page.run(f"""(() => {{
+        const bytes = Uint8Array.from(atob('{content}'), c => c.charCodeAt(0));
+        cards[0].file = new File([bytes], 'late.png');
+        cards[0].again.click();
+    }})()""")
+    page.wait("cards[0].record")
+    assert page.run("cards[0].node.className") == "" and page.run("cards[0].text.textContent") == CLEAN
+    assert page.run(buttons) == ["Copy", "Remove"] and page.run("at('failed').textContent") == "0"
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_copies_a_caption(page, scene_images, secure):
+    """With the clipboard of pages over HTTPS or of this machine, and without it, as over plain HTTP."""
+    page.upload("#files", [scene_images / "00.png"])
+    page.wait("cards.length && !cards[0].copy.hidden && cards[0].record")
+    page.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    page.call("Emulation.setFocusEmulationEnabled", enabled=True)  # the clipboard is that of the page in front
+    page.run("navigator.clipboard.writeText('before')")
+    if not secure:
+        page.run(
+            "clipboard = navigator.clipboard; Object.defineProperty(navigator, 'clipboard', {get: () => undefined})"
+        )
+    page.run("cards[0].copy.focus()")
+    page.press(" ")
+    page.wait("cards[0].copy.textContent === 'Copied'")
+    assert page.run("cards[0].copy.ariaLabel") == "Copied the caption of 00.png"
+    assert page.run("(globalThis.clipboard ?? navigator.clipboard).readText()") == CLEAN
+    page.wait("cards[0].copy.textContent === 'Copy'")
+    assert page.run("String(getSelection())") == ""
+
+
+def test_a_narrow_screen(page, scene_images, tmp_path):
+    """360 pixels, as on small phones: nothing is cut off, and everything can be touched."""
+    long = tmp_path / ("a-very-long-name-without-a-space-" * 5 + ".png")
+    long.write_bytes((scene_images / "00.png").read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    page.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
+    try:
+        page.upload("#files", [long, scene_images / "01.png", tmp_path / "broken.png"])
+        page.wait(DONE)
+        page.run("[...document.querySelectorAll('.mix')].slice(0, 2).forEach(box => box.click())")
+        page.wait(f"at('mixcaption').textContent === {json.dumps(CLEAN)}")
+        outside = """[...document.querySelectorAll('body *')].filter(node => {
+            const box = node.getBoundingClientRect();
+            return node.checkVisibility() && box.width && (box.left < 0 || box.right > 360);
+        }).map(node => node.outerHTML.slice(0, 100))"""
+        assert page.run(outside) == []
+        assert page.run("innerWidth") == 360 and page.run("document.documentElement.scrollWidth") == 360
+        small = """[...document.querySelectorAll('button, select, .drop, form label, article label')].filter(node =>
+            node.checkVisibility() && node.getBoundingClientRect().height < 24).map(node => node.outerHTML)"""
+        assert page.run(small) == []  # WCAG 2.2, target size
+        columns = "new Set([...document.querySelectorAll('article')].map(a => a.getBoundingClientRect().left)).size"
+        assert page.run(columns) == 1
+    finally:
+        page.call("Emulation.clearDeviceMetricsOverride")
+
+
+class Prefix:
+    """A proxy of its own, as nginx with a location: requests below a path go to a server, without the path."""
+
+    def __init__(self, path: str, port: int):
+        self._path, self._upstream, self.asked = path, port, []
+        self._loop = asyncio.new_event_loop()
+        self._server = self._loop.run_until_complete(asyncio.start_server(self._handle, "127.0.0.1", 0))
+        self.port = self._server.sockets[0].getsockname()[1]
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._server.close()
+
+    async def _handle(self, reader, writer) -> None:
+        method, path, rest = (await reader.readuntil(b"\r\n\r\n")).decode().split(" ", 2)
+        self.asked.append(path)
+        if path != self._path and not path.startswith(f"{self._path}/"):
+            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return writer.close()
+        rest = re.sub(r"(?im)^connection: .*\r\n", "", rest).replace("\r\n", "\r\nConnection: close\r\n", 1)
+        upstream, answer = await asyncio.open_connection("127.0.0.1", self._upstream)
+        answer.write(f"{method} {path.removeprefix(self._path) or '/'} {rest}".encode())
+        await asyncio.gather(self._pump(reader, answer, False), self._pump(upstream, writer, True))
+
+    @staticmethod
+    async def _pump(reader, writer, close: bool) -> None:
+        with contextlib.suppress(ConnectionError):
+            while chunk := await reader.read(1 << 16):
+                writer.write(chunk)
+                await writer.drain()
+        if close:
+            writer.close()
+
+
+@pytest.mark.parametrize("ending", ["/", ""])
+def test_below_a_path_of_a_proxy(browser, server, scene_images, ending):
+    proxy = Prefix("/apps/vlv", int(server.url.rpartition(":")[2]))
+    try:
+        browser.problems.clear()
+        browser.open(f"http://127.0.0.1:{proxy.port}/apps/vlv{ending}")
+        browser.wait("model !== null")
+        browser.run("at('reconstruct').checked = false")
+        browser.upload("#files", [scene_images / "00.png"])
+        browser.wait(DONE)
+        assert browser.run("cards[0].record.caption") == CLEAN and browser.problems == []
+        assert {path for path in proxy.asked if not path.startswith("/apps/vlv")} <= {"/favicon.ico"}
+        assert "/apps/vlv/v1/chat/completions" in proxy.asked
+    finally:
+        browser.open("about:blank")
+        proxy.stop()
 
 
 def test_reconstruction_follows_the_guidance(page, scene_images):
@@ -200,7 +332,6 @@ def reconstruct(server, **body):
 
 
 def test_the_route_reconstructs_like_the_library(server, scene_images):
-    import base64
     import io
 
     import numpy as np
@@ -250,8 +381,6 @@ def test_refused_in_one_sentence(server, body, words):
 
 
 def test_a_checkpoint_without_a_text_to_image_model(random_checkpoint, scene_images):
-    import asyncio
-
     import numpy as np
 
     from serve.http.errors import ApiError
@@ -269,9 +398,6 @@ def test_reconstructions_are_counted(server):
 
 
 def test_a_reconstructor_that_is_busy_or_has_no_memory(t2i_checkpoint, monkeypatch):
-    import asyncio
-    import threading
-
     import torch
 
     from serve.http.errors import ApiError

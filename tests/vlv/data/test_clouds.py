@@ -56,3 +56,42 @@ def test_an_epoch_of_tars_and_parquet_fetches_its_images_once(cloud):
         assert sum(map(len, images)) < cloud.take()["bytes"] <= limit * sum(map(len, images)), name
         open_sources([url])
         assert cloud.take()["bytes"] < 100_000
+
+
+def test_captioning_and_training_read_the_same_from_a_folder(cloud):
+    """Objects, a tar and Parquet below one prefix, by prefix, pattern and numbered names."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import fsspec
+    from pyarrow import parquet
+
+    from serve.core.inputs import LeftOut, expand
+
+    noise = np.random.default_rng(0)
+    images = {f"{i}.png": noise.bytes(2000) for i in range(9)}
+    table, names = io.BytesIO(), list(images)
+    parquet.write_table(pyarrow.table({"image": [images[name] for name in names[6:]]}), table)
+    files = {f"pics/{name}": images[name] for name in names[:3]} | {"pics/notes.md": b"no image"}
+    files |= {"sets/rows.parquet": table.getvalue()}
+    for number in range(2):
+        tar = io.BytesIO()
+        with tarfile.open(fileobj=tar, mode="w") as writer:
+            for name in names[3 + number : 6 : 2]:
+                info = tarfile.TarInfo(name)
+                info.size = len(images[name])
+                writer.addfile(info, io.BytesIO(images[name]))
+        files[f"sets/s-{number}.tar"] = tar.getvalue()
+    for name, content in files.items():
+        with fsspec.open(f"{cloud.bucket}/{name}", "wb") as file:
+            file.write(content)
+    expected = {"pics": names[:3], "sets": names[3:], "sets/s-*.tar": names[3:6], "sets/s-{0..1}.tar": names[3:6]}
+    for path, inside in expected.items():
+        url, content = f"{cloud.bucket}/{path}", sorted(images[name] for name in inside)
+        source = open_sources([url])
+        rows = [source.read(shard, row).image for shard, count in enumerate(source.rows) for row in range(count)]
+        left_out = LeftOut()
+        items = list(expand([url], left_out))
+        assert sorted(rows) == sorted(item.read() for item in items) == content, path
+        assert all(item.id.startswith(f"{cloud.bucket}/") for item in items)
+        assert left_out.others == ({".md": 1} if path == "pics" else {})
+    with pytest.raises(ValueError, match=r"no such file or folder: .*/none\.tar"):
+        open_sources([f"{cloud.bucket}/none.tar"])
