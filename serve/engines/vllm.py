@@ -70,8 +70,8 @@ class VLLMEngine(LLMEngine):
         if self.options.quantization:
             if not self._device.cuda:
                 raise OptionError(
-                    f"--llm-quantization {self.options.quantization} needs a GPU: vLLM has no such products for a CPU; "
-                    "--engine llamacpp --gguf-type q8_0 has"
+                    f"--llm-quantization {self.options.quantization} needs a GPU: on a CPU vLLM has no FP8; "
+                    "--engine llamacpp --gguf-type q8_0 quantises there"
                 )
             if self.options.dtype == "float32":
                 raise OptionError(
