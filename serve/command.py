@@ -15,14 +15,19 @@ from vlv.data.decoding.crop import CROPS
 if TYPE_CHECKING:
     from serve.core.model import Model
 
+LANGUAGE_MODEL, ENCODER, IMAGES = "language model", "encoder", "images"  # groups of arguments
+
 
 def model_arguments(in_flight: int | None = None) -> Parser:
     """Return a parent parser for commands that read a checkpoint and send captions to a language model."""
     p = Parser(add_help=False)
-    p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")
-    p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)")
+    p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id (owner/model)")
+    llm = p.add_argument_group(LANGUAGE_MODEL)
+    llm.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)"
+    )
     default = in_flight or "by the GPU's memory, up to 512; 256 on a CPU"
-    p.add_argument(
+    llm.add_argument(
         "--in-flight", type=positive, default=in_flight, metavar="N", help=f"captions decoded together ({default})"
     )
     return p
@@ -31,49 +36,73 @@ def model_arguments(in_flight: int | None = None) -> Parser:
 def engine_arguments() -> Parser:
     """Return a parent parser for commands that run the encoder and choose what runs the language model."""
     p = Parser(add_help=False)
-    p.add_argument("--engine", choices=ENGINES, help="what runs the language model (vllm; with --llm-url remote)")
-    p.add_argument("--llm-url", metavar="URL", help="vLLM or serve.gateway that runs the language model elsewhere")
-    p.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for the language model (vllm)")
-    p.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share the LLM (vllm)")
-    p.add_argument("--llm-dtype", choices=LLM_DTYPES, default="auto", help="of the LLM: bfloat16 or float32 (vllm)")
-    p.add_argument("--gguf", type=Path, metavar="FILE", help="the LLM as export.gguf writes it (llamacpp)")
-    p.add_argument(
-        "--gguf-type", choices=GGUF_TYPES, default="f16", help="without --gguf: type to convert to, once (llamacpp)"
+    llm = p.add_argument_group(LANGUAGE_MODEL)
+    llm.add_argument("--engine", choices=ENGINES, help="what runs it (default: vllm, or remote with --llm-url)")
+    llm.add_argument("--llm-url", metavar="URL", help="the server that runs it: vLLM or serve.gateway")
+    llm.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for it (vllm)")
+    llm.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share it (vllm)")
+    llm.add_argument(
+        "--llm-dtype",
+        choices=LLM_DTYPES,
+        default="auto",
+        help="data type of its weights (vllm; default: bfloat16 on a GPU, float32 on a CPU)",
     )
-    p.add_argument("--llm-quantization", choices=("fp8",), help="quantise the language model while it is loaded (vllm)")
-    p.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="of its keys and values (vllm)")
-    p.add_argument("--cache", type=Path, metavar="DIR", help="keep what is compiled here (default: the user's caches)")
-    p.add_argument("--encoder", choices=RUNTIMES, default="torch", help="what runs the encoder: torch, or an export")
-    p.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the exported encoder (export.onnx)")
-    p.add_argument("--precision", choices=TORCH_PRECISIONS, help="of the encoder in torch (bf16 on a GPU, else fp32)")
-    p.add_argument(
+    llm.add_argument("--llm-quantization", choices=("fp8",), help="quantise its weights while loading (vllm on a GPU)")
+    llm.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="data type of its key-value cache (vllm; default: that of the weights)",
+    )
+    llm.add_argument("--gguf", type=Path, metavar="FILE", help="its file, as export.gguf writes it (llamacpp)")
+    llm.add_argument(
+        "--gguf-type",
+        choices=GGUF_TYPES,
+        default="f16",
+        help="without --gguf: the type that it is converted to, once (llamacpp; f16)",
+    )
+    llm.add_argument(
+        "--cache", type=Path, metavar="DIR", help="folder for what is compiled (default: the user's caches)"
+    )
+    encoder = p.add_argument_group(ENCODER)
+    encoder.add_argument(
+        "--encoder", choices=RUNTIMES, default="torch", help="what runs it: PyTorch (default) or an export"
+    )
+    encoder.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the export (export.onnx, export.trt)")
+    encoder.add_argument(
+        "--precision", choices=TORCH_PRECISIONS, help="its precision in PyTorch (default: bf16 on a GPU, else fp32)"
+    )
+    encoder.add_argument(
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="launch the encoder in torch on a GPU at once (default); --no-cuda-graphs saves memory",
+        help="in PyTorch on a GPU, run it from CUDA graphs (default); --no-cuda-graphs saves memory",
     )
-    p.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images per encoder batch (32)")
-    p.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
-    p.add_argument(
+    encoder.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images in a batch (32)")
+    images = p.add_argument_group(IMAGES)
+    images.add_argument(
         "--crop",
         choices=CROPS,
         default="center",
         help="what the model sees: the centre square (default, published), all of the image on a square of grey, "
         "squashed, or in overlapping squares with a caption each",
     )
-    p.add_argument("--ignore-icc", action="store_true", help="take colours as stored, as published, not as sRGB")
+    images.add_argument(
+        "--ignore-icc", action="store_true", help="do not convert colours to sRGB by the image's profile, as published"
+    )
+    images.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
     return p
 
 
 def placement_arguments() -> Parser:
     """Return a parent parser for commands that run encoder and language model in one service."""
     p = Parser(add_help=False)
-    p.add_argument(
+    p.add_argument_group(ENCODER).add_argument(
         "--encoder-placement",
         choices=PLACEMENTS,
         default="process",
-        help="where the encoder runs beside vLLM: in its own process, with embeddings as prompts (default) or as "
-        "multimodal input; inline in one process with vLLM; or inside vLLM's engine",
+        help="where it runs beside vLLM: in its own process, with embeddings as prompts (default) or as multimodal "
+        "input; inline in one process with vLLM; or inside vLLM's engine",
     )
     return p
 

@@ -45,20 +45,23 @@ def parser() -> argparse.ArgumentParser:
 def listening_arguments() -> Parser:
     """Return a parent parser for servers: where they listen, whom they let in, and how long they wait."""
     p = Parser(add_help=False)
-    p.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    p.add_argument("--port", type=_port, default=8000, help="port to listen at (8000)")
-    p.add_argument("--keys", type=Path, metavar="FILE", help="hashes of the API keys that are let in (see --new-key)")
-    p.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
-    p.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
-    p.add_argument("--access-log", action="store_true", help="log every request (without: those that fail)")
-    p.add_argument(
+    group = p.add_argument_group("address, access and time")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    group.add_argument("--port", type=_port, default=8000, help="port to listen at (8000)")
+    group.add_argument(
+        "--keys", type=Path, metavar="FILE", help="hashes of the API keys that are let in (see --new-key)"
+    )
+    group.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
+    group.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
+    group.add_argument("--access-log", action="store_true", help="log every request (without: those that fail)")
+    group.add_argument(
         "--cors",
         action="append",
         default=[],
         metavar="ORIGIN",
         help="let pages of this origin call the server (repeatable; '*' for all; none by default)",
     )
-    p.add_argument("--drain", type=positive, default=60, metavar="S", help="seconds to finish at SIGTERM (60)")
+    group.add_argument("--drain", type=positive, default=60, metavar="S", help="seconds to finish at SIGTERM (60)")
     return p
 
 
@@ -72,25 +75,38 @@ def serving_arguments() -> Parser:
     """Return a parent parser for captioning servers: the models, where they listen, and what a request may cost."""
     p = Parser(add_help=False, parents=[model_arguments(), engine_arguments(), listening_arguments()])
     p.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
-    p.add_argument(
+    limits = p.add_argument_group("limits of requests")
+    limits.add_argument(
         "--queue",
         type=positive,
         metavar="N",
         help="images that may wait for their turn (default: those that will be captioned within --deadline)",
     )
-    p.add_argument(
+    limits.add_argument(
         "--image-host",
         action="append",
         default=[],
         metavar="HOST",
         help="fetch http(s) images from this host (repeatable; *.example.org, host:port); none by default",
     )
-    p.add_argument("--body-seconds", type=positive, default=20, metavar="S", help="for a request to arrive (20)")
-    p.add_argument("--max-body", type=positive, default=64, metavar="MIB", help="largest request (64)")
-    p.add_argument("--max-bodies", type=positive, default=512, metavar="MIB", help="of all requests together (512)")
-    p.add_argument("--max-image", type=positive, default=20, metavar="MIB", help="largest image file fetched (20)")
-    p.add_argument("--max-images", type=positive, default=64, metavar="N", help="images in one request (64)")
-    p.add_argument("--max-pixels", type=positive, default=50_000_000, metavar="N", help="of an image (50 million)")
+    limits.add_argument(
+        "--body-seconds", type=positive, default=20, metavar="S", help="seconds for a request to arrive (20)"
+    )
+    limits.add_argument("--max-body", type=positive, default=64, metavar="MIB", help="size of the largest request (64)")
+    limits.add_argument(
+        "--max-bodies", type=positive, default=512, metavar="MIB", help="size of all requests together (512)"
+    )
+    limits.add_argument(
+        "--max-image",
+        type=positive,
+        default=20,
+        metavar="MIB",
+        help="size of the largest image file that is fetched (20)",
+    )
+    limits.add_argument("--max-images", type=positive, default=64, metavar="N", help="images in one request (64)")
+    limits.add_argument(
+        "--max-pixels", type=positive, default=50_000_000, metavar="N", help="pixels of the largest image (50 million)"
+    )
     return p
 
 

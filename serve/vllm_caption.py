@@ -51,47 +51,74 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, list, .tar shard, or URL")
     p.add_argument("-o", "--output", metavar="FILE", help="file, or folder of shards (captions.*); - for stdout")
-    p.add_argument("--format", choices=FORMATS, default="jsonl", help="jsonl (default), .txt beside each image, ...")
-    p.add_argument("--url-column", metavar="NAME", help="column of tables: image, or its URL or path")
-    p.add_argument("--lenient", action="store_true", help="caption what a truncated JPEG file holds; the rest is grey")
-    p.add_argument("--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input; I from 1 to N")
-    p.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws at a temperature above 0")
-    p.add_argument("-n", type=positive, default=1, metavar="N", help="captions drawn per image; equal ones count once")
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end captions before TEXT (repeatable)")
-    p.add_argument("--limit", type=positive, metavar="N", help="only the first N images of the input")
     p.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="jsonl",
+        help="form of the output (jsonl); txt: text files beside the images",
+    )
+    listing = p.add_argument_group("input")
+    listing.add_argument("--url-column", metavar="NAME", help="column of tables that has the images, URLs or paths")
+    listing.add_argument("--limit", type=positive, metavar="N", help="only the first N images of the input")
+    listing.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input (1/N to N/N)"
+    )
+    listing.add_argument(
+        "--lenient", action="store_true", help="caption the intact part of a truncated JPEG file; the rest is grey"
+    )
+    listing.add_argument(
+        "--strict", action="store_true", help="fail if files are left out, such as .heic or dead links"
+    )
+    draws = p.add_argument_group("sampling")
+    draws.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
+    draws.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws at a temperature above 0")
+    draws.add_argument(
+        "-n", type=positive, default=1, metavar="N", help="captions drawn per image; equal ones count once"
+    )
+    draws.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end captions before TEXT (repeatable)"
+    )
+    reruns = p.add_argument_group("runs over an output that exists")
+    reruns.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="skip what the output already holds (default); --no-resume starts over and keeps the old file as NAME.old",
     )
+    reruns.add_argument(
+        "--verify", action="store_true", help="find changed images by a hash of the file, not by size and time"
+    )
+    reruns.add_argument("--prune", action="store_true", help="remove records of images that are no longer in the input")
+    reruns.add_argument("--dry-run", action="store_true", help="only print the images that would be captioned")
+    reruns.add_argument(
+        "--patch", type=Path, metavar="JSONL", help="first apply captions that were edited on the --gallery page"
+    )
     texts = p.add_argument_group("text files (--format txt without -o)")
-    texts.add_argument("--caption-extension", default=".txt", metavar="EXT", help="of the text files (.txt)")
-    texts.add_argument("--output-dir", type=Path, metavar="DIR", help="a tree of text files like that of the images")
+    texts.add_argument("--caption-extension", default=".txt", metavar="EXT", help="ending of the text files (.txt)")
+    texts.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="write a tree of text files like that of the images"
+    )
     existing = texts.add_mutually_exclusive_group()
     existing.add_argument("--skip-existing", action="store_true", help="skip images that have a text file (default)")
     existing.add_argument("--overwrite", action="store_true", help="replace text files that exist")
     style = p.add_argument_group("form of the captions, in this order")
-    style.add_argument("--strip-openers", action="store_true", help='without "The image shows" and the like')
+    style.add_argument("--raw", action="store_true", help="leave out the published clean-up of captions")
+    style.add_argument("--strip-openers", action="store_true", help='remove "The image shows" and the like')
     style.add_argument("--max-sentences", type=positive, metavar="N", help="only the first N sentences")
     style.add_argument("--max-words", type=positive, metavar="N", help="whole sentences that fit into N words")
-    style.add_argument("--single-line", action="store_true", help="line breaks become spaces")
+    style.add_argument("--single-line", action="store_true", help="replace line breaks by spaces")
     style.add_argument("--template", default="{caption}", metavar="TEXT", help='such as "a sks photo, {caption}"')
-    p.add_argument("--dry-run", action="store_true", help="only print the images that would be captioned")
-    p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
-    p.add_argument("--verify", action="store_true", help="know changed images by a hash of the file, not size and time")
-    p.add_argument("--prune", action="store_true", help="remove records of images that are not in the input any more")
-    p.add_argument("--strict", action="store_true", help="fail if images are left out, such as .heic or dead links")
-    p.add_argument("--gallery", metavar="HTML", help="also write a page to look through and edit captions")
-    p.add_argument("--patch", type=Path, metavar="JSONL", help="first correct captions as edited on the --gallery page")
-    p.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
-    p.add_argument("--doctor", action="store_true", help="report what is installed and what is missing, and stop")
-    p.add_argument(
-        "--plan", metavar="CKPT", help="GPU memory by captions in flight and cost; CKPT or a preset; and stop"
+    reports = p.add_argument_group("reports")
+    reports.add_argument("--gallery", metavar="HTML", help="also write a page to look through and edit captions")
+    reports.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
+    reports.add_argument("--doctor", action="store_true", help="only say what is installed and what is missing")
+    reports.add_argument(
+        "--plan", metavar="CKPT", help="only say how much GPU memory and money captions cost; CKPT or a preset"
     )
-    p.add_argument("--gpu-memory", type=_amount, metavar="GB", help="with --plan: memory of the GPU, to see what fits")
-    p.add_argument("--price", type=_amount, metavar="USD", help="with --plan: price of the GPU for an hour")
+    reports.add_argument(
+        "--gpu-memory", type=_amount, metavar="GB", help="with --plan: the GPU's memory, to see what fits"
+    )
+    reports.add_argument("--price", type=_amount, metavar="USD", help="with --plan: price of the GPU for an hour")
     return p
 
 

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+MANY = 12  # options, of which a usage line would need many lines
 EXIT_CODES = "exit codes: 0 done; 1 it failed, or some of its inputs did; 2 wrong arguments; 130 stopped by Ctrl-C."
 
 INSTALL = {
@@ -50,10 +51,22 @@ class Misuse(UserError, ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse arguments; errors are one sentence, and description and epilog keep their line breaks."""
+    """Parse arguments; errors are one sentence, and description and epilog keep their line breaks.
+
+    The usage line of a command with many options names the required ones alone.
+    """
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def format_help(self) -> str:
+        """Return the help."""
+        if self.usage is None and len(self._actions) > MANY:
+            required = [f"{a.option_strings[0]} {a.metavar}" for a in self._actions if a.option_strings and a.required]
+            paths = [a for a in self._actions if not a.option_strings]
+            names = [f"{a.metavar or a.dest}{' ...' if a.nargs in ('*', '+') else ''}" for a in paths]
+            self.usage = " ".join(["%(prog)s", *required, "[options]", *names])
+        return super().format_help()
 
     def error(self, message: str):
         self.exit(MISUSED, f"error: {message} (--help shows the usage)\n")
