@@ -14,6 +14,8 @@ import serve
 from serve.command import engine_arguments, model_arguments, open_model, placement_arguments
 from serve.core.model import CACHES
 from serve.engines.base import OptionError
+from serve.engines.vllm import VLLMEngine
+from serve.engines.vllm_settings import Device
 from vlv.common.command import Misuse, Parser, explain, run_command
 
 COMMANDS = ("vllm_caption", "server", "gateway", "bench", "vllm_plugin")
@@ -86,7 +88,8 @@ def test_arguments_become_a_model_and_its_engine(captioning_checkpoint):
         open_model(parse("--ckpt", captioning_checkpoint, "--lora", "/absent")).engine()
 
 
-def test_what_changes_captions_is_in_their_flags(captioning_checkpoint):
+def test_what_changes_captions_is_in_their_flags(captioning_checkpoint, monkeypatch):
+    monkeypatch.setattr(VLLMEngine, "_device", Device(cuda=True, memory=80 << 30))  # on a CPU vLLM has no FP8
     given = ("--ckpt", captioning_checkpoint, "--llm-quantization", "fp8", "--kv-cache-dtype", "fp8", "--ignore-icc")
     model = open_model(parse(*given, "--encoder-placement", "inline"))
     assert model.flags == "--llm-quantization fp8 --kv-cache-dtype fp8 --ignore-icc"  # a placement changes nothing
