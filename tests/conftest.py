@@ -1,15 +1,36 @@
-"""Fixtures that several rooms share. Whatever is slow to build is built once a session."""
+"""Fixtures that several packages share. Whatever is slow to build is built once a run of the tests."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "vlv-tiny"
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Make a folder with a name: the first of the workers that needs it builds it, and each gets a copy to itself."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def copy_of(name: str, build: Callable[[Path], None]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                build(folder)
+                done.touch()
+        return Path(shutil.copytree(folder, tmp_path_factory.mktemp(name) / name))
+
+    return copy_of
 
 
 @pytest.fixture(scope="session")
