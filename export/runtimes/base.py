@@ -21,7 +21,6 @@ from export.components import Batch, Port
 from export.manifest import Artifact, ArtifactError, Manifest, source_hash
 from vlv.checkpoints.folder import Checkpoint
 from vlv.common.command import UserError
-from vlv.diffusion.scheduler import make_scheduler, require_finite
 
 
 class RuntimeUnavailable(ArtifactError):
@@ -122,6 +121,9 @@ class EncoderRuntime(ABC):
 
         The keys and values of the context are computed once and serve all steps.
         """
+        # diffusers: seconds of imports that captioning does not need
+        from vlv.diffusion.scheduler import make_scheduler, require_finite
+
         schedule, guided = make_scheduler(sampler, self.sampling["scheduler"], steps), guidance > 1
         schedule.set_timesteps(steps)
         generators = [torch.Generator().manual_seed(seed) for _ in context]

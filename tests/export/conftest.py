@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from export import onnx
+from export.verification import captions
 from export.verification.inputs import VerificationInputs
 from vlv.checkpoints.folder import Checkpoint
 
@@ -26,14 +27,22 @@ def probes(checkpoint) -> VerificationInputs:
 
 
 @pytest.fixture(scope="session")
-def artifacts(tmp_path_factory) -> Path:
+def artifacts(built_once) -> Path:
     """All components in float32."""
-    out = tmp_path_factory.mktemp("artifacts") / "fp32"
-    assert onnx.main(["--ckpt", str(BUNDLED), "--out", str(out), *LIMITS]) == 0
-    return out
+
+    def build(out: Path) -> None:
+        assert onnx.main(["--ckpt", str(BUNDLED), "--out", str(out), *LIMITS]) == 0
+
+    return built_once("artifacts", build)
 
 
 @pytest.fixture
 def copied(artifacts, tmp_path) -> Path:
     """The same, to damage."""
     return Path(shutil.copytree(artifacts, tmp_path / "copied"))
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    """Compare captions of one batch of scenes at most: how many make a verdict certain is tested in test_captions."""
+    monkeypatch.setattr(captions, "MAX_SCENES", captions.SCENES)

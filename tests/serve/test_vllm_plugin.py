@@ -22,7 +22,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from serve import vllm_caption, vllm_plugin
+from serve import vllm_plugin
 from serve.vllm_model.folder import write
 from tests.vlv.data.pixel_cases import PROFILES
 from vlv.checkpoints.folder import Checkpoint
@@ -133,17 +133,6 @@ def documented(folder, tmp_path_factory):
     command = f"{command} {middleware}".replace("VLLM_DIR", str(folder))
     with running(command, tmp_path_factory.mktemp("server")) as url:
         yield url
-
-
-def test_the_documented_language_model_of_a_gateway(captioning_checkpoint, images, tmp_path):
-    """The command of docs/serving.md for a CPU takes the embeddings that --llm-url sends."""
-    page = (DOCS / "serving.md").read_text()
-    (command,) = re.findall(r"^python -m vllm\.entrypoints\.openai\.api_server --model DIR/llm .*$", page, re.M)
-    with running(command.replace("DIR/llm", str(captioning_checkpoint / "llm")), tmp_path) as url:
-        words = ["--ckpt", captioning_checkpoint, "--llm-url", url, "--max-tokens", 15, "-o", tmp_path / "c.jsonl"]
-        assert vllm_caption.main([str(word) for word in [*images[:2], *words]]) == 0
-    records = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
-    assert len(records) == 2 and all(record["caption"] and record["tokens"] == 15 for record in records)
 
 
 def test_the_documented_server_captions_and_cleans(documented, captioning_checkpoint, images, folder):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pixel_unshuffle
 
-from vlv.data.latents import LatentCache
-from vlv.diffusion.t2i import T2I
-from vlv.model.captioner import Captioner
 from vlv.model.encoder import VLVEncoder
 from vlv.train.config import TrainConfig
+
+if TYPE_CHECKING:  # diffusers and transformers: seconds of imports that an objective of another kind does not need
+    from vlv.data.latents import LatentCache
+    from vlv.diffusion.t2i import T2I
+    from vlv.model.captioner import Captioner
 
 
 class Objective(nn.Module):

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import pickle
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -21,6 +23,7 @@ pytest.importorskip("vllm")
 import torch
 from safetensors.torch import save
 
+from serve import vllm_caption
 from serve.engines.base import EmbedsError, EngineError, LLMSpec, OptionError, Options, Sampling
 from serve.engines.remote import RemoteEngine
 from serve.engines.transformers import TransformersEngine
@@ -101,13 +104,11 @@ def end(run: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def vllm(checkpoint):
-    """A stock `vllm serve` of the checkpoint's llm/."""
-    run, url = process(
-        "vllm.entrypoints.openai.api_server", "--model", checkpoint.llm, "--enable-prompt-embeds",
-        "--dtype", "float32", "--enforce-eager", "--max-model-len", checkpoint.config.queries + TOKENS,
-        "--no-enable-prefix-caching", "--generation-config", "vllm", "--max-num-seqs", 16,
-        wait="/health", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1",
-    )  # fmt: skip
+    """A stock vLLM server of the checkpoint's llm/, by the command of docs/serving.md for a CPU."""
+    page = (ROOT / "docs" / "serving.md").read_text()
+    (command,) = re.findall(r"^python -m (vllm\.entrypoints\.openai\.api_server --model DIR/llm .*)$", page, re.M)
+    words = shlex.split(command.replace("DIR/llm", str(checkpoint.llm)))
+    run, url = process(*words, wait="/health", VLLM_NO_USAGE_STATS="1")
     yield url
     end(run)
 
@@ -144,6 +145,15 @@ def test_the_same_tokens(place, checkpoint, embeds, reference, request):
     assert pieces[-1].finish_reason == whole[0].finish_reason
     assert stopped.text == whole[0].text[: whole[0].text.index(whole[0].text[10:14])]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_command_captions_by_the_documented_server(vllm, captioning_checkpoint, scene_images, tmp_path):
+    """The embeddings that --llm-url sends are taken."""
+    words = ["--ckpt", captioning_checkpoint, "--llm-url", vllm, "--max-tokens", 15, "-o", tmp_path / "c.jsonl"]
+    images = [scene_images / "00.png", scene_images / "01.png"]
+    assert vllm_caption.main([str(word) for word in [*images, *words]]) == 0
+    records = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert len(records) == 2 and all(record["caption"] and record["tokens"] == 15 for record in records)
 
 
 def test_the_gateway_takes_nothing_but_sound_embeddings(behind, checkpoint, embeds):

@@ -1,9 +1,12 @@
 """A whole run of vlv.train.trainer on a very small encoder: in this process, or started by torchrun.
 
-python small_run.py DATA RUN ddp|fsdp|late|nan-ddp|nan-fsdp: trains to its end, resuming what RUN holds.
+python small_run.py DATA RUN ddp|fsdp|late|nan-ddp|nan-fsdp: trains to its end, resuming what RUN holds. Of several of
+these words each is a run in a folder RUN/WORD of its own, where RANK.txt is what a process had to say.
 """
 
+import contextlib
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -82,12 +85,23 @@ def train(data, folder, config=CONFIG, objective=Noisy):
         return trainer.weights()
 
 
+def run(data, folder, word):
+    """Train as `word` says."""
+    if word == "late":
+        train(data, folder, replace(CONFIG, encoder_from=3), Late)
+    elif word.startswith("nan-"):
+        train(data, folder, replace(CONFIG, steps=6, parallel=word.removeprefix("nan-")), NotANumber)
+    else:
+        train(data, folder, replace(CONFIG, parallel=word))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[3] == "late":
-        train(sys.argv[1], sys.argv[2], replace(CONFIG, encoder_from=3), Late)
-    elif sys.argv[3].startswith("nan-"):
-        config = replace(CONFIG, steps=6, parallel=sys.argv[3].removeprefix("nan-"))
-        train(sys.argv[1], sys.argv[2], config, NotANumber)
-    else:
-        train(sys.argv[1], sys.argv[2], replace(CONFIG, parallel=sys.argv[3]))
+    data, folder, *words = sys.argv[1:]
+    if len(words) == 1:
+        run(data, folder, words[0])
+    for number, word in enumerate(words if len(words) > 1 else ()):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # as after a restart: processes that meet anew
+        Path(folder, word).mkdir(parents=True, exist_ok=True)
+        with Path(folder, word, f"{os.environ['RANK']}.txt").open("w") as file, contextlib.redirect_stderr(file):
+            run(data, Path(folder, word), word)

@@ -28,9 +28,10 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 TWO_RESTARTED = [*TWO[:3], "--max-restarts", "2", "--monitor-interval", "0.1", *TWO[3:]]
 
 
-def start(command, data, folder, parallel="ddp"):
+def start(command, data, folder, *words):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*command, str(data), str(folder), parallel], env=environment, stderr=subprocess.PIPE)
+    words = words or ("ddp",)
+    return subprocess.Popen([*command, str(data), str(folder), *words], env=environment, stderr=subprocess.PIPE)
 
 
 def log(folder):
@@ -63,27 +64,33 @@ def alone(captioned, tmp_path_factory):
     return log(folder), weights, folder
 
 
+@pytest.fixture(scope="module")
+def in_two_processes(captioned, tmp_path_factory):
+    """The folder of runs in two processes, each in a folder by its name."""
+    folder = tmp_path_factory.mktemp("two")
+    process = start(TWO, captioned, folder, "fsdp", "late", "nan-ddp", "nan-fsdp")
+    told = process.communicate(timeout=400)[1].decode()
+    assert process.returncode == 0, told[-2000:]
+    return folder
+
+
 def same_losses(found, expected, steps=small_run.CONFIG.steps):
     assert [r["step"] for r in found] == [r["step"] for r in expected] == list(range(1, steps + 1))
     for a, b in zip(found, expected, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["norm"] == pytest.approx(b["norm"], rel=1e-3)
 
 
-def test_two_processes_with_shards_of_the_model_do_what_one_does(alone, captioned, tmp_path):
-    process = start(TWO, captioned, tmp_path, "fsdp")
-    assert process.wait(200) == 0, process.stderr.read().decode()[-2000:]
-    same_losses(log(tmp_path), alone[0])
-    weights = small_run.train(captioned, tmp_path)  # one process takes up the shards of two
+def test_two_processes_with_shards_of_the_model_do_what_one_does(alone, captioned, in_two_processes):
+    same_losses(log(in_two_processes / "fsdp"), alone[0])
+    weights = small_run.train(captioned, in_two_processes / "fsdp")  # one process takes up the shards of two
     # over all of them: where a gradient is near zero, rounding alone turns Adam's step around
     apart = sum((weights[name] - w).double().square().sum() for name, w in alone[1].items())
     assert (apart / sum(w.double().square().sum() for w in weights.values())).sqrt() < 1e-4
 
 
-def test_weights_that_join_late_do_so_in_two_processes_as_in_one(captioned, tmp_path):
-    weights = small_run.train(captioned, tmp_path / "one", replace(small_run.CONFIG, encoder_from=3), small_run.Late)
-    process = start(TWO, captioned, tmp_path / "two", "late")
-    assert process.wait(200) == 0, process.stderr.read().decode()[-2000:]
-    same_losses(log(tmp_path / "two"), log(tmp_path / "one"))
+def test_weights_that_join_late_do_so_in_two_processes_as_in_one(captioned, tmp_path, in_two_processes):
+    weights = small_run.train(captioned, tmp_path, replace(small_run.CONFIG, encoder_from=3), small_run.Late)
+    same_losses(log(in_two_processes / "late"), log(tmp_path))
     start_weights = small_run.Late().state_dict()
     assert not torch.equal(weights["encoder.bottleneck.decoder.layers.0.attention.qkv.weight"],
                            start_weights["encoder.bottleneck.decoder.layers.0.attention.qkv.weight"])  # fmt: skip
@@ -205,15 +212,14 @@ def test_a_step_that_is_not_finite_changes_nothing(captioned, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_what_is_not_a_number_on_one_of_two_processes_is_left_out_by_both(captioned, tmp_path, parallel):
+def test_what_is_not_a_number_on_one_of_two_processes_is_left_out_by_both(in_two_processes, parallel):
     """Whichever it is: sums over processes keep a NaN, where Gloo's maximum drops that of the second process."""
-    process = start(TWO, captioned, tmp_path, f"nan-{parallel}")
-    told = process.communicate(timeout=200)[1].decode()
-    assert process.returncode == 0, told[-2000:]
+    folder = in_two_processes / f"nan-{parallel}"
+    told = "".join(file.read_text() for file in folder.glob("*.txt"))
     for step, reason in ((1, "the loss is nan"), (2, "the loss is nan"),
                          (3, "the gradient's norm is nan"), (4, "the gradient's norm is nan")):  # fmt: skip
         assert f"step {step}, images from {8 * step}: left out, {reason}" in told
-    records = log(tmp_path)
+    records = log(folder)
     assert [r["step"] for r in records] == list(range(1, 7)) and records[-1]["skipped"] == 4
     assert [math.isnan(r["loss"]) for r in records] == [False, True, True, False, False, False]
     assert [math.isnan(r["norm"]) for r in records] == [False, False, False, True, True, False]
