@@ -118,7 +118,9 @@ class CaptionRun:
         """Yield the items that are not finished, with what tells their files from others, before they are read."""
         for item in itertools.islice(items, self.config.limit):
             size, modified = stamp_of(item.path) or (None, None)
-            self.listed.add(item.key)
+            if not self.listed.add(item.key):
+                self.progress.repeated += 1
+                continue
             self.listed.add(alias(item.id, size))
             if self.sink.is_finished(item, size):
                 self.progress.skipped += 1

@@ -11,7 +11,7 @@ OPENER = re.compile(
         in\s+(the|this)\s+(image|picture|photo|photograph|scene)\s*,?\s+((we|you)\s+(can\s+)?see|there\s+(is|are))\s+ |
         (this|it)\s+is\s+(an?|the)\s+(image|picture|photo|photograph)\s+(of|showing)\s+ |
         (the|this)\s+(image|picture|photo|photograph|scene)\s+
-        (shows|depicts|features|displays|portrays|captures|presents|illustrates|contains|is\s+of)\s+
+        (shows|depicts|features|displays|portrays|captures|presents|illustrates|contains|includes|has|is\s+of)\s+
     )""",
     re.IGNORECASE | re.VERBOSE,
 )

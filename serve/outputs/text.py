@@ -53,7 +53,10 @@ def lines(record: dict) -> str:
 
 
 class TextSink:
-    """Write text files, and errors to stderr. A file that exists is skipped, or replaced with `overwrite`."""
+    """Write text files, and errors to stderr. A file that exists is skipped, or replaced with `overwrite`.
+
+    Of images whose names differ in their ending only, the first of the input has the text file; the others are errors.
+    """
 
     errors_path = journal_path = None
     changed = 0
@@ -62,21 +65,26 @@ class TextSink:
         self._files = files
         self._overwrite = overwrite
         self._finished = IdSet()
-        self._written = IdSet()
+        self._taken = IdSet()  # text files of the images so far
+        self._without: set[str] = set()  # keys of images whose text file is another's
 
     def is_finished(self, item: Item, size: int | None) -> bool:
         """Return True if an image has a text file, or was named before."""
         if not self._finished.add(item.key):
             return True
         try:
-            return not self._overwrite and self._files.of(item).exists()
+            text = self._files.of(item)
         except ImageError:  # raised again when it is captioned
             return False
+        if not self._taken.add(str(text)):
+            self._without.add(item.key)
+            return False
+        return not self._overwrite and text.exists()
 
     def caption(self, record: dict, item: Item) -> None:
-        """Write the text file. Raises SinkError; ImageError if another image of this run has it."""
+        """Write the text file. Raises SinkError; ImageError if another image of the input has it."""
         text = self._files.of(item)
-        if not self._written.add(str(text)):
+        if item.key in self._without:
             raise ImageError(
                 "exists", f"{text} has the caption of another image, whose name differs in its ending only: rename one"
             )

@@ -17,6 +17,7 @@ class Progress:
     captioned: int = 0
     failed: int = 0
     skipped: int = 0  # finished by an earlier run
+    repeated: int = 0  # named before in this input
     total: int | None = None
     started: float = field(default_factory=time.monotonic)
     first: float | None = None  # seconds from start to the first caption
@@ -31,7 +32,7 @@ class Progress:
 
     @property
     def _counts(self) -> tuple:
-        return self.captioned, self.failed, self.skipped, self.first is None
+        return self.captioned, self.failed, self.skipped, self.repeated, self.first is None
 
     def caption(self) -> None:
         """Count a captioned image."""
@@ -53,13 +54,14 @@ class Progress:
     def line(self) -> str:
         """Return the state of the run: images done, rate, time left."""
         rate, total = self.rate(), self.total
-        parts = [f"{self.finished + self.skipped}" + (f"/{total}" if total else "") + " images"]
+        done = self.finished + self.skipped + self.repeated
+        parts = [f"{done}" + (f"/{total}" if total else "") + " images"]
         if self.first is None:
             parts.append("loading the models")
         else:
             parts.append(f"{rate:.1f} images/s")
             if total and rate:
-                parts.append(f"ETA {_clock(max(0, total - self.skipped - self.finished) / rate)}")
+                parts.append(f"ETA {_clock(max(0, total - done) / rate)}")
         return "  ".join(parts + self._remarks())
 
     def summary(self) -> str:
@@ -74,7 +76,8 @@ class Progress:
 
     def _remarks(self) -> list[str]:
         failed = [f"{self.failed} failed"] if self.failed else []
-        return failed + ([f"{self.skipped} done before"] if self.skipped else [])
+        skipped = [f"{self.skipped} done before"] if self.skipped else []
+        return failed + skipped + ([f"{self.repeated} named twice"] if self.repeated else [])
 
     def show(self, line: str, last: bool = False) -> None:
         """Write a line to stderr; on a terminal it replaces the previous one."""

@@ -185,6 +185,9 @@ def test_text_files_alone(captioning_checkpoint, scene_images, tmp_path, capsys,
     Path("in/0.txt").unlink()
     code, stderr = run()
     assert code == 1 and "whose name differs in its ending only" in stderr and "2 done before" in stderr
+    assert '"id": "in/0.webp"' in stderr  # the first by name has the text file
+    code, stderr = run()
+    assert code == 1 and '"id": "in/0.webp"' in stderr and "3 done before" in stderr  # and so in every run
     code, stderr = run("--output-dir", "out", "-o", "c.jsonl")
     assert code == 2 and "go with --format txt and without -o" in stderr
     code, stderr = run("--template", "no place")

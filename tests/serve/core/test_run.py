@@ -111,9 +111,10 @@ def test_resumes_and_limits(checkpoint, scene_images, tmp_path):
     assert progress.captioned == 5 and records[0]["caption"].endswith(" Again. Again. And")
     progress, records, _ = caption(checkpoint, [scene_images], output, limit=5)
     assert (progress.captioned, progress.skipped, len(records)) == (0, 5, 5)
-    progress, records, _ = caption(checkpoint, [scene_images, scene_images], output, limit=70)
-    # the second time that a path comes, it is done already
-    assert (progress.captioned, progress.skipped) == (59, 11) and len({r["id"] for r in records}) == len(records) == 64
+    progress, records, _ = caption(checkpoint, [scene_images, f"{scene_images}/*.png"], output, limit=70)
+    assert (progress.captioned, progress.skipped, progress.repeated) == (59, 5, 6)
+    assert "5 done before, 6 named twice" in progress.summary()
+    assert len({r["id"] for r in records}) == len(records) == 64
     seeds = {r["id"]: r["caption"].split(".")[0] for r in records}
     assert len(set(seeds.values())) == 64  # each image draws from a seed of its own
 

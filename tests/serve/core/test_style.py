@@ -38,6 +38,7 @@ def test_styles(style, expected):
         ("In the photo there is a cat.", "A cat."),
         ("This is a picture of a cat.", "A cat."),
         ("this photograph depicts cats.", "Cats."),
+        ("The picture has two dogs.", "Two dogs."),
         ("The image quality is low.", "The image quality is low."),
         ("A cat. The image shows a dog.", "A cat. The image shows a dog."),
     ],
