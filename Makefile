@@ -16,9 +16,10 @@ demo: setup
 	@echo "captions: $(CURDIR)/out/captions.jsonl"
 	@echo "gallery:  $(CURDIR)/out/gallery.html"
 
-# make test ARGS="-k davit -x" JOBS=1; each of the JOBS takes a file at a time, and up to 6 GB
+# make test ARGS="-k davit -x" JOBS=1; each of the JOBS takes a core, up to 6 GB, and a file at a time: the longest first
+# (tests/conftest.py)
 test: setup-test $(HF_KERNELS)/done
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -rs -n $(JOBS) --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # also what `make test` skips for want of a package: Ray, clouds, data sets, Kubernetes, containers, alerts, mkdocs, clients.
 # pip has neither helm (HELM=/path names one) nor Chromium: without them their tests are skipped

@@ -62,9 +62,10 @@ def to_onnx(
             dynamic_shapes=tuple(shapes),
             custom_translation_table=translations() if nodes else None,
             verbose=False,
+            optimize=False,
         )
     model = program.model
-    _fold(model)
+    _optimize(model)
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
     _require_dynamic(model, graph)
     owner = owners(model, graph.blocks)
@@ -85,9 +86,10 @@ def is_large(sizes: Iterable[int]) -> bool:
     return sum(sizes) > EXTERNAL
 
 
-def _fold(model) -> None:
-    """Fold constants, larger ones than torch folds: else weights would be transposed at every load."""
+def _optimize(model) -> None:
+    """Simplify the graph, and fold constants, larger ones than torch folds: else every load would transpose weights."""
     logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)
+    optimizer.optimize_ir(model, num_iterations=1)  # a second one, torch's default, costs time and changes nothing
     found = True
     while found:
         optimizer.fold_constants(model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)

@@ -93,6 +93,7 @@ def session_options() -> onnxruntime.SessionOptions:
     """Return the options of every session that is used, not inspected."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: the warnings are about its own optimizer
+    options.intra_op_num_threads = torch.get_num_threads()  # which alone would ignore OMP_NUM_THREADS
     options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed`
     return options
 

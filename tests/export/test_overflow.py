@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -19,10 +20,20 @@ from export.quantize import overflow
 from export.verification.inputs import VerificationInputs
 from export.verification.verifier import compare
 from tests.export import toy
-from tests.export.conftest import BUNDLED, LIMITS
-from vlv.checkpoints.folder import Checkpoint
+from tests.export.conftest import LIMITS
+from vlv.checkpoints.folder import Checkpoint, save
+from vlv.model.config import PRESETS, DaViTConfig
+from vlv.model.encoder import VLVEncoder
 
 BLOCK = "encoder.bottleneck.text.layers.1"
+SMALL = replace(
+    PRESETS["tiny"],
+    vision=DaViTConfig((32,), (1,), (1,), (1,), (8,), (8,), (0,), (False,), 4),
+    image_size=16,
+    encoder_layers=1,
+    decoder_layers=1,
+    context_layers=2,
+)
 
 
 def rescale(source, target, between: float = 1.0):
@@ -49,20 +60,30 @@ def rescale(source, target, between: float = 1.0):
         for part in ("attention.proj.weight", "attention.proj.bias", "fc2.weight", "fc2.bias"):
             multiply(f"{text}.layers.{layer}.{part}", scale)
     for part in ("fc1.weight", "fc1.bias"):
-        multiply(f"{text}.layers.1.{part}", 2.0**14)
-    multiply(f"{text}.layers.1.fc2.weight", 2.0**-14)
+        multiply(f"{text}.layers.1.{part}", 2.0**16)
+    multiply(f"{text}.layers.1.fc2.weight", 2.0**-16)
     save_file(weights, file, metadata=metadata)
     return target
 
 
 @pytest.fixture(scope="module")
-def rescaled(tmp_path_factory):
-    return rescale(BUNDLED, tmp_path_factory.mktemp("rescaled") / "checkpoint")
+def small(tmp_path_factory):
+    """A checkpoint with random weights that is quickly traced: what overflows does so at any size."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    save(folder, VLVEncoder(SMALL))
+    return folder
 
 
-def test_onnx_runtime_alone_would_not_see_it(rescaled, checkpoint):
+@pytest.fixture(scope="module")
+def rescaled(small, tmp_path_factory):
+    return rescale(small, tmp_path_factory.mktemp("rescaled") / "checkpoint")
+
+
+def test_onnx_runtime_alone_would_not_see_it(rescaled):
     """The premise: finite in float32, infinite in float16, and right with that block in float32."""
-    pixels, other = VerificationInputs(checkpoint, 4).images, Checkpoint.open(rescaled)
+    other = Checkpoint.open(rescaled)
+    pixels = VerificationInputs(other, 4).images
     with torch.inference_mode():
         expected = load(other, "encoder")(pixels)[1]
         assert expected.isfinite().all()
@@ -86,9 +107,9 @@ def test_the_block_stays_in_float32(rescaled, tmp_path, capsys, precision):
     assert wide, "its products are float32, and not quantized"
 
 
-def test_what_no_block_can_help_is_refused(tmp_path, capsys):
+def test_what_no_block_can_help_is_refused(small, tmp_path, capsys):
     """The residual stream itself is too large."""
-    other = rescale(BUNDLED, tmp_path / "checkpoint", between=2.0**8)
+    other = rescale(small, tmp_path / "checkpoint", between=2.0**8)
     out = tmp_path / "out"
     for precision in ("fp16", "int8-trt"):
         code = toy.onnx.main(
