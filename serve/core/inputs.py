@@ -105,7 +105,8 @@ class Item:
         if isinstance(content, OSError):  # of read_ranges
             raise ImageError("damaged", f"the shard is shorter than its headers say: {content}") from content
         if isinstance(content, Exception):
-            raise ImageError("unreadable", f"cannot be read: {one_line(content.__cause__ or content)}") from content
+            reason = str(content) if isinstance(content, DataError) else one_line(content.__cause__ or content)
+            raise ImageError("unreadable", f"cannot be read: {reason}") from content
         return intact_part(content) if self.lenient else content
 
     def _content(self) -> bytes | Exception:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vlv.data.remote import DataError, ServerError, open_file
+from vlv.data.remote import DataError, ServerError, not_found, open_file
 
 # names of columns and fields; the first that is there counts
 IMAGE, CAPTION = ("image", "jpg", "png", "webp"), ("caption", "text", "txt")
@@ -149,7 +149,11 @@ def table_records(file: str) -> Iterator[tuple[int, dict]]:
 
     Raises DataError for a line that is no JSON object, OSError.
     """
-    with open_file(file) as stream:
+    try:
+        opened = open_file(file)
+    except FileNotFoundError as error:
+        raise DataError(not_found(file, error)) from error
+    with opened as stream:
         if file.lower().endswith(".csv"):
             rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
             yield from ((rows.line_num, row) for row in rows)

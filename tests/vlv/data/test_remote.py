@@ -9,8 +9,10 @@ import tarfile
 import pytest
 
 from benchmarks.data_reading import Server
+from serve.core.inputs import Item
 from tests.vlv.train.small_run import MODEL
 from vlv.data import parquet, remote, tars
+from vlv.data.image import ImageError
 from vlv.data.loader import Order, TrainingImages, batches
 from vlv.data.remote import MAX_GAP, DataError, Range, ServerError, read_ranges
 from vlv.data.sources import open_sources
@@ -140,6 +142,10 @@ def test_a_server_without_ranges_is_refused(tmp_path):
     with pytest.raises(DataError, match="does not serve ranges: write simplecache::"):
         read_ranges([Range(f"{server.url}/a", 10, 20)])
     assert read_ranges([Range(f"simplecache::{server.url}/a", 10, 20)]) == [bytes(20)]
+    with pytest.raises(ImageError, match=f"cannot be read: the server of {server.url}/a does not serve ranges"):
+        Item("a", f"{server.url}/a", 10, 20).read()
+    with pytest.raises(DataError, match=f"no such file or folder: {server.url}/b.csv"):
+        open_sources([f"{server.url}/b.csv"])
     server.http.shutdown()
 
 
