@@ -1,4 +1,4 @@
-"""Launch one kernel: through Triton, or from an ahead-of-time build; or record the launch without running it.
+"""Launch one kernel: through Triton, from an ahead-of-time build, or in CUDA C++; or record the launch without it.
 
 Nothing here imports Triton until Triton is to run a kernel, so a node with ahead-of-time builds (VLV_KERNELS_AOT)
 needs none.

@@ -86,19 +86,13 @@ static float exchange(float x, int distance) {
 static float A[16][16], B[16][8];
 
 static void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    const int group = lane >> 2, in_group = lane % 4;
+    const int group = lane / 4, place = lane % 4 * 2;
     const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-    for (int i = 0; i < 8; i++) {
-        const int row = (0 <= i && i < 2) || (4 <= i && i < 6) ? group : group + 8;
-        const int column = i < 4 ? in_group * 2 + (i & 1) : in_group * 2 + (i & 1) + 8;
-        A[row][column] = widen(a[i / 2] >> 16 * (i & 1));
-    }
-    for (int i = 0; i < 4; i++) B[i < 2 ? in_group * 2 + (i & 1) : in_group * 2 + (i & 1) + 8][group] = widen(b[i / 2] >> 16 * (i & 1));
+    for (int i = 0; i < 8; i++) A[group + i / 2 % 2 * 8][place + i % 2 + i / 4 * 8] = widen(a[i / 2] >> 16 * (i % 2));
+    for (int i = 0; i < 4; i++) B[place + i % 2 + i / 2 * 8][group] = widen(b[i / 2] >> 16 * (i % 2));
     wait();
-    for (int i = 0; i < 4; i++) {
-        const int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
-        for (int k = 0; k < 16; k++) c[i] += A[row][k] * B[k][column];
-    }
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) c[i] += A[group + i / 2 * 8][k] * B[k][place + i % 2];
     wait();
 }
 
