@@ -181,6 +181,6 @@ def test_a_source_that_does_not_compile_is_an_error_with_the_log(tmp_path):
         library()
     except OSError as error:
         pytest.skip(str(error))
-    (tmp_path / "wrong.cu").write_text("int x = unknown;")
+    (tmp_path / "wrong.cu").write_text("__device__ int x = unknown;")
     with pytest.raises(ValueError, match=r"wrong.cu does not compile for sm90:\n.*unknown"):
         compile_cuda(tmp_path / "wrong.cu", 90, {})
