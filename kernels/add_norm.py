@@ -1,4 +1,4 @@
-"""Residual sum followed by LayerNorm, as the layers of BART and CLIP have it."""
+"""Sum followed by LayerNorm: residuals and positions in BART and CLIP, and a residual before DaViT's next stage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from kernels.runtime.dispatch import exporting, fused
+from kernels.runtime.dispatch import exporting, fused, needs_gradient
 from kernels.runtime.launch import launch
 from kernels.runtime.tiles import cdiv, power_of_two
 
@@ -14,7 +14,7 @@ from kernels.runtime.tiles import cdiv, power_of_two
 def add_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Return x + residual and its LayerNorm, each [..., C]; weight, bias: [C]."""
+    """Return x + residual and its LayerNorm, each [..., C]; weight, bias: [C]; the shapes of the terms broadcast."""
     y = x + residual
     return y, layer_norm(y, y.shape[-1:], weight, bias, eps)
 
@@ -24,36 +24,57 @@ def add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, keep_sum: bool = T
 
     Without `keep_sum`, the first result means nothing: the kernel does not write it.
     """
-    c = x.shape[-1]
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, residual, norm.weight, norm.bias))
-    if (
-        not needs_gradient
+    if fuses(x, residual, norm):
+        large, small = (x, residual) if _repeats(residual, x) else (residual, x)
+        return add_norm_op(large, small, norm.weight, norm.bias, norm.eps, keep_sum)
+    return add_norm_reference(x, residual, norm.weight, norm.bias, norm.eps)
+
+
+def fuses(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> bool:
+    """Return True if `add_norm` of these runs the kernel: for inference, with contiguous tensors of one dtype."""
+    return (
+        not needs_gradient(x, residual, norm.weight, norm.bias)
         and not exporting()
-        and x.shape == residual.shape
         and x.dtype == residual.dtype
         and x.is_contiguous()
         and residual.is_contiguous()
-        and fused("add_norm", x, residual, norm.weight, norm.bias, fits=c <= 2**14)
-    ):
-        return add_norm_op(x, residual, norm.weight, norm.bias, norm.eps, keep_sum)
-    return add_norm_reference(x, residual, norm.weight, norm.bias, norm.eps)
+        and (_repeats(residual, x) or _repeats(x, residual))
+        and fused("add_norm", x, residual, norm.weight, norm.bias, fits=x.shape[-1] <= 2**14)
+    )
+
+
+def _repeats(small: Tensor, large: Tensor) -> bool:
+    """Return True if `small` is added to each part of `large` of its shape, leading ones apart: [N, C] to [B, N, C]."""
+    shape = small.shape
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return len(shape) <= large.ndim and large.shape[-len(shape) :] == shape
 
 
 @torch.library.custom_op("vlv::add_norm", mutates_args=())
 def add_norm_op(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return x + residual (empty without `keep_sum`) and its LayerNorm, of contiguous x and residual [..., C]."""
+    """Return x + residual (empty without `keep_sum`) and its LayerNorm, of contiguous x [..., C].
+
+    residual: like x, or fewer rows [N, C], added to every N rows of x.
+    """
     y, normed = _fake(x, residual, weight, bias, eps, keep_sum)
     c = x.shape[-1]
-    rows = x.numel() // c
+    rows, period = x.numel() // c, residual.numel() // c
     args = {"x": x, "residual": residual, "weight": weight.contiguous(), "bias": bias.contiguous()}
     launch(
         "add_norm.forward",
         f"c{c}",
         lambda meta: (cdiv(rows, meta["ROWS"]),),
-        {**args, "y": y if keep_sum else normed, "normed": normed, "rows": rows, "eps": eps},
-        {"C": c, "BLOCK": power_of_two(c), "KEEP_SUM": keep_sum, "DOUBLE": x.dtype == torch.float64},
+        {**args, "y": y if keep_sum else normed, "normed": normed, "rows": rows, "period": period, "eps": eps},
+        {
+            "C": c,
+            "BLOCK": power_of_two(c),
+            "REPEATS": period < rows,
+            "KEEP_SUM": keep_sum,
+            "DOUBLE": x.dtype == torch.float64,
+        },
     )
     return y, normed
 

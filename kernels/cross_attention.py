@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.runtime.dispatch import fused
+from kernels.runtime.dispatch import fused, needs_gradient
 from kernels.runtime.launch import launch
 from kernels.runtime.tiles import LOG2_E, cdiv, power_of_two, strides, two_blocks
 from kernels.runtime.tuning import reference_is_faster
@@ -24,10 +24,9 @@ def cross_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute `cross_attention_reference`, fused on CUDA for up to 160 keys. The kernel has no gradient."""
-    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     m, n, d = q.shape[1], k.shape[1], q.shape[3]
     if (
-        not needs_gradient
+        not needs_gradient(q, k, v)
         and fused("cross_attention", q, k, v, fits=16 <= d <= 256 and 0 < n <= MAX_KEYS)
         and not reference_is_faster("cross_attention", f"m{m}n{n}d{d}", q)
     ):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, layer_norm
 
-from kernels.runtime.dispatch import exporting, fused
+from kernels.runtime.dispatch import exporting, fused, needs_gradient
 from kernels.runtime.launch import launch
 from kernels.runtime.tiles import cdiv, power_of_two, strides, sum_dtype
 from kernels.runtime.tuning import reference_is_faster
@@ -50,9 +50,8 @@ def dwconv_norm(
 
 def adds_residual(x: Tensor, residual: Tensor) -> bool:
     """Return True if one kernel computes x + residual and what follows: for inference, with contiguous maps."""
-    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)
     return (
-        not needs_gradient
+        not needs_gradient(x, residual)
         and not exporting()
         and x.is_contiguous()
         and residual.is_contiguous()

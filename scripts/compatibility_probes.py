@@ -341,6 +341,42 @@ def transformers_generation(_version: str) -> dict:
     }
 
 
+# ---- PyTorch: what kernels/runtime/dispatch.py rests on, and our custom ops in a compiled encoder ----
+
+
+def torch_compile(_version: str) -> dict:
+    """Compile small functions, then run the toolkit's own test of the graph with this PyTorch."""
+    import torch
+    import triton
+
+    def exporting(x):
+        return x + 1 if torch.compiler.is_exporting() else x
+
+    def constant() -> bool:
+        return torch.compiler.is_exporting()
+
+    def asked_outside(x):
+        return x + 1 if constant() else x
+
+    constant._dynamo_marked_constant = True
+    x = torch.zeros(1)
+
+    def compiled(function) -> bool:
+        return bool(torch.compile(function, backend="eager", fullgraph=True)(x))
+
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [str(root / "tests/kernels/interpreted" / f"test_{name}.py") for name in ("compile", "pointwise")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    tests = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    return {
+        "Triton": triton.__version__,
+        "is_exporting() is True inside torch.compile": compiled(exporting),
+        "so is a function marked as constant": compiled(asked_outside),
+        "tests of our operations under torch.compile": re.sub(r" in [\d.:() ]+s.*", "", tests.stdout.splitlines()[-1]),
+    }
+
+
 # ---- vLLM: pins from metadata, runners from the source of CPU wheels, behaviour from running one ----
 
 

@@ -45,10 +45,14 @@ def _encoder(dtype: torch.dtype) -> None:
         q = empty(BATCH, queries, 16, 64).transpose(1, 2)
         kv = empty(BATCH, keys, 3, 16, 64).permute(2, 0, 3, 1, 4)
         _run(attn.attention_op, q, kv[1], kv[2], causal)
-    for c in (*(c for _, c, _ in STAGES[:3]), 1024):  # a stage's last sum before the next stage's norm; BART and CLIP
-        for keep_sum in (True, False):
-            x = empty(BATCH, 77, c)
-            _run(add_norm.add_norm_op, x, empty(*x.shape), empty(c), empty(c), 1e-5, keep_sum)
+    for _, c, _ in STAGES[:3]:  # a stage's last sum, before the norm of the next stage
+        x = empty(BATCH, 16, c)
+        _run(add_norm.add_norm_op, x, empty(*x.shape), empty(c), empty(c), 1e-5, False)
+    for batch in (1, 3, BATCH):  # BART and CLIP: one image, batches of which a multiple of 16 rows come, and others
+        x, c = empty(batch, 77, 1024), empty(1024)
+        for residual in (x, empty(77, 1024)):  # a map, or positions
+            for keep_sum in (True, False):
+                _run(add_norm.add_norm_op, x, empty(*residual.shape), c, c, 1e-5, keep_sum)
 
 
 def _fp8(dtype: torch.dtype) -> None:

@@ -59,7 +59,8 @@ def driver() -> ctypes.CDLL:
     return cuda
 
 
-def _checked(cuda: ctypes.CDLL, call: str, *args) -> None:
+def checked(cuda: ctypes.CDLL, call: str, *args) -> None:
+    """Call the driver. Raises RuntimeError with its word for an error."""
     code = getattr(cuda, call)(*args)
     if code:
         text = ctypes.c_char_p()
@@ -100,10 +101,10 @@ class Builds:
         """Launch the kernel on a CUDA stream, in the current context (PyTorch's, once it has used the GPU)."""
         cuda = driver()
         context, device = ctypes.c_void_p(), ctypes.c_int()
-        _checked(cuda, "cuCtxGetCurrent", ctypes.byref(context))
+        checked(cuda, "cuCtxGetCurrent", ctypes.byref(context))
         if not context.value:
             raise RuntimeError("no CUDA context is current: use the GPU once through PyTorch first")
-        _checked(cuda, "cuCtxGetDevice", ctypes.byref(device))
+        checked(cuda, "cuCtxGetDevice", ctypes.byref(device))
         entry = self.entry(start, _architecture(cuda, device.value))
         loaded = (context.value, entry["file"])
         if loaded not in self._functions:
@@ -112,7 +113,7 @@ class Builds:
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         block = (entry["warps"] * 32, 1, 1)
         handle = ctypes.c_void_p(stream)
-        _checked(
+        checked(
             cuda,
             "cuLaunchKernel",
             self._functions[loaded],
@@ -126,18 +127,18 @@ class Builds:
 
     def _load(self, cuda: ctypes.CDLL, entry: dict) -> ctypes.c_void_p:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        _checked(cuda, "cuModuleLoadData", ctypes.byref(module), self.binary(entry))
-        _checked(cuda, "cuModuleGetFunction", ctypes.byref(function), module, entry["symbol"].encode())
+        checked(cuda, "cuModuleLoadData", ctypes.byref(module), self.binary(entry))
+        checked(cuda, "cuModuleGetFunction", ctypes.byref(function), module, entry["symbol"].encode())
         if entry["shared"] > STATIC_SHARED:
-            _checked(cuda, "cuFuncSetAttribute", function, _DYNAMIC_SHARED_ATTRIBUTE, entry["shared"])
+            checked(cuda, "cuFuncSetAttribute", function, _DYNAMIC_SHARED_ATTRIBUTE, entry["shared"])
         return function
 
 
 @cache
 def _architecture(cuda: ctypes.CDLL, device: int) -> str:
     major, minor = ctypes.c_int(), ctypes.c_int()
-    _checked(cuda, "cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, device)
-    _checked(cuda, "cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, device)
+    checked(cuda, "cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, device)
+    checked(cuda, "cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, device)
     return f"sm{major.value}{minor.value}"
 
 

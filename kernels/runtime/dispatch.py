@@ -64,6 +64,11 @@ def _reason(x: Tensor, others: tuple[Tensor, ...], fits: bool) -> str:
     return "" if fits else "no kernel takes these sizes"
 
 
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Return True if a gradient of one of these is recorded; a kernel without a backward then gives way."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def _constant(function):
     """Let Dynamo call `function` while it traces, and take its result as a constant of the graph.
 

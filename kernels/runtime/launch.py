@@ -1,4 +1,4 @@
-"""Launch one kernel: through Triton, or from an ahead-of-time build; or record the launch without running it.
+"""Launch one kernel: through Triton, from an ahead-of-time build, or in CUDA C++; or record the launch without it.
 
 Nothing here imports Triton until Triton is to run a kernel, so a node with ahead-of-time builds (VLV_KERNELS_AOT)
 needs none.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.aot.load import builds
+from kernels.cuda import launch as cuda
 from kernels.runtime import dispatch
 from kernels.runtime.spec import Argument, Constant, Grid, Launch
 from kernels.runtime.tuning import config, next_smaller
@@ -47,6 +48,9 @@ def launch(kernel: str, shape: str, grid: Grid, args: dict[str, Argument], const
 
 def _run(start: Launch, constants: dict[str, Constant], device: torch.device) -> None:
     """Launch through Triton; a configuration too large for this GPU is replaced by the next smaller one, for good."""
+    if device.type == "cuda" and cuda.takes(start):
+        cuda.run(start)
+        return
     if start.constants.get("TMA"):
         import triton  # late: a node with ahead-of-time builds has none
 

@@ -18,6 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.runtime.dispatch import AOT_FOLDER
+
+CUDA_DESIGN = 4
 FILE = Path(__file__).parents[1] / "tuned.json"
 
 
@@ -28,7 +31,8 @@ def _choices(names: str, *rows: tuple[int, ...]) -> list[dict[str, int]]:
 
 # The configurations that tuning chooses from; the first is the default.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
-    # DESIGN: see kernels/triton/window_attention.py
+    # DESIGN: see kernels/triton/window_attention.py; CUDA_DESIGN, with GROUP blocks a multiprocessor, is
+    # kernels/cuda/window_attention.cu or, for tensors that it does not take, design 0
     "window_attention.forward": _choices(
         "DESIGN GROUP BLOCK_Q",
         (0, 1, 64, 4, 1),
@@ -41,10 +45,13 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         (2, 4, 64, 4, 1),
         (3, 1, 64, 4, 1),
         (3, 1, 128, 8, 1),
+        *((CUDA_DESIGN, blocks, 64, 4, 1) for blocks in (2, 3)),
     ),
     "window_attention.backward": _choices("BLOCK_Q", (32, 8, 1), (16, 8, 1), (16, 4, 1)),
-    "channel_attention.gram": _choices("BLOCK_N", (128, 4, 3), (64, 4, 3), (256, 4, 2), (256, 8, 2)),
-    "channel_attention.apply": _choices("BLOCK_N", (128, 4, 3), (64, 4, 3), (256, 4, 2), (256, 8, 2)),
+    **dict.fromkeys(
+        ("channel_attention.gram", "channel_attention.apply"),
+        _choices("BLOCK_N", (128, 4, 3), (64, 4, 3), (256, 4, 2), (256, 8, 2)),
+    ),
     "channel_attention.backward": _choices("BLOCK_N", (64, 4, 2), (128, 4, 2), (128, 8, 2)),
     # DESIGN: see kernels/triton/dwconv_norm.py
     "dwconv_norm.forward": _choices(
@@ -54,8 +61,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         (0, 8, 1, 8, 1),
         (0, 4, 1, 8, 1),
         (0, 16, 1, 8, 1),
-        *((design, 1, 24, warps, 1) for design in (1, 2) for warps in (1, 2, 4, 8, 16)),
-        *((design, 2, 24, warps, 1) for design in (1, 2) for warps in (1, 2, 4, 8, 16)),
+        *((design, tile, 24, warps, 1) for tile in (1, 2) for design in (1, 2) for warps in (1, 2, 4, 8, 16)),
         *((design, 4, 48, warps, 1) for design in (1, 2) for warps in (4, 8)),
     ),
     "dwconv_norm.norm_backward": _choices("TILE", (4, 4, 1), (2, 4, 1), (4, 8, 1)),
@@ -107,6 +113,8 @@ def config(kernel: str, shape: str, device: torch.device) -> tuple[dict[str, int
     if (kernel, shape, device) in _fitting:
         return split(_by_size(kernel)[_fitting[kernel, shape, device]])
     names = (target,) if target else _names(device.index or 0) if device.type == "cuda" else ()
+    if AOT_FOLDER and not target:
+        names = names[1:]  # builds are made from the entry of an architecture
     for entry in (*names, *(ALIKE[name] for name in names if name in ALIKE)):
         shapes = table().get(entry, {}).get("kernels", {}).get(kernel, {})
         if shape in shapes:
@@ -135,6 +143,8 @@ def candidates(kernel: str, shape: str) -> list[dict[str, int]]:
     at most 8 channels, or they do not fit.
     """
     found = CANDIDATES[kernel]
+    if kernel == "window_attention.forward" and shape != "w12d32":
+        found = [one for one in found if one["DESIGN"] != CUDA_DESIGN]
     if kernel == "dwconv_norm.forward":
         channels = int(shape.removeprefix("c"))
         walks = lambda one: channels * one["TILE"] >= 128 * one["num_warps"] and channels <= 256 * one["num_warps"]  # noqa: E731
@@ -147,7 +157,8 @@ def _by_size(kernel: str) -> list[dict[str, int]]:
     options = {"num_warps": 4, "num_stages": 1}
     smallest = {name: options.get(name, min(value, 16)) for name, value in CANDIDATES[kernel][0].items()}
     needs = lambda one: prod(value for name, value in one.items() if name not in ("num_warps", "TMA", "DESIGN"))  # noqa: E731
-    return [*sorted(CANDIDATES[kernel], key=needs, reverse=True), smallest]
+    tiles = [one for one in CANDIDATES[kernel] if one.get("DESIGN") != CUDA_DESIGN]
+    return [*sorted(tiles, key=needs, reverse=True), smallest]
 
 
 def next_smaller(kernel: str, shape: str, device: torch.device) -> tuple[dict[str, int], dict[str, int]] | None:

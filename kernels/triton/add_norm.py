@@ -13,16 +13,19 @@ def forward(
     y,
     normed,
     rows,
+    period,
     eps,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
+    REPEATS: tl.constexpr,
     KEEP_SUM: tl.constexpr,
     DOUBLE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """y = x + residual and normed = (y - mean) / sqrt(var + eps) * weight + bias: all [rows, C] contiguous.
 
-    y is written only if KEEP_SUM. Grid: tiles of ROWS rows.
+    If REPEATS, residual has `period` rows, added to every `period` rows of x. y is written only if KEEP_SUM.
+    Grid: tiles of ROWS rows.
     """
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -30,7 +33,10 @@ def forward(
     m_c = o_c < C
     o_y = o_r[:, None] * C + o_c[None, :]
     m_y = (o_r < rows)[:, None] & m_c[None, :]
-    b_x = tl.load(x + o_y, mask=m_y, other=0.0).to(SUM) + tl.load(residual + o_y, mask=m_y, other=0.0).to(SUM)
+    o_x = o_y
+    if REPEATS:
+        o_x = ((tl.program_id(0) * ROWS + tl.arange(0, ROWS)) % period).to(tl.int64)[:, None] * C + o_c[None, :]
+    b_x = tl.load(x + o_y, mask=m_y, other=0.0).to(SUM) + tl.load(residual + o_x, mask=m_y, other=0.0).to(SUM)
     # rounded, as an addition before the norm would store it
     b_out = b_x.to(normed.dtype.element_ty)
     if KEEP_SUM:

@@ -8,6 +8,8 @@ A window of 12 x 12 tokens is 144 queries and keys: 128 + 16, or nine tiles of 1
     2 tails     GROUP heads of a window: the first 128 queries of each by all warps, the last 16 of each head in a warp
                 of its own (num_warps = GROUP), so that no tile is mostly padding
     3 windows   two windows of one head: the loads of both are in flight before the first is computed
+
+Design 4 is kernels/cuda/window_attention.cu; here it is design 0, for the tensors that the other does not take.
 """
 
 import triton

@@ -16,14 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.add_norm import add_norm_op
 from kernels.aot import build, manifest
 from kernels.aot import cases as aot_cases
 from kernels.aot import load as aot_loader
 from kernels.aot.__main__ import main
 from kernels.aot.compile import compile_launch, signature
+from kernels.channel_attention import channel_attention_op
 from kernels.occupancy import LIMITS, occupancy
 from kernels.runtime import tuning
-from kernels.runtime.launch import function
+from kernels.runtime.launch import function, recording
 from kernels.runtime.spec import Launch
 from kernels.runtime.tiles import cdiv
 
@@ -179,6 +181,25 @@ def test_baseline_and_tuned_defaults_are_complete():
         for one in aot_cases.launches(target).values():
             chosen = entry["kernels"][one.kernel][one.shape]["config"]
             assert all({**one.constants, **one.options}[name] == value for name, value in chosen.items())
+
+
+@needs_triton
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 16, 17, 31, 64])
+def test_any_batch_finds_its_builds(batch):
+    """Sizes that depend on the batch are compiled in where they are multiples of 16."""
+    builds = aot_cases.launches("sm90", parts=("encoder",))
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    with tuning.forced("sm90"), recording() as record:
+        for side, c, heads in aot_cases.STAGES:
+            channel_attention_op._init_fn(empty(batch, side * side, 3 * c), heads)
+        for tokens, c in ((77, 1024), (591, 1024)):
+            x = empty(batch, tokens, c)
+            for residual in (x, empty(tokens, c)):
+                add_norm_op._init_fn(x, residual, empty(c), empty(c), 1e-5, False)
+    assert len(record) == 12 and {one.key() for one in record} <= set(builds)
 
 
 def test_occupancy():

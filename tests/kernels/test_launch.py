@@ -70,6 +70,10 @@ def test_an_entry_of_the_gpu_comes_before_its_architecture(monkeypatch):
     for name, shape, block in (("NVIDIA X", "t8", 512), ("another", "t8", 128), ("another", "t9", 256)):
         monkeypatch.setattr(tuning, "_names", lambda index, name=name: (name, "sm90"))
         assert tuning.config("upsample_normalize.forward", shape, torch.device("cuda", 0))[0] == {"BLOCK": block}
+    # builds are made from the architecture's entry, so a node with builds looks for those
+    monkeypatch.setattr(tuning, "AOT_FOLDER", "builds")
+    monkeypatch.setattr(tuning, "_names", lambda index: ("NVIDIA X", "sm90"))
+    assert tuning.config("upsample_normalize.forward", "t8", torch.device("cuda", 0))[0] == {"BLOCK": 128}
 
 
 def test_committed_configurations_are_candidates():

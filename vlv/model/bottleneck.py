@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.add_norm import add_norm
+from kernels.add_norm import add_norm, fuses
 from kernels.attention import attention
 from kernels.linear import Linear
 from vlv.model.config import VLVConfig
@@ -85,7 +85,7 @@ class Bart(nn.Module):
         self.layers = nn.ModuleList(BartLayer(c.width, c.heads, c.ffn, decoder) for _ in range(layers))
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        x = self.norm(x + self.positions[: x.shape[1]])
+        _, x = add_norm(x, self.positions[: x.shape[1]], self.norm, keep_sum=False)
         for layer in self.layers:
             x = layer(x, memory)
         return x
@@ -109,9 +109,12 @@ class ClipLayer(nn.Module):
         self.fc1 = Linear(width, ffn, gelu=activation == "gelu")
         self.fc2 = Linear(ffn, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, normed = add_norm(x, self.attention(self.norm1(x)), self.norm2)
-        return x + self.fc2(self.activation(self.fc1(normed)))
+    def forward(self, x: Tensor, residual: Tensor | None = None, defer: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the layer of x, or of x + residual. With `defer` return the two terms of its last sum."""
+        x, normed = (x, self.norm1(x)) if residual is None else add_norm(x, residual, self.norm1)
+        x, normed = add_norm(x, self.attention(normed), self.norm2)
+        residual = self.fc2(self.activation(self.fc1(normed)))
+        return (x, residual) if defer else x + residual
 
 
 class ClipText(nn.Module):
@@ -128,7 +131,12 @@ class ClipText(nn.Module):
         self.norm = nn.LayerNorm(c.context_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.positions[: x.shape[1]]
+        residual = self.positions[: x.shape[1]]
+        if fuses(x, residual, self.norm):  # every sum is left to the kernel of the norm that follows it
+            for layer in self.layers:
+                x, residual = layer(x, residual, defer=True)
+            return add_norm(x, residual, self.norm, keep_sum=False)[1]
+        x = x + residual
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)

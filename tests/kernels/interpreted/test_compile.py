@@ -2,11 +2,14 @@
 
 import re
 import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from kernels.attention import attention
 from kernels.runtime import dispatch
@@ -18,9 +21,13 @@ SMALL = replace(
     image_size=8,
     encoder_layers=1,
     decoder_layers=1,
-    context_layers=1,
-    vision=DaViTConfig((32,), (1,), (1,), (1,), (8,), (8,), (0,), (False,), 4),
+    context_layers=2,
+    vision=DaViTConfig((32, 32), (1, 1), (1, 1), (1, 1), (8, 2), (8, 2), (0, 0), (False, True), 4),
 )
+OPERATIONS = {"attention", "window_attention", "channel_attention", "dwconv_norm", "add_dwconv_norm", "add_norm"}
+# aten's operators that are views, products, or norms: all others read or write a map once more
+NO_PASS = {"addmm", "convolution", "detach", "expand", "mm", "permute", "select", "slice", "t", "transpose", "unbind"}
+NO_PASS |= {"_unsafe_view", "native_layer_norm", "unsqueeze", "view"}
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +51,40 @@ def test_a_compiled_encoder_has_the_custom_ops(encoder):
         return module.forward
 
     compiled = torch.compile(encoder, fullgraph=True, backend=backend)(pixels)
-    tower = {"window_attention", "channel_attention", "dwconv_norm", "add_dwconv_norm", "add_norm"}
-    assert found == {"upsample_normalize", "attention", *tower}
+    assert found == {"upsample_normalize", *OPERATIONS}
     torch.testing.assert_close(compiled, encoder(pixels), rtol=0, atol=1e-5)  # the eager linear layers are oneDNN's
+
+
+def passes(encoder, pixels) -> Counter:
+    """Count the passes over a map that PyTorch's own operators make, by the repeated block that they are in.
+
+    They come from the graph that a compiler would get: aten's operators and ours, before anything is fused.
+    """
+    torch._dynamo.reset()
+    counts = Counter()
+
+    def compiler(module, inputs):
+        for node in module.graph.nodes:
+            namespace, _, name = str(node.target).partition(".")
+            if node.op == "call_function" and namespace == "aten" and name.split(".")[0] not in NO_PASS:
+                path = [module[0] for module in node.meta.get("nn_module_stack", {}).values()]
+                block = re.search(r"(vision|encoder|decoder|text)\.(?:stages|layers)", path[-1] if path else "")
+                counts[block[1] if block else "between", name.split(".")[0]] += 1
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler)
+    with torch.no_grad():
+        torch.compile(encoder, fullgraph=True, backend=backend)(pixels)
+    return counts
+
+
+def test_gelu_is_the_only_elementwise_operator_left_in_a_block(encoder):
+    """Of PyTorch's own; GELU is in the epilogue of the product where kernels/tuned.json says so (kernels/linear.py)."""
+    counts = passes(encoder, torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))
+    expected = {(block, "gelu"): count for block, count in {"vision": 4, "encoder": 1, "decoder": 1, "text": 2}.items()}
+    # between the blocks: the tower's last sum, the positions of its result, the mean token, concatenations, two MLPs
+    expected |= {("between", name): count for name, count in {"add": 3, "mean": 1, "cat": 3, "gelu": 2}.items()}
+    assert counts == expected
 
 
 def test_the_encoder_agrees_with_its_references(encoder):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.add_norm import add_norm, add_norm_op, add_norm_reference
+from kernels.add_norm import add_norm, add_norm_op, add_norm_reference, fuses
 from kernels.fp8_linear import Fp8Linear, quantize_rows, quantize_rows_op, quantize_rows_reference
 from kernels.runtime.tuning import forced
 from kernels.upsample_normalize import (
@@ -47,6 +47,30 @@ def test_add_norm(shape, rows, dtype):
     with forced(add_norm__forward={"ROWS": rows, "num_warps": 4, "num_stages": 1}):
         for keep_sum in (True, False):
             compare(summed, summed_reference, inputs, keep_sum, depth=shape[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    "shape, other", [((3, 5, 24), (5, 24)), ((3, 5, 24), (1, 5, 24)), ((2, 1, 7, 16), (7, 16)), ((5, 1, 18), (1, 18))]
+)
+def test_add_norm_repeats_fewer_rows(shape, other, rows, dtype, monkeypatch):
+    """Positions, and queries that are the same for every image: in either place, by the kernel."""
+    inputs = [torch.randn(shape).to(dtype), (torch.randn(other) + 3).to(dtype)]
+    parameters = [torch.randn(shape[-1]).to(dtype) for _ in range(2)]
+    monkeypatch.setattr("kernels.add_norm.add_norm_reference", None)
+    with forced(add_norm__forward={"ROWS": rows, "num_warps": 4, "num_stages": 1}):
+        for terms in (inputs, inputs[::-1]):
+            compare(summed, summed_reference, [*terms, *parameters], depth=shape[-1])
+
+
+def test_add_norm_takes_no_other_broadcast():
+    norm, x = layer_norm(8), torch.randn(2, 3, 8)
+    with torch.no_grad():
+        for other in (x[:, :1].contiguous(), x[..., :1].contiguous(), torch.randn(2, 2, 3, 8)[:, :1].contiguous()):
+            assert not fuses(x, other, norm) and not fuses(other, x, norm)
+            exact = add_norm_reference(x, other, norm.weight, norm.bias, norm.eps)
+            torch.testing.assert_close(add_norm(x, other, norm), exact)
 
 
 def test_add_norm_steps_aside_for_training_and_strides():
@@ -151,7 +175,7 @@ def test_offsets_beyond_32_bits():
 def test_torch_compile_sees_whole_graphs():
     x, w = torch.randn(2, 3, 10), torch.randn(10)
     torch.library.opcheck(add_norm_op, (x, x, w, w, 1e-5, True))
-    torch.library.opcheck(add_norm_op, (x, x, w, w, 1e-5, False))
+    torch.library.opcheck(add_norm_op, (x, x[0], w, w, 1e-5, False))
     torch.library.opcheck(quantize_rows_op, (x, False))
     torch.library.opcheck(upsample_normalize_op, (levels(4), bicubic_matrix(4, 8), MEAN, STD, torch.float32))
     matrix, norm = bicubic_matrix(4, 8), layer_norm(10)

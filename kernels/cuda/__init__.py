@@ -1,0 +1,1 @@
+"""Kernels in CUDA C++, compiled where they run by NVRTC, which comes with PyTorch for CUDA."""
