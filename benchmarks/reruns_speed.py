@@ -71,8 +71,8 @@ def main() -> None:
     """Measure and write, after each part."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("before", type=Path, help="checkout of the build before")
-    p.add_argument("--images", type=int, default=4000, help="scenes of a run with the models (4000)")
-    p.add_argument("--hashed", type=int, default=20_000, help="scenes of a run without them (20000)")
+    p.add_argument("--images", type=int, default=4000, help="scenes of a run with the models (4000; 0: none)")
+    p.add_argument("--hashed", type=int, default=20_000, help="scenes of a run without them (20000; 0: none)")
     p.add_argument("--pairs", type=int, default=5, help="runs of each checkout (5)")
     p.add_argument("--engine", default="vllm", help="of the runs with the models (vllm)")
     p.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "reruns_speed.json", metavar="JSON")
@@ -84,6 +84,8 @@ def main() -> None:
             ("without_models", "pixels", args.hashed),
             ("command", args.engine, args.images),
         ):
+            if not images:
+                continue
             report[part] = compare(checkouts, engine, images, args.pairs, Path(work))
             write_json(args.output, report)
             print(part, report[part]["after_to_before"])

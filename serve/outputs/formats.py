@@ -206,13 +206,13 @@ def _joined(records: Iterator[dict]) -> Iterator[bytes]:
 
 
 class ParquetSink(FolderSink):
-    """Write a folder of complete Parquet parts; later records wait in `_pending.jsonl`, which readers skip.
+    """Write a folder of complete Parquet parts; later records wait in `.pending.jsonl`, which readers skip.
 
     The pending line is the commit point. A part appears by one rename; only then its lines are dropped, and a run
     that was killed in between finds their ids in the part.
     """
 
-    journal_name = "_pending.jsonl"
+    journal_name = ".pending.jsonl"
     suffix = ".parquet"
     rows = ROWS
 

@@ -275,6 +275,9 @@ class FolderSink(FileSink):
 
     def _refuse_foreign(self) -> None:
         with explained(self.path):
+            earlier = self.path / "_pending.jsonl"  # of earlier versions; `datasets` reads it as data
+            if earlier.exists() and not self.journal_path.exists():
+                earlier.rename(self.journal_path)
             if self.path.exists() and not self.journal_path.exists() and any(self.path.iterdir()):
                 raise SinkError(f"{self.path} is there already, and no output of a run: choose another -o")
 

@@ -5,7 +5,7 @@
 Images of shards go into shards of the same names, with their keys and the other members of their samples; a .txt or
 .json that an image had there becomes .original.txt or .original.json.
 
-A caption is finished when its record is in `_pending.jsonl`, where it waits for those before it. Then its sample is
+A caption is finished when its record is in `.pending.jsonl`, where it waits for those before it. Then its sample is
 appended in one write. What a kill tore is cut off, and a record whose sample is there is no longer waiting.
 """
 
@@ -58,7 +58,7 @@ SIGNATURES = (
 class WebDatasetSink(FolderSink):
     """Write a folder of shards."""
 
-    journal_name = "_pending.jsonl"
+    journal_name = ".pending.jsonl"
     shard_bytes = SHARD_BYTES
 
     def _read(self) -> None:

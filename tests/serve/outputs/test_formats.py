@@ -216,8 +216,23 @@ def test_records_are_read_by_datasets(kind, builder, images, tmp_path):
     output = tmp_path / f"c.{kind}"
     fill(sink_class(kind)(output, "m"), images)
     files = [str(file) for file in sorted(output.glob("part-*"))] or str(output)
-    loaded = datasets.load_dataset(builder, data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
-    assert [(row["id"], row["caption"]) for row in loaded] == [(str(i), f"Picture {i.stem}.") for i in images]
+    expected = [(str(i), f"Picture {i.stem}.") for i in images]
+    given: list[dict] = [{"data_files": files}] + [{"data_dir": str(output)}] * output.is_dir()
+    for options in given:
+        loaded = datasets.load_dataset(builder, **options, split="train", cache_dir=str(tmp_path / "cache"))
+        assert [(row["id"], row["caption"]) for row in loaded] == expected
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_folder_of_an_earlier_version_goes_on(kind, images, tmp_path):
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    output = tmp_path / "out"
+    fill(sink_class(kind)(output, "m"), images[:2])
+    (output / ".pending.jsonl").rename(output / "_pending.jsonl")
+    sink = sink_class(kind)(output, "m")
+    assert len(sink.finished) == 2 and not (output / "_pending.jsonl").exists()
+    sink.close()
 
 
 def test_the_json_of_sd_scripts(images, tmp_path):
@@ -329,7 +344,7 @@ def read_coco(output, _):
 
 
 def read_parts(output, _):
-    assert (output / "_pending.jsonl").read_bytes() == b""
+    assert (output / ".pending.jsonl").read_bytes() == b""
     return [r["id"] for part in sorted(output.glob("part-*.json")) for r in json.loads(part.read_text())]
 
 

@@ -99,7 +99,7 @@ def expected(shards: Path, out: Path, leave_out=()) -> None:
 def test_keys_order_and_members_stay(shards, tmp_path):
     run([str(shards)], tmp_path / "out")
     expected(shards, tmp_path / "out")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"00000.tar", "00001.tar", "_pending.jsonl"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"00000.tar", "00001.tar", ".pending.jsonl"}
     assert run([str(shards)], tmp_path / "out") == 0
 
 
@@ -111,7 +111,7 @@ def test_killed_runs_keep_the_order_and_what_is_captioned(stops, shards, tmp_pat
         left -= stop
     assert run([str(shards)], tmp_path / "out", 99) == left
     expected(shards, tmp_path / "out")
-    assert (tmp_path / "out" / "_pending.jsonl").read_bytes() == b""
+    assert (tmp_path / "out" / ".pending.jsonl").read_bytes() == b""
 
 
 def test_a_failed_image_holds_nobody_up(shards, tmp_path):
@@ -184,8 +184,10 @@ def test_read_by_datasets(shards, tmp_path):
     run([str(shards)], tmp_path / "out")
     datasets = pytest.importorskip("datasets", reason="pip install datasets")
     files = sorted(str(file) for file in (tmp_path / "out").glob("*.tar"))
-    loaded = datasets.load_dataset(
-        "webdataset", data_files=files, split="train", cache_dir=str(tmp_path / "cache" / "datasets")
-    )
-    assert [row["txt"] for row in loaded] == [f"Caption of {s:05}{i:04}.png." for s in range(2) for i in range(6)]
-    assert [row["png"].getpixel((0, 0))[0] for row in loaded] == [*range(6), *range(10, 16)]
+    given: list[dict] = [{"data_files": files}, {"data_dir": str(tmp_path / "out")}]
+    for options in given:
+        loaded = datasets.load_dataset(
+            "webdataset", **options, split="train", cache_dir=str(tmp_path / "cache" / "datasets")
+        )
+        assert [row["txt"] for row in loaded] == [f"Caption of {s:05}{i:04}.png." for s in range(2) for i in range(6)]
+        assert [row["png"].getpixel((0, 0))[0] for row in loaded] == [*range(6), *range(10, 16)]
