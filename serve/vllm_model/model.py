@@ -89,6 +89,13 @@ class Processor(BaseMultiModalProcessor[Info]):
     def _call_hf_processor(self, hf_data: Mapping, hf_kwargs: Mapping) -> BatchFeature:
         return BatchFeature({"crops": torch.from_numpy(np.stack(hf_data["images"])).permute(0, 3, 1, 2)})
 
+    if not hasattr(BaseMultiModalProcessor, "_postprocess_prompt"):  # vLLM 0.26 processes the prompt with the images
+
+        def _apply_hf_processor_main(self, mm_items, **kwargs) -> tuple[list[int], BatchFeature, bool]:
+            """Return the prompt without its text, the crops, and that no placeholders have been put in yet."""
+            data, _ = self._get_hf_mm_data(mm_items)
+            return [], self._call_hf_processor(data, {}) if data else BatchFeature(), False
+
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
         return FIELDS
 
