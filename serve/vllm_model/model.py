@@ -93,8 +93,8 @@ class Processor(BaseMultiModalProcessor[Info]):
 
         def _apply_hf_processor_main(self, mm_items, **kwargs) -> tuple[list[int], BatchFeature, bool]:
             """Return the prompt without its text, the crops, and that no placeholders have been put in yet."""
-            data, _ = self._get_hf_mm_data(mm_items)
-            return [], self._call_hf_processor(data, {}) if data else BatchFeature(), False
+            data, _ = self._get_hf_mm_data(mm_items)  # without images where vLLM has all of them in its cache
+            return [], self._call_hf_processor(data, {}) if data.get("images") else BatchFeature(), False
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
         return FIELDS
