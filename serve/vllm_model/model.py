@@ -112,10 +112,11 @@ def _crop(image: Image.Image | MediaWithBytes | np.ndarray | Tensor, size: int) 
     """Return the crop of vlv.data.image.load_crop, uint8 [size, size, 3]. Raises ImageError or ValueError.
 
     A crop stays as it is, since vLLM parses some images twice. vLLM has decoded a file that it has read, and keeps its
-    content; it is decoded again where vLLM has changed its mode, or not applied its profile.
+    content; it is decoded again where vLLM may have changed its mode, or has not applied its profile.
     """
     if isinstance(image, MediaWithBytes):
-        if image.io_config or image.media.info.get("icc_profile"):
+        # vLLM 0.26 does not say whether it has
+        if getattr(image, "io_config", True) or image.media.info.get("icc_profile"):
             return load_crop(image.original_bytes, size).transpose(1, 2, 0)
         image = image.media
     if isinstance(image, Image.Image):
