@@ -17,8 +17,8 @@ NOT_RUN = (
     ),
     ("vLLM 0.33.0 on the CPU, and its source", "there is no CPU wheel of it yet"),
     (
-        "vLLM 0.23 to 0.31: requests by prompt embeddings",
-        "only the pinned version is run; of the others the source is read",
+        "vLLM 0.23 to 0.25 and 0.27 to 0.31: requests by prompt embeddings",
+        "only the oldest and the newest supported version are run; of the others the source is read",
     ),
     ("TensorRT-RTX: refit, stripped plans, any inference", "need a GPU, to build as well as to run"),
     ("Plugin execution provider of TensorRT-RTX: inference", "needs a GPU and its driver"),
