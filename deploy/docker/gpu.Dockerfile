@@ -1,5 +1,5 @@
 # The captioning server on NVIDIA GPUs, with the packages of requirements/gpu.lock. With SM, the slim variant: the device
-# code of one compute capability alone (90: H100, H200; 89: L4, L40S; 80: A100), and nothing for videos and other models.
+# code of one compute capability alone (90: H100, H200; 89: L4, L40S; 80: A100), and nothing for video, other models, flashinfer.
 #
 #   docker build -f deploy/docker/gpu.Dockerfile -t vlv:gpu .
 #   docker build -f deploy/docker/gpu.Dockerfile --build-arg SM=90 -t vlv:gpu-sm90 .

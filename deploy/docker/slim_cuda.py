@@ -9,6 +9,7 @@ such a library. Only the standard library is needed; the image's build runs it.
 Of each fat binary (magic 0xBA55ED50; an entry has its kind at byte 0, the sizes of its header and payload at 4 and 8,
 and its architecture at 28) these entries stay: the machine code of the highest architecture with the major number of SM
 that is not above SM; without one, the PTX of the highest architecture that is not above SM; and entries of other kinds.
+Libraries of NO_CODE keep none.
 """
 
 from __future__ import annotations
@@ -23,8 +24,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# what a server on an NVIDIA GPU with CUDA 13 does not open: profiling archives, and code for CUDA 12 and AMD's GPUs
-UNUSED = ("cupti/*.a", "nvidia_cutlass_dsl/cu12/lib/*.so", "_cutlass_ir.cu12.*.so", "backends/amd/lib/*.so")
+# what a server on one NVIDIA GPU with CUDA 13 does not open: archives for profilers, code for CUDA 12 and AMD's GPUs, a
+# second build of NVRTC, solvers on several GPUs, and vLLM's other HTTP server
+UNUSED = (
+    "cupti/*.a",
+    "nvidia_cutlass_dsl/cu12/lib/*.so",
+    "_cutlass_ir.cu12.*.so",
+    "backends/amd/lib/*.so",
+    "libnvrtc*.alt.so.*",
+    "libcusolverMg.so.*",
+    "vllm/vllm-rs",
+)
+# torch links to these, and calls cuFFT in torch.fft alone and nothing of cuRAND: no device code stays
+NO_CODE = ("libcufft.so.*", "libcurand.so.*")
 MAGIC = struct.pack("<I", 0xBA55ED50)
 PTX, CUBIN = 1, 2  # kinds of entries
 MIN_HOLE = 1 << 16  # bytes; smaller ranges become zeros in the file
@@ -198,8 +210,9 @@ def slim(file: Path, sm: int) -> dict | None:
     if content[:6] != ELF64 or struct.unpack_from("<H", content, 16) != (SHARED,) or is_shortened(content):
         return None
     drop, architectures = [], Counter()
+    no_code = any(file.match(name) for name in NO_CODE)
     for entries in fat_binaries(content):
-        drop += [entry.payload for entry in unused(entries, sm)]
+        drop += [entry.payload for entry in (entries if no_code else unused(entries, sm))]
         for entry in entries:
             kind = {PTX: "ptx", CUBIN: "sm"}.get(entry.kind, f"kind {entry.kind}, ")
             architectures[f"{kind}{entry.architecture}"] += entry.payload[1] - entry.payload[0]

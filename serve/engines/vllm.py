@@ -215,8 +215,17 @@ class VLLMEngine(LLMEngine):
     def _lora_arguments(self) -> dict:
         if not self.options.lora:
             return {}
+        import vllm
+        from vllm.lora.peft_helper import PEFTHelper
         from vllm.lora.request import LoRARequest
 
+        config = json.loads((self.options.lora / "adapter_config.json").read_text())
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            if config.get(pattern) and not hasattr(PEFTHelper, "get_rank_and_scaling"):
+                raise EngineError(
+                    f"--lora: {self.options.lora} has layers of their own scale ({pattern}), which vLLM "
+                    f"{vllm.__version__} would ignore: merge the adapter into llm/, or install vLLM 0.32"
+                )
         self._lora = LoRARequest(self.options.lora.name, 1, str(self.options.lora))
         return {"enable_lora": True, "max_lora_rank": self._lora_rank}
 

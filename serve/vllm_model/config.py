@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from vlv.common.command import UserError
 
 ARCHITECTURE = "VLVForCaptioning"
-TESTED = ("0.32",)  # minor versions of vLLM, whose classes for multimodal models change between them
+TESTED = ("0.26", "0.32")  # minor versions of vLLM, whose classes for multimodal models change between them
 PLACEHOLDER = 0  # what stands in a prompt for an embedding: any token, its own embedding is never used
 ANYWAY = "VLV_ANY_VLLM"  # environment variable: 1 tries another version
 

@@ -89,6 +89,13 @@ class Processor(BaseMultiModalProcessor[Info]):
     def _call_hf_processor(self, hf_data: Mapping, hf_kwargs: Mapping) -> BatchFeature:
         return BatchFeature({"crops": torch.from_numpy(np.stack(hf_data["images"])).permute(0, 3, 1, 2)})
 
+    if not hasattr(BaseMultiModalProcessor, "_postprocess_prompt"):  # vLLM 0.26 processes the prompt with the images
+
+        def _apply_hf_processor_main(self, mm_items, **kwargs) -> tuple[list[int], BatchFeature, bool]:
+            """Return the prompt without its text, the crops, and that no placeholders have been put in yet."""
+            data, _ = self._get_hf_mm_data(mm_items)  # without images where vLLM has all of them in its cache
+            return [], self._call_hf_processor(data, {}) if data.get("images") else BatchFeature(), False
+
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs) -> Mapping[str, MultiModalFieldConfig]:
         return FIELDS
 
@@ -105,10 +112,11 @@ def _crop(image: Image.Image | MediaWithBytes | np.ndarray | Tensor, size: int) 
     """Return the crop of vlv.data.image.load_crop, uint8 [size, size, 3]. Raises ImageError or ValueError.
 
     A crop stays as it is, since vLLM parses some images twice. vLLM has decoded a file that it has read, and keeps its
-    content; it is decoded again where vLLM has changed its mode, or not applied its profile.
+    content; it is decoded again where vLLM may have changed its mode, or has not applied its profile.
     """
     if isinstance(image, MediaWithBytes):
-        if image.io_config or image.media.info.get("icc_profile"):
+        # vLLM 0.26 does not say whether it has
+        if getattr(image, "io_config", True) or image.media.info.get("icc_profile"):
             return load_crop(image.original_bytes, size).transpose(1, 2, 0)
         image = image.media
     if isinstance(image, Image.Image):

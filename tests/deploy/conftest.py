@@ -47,7 +47,7 @@ def wheel(sdist, tmp_path_factory) -> Path:
     """The wheel, built from the source archive as pip would."""
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python 3.11.4
     (source,) = folder.iterdir()
     return sdist.parent / run(sys.executable, "-c", BUILD, "wheel", sdist.parent, cwd=source).splitlines()[-1]
 

@@ -128,3 +128,22 @@ def test_a_shortened_library_has_the_same_memory(tmp_path):
     content = library.read_bytes()
     again = subprocess.run([sys.executable, TOOL, "--sm", "80", library], capture_output=True, text=True, check=True)
     assert "0 libraries, 0 with" in again.stdout and library.read_bytes() == content  # once is enough
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="a C compiler is needed to make a library")
+def test_a_library_that_captions_do_not_call_keeps_no_code(tmp_path):
+    random.seed(0)
+    code = [random.randbytes(size) for size in (300_000, 100_000, 4_000)]
+    content, _ = fat_binary([(SM, 90, code[0]), (PTX, 75, code[1]), (8, 75, code[2])])
+    (tmp_path / "fat.bin").write_bytes(content)
+    (tmp_path / "lib.c").write_text(SOURCE)
+    libraries = [tmp_path / "libcurand.so.10", tmp_path / "libother.so"]
+    for library in libraries:
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, "lib.c"], cwd=tmp_path, check=True)
+    (tmp_path / "libcusolverMg.so.12").write_bytes(bytes(500))
+    run = subprocess.run([sys.executable, TOOL, "--sm", "90", tmp_path], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("500 bytes of unused files removed\n2 libraries, 2 with device code: ")
+    kept = [[part in library.read_bytes() for part in code] for library in libraries]
+    assert kept == [[False] * 3, [True, False, True]]
+    for library in libraries:
+        subprocess.run([sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", library], check=True)

@@ -187,7 +187,7 @@ def test_a_name_that_comes_twice_in_a_shard(here):
     left_out = LeftOut()
     items = list(expand(["s.tar"], left_out))
     with tarfile.open("s.tar") as tar:
-        tar.extractall("extracted", filter="data")
+        tar.extractall("extracted", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python 3.11.4
     for item in items:
         with open(f"extracted/{item.id.removeprefix('s.tar/')}", "rb") as file:
             assert item.read() == file.read()

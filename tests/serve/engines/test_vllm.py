@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 
 from serve.core.inputs import expand
 from serve.core.run import CaptionRun, RunConfig
-from serve.engines.base import EmbedsError, LLMSpec, Options, Sampling
+from serve.engines.base import EmbedsError, EngineError, LLMSpec, Options, Sampling
 from serve.engines.vllm import VLLMEngine
 from serve.outputs.jsonl import FileSink
 from serve.reports.progress import Progress
@@ -178,14 +178,17 @@ def test_streams_the_same(vllm, loop, embeds, reference):
 def test_a_lora_adapter_gives_the_captions_of_merged_weights(loop, checkpoint, embeds, reference, tmp_path):
     """An engine of its own, with an adapter on the queries' projections, against transformers with W + B A.
 
-    One layer has a rank of its own, above that of the others (rank_pattern).
+    One layer has a rank of its own, above that of the others (rank_pattern); with a vLLM that ignores it, the
+    adapter is refused.
     """
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
+    from vllm.lora.peft_helper import PEFTHelper
 
+    has_patterns = hasattr(PEFTHelper, "get_rank_and_scaling")
     llm = AutoModelForCausalLM.from_pretrained(checkpoint.llm, dtype=torch.float32).eval()
-    width, alpha, ranks, adapter = llm.config.hidden_size, 8, [4, 20, 4, 4], {}
+    width, alpha, ranks, adapter = llm.config.hidden_size, 8, [4, 20 if has_patterns else 4, 4, 4], {}
     torch.manual_seed(1)
     with torch.no_grad():
         for i, layer in enumerate(llm.model.layers):
@@ -196,8 +199,8 @@ def test_a_lora_adapter_gives_the_captions_of_merged_weights(loop, checkpoint, e
             projection += alpha / rank * (b @ a)
     save_file(adapter, tmp_path / "adapter_model.safetensors")
     description = {"peft_type": "LORA", "r": 4, "lora_alpha": alpha, "target_modules": ["q_proj"], "bias": "none"}
-    description["rank_pattern"] = {"layers.1.self_attn.q_proj": ranks[1]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(description))
+    pattern = {"rank_pattern": {"layers.1.self_attn.q_proj": 20}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(description | (pattern if has_patterns else {})))
     merged = llm.generate(
         inputs_embeds=embeds[:16], attention_mask=torch.ones(16, embeds.shape[1], dtype=torch.long),
         max_new_tokens=TOKENS, do_sample=False, pad_token_id=0,
@@ -215,6 +218,11 @@ def test_a_lora_adapter_gives_the_captions_of_merged_weights(loop, checkpoint, e
     expected = [cut_at_end(row, engine.ends) for row in merged]
     assert sum(a == b for a, b in zip(tokens, expected, strict=True)) >= 15  # a near tie may fall the other way
     assert tokens != [tokens for tokens, _ in reference[:16]]
+    if not has_patterns:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(description | pattern))
+        engine = VLLMEngine(LLMSpec.of(checkpoint), TOKENS, 16, options=Options(lora=tmp_path))
+        with pytest.raises(EngineError, match=r"layers of their own scale \(rank_pattern\)"):
+            loop(generate())
 
 
 def test_bfloat16_is_chosen_by_an_option(loop, checkpoint, embeds, reference):
