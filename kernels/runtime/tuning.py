@@ -136,19 +136,25 @@ def tuned_constant(kernel: str, shape: str, name: str, index: int) -> int:
 tuned_constant._dynamo_marked_constant = True
 
 
+def _fits_registers(config: dict[str, int], channels: int) -> bool:
+    values = config["TILE"] * channels / (32 * config["num_warps"])  # of a line in a thread
+    if not config["DESIGN"]:
+        return values <= (16 if config["TILE"] == 16 else 32)
+    return 4 <= values <= (8 if config["TILE"] == 4 else 16) and channels <= 256 * config["num_warps"]
+
+
 def candidates(kernel: str, shape: str) -> list[dict[str, int]]:
     """Return the configurations worth measuring for a class of shapes.
 
     A thread of a dwconv_norm walk holds at least 4 values of a line, or its loads are narrow, and the nine weights of
-    at most 8 channels, or they do not fit.
+    at most 8 channels, or they do not fit. With more values in a thread than _fits_registers allows, sm90 spills.
     """
     found = CANDIDATES[kernel]
     if kernel == "window_attention.forward" and shape != "w12d32":
         found = [one for one in found if one["DESIGN"] != CUDA_DESIGN]
     if kernel == "dwconv_norm.forward":
         channels = int(shape.removeprefix("c"))
-        walks = lambda one: channels * one["TILE"] >= 128 * one["num_warps"] and channels <= 256 * one["num_warps"]  # noqa: E731
-        found = [one for one in found if not one["DESIGN"] or walks(one)]
+        found = [one for one in found if _fits_registers(one, channels)]
     return found
 
 

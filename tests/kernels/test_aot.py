@@ -184,6 +184,26 @@ def test_baseline_and_tuned_defaults_are_complete():
 
 
 @needs_triton
+@pytest.mark.parametrize("shape, design, tile, warps", [("c1024", 1, 2, 4), ("c512", 2, 4, 8), ("c2048", 0, 4, 8)])
+def test_the_largest_tiles_of_the_convolution_do_not_spill(shape, design, tile, warps):
+    names, largest = ("DESIGN", "TILE", "num_warps"), (design, tile, warps)
+    (config,) = (
+        one for one in tuning.candidates("dwconv_norm.forward", shape) if tuple(map(one.get, names)) == largest
+    )
+    one = next(one for one in aot_cases.launches("sm90").values() if one.shape == shape and "RESIDUAL" in one.constants)
+    assert one.constants["RESIDUAL"]
+    constants, options = tuning.split(config)
+    assert compile_launch(replace(one, constants={**one.constants, **constants}, options=options), 90).spills == 0
+
+
+def test_tiles_that_spill_are_no_candidates():
+    tiles = {shape: tuning.candidates("dwconv_norm.forward", shape) for shape in ("c256", "c512", "c1024", "c2048")}
+    assert [shape for shape, found in tiles.items() if any(one["TILE"] == 16 for one in found)] == ["c256"]
+    largest = [max(one["TILE"] for one in found if one["DESIGN"]) for found in tiles.values()]
+    assert largest == [4, 4, 2, 2] and min(map(len, tiles.values())) >= 8
+
+
+@needs_triton
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 16, 17, 31, 64])
 def test_any_batch_finds_its_builds(batch):
     """Sizes that depend on the batch are compiled in where they are multiples of 16."""
