@@ -39,11 +39,18 @@ CASES = {  # flags of serve.vllm_caption
     "llamacpp f16": ("--engine", "llamacpp", "--gguf-type", "f16"),
     "llamacpp q8_0": ("--engine", "llamacpp", "--gguf-type", "q8_0"),
     "llamacpp q4_0": ("--engine", "llamacpp", "--gguf-type", "q4_0"),
-}
+    # the encoder in ONNX Runtime: --artifacts names a precision here
+    "vllm float32 + onnx fp32": ("--engine", "vllm", "--encoder", "onnx", "--artifacts", "fp32"),
+    "llamacpp f16 + onnx fp32": ("--engine", "llamacpp", "--encoder", "onnx", "--artifacts", "fp32"),
+    "llamacpp q8_0 + onnx int8": (
+        "--engine", "llamacpp", "--gguf-type", "q8_0", "--encoder", "onnx", "--artifacts", "int8",
+    ),
+}  # fmt: skip
 STARTED = ("vllm float32", "llamacpp f16")  # of `startup`
 REPEATS = 3  # timed runs of a case, after one that warms up
 HALF = {"width": 896, "queries": 77, "tokens": 128}
-LANES = {1: 3, 8: 2, 32: 1}  # captions at a time: waves of them
+HALF_CASES = ("vllm float32", "vllm bfloat16", "llamacpp f16", "llamacpp q8_0", "llamacpp q4_0")
+LANES = {1: 2, 8: 1, 32: 1}  # captions at a time: waves of them
 
 
 def main() -> None:
@@ -110,6 +117,10 @@ def _scenes(args) -> dict:
 
     write_scenes(args.work / "images", 0, args.images)
     runs: dict[str, list[dict]] = {case: [] for case in _cases(args)}
+    for precision in sorted({case.split(" ")[-1] for case in runs if " + onnx " in case}):
+        command = [sys.executable, "-m", "export.onnx", "--ckpt", args.ckpt, "--out", args.work / precision]
+        command += ["--components", "encoder", "--precision", precision]
+        subprocess.run([str(word) for word in command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     for _ in range(args.rounds):
         for case, found in runs.items():
             found.append(_of_case(args, "scenes", case))
@@ -139,15 +150,21 @@ def _claims(captions: dict[str, str]) -> dict[str, float]:
     return {name: round(share, 4) for name, share in true_claims([captions[n] for n in names], truth).items()}
 
 
-def _engine(args, case: str, spec, max_tokens: int, in_flight: int):
-    """Return the engine of a case, by the command's own flags."""
-    from serve.engines.base import Options
-    from serve.engines.factory import engine_class
+def _flags(case: str) -> argparse.Namespace:
+    """Return the command's own flags of a case."""
     from serve.vllm_caption import parser
 
-    flags = parser().parse_args([*CASES[case], "--in-flight", str(in_flight)])
+    return parser().parse_args(CASES[case])
+
+
+def _engine(case: str, spec, max_tokens: int, in_flight: int):
+    """Return the engine of a case."""
+    from serve.engines.base import Options
+    from serve.engines.factory import engine_class
+
+    flags = _flags(case)
     options = Options(dtype=flags.llm_dtype, gguf_type=flags.gguf_type, cache_dtype=flags.kv_cache_dtype)
-    return engine_class(flags.engine)(spec, max_tokens, flags.in_flight, options=options)
+    return engine_class(flags.engine)(spec, max_tokens, in_flight, options=options)
 
 
 def _scenes_case(args) -> dict:
@@ -162,7 +179,10 @@ def _scenes_case(args) -> dict:
     checkpoint = Checkpoint.open(args.ckpt)
     spec = LLMSpec.of(checkpoint)
     max_tokens = spec.max_tokens(args.max_tokens)
-    engine = _engine(args, args.case, spec, max_tokens, 256)
+    engine, flags = _engine(args.case, spec, max_tokens, 256), _flags(args.case)
+    config = RunConfig(
+        Sampling(max_tokens), encoder=flags.encoder, artifacts=flags.artifacts and args.work / flags.artifacts
+    )
     start, close = engine.start, engine.close
 
     async def kept() -> None:
@@ -176,7 +196,7 @@ def _scenes_case(args) -> dict:
             for _ in range(REPEATS + 1):
                 output = args.work / "captions.jsonl"
                 output.unlink(missing_ok=True)
-                sink, config = FileSink(output, checkpoint.hash), RunConfig(Sampling(max_tokens))
+                sink = FileSink(output, checkpoint.hash)
                 begin = time.perf_counter()
                 await CaptionRun(checkpoint, engine, sink, config, Progress()).run(expand([str(args.work / "images")]))
                 seconds.append(time.perf_counter() - begin)
@@ -224,7 +244,7 @@ def _half(args) -> dict:
     with torch.device("cpu"):
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(args.work / "half")
     AutoTokenizer.from_pretrained(Path(args.ckpt) / "llm").save_pretrained(args.work / "half")
-    return {case: _of_case(args, "half", case) for case in _cases(args) if not case.endswith(" f32")}
+    return {case: _of_case(args, "half", case) for case in _cases(args) if case in HALF_CASES}
 
 
 def _half_case(args) -> dict:
@@ -238,7 +258,8 @@ def _half_case(args) -> dict:
 
     async def run() -> dict:
         begin = time.perf_counter()
-        engine = _engine(args, args.case, spec, HALF["tokens"], max(LANES))
+        engine = _engine(args.case, spec, HALF["tokens"], max(LANES))
+        engine.alone = True
         await engine.start()
         try:
             await engine.generate(embeds[0], Sampling(1, ignore_eos=True))

@@ -34,6 +34,13 @@ def parser() -> argparse.ArgumentParser:
         ],
     )
     p.add_argument("--warm", action="store_true", help="load the models, fill the caches (--cache), and stop")
+    p.add_argument(
+        "--web",
+        type=Path,
+        metavar="DIR",
+        help="offer on the page to encode in the browser, so that photos stay there; DIR: web/ of an edge bundle "
+        "(export.edge --web)",
+    )
     p.add_argument("--new-key", metavar="NAME", help="make a key, add its hash to --keys, print it, and stop")
     p.add_argument(
         "--per-minute", type=positive, default=6000, metavar="N", help="of --new-key: images a minute (6000)"

@@ -30,8 +30,8 @@ from export.builders.gguf import write_gguf
 from export.builders.gguf_artifacts import GGUFConfig, export_gguf
 from export.builders.onnx import ExportConfig, export_onnx, open_export
 from export.edge_bundle.caption import Captioner
-from export.edge_bundle.preprocess import with_crop
-from export.edge_bundle.web_page import require_library, write_page
+from export.edge_bundle.preprocess import crop_graph, with_crop
+from export.edge_bundle.web_page import require_library, write_graphs, write_page
 from export.manifest import Artifact, ArtifactError, describe_files
 from export.runtimes.llama_library import PACKAGE, library
 from vlv.checkpoints.folder import Checkpoint
@@ -90,7 +90,8 @@ def build_bundle(config: BundleConfig, checkpoint: Checkpoint) -> dict:
         readme = string.Template(_packaged("README.md")).substitute(_described(config, checkpoint, settings, pins))
         (folder / "README.md").write_text(readme, encoding="utf-8")
         if config.web:
-            write_page(folder, settings, config.web)
+            # WebGPU has no kernels for integers of 8 bits
+            write_page(folder, settings, encoder.source, config.precision != "int8", config.web)
         names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         content = {
             "format": FORMAT,
@@ -155,7 +156,10 @@ def _write_encoder(config: BundleConfig, checkpoint: Checkpoint, folder: Path) -
         "tolerance": f"{artifact.verification['allowed']['max']:.1e}",
     }
     graph, *weights = artifact.files
-    onnx.save(with_crop(onnx.load(work_dir / graph, load_external_data=False), settings), folder / "encoder.onnx")
+    encoder = onnx.load(work_dir / graph, load_external_data=False)
+    onnx.save(with_crop(encoder, settings), folder / "encoder.onnx")
+    if config.web:
+        write_graphs(folder, crop_graph(model.image_size, ir_version=encoder.ir_version), encoder)
     for name in weights:
         (work_dir / name).rename(folder / name)
     shutil.rmtree(work_dir)

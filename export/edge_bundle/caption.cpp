@@ -92,6 +92,7 @@ public:
         check(ort->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "caption", &env));
         check(ort->CreateSessionOptions(&options));
         check(ort->SetIntraOpNumThreads(options, threads));
+        check(ort->DisableCpuMemArena(options));  // what a large photo took is given back
         check(ort->AddSessionConfigEntry(options, "session.set_denormal_as_zero", "1"));  // tiny numbers would be slow
         check(ort->CreateSession(env, (bundle / "encoder.onnx").c_str(), options, &session));
         ort->ReleaseSessionOptions(options);

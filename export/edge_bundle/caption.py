@@ -80,6 +80,7 @@ class Captioner:
     def __init__(self, folder: Path, threads: int):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.enable_cpu_mem_arena = False  # what a large photo took is given back
         options.add_session_config_entry("session.set_denormal_as_zero", "1")  # tiny numbers would be slow
         self.encoder = onnxruntime.InferenceSession(folder / "encoder.onnx", options, ["CPUExecutionProvider"])
         settings = self.encoder.get_modelmeta().custom_metadata_map
@@ -140,16 +141,15 @@ class Captioner:
 def read_image(file: str | Path) -> np.ndarray:
     """Return an image file as uint8 [H, W, 3]: upright (EXIF), in sRGB, transparency on white."""
     # no other format: Pillow's full list has some that start other programs
-    with Image.open(file, formats="JPEG PNG WEBP GIF BMP TIFF AVIF JPEG2000 PPM".split()) as opened:
-        image = ImageOps.exif_transpose(opened)
+    with Image.open(file, formats="JPEG PNG WEBP GIF BMP TIFF AVIF JPEG2000 PPM".split()) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        elif profile := opened.info.get("icc_profile"):
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        elif profile := image.info.get("icc_profile"):
             srgb = ImageCms.createProfile("sRGB")
             with contextlib.suppress(ImageCms.PyCMSError):  # a damaged profile: the colours as they are
                 image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def check(captioner: Captioner, folder: Path) -> list[str]:

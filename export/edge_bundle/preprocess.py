@@ -82,15 +82,9 @@ crop (uint8[height, width, 3] image) => (uint8[1, 3, %(size)d, %(size)d] crop) {
     axes_q = Unsqueeze(axis_q, zeros)
     axes = Concat<axis = 0>(axes_p, axes_q)
     source = Slice(image, begin, end, axes)
-    planes = Transpose<perm = [2, 0, 1]>(source)
     oriented = If<
-        then_branch = rows_of_planes () => (uint8[P, C, Q] rows) { rows = Transpose<perm = [1, 0, 2]>(planes) },
-        else_branch = columns_of_planes () => (uint8[P, N] columns) {
-            width = Shape<start = 2>(planes)
-            table = Concat<axis = 0>(minus_one, width)
-            rows_of_all_planes = Reshape(planes, table)
-            columns = Transpose<perm = [1, 0]>(rows_of_all_planes)
-        }
+        then_branch = rows_of_source () => (uint8[P, C, Q] rows) { rows = Transpose<perm = [0, 2, 1]>(source) },
+        else_branch = columns_of_source () => (uint8[P, C, Q] columns) { columns = Transpose<perm = [1, 2, 0]>(source) }
     >(rows_first)
     lines_p = Reshape(oriented, flat)
 %(pass_p)s

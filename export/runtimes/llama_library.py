@@ -18,10 +18,10 @@ import functools
 import sys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -112,6 +112,20 @@ class _ContextParams(ctypes.Structure):
     )
 
 
+class _Batch(ctypes.Structure):
+    """llama_batch of PINNED."""
+
+    _fields_ = (
+        ("n_tokens", _INT32),
+        ("token", _POINTER),
+        ("embd", _POINTER),
+        ("pos", _POINTER),
+        ("n_seq_id", _POINTER),
+        ("seq_id", _POINTER),
+        ("logits", _POINTER),
+    )
+
+
 class _Embd(ctypes.Structure):
     """llama_embd of PINNED: one row of embeddings."""
 
@@ -145,13 +159,16 @@ _FUNCTIONS = {  # name: result, arguments
     "llama_batch_ext_set_pos": (_BOOL, _POINTER, _INT32, ctypes.POINTER(_INT32)),
     "llama_batch_ext_set_output_logits": (_BOOL, _POINTER, _INT32, _BOOL),
     "llama_process": (_INT32, _POINTER, _INT32, _POINTER),
-    "llama_get_logits": (ctypes.POINTER(_FLOAT), _POINTER),
+    "llama_decode": (_INT32, _POINTER, _Batch),
+    "llama_get_logits": (_POINTER, _POINTER),
     "ggml_quantize_chunk": (
         ctypes.c_size_t, _INT32, _POINTER, _POINTER, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, _POINTER,
     ),
     "ggml_row_size": (ctypes.c_size_t, _INT32, ctypes.c_int64),
     "ggml_validate_row_data": (_BOOL, _INT32, _POINTER, ctypes.c_size_t),
 }  # fmt: skip
+# these return at once; another thread that takes Python's lock during each of them would delay a step by milliseconds
+_KEEP_LOCK = {name for name in _FUNCTIONS if name.startswith(("llama_batch_ext", "llama_get", "llama_memory"))}
 _LOG = ctypes.CFUNCTYPE(None, _INT32, ctypes.c_char_p, _POINTER)
 _warnings: deque[str] = deque(maxlen=4)  # the last ones, for the message of a failure
 _show_log = False
@@ -182,10 +199,11 @@ def library() -> ctypes.CDLL:
     if not files:
         raise LlamaError(f"{PACKAGE} {found} holds no library: {INSTALL[PACKAGE]}")
     try:
-        lib = ctypes.CDLL(str(files[0]))
+        lib, keeping = ctypes.CDLL(str(files[0])), ctypes.PyDLL(str(files[0]))
         for name, (result, *arguments) in _FUNCTIONS.items():
-            function = getattr(lib, name)
+            function = getattr(keeping if name in _KEEP_LOCK else lib, name)
             function.restype, function.argtypes = result, arguments
+            setattr(lib, name, function)
     except (OSError, AttributeError) as error:
         raise LlamaError(f"{files[0]} cannot be loaded: {error}") from error
     lib.llama_backend_init()
@@ -207,8 +225,7 @@ def quantize(values: np.ndarray, kind: int) -> np.ndarray:
     return out
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """What one sequence adds in a step: its prompt embeddings, or its last token. The step gives its next logits."""
 
     sequence: int
@@ -260,6 +277,8 @@ class Llama:
             raise LlamaError(f"llama.cpp made a cache of {sizes}, expected {(self.cells, self.batch, self.batch)}")
         self._memory = lib.llama_get_memory(self._context)
         self._batch = lib.llama_batch_ext_init(self._context)
+        self._last = _LastTokens(sequences)
+        self._logits = 0, np.empty((0, 0), np.float32)  # the address that llama.cpp gave last, and a view of it
 
     def metadata(self, key: str) -> str | None:
         """Return a single value of the file's metadata as text, None where it has no such key."""
@@ -274,6 +293,20 @@ class Llama:
         LlamaError where it fails.
         """
         self._check(entries)
+        if any(isinstance(entry.rows, np.ndarray) for entry in entries):
+            code = self._process(entries)
+        else:  # in one call
+            code = self._lib.llama_decode(self._context, self._last.filled(entries))
+        if code:
+            raise LlamaError(f"llama.cpp fails in a step of {len(entries)} sequences ({code}): {_last_warning()}")
+        address = self._lib.llama_get_logits(self._context)
+        if address != self._logits[0]:
+            values = (_FLOAT * (self.sequences * self.vocabulary)).from_address(address)
+            self._logits = address, np.frombuffer(values, np.float32).reshape(self.sequences, self.vocabulary)
+        return self._logits[1][: len(entries)]
+
+    def _process(self, entries: Sequence[Entry]) -> int:
+        """Compute a batch of embeddings and tokens; return llama.cpp's code."""
         lib, batch = self._lib, self._batch
         lib.llama_batch_ext_clear(batch)
         place = _INT32()
@@ -292,10 +325,7 @@ class Llama:
                 lib.llama_batch_ext_set_pos(batch, index, where)
             if index < 0 or not lib.llama_batch_ext_set_output_logits(batch, index, True):
                 raise LlamaError(f"llama.cpp refuses an entry of a batch ({index}): {_last_warning()}")
-        if code := lib.llama_process(self._context, DECODE, batch):
-            raise LlamaError(f"llama.cpp fails in a step of {len(entries)} sequences ({code}): {_last_warning()}")
-        logits = lib.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(logits, (len(entries), self.vocabulary))
+        return lib.llama_process(self._context, DECODE, batch)
 
     def _check(self, entries: Sequence[Entry]) -> None:
         rows = 0
@@ -337,6 +367,24 @@ class Llama:
         if self._model:
             self._lib.llama_model_free(self._model)
         self._model = self._context = self._batch = None
+
+
+class _LastTokens:
+    """A batch of one token for each of some sequences, in arrays that are filled again for every step."""
+
+    def __init__(self, sequences: int):
+        self._tokens, self._positions, self._sequences = np.zeros((3, sequences), np.int32)
+        self._ones = np.ones(sequences, np.int32), np.ones(sequences, np.int8)
+        first, stride = self._sequences.ctypes.data, self._sequences.itemsize
+        self._addresses = np.arange(first, first + sequences * stride, stride, np.uint64)
+        arrays = (self._positions, self._ones[0], self._addresses, self._ones[1])
+        self._batch = _Batch(0, self._tokens.ctypes.data, None, *(array.ctypes.data for array in arrays))
+
+    def filled(self, entries: Sequence[Entry]) -> _Batch:
+        """Return the batch of these entries, which llama.cpp reads before the next call of this."""
+        count = self._batch.n_tokens = len(entries)
+        self._sequences[:count], self._positions[:count], self._tokens[:count] = zip(*entries, strict=True)
+        return self._batch
 
 
 def _last_warning() -> str:

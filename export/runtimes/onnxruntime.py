@@ -28,12 +28,20 @@ _GPU_WHEEL = "python -m pip install --no-deps onnxruntime-gpu"
 class OrtSession(Session):
     """Run a graph in ONNX Runtime."""
 
-    def __init__(self, artifact: Artifact, folder: Path, providers: list, device: torch.device, graphs: bool = False):
-        """providers: ONNX Runtime's list, the preferred one first; graphs: replay CUDA graphs."""
+    def __init__(
+        self,
+        artifact: Artifact,
+        folder: Path,
+        providers: list,
+        device: torch.device,
+        graphs: bool = False,
+        threads: int | None = None,
+    ):
+        """providers: ONNX Runtime's list, the preferred one first; graphs: replay CUDA graphs; threads: of a CPU."""
         super().__init__(artifact.name, artifact.inputs, artifact.profile, device)
         self.outputs = artifact.outputs
         self.graphs = graphs
-        options, file = session_options(), folder / artifact.main_file
+        options, file = session_options(threads), folder / artifact.main_file
         emulated = device.type == "cpu" and artifact.precision == "bf16"
         if emulated:  # the optimizer would remove the casts that round
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -89,9 +97,10 @@ class OrtSession(Session):
         return inputs, outputs
 
 
-def session_options() -> onnxruntime.SessionOptions:
-    """Return the options of every session that is used, not inspected."""
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Return the options of every session that is used, not inspected; threads: of a CPU, None for all cores."""
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3  # errors only: the warnings are about its own optimizer
     options.intra_op_num_threads = torch.get_num_threads()  # which alone would ignore OMP_NUM_THREADS
     options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed`
@@ -145,7 +154,9 @@ class OrtRuntime(ArtifactRuntime):
 
     def _open(self, component: str) -> Session:
         artifact = self.checked(component)
-        return OrtSession(artifact, self.manifest.folder, self.providers(artifact), self.device, self.graphs)
+        return OrtSession(
+            artifact, self.manifest.folder, self.providers(artifact), self.device, self.graphs, self.threads
+        )
 
 
 class OrtCudaRuntime(OrtRuntime):

@@ -40,13 +40,14 @@ class Encoder:
         precision: str | None = None,
         cuda_graphs: bool = True,
     ):
-        """Load the weights. `threads`: for PyTorch on a CPU, in the thread that calls, which has to encode too.
+        """Load the weights. `threads`: of a CPU, for PyTorch in the thread that calls, which has to encode too.
 
         precision, cuda_graphs: of the runtime torch. Raises ArtifactError or CheckpointError.
         """
         if threads:
             torch.set_num_threads(threads)
         self._runtime = open_runtime(runtime, artifacts, checkpoint, precision, batch if cuda_graphs else 0)
+        self._runtime.threads = threads
         self._runtime.session("encoder")  # loads it
         self._stream = contextlib.nullcontext()
         if self._runtime.device.type == "cuda":

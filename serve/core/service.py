@@ -215,6 +215,12 @@ class CaptionService:
             async for piece in pieces:
                 yield piece
 
+    async def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
+        """Continue embeddings once, and yield new token ids as `LLMEngine.tokens`. Raises EngineError, EmbedsError."""
+        async with self._writing(1), aclosing(self.engine.tokens(embeds, sampling, every)) as steps:
+            async for ids in steps:
+                yield ids
+
     @asynccontextmanager
     async def _writing(self, captions: int, wait: bool = False):
         self.batcher.count_captions(captions)

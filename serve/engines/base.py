@@ -168,7 +168,7 @@ class LLMEngine(ABC):
     takes: frozenset[str] = frozenset()  # fields of Options
     has_logprobs = False
     ends: tuple[int, ...]  # tokens that end a caption, once started
-    encoder_threads: int | None = None  # for the encoder in PyTorch beside it; None: as PyTorch chooses
+    encoder_threads: int | None = None  # for an encoder on the CPU beside it; None: as its library chooses
     takes_crops = False  # instead of embeddings: the encoder runs in the engine
     loads_alone = False  # no other thread of this process may compute while it loads
 

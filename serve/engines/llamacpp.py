@@ -48,6 +48,7 @@ class LlamaCppEngine(LLMEngine):
 
     name = "llamacpp"
     takes = frozenset({"gguf", "gguf_type"})
+    alone = False  # True: no encoder computes beside it, and it takes all cores
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -93,6 +94,8 @@ class LlamaCppEngine(LLMEngine):
         small = file.is_file() and file.stat().st_size < SMALL
         if small:
             self._threads = self._threads_alone = 1
+        elif self.alone:
+            self._threads = self._cores
         sequences = min(self.in_flight, SMALL_SEQUENCES if small else SEQUENCES, self._affordable())
         self.sequences = max(1, sequences)
         rows = max(ROWS, self.spec.queries + self.sequences)
@@ -177,11 +180,12 @@ class LlamaCppEngine(LLMEngine):
     def _step(self, llama: Llama, jobs: dict[int, _Job], free: list[int], entries: list[Entry]) -> None:
         """Compute one step, choose a token for each entry, and hand over what requests wait for."""
         logits = llama.step(entries)
-        best = logits.argmax(axis=1).tolist()
+        best = logits.argmax(axis=1)
+        finite = np.isfinite(logits[np.arange(len(entries)), best]).tolist()
         news: list[tuple[_Job, list[int], bool | Exception]] = []
-        for row, likeliest, entry in zip(logits, best, entries, strict=True):
+        for row, likeliest, good, entry in zip(logits, best.tolist(), finite, entries, strict=True):
             job = jobs[entry.sequence]
-            if not np.isfinite(row[likeliest]):
+            if not good:
                 self._release(llama, jobs, free, entry.sequence)
                 news.append((job, [], EmbedsError("the language model's logits are not finite for this image")))
                 continue

@@ -60,47 +60,8 @@ class Upstream:
         if not self.ready:
             raise ApiError(503, "not_ready", "the language model does not answer", 10)
 
-    async def close(self) -> None:
-        """Stop watching and close the engine."""
-        self._task.cancel()
-        await self.engine.close()
-
-
-class Gateway(CaptionApp):
-    """Take embeddings and return token ids, in the format of OpenAI's completions."""
-
-    def __init__(self, upstream, admission: Admission, bounds: Bounds, keys):
-        super().__init__(upstream, keys, admission, bounds)
-        self.engine = upstream.engine
-        self.spec: LLMSpec = upstream.engine.spec
-
-    def app(self) -> ASGIApp:
-        """Return the ASGI application."""
-        return self.application({"/v1/generate": self.generate}, {"/v1/models": self.models})
-
-    async def generate(self, request: Request, lease: AdmissionLease | None):
-        """POST /v1/generate"""
-        fields = sampling_fields(request.headers.get(HEADER, "{}"))
-        stream = fields.get("stream", False)
-        params = api.caption_params(fields, self.engine.max_tokens)
-        if params.clamped is not None:
-            raise invalid_value("max_tokens", f"max_tokens must be an integer from 1 to {params.clamped}")
-        sampling = params.sampling
-        embeds = read_embeds(await read_bytes(request, self.bounds.body_seconds), self.spec)
-        if stream:
-            return self._stream(embeds, sampling)
-        async with aclosing(self._tokens(embeds, sampling, every=False)) as steps:
-            ids = [i async for step in steps for i in step]
-        reason = "stop" if any(i in self.engine.ends for i in ids) else "length"
-        return {"choices": [{"token_ids": ids, "finish_reason": reason}]}
-
-    async def _stream(self, embeds: Tensor, sampling: Sampling) -> AsyncGenerator[bytes]:
-        async with aclosing(self._tokens(embeds, sampling, every=True)) as steps:
-            async for ids in steps:
-                yield api.event({"choices": [{"token_ids": ids, "finish_reason": None}]})
-
-    async def _tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
-        """Continue embeds [queries, width]; closing this cancels vLLM's request before the lease is released."""
+    async def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
+        """Continue embeds [queries, width]; closing this cancels vLLM's request. Raises ApiError."""
         try:
             async with aclosing(self.engine.tokens(embeds, sampling, every)) as steps:
                 async for ids in steps:
@@ -111,10 +72,49 @@ class Gateway(CaptionApp):
         except EngineError as error:
             raise ApiError(503, "engine", "the language model does not answer", 10) from error
 
+    async def close(self) -> None:
+        """Stop watching and close the engine."""
+        self._task.cancel()
+        await self.engine.close()
+
+
+class EmbeddingsApp(CaptionApp):
+    """Take embeddings and return token ids, in the format of OpenAI's completions; the service has an engine."""
+
+    async def generate(self, request: Request, lease: AdmissionLease | None):
+        """POST /v1/generate"""
+        engine = self.service.engine
+        fields = sampling_fields(request.headers.get(HEADER, "{}"))
+        stream = fields.get("stream", False)
+        params = api.caption_params(fields, engine.max_tokens)
+        if params.clamped is not None:
+            raise invalid_value("max_tokens", f"max_tokens must be an integer from 1 to {params.clamped}")
+        embeds = read_embeds(await read_bytes(request, self.bounds.body_seconds), engine.spec)
+        if stream:
+            return self._stream_ids(embeds, params.sampling)
+        async with aclosing(self.service.tokens(embeds, params.sampling, every=False)) as steps:
+            ids = [i async for step in steps for i in step]
+        reason = "stop" if any(i in engine.ends for i in ids) else "length"
+        return {"choices": [{"token_ids": ids, "finish_reason": reason}]}
+
+    async def _stream_ids(self, embeds: Tensor, sampling: Sampling) -> AsyncGenerator[bytes]:
+        async with aclosing(self.service.tokens(embeds, sampling, every=True)) as steps:
+            async for ids in steps:
+                yield api.event({"choices": [{"token_ids": ids, "finish_reason": None}]})
+
+
+class Gateway(EmbeddingsApp):
+    """The routes of the gateway."""
+
+    def app(self) -> ASGIApp:
+        """Return the ASGI application."""
+        return self.application({"/v1/generate": self.generate}, {"/v1/models": self.models})
+
     async def models(self, _) -> Response:
         """GET /v1/models"""
-        entry = {"id": "vlv", "object": "model", "accepts": "safetensors", "max_tokens": self.engine.max_tokens}
-        return JSONResponse({"data": [{**entry, "queries": self.spec.queries, "width": self.spec.width}]})
+        engine = self.service.engine
+        entry = {"id": "vlv", "object": "model", "accepts": "safetensors", "max_tokens": engine.max_tokens}
+        return JSONResponse({"data": [{**entry, "queries": engine.spec.queries, "width": engine.spec.width}]})
 
 
 def sampling_fields(header: str) -> dict:
@@ -154,7 +154,7 @@ async def serve_gateway(spec: LLMSpec, max_tokens: int, in_flight: int, url: str
     upstream = Upstream(engine, Metrics())
     float32_and_header = spec.queries * spec.width * 4 + 4096
     bounds = Bounds(config.deadline, config.body_seconds, float32_and_header, 1)
-    gateway = Gateway(upstream, Admission(in_flight), bounds, keys)
+    gateway = Gateway(upstream, keys, Admission(in_flight), bounds)
     gateway.access_log, gateway.cors = config.access_log, tuple(config.cors)
     try:
         return await listen(gateway.app(), gateway, config, upstream.failure)

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from starlette.requests import Request
@@ -22,15 +23,18 @@ from serve.core.service import ServiceConfig
 from serve.engines.base import Completion, Sampling
 from serve.http import openai_api as api
 from serve.http.admission import Admission, AdmissionLease
-from serve.http.app import Bounds, CaptionApp, info_of
+from serve.http.app import Bounds, info_of
 from serve.http.auth import Keys, read_keys
 from serve.http.errors import ApiError, invalid_value
 from serve.http.fetch import Fetcher
+from serve.http.gateway import EmbeddingsApp
 from serve.http.incoming import gather_or_cancel, merge, read_bytes, read_fields, read_form, read_json
 from serve.http.listener import ListenConfig, listen
 from serve.http.reconstructor import ReconstructionParams, ReconstructionService
 from serve.http.service import Service
-from serve.http.web.page import DOCS, HEADERS, OPENAPI, PAGE
+from serve.http.web.browser import BrowserEncoder, is_script
+from serve.http.web.page import DOCS, HEADERS, HEADERS_WITH_ENCODER, OPENAPI, PAGE
+from vlv.common.command import Misuse
 from vlv.data.decoding.crop import CROPS
 from vlv.data.image import png
 
@@ -50,9 +54,10 @@ class ServerConfig(ListenConfig, ModelOptions):
     max_image: int = 20  # of one fetched image
     max_images: int = 64  # images in one request
     max_pixels: int = 50_000_000
+    web: Path | None = None  # folder web/ of an edge bundle, whose encoder runs in the page
 
 
-class Routes(CaptionApp):
+class Routes(EmbeddingsApp):
     """The captioning server's application around a service."""
 
     def __init__(
@@ -61,6 +66,7 @@ class Routes(CaptionApp):
         super().__init__(service, keys, admission, bounds)
         self.model = model
         self.fetcher = fetcher
+        self.browser_encoder: BrowserEncoder | None = None
         self.crop = "center"  # for requests without the field: one of vlv.data.decoding.crop.CROPS
         self.reconstruction = ReconstructionService(service.checkpoint)
         self.queries = service.engine.spec.queries
@@ -72,6 +78,7 @@ class Routes(CaptionApp):
             "/v1/chat/completions": self.chat,
             "/v1/captions": self.captions,
             "/v1/embeddings": self.embed,
+            "/v1/generate": self.generate,
             "/v1/reconstructions": self.reconstruct,
         }
         get = {
@@ -79,6 +86,7 @@ class Routes(CaptionApp):
             "/v1/models/{model:path}": self.retrieve_model,
             "/openapi.json": self.openapi,
             "/docs": self.docs,
+            "/browser/{name:path}": self.browser_file,
             "/": self.page,
         }
         return self.application(post, get)
@@ -263,7 +271,8 @@ class Routes(CaptionApp):
     def _model_entry(self) -> dict:
         entry = {"id": self.model, "object": "model", "created": 0, "owned_by": "vlv"}
         shape = {"queries": self.queries, "width": self.width, "max_tokens": self.service.engine.max_tokens}
-        return {**entry, **shape, "reconstructs": not self.reconstruction.unavailable_reason}
+        parts = {"reconstructs": not self.reconstruction.unavailable_reason, "encodes": bool(self.browser_encoder)}
+        return {**entry, **shape, **parts}
 
     async def openapi(self, _) -> Response:
         """GET /openapi.json: the description of this API."""
@@ -275,7 +284,16 @@ class Routes(CaptionApp):
 
     async def page(self, _) -> Response:
         """GET /: the page."""
-        return HTMLResponse(PAGE, headers=HEADERS)
+        return HTMLResponse(PAGE, headers=HEADERS_WITH_ENCODER if self.browser_encoder else HEADERS)
+
+    async def browser_file(self, request: Request) -> Response:
+        """GET /browser/{name}: a file of the encoder that runs in the page."""
+        name = request.path_params["name"]
+        if not is_script(name):
+            self.authenticate(request)
+        if self.browser_encoder is None:
+            raise ApiError(404, "http", "this server was started without --web: the page sends images")
+        return self.browser_encoder.response(name)
 
     def _check_model(self, body: dict) -> None:
         if body.get("model") not in (None, self.model):
@@ -292,6 +310,9 @@ async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
     """Start the service, which loads its models in the background, and close it at the end. Raises Misuse."""
     keys = read_keys(config.keys, config.no_auth, config.host)
     model = Model.of(config)
+    if config.web and config.crop != "center":
+        raise Misuse(f"--web encodes the centre square, and --crop {config.crop} another part of the image")
+    browser_encoder = BrowserEncoder(config.web, model.checkpoint) if config.web else None
     stages = ServiceConfig(
         config.prompt_batch,
         config.workers,
@@ -313,6 +334,7 @@ async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
         await service.start()
         routes = Routes(service, name, keys, admission, fetcher, bounds)
         routes.access_log, routes.cors, routes.crop = config.access_log, tuple(config.cors), config.crop
+        routes.browser_encoder = browser_encoder
         yield routes
     finally:
         await service.close()

@@ -75,6 +75,15 @@ class Service(CaptionService):
                     self.metrics.tokens.inc(len(piece.token_ids))
                     yield piece
 
+    async def tokens(self, embeds, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
+        """Continue embeddings and yield new token ids. Raises ApiError."""
+        self.check_ready()
+        with self._counted():
+            async with aclosing(super().tokens(embeds, sampling, every)) as steps:
+                async for ids in steps:
+                    self.metrics.tokens.inc(len(ids))
+                    yield ids
+
     @contextmanager
     def _counted(self) -> Iterator[None]:
         engine = self.engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,17 @@ def test_colours_of_a_profile_are_converted(bundle, tmp_path):
     found = read_image(tmp_path / "swapped.png")
     expected = load_crop(tmp_path / "swapped.png", 64).transpose(1, 2, 0)
     assert abs(found.astype(int) - expected).max() <= 1 and found[0, 0, 1] > found[0, 0, 0] + 100
+
+
+def test_the_memory_that_a_photo_takes(bundle, tmp_path):
+    """12 megapixels are 36 MB as bytes; decoder, array and crop must not have a copy each, nor one of every photo."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(noise).resize((4000, 3000), Image.Resampling.BILINEAR).save(tmp_path / "photo.jpg")
+    command = [sys.executable, str(bundle / "caption.py"), "--threads", "1", *[str(tmp_path / "photo.jpg")] * 3]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0 and usage.ru_maxrss < 340_000  # KiB; of a small image 120,000
 
 
 def test_another_llama_cpp_is_refused(bundle, copied):

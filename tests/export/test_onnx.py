@@ -91,6 +91,14 @@ def test_any_engine_samples_as_diffusers_does(checkpoint):
             assert (engine.reconstruct(context, 3, guidance, 1, sampler).float() - expected).abs().max() <= 1
 
 
+def test_threads_of_a_session(artifacts, checkpoint):
+    """As many as the caller leaves to the encoder; without a number all cores."""
+    for threads in (None, 1):
+        runtime = open_runtime("onnx", artifacts, checkpoint)
+        runtime.threads = threads
+        assert runtime.session("encoder").session.get_session_options().intra_op_num_threads == (threads or 0)
+
+
 def test_batches_outside_the_profile_are_refused(artifacts, checkpoint):
     engine = open_runtime("onnx", artifacts, checkpoint)
     size = checkpoint.config.image_size

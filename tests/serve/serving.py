@@ -20,6 +20,7 @@ from serve.http.auth import Keys
 from serve.http.fetch import Fetcher
 from serve.http.routes import Routes
 from serve.http.service import Service
+from serve.http.web.browser import BrowserEncoder
 
 TEXT = "The image shows a cat. It is red! The image shows a cat. A dog is left of it. Its"
 CLEAN = "The image shows a cat. It is red! A dog is left of it."
@@ -59,11 +60,30 @@ class Scripted(LLMEngine):
         pass
 
 
+class Recorded:
+    """The bodies of POST requests that reach a server."""
+
+    def __init__(self, app):
+        self.app, self.bodies = app, []
+
+    async def __call__(self, scope, receive, send):
+        body = bytearray()
+
+        async def recording():
+            message = await receive()
+            body.extend(message.get("body", b""))
+            return message
+
+        await self.app(scope, recording, send)
+        if scope["type"] == "http" and scope["method"] == "POST":
+            self.bodies.append(bytes(body))
+
+
 class Running:
     """Run a server in a thread."""
 
-    def __init__(self, checkpoint, engine, capacity=64, keys=None, fetcher=None, bounds=None, cors=()):
-        self.cors, self.engine = cors, engine
+    def __init__(self, checkpoint, engine, capacity=64, keys=None, fetcher=None, bounds=None, cors=(), web=None):
+        self.cors, self.engine, self.web = cors, engine, web
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -85,7 +105,9 @@ class Running:
             self.service, "tiny", keys, Admission(capacity, in_flight=8, deadline=bounds.deadline), fetcher, bounds
         )
         self.routes.cors = self.cors
-        self._server = uvicorn.Server(uvicorn.Config(self.routes.app(), port=self.port, log_level="error"))
+        self.routes.browser_encoder = BrowserEncoder(self.web, checkpoint) if self.web else None
+        self.recorded = Recorded(self.routes.app())
+        self._server = uvicorn.Server(uvicorn.Config(self.recorded, port=self.port, log_level="error"))
         await self.service.start()
         await self._server.serve()
         await self.service.close()

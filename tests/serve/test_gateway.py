@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from serve.http.admission import Admission
 from serve.http.app import Bounds
 from serve.http.auth import Keys
 from serve.http.errors import ApiError
-from serve.http.gateway import HEADER, Gateway, sampling_fields
+from serve.http.gateway import HEADER, Gateway, Upstream, sampling_fields
 from serve.http.incoming import limit_body
 from serve.http.metrics import Metrics
 from tests.serve.serving import Scripted
@@ -58,10 +57,10 @@ def test_a_closed_stream_is_cancelled_before_its_lease_is_released(checkpoint):
     async def run():
         engine = Scripted(spec, 32, 8)
         await engine.start()
-        upstream = SimpleNamespace(engine=engine, metrics=Metrics(), ready=True)
+        upstream = Upstream(engine, Metrics())
         scope = {"type": "http", "headers": [(HEADER.encode(), b'{"stream": true}')]}
         request = limit_body(Request(scope, body), 1 << 20, lambda _: None)
-        events = await Gateway(upstream, Admission(1), Bounds(), Keys()).generate(request, None)
+        events = await Gateway(upstream, Keys(), Admission(1), Bounds()).generate(request, None)
         await anext(events)
         assert Scripted.running == 1
         await events.aclose()

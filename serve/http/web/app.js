@@ -5,7 +5,7 @@ const MAX_CAPTIONS = 4, MAX_RECONSTRUCTIONS = 2, MAX_TOASTS = 4, MAX_ATTEMPTS = 
 const at = id => document.getElementById(id);
 const base = location.pathname.replace(/\/*$/, "/"); // behind a proxy the page may have a path, also without a slash
 const cards = [], clock = { busy: 0, since: 0, running: 0 };
-let model = null, chosen = [], outdated = new AbortController(), mixing = new AbortController();
+let model = null, encoder = null, chosen = [], outdated = new AbortController(), mixing = new AbortController();
 
 class RequestError extends Error {}
 
@@ -28,14 +28,17 @@ const pause = (seconds, signal) => new Promise((go, stop) => {
   signal.addEventListener("abort", () => { clearTimeout(timer); stop(signal.reason); }, { once: true });
 });
 
-/** Sends a POST request; repeats it after Retry-After if the server is loading, full, or limits the rate. */
-async function post(path, body, signal) {
-  const headers = { "Content-Type": "application/json" };
-  if (at("key").value) headers.Authorization = "Bearer " + at("key").value;
+const authorization = () => at("key").value ? { Authorization: "Bearer " + at("key").value } : {};
+
+/** Sends JSON, or a request { body, headers }; repeats it after Retry-After if the server is loading, full, or limits the rate. */
+async function post(path, content, signal, json = true) {
+  const { body, headers } = json
+    ? { body: JSON.stringify(content), headers: { "Content-Type": "application/json" } } : content;
+  Object.assign(headers, authorization());
   for (let attempt = 1; ; attempt++) {
     let answer;
     try {
-      answer = await fetch(base + path, { method: "POST", body: JSON.stringify(body), headers, signal });
+      answer = await fetch(base + path, { method: "POST", body, headers, signal });
     } catch (error) {
       if (signal.aborted) throw error;
       throw new RequestError("the server does not answer");
@@ -72,7 +75,47 @@ const dataUrl = file => new Promise((go, stop) => {
   reader.readAsDataURL(file);
 });
 
+/** Returns the encoder that runs in this page; it is loaded at the first call, and again after a failure. */
+function localEncoder() {
+  const tell = (text, failed = false) => {
+    at("encoder").textContent = text;
+    at("encoder").classList.toggle("bad", failed);
+  };
+  const progress = (done, total) => {
+    at("loaded").hidden = false;
+    at("loaded").value = done / total;
+    tell(`loading the encoder: ${(done / 1e6).toFixed(1)} of ${(total / 1e6).toFixed(1)} MB`);
+  };
+  const open = async () => {
+    tell("loading the encoder …");
+    try {
+      const { openEncoder } = await import(base + "browser/encoder.js");
+      const starting = () => tell("starting the encoder …");
+      const opened = await openEncoder({ headers: authorization(), progress, starting });
+      tell(`photos stay in this browser, which encodes them with ${opened.provider === "webgpu" ? "WebGPU" : "WebAssembly"}`);
+      return opened;
+    } catch (error) {
+      encoder = null;
+      tell(error.message, true);
+      throw new RequestError(error.message);
+    } finally {
+      at("loaded").hidden = true;
+    }
+  };
+  return encoder ??= open();
+}
+
+/** Encodes the image in this page, and sends its embeddings alone. */
+async function captionHere(card) {
+  const start = performance.now(), opened = await localEncoder();
+  const request = opened.request(await opened.encode(card.file), model?.max_tokens);
+  const answer = opened.read(await (await post("v1/generate", request, card.signal, false)).json());
+  card.text.textContent = answer.caption;
+  finish(card, start, null, answer.caption, answer.ids.length, answer.finish_reason);
+}
+
 async function caption(card) {
+  if (card.local) return captionHere(card);
   const start = performance.now();
   const content = [{ type: "image_url", image_url: { url: await dataUrl(card.file) } }];
   const body = { messages: [{ role: "user", content }], stream: true, stream_options: { include_usage: true } };
@@ -89,6 +132,11 @@ async function caption(card) {
     tokens = event.usage?.completion_tokens ?? tokens;
   }
   if (reason === null) throw new RequestError("the connection ended before the caption was complete");
+  finish(card, start, first, text, tokens, reason);
+}
+
+/** Keeps a card's caption; start in milliseconds, first in seconds after it, null if the text came at once. */
+function finish(card, start, first, text, tokens, reason) {
   const total = (performance.now() - start) / 1000;
   const round = seconds => Math.round(seconds * 1e4) / 1e4;
   card.record = {
@@ -102,7 +150,7 @@ async function caption(card) {
 
 async function reconstruct(card) {
   const signal = AbortSignal.any([card.signal, outdated.signal]);
-  if (!model?.reconstructs || !at("reconstruct").checked) return;
+  if (card.local || !model?.reconstructs || !at("reconstruct").checked) return;
   const figure = card.node.querySelector(".reconstruction"), image = figure.querySelector("img");
   figure.hidden = false;
   image.className = "waiting";
@@ -164,7 +212,7 @@ function add(files) {
     const node = at("card").content.cloneNode(true).firstElementChild, stop = new AbortController();
     const same = cards.filter(card => card.file.name === file.name).length;
     const card = {
-      file, node, signal: stop.signal, name: same ? `${file.name} (${same + 1})` : file.name,
+      file, node, signal: stop.signal, local: at("local").checked, name: same ? `${file.name} (${same + 1})` : file.name,
       text: node.querySelector(".caption"), again: node.querySelector(".again"), image: node.querySelector("img"),
       copy: node.querySelector(".copy"),
       note: text => { node.querySelector("small").textContent = text ? `${card.name} · ${text}` : card.name; },
@@ -192,6 +240,7 @@ function add(files) {
       (next?.querySelector(".remove") ?? at("files")).focus();
     };
     mix.onchange = () => choose(card, mix.checked);
+    if (card.local) mix.parentElement.remove(); // the server would need the image
     node.setAttribute("aria-label", card.name);
     cards.push(card);
     at("cards").append(node);
@@ -203,7 +252,7 @@ function add(files) {
 function choose(card, selected) {
   chosen = chosen.filter(other => other !== card);
   if (selected) chosen = [...chosen, card].slice(-2);
-  for (const each of cards) each.node.querySelector(".mix").checked = chosen.includes(each);
+  for (const each of cards) if (!each.local) each.node.querySelector(".mix").checked = chosen.includes(each);
   mix();
 }
 
@@ -274,8 +323,7 @@ function download() {
 async function connect() {
   for (;;) {
     try {
-      const headers = at("key").value ? { Authorization: "Bearer " + at("key").value } : {};
-      const answer = await fetch(base + "v1/models", { headers });
+      const answer = await fetch(base + "v1/models", { headers: authorization() });
       if (answer.status === 401) {
         at("lock").hidden = false;
         at("status").textContent = "This server asks for an API key.";
@@ -287,6 +335,7 @@ async function connect() {
         at("status").textContent = `Model ${model.id}. Images are sent to this server only.`;
         for (const node of [...document.querySelectorAll(".reconstructs")]) node.hidden = !model.reconstructs;
         at("card").content.querySelector(".reconstructs").hidden = !model.reconstructs;
+        at("keep").hidden = !model.encodes;
         return show();
       }
       at("status").textContent = "The models are being loaded …";
@@ -301,6 +350,7 @@ at("files").onchange = () => { add(at("files").files); at("files").value = ""; }
 at("download").onclick = download;
 at("clear").onclick = () => { for (const card of [...cards]) card.remove(); at("files").focus(); };
 at("key").onchange = connect;
+at("local").onchange = () => { if (at("local").checked) localEncoder().catch(() => {}); };
 at("settings").onsubmit = event => event.preventDefault();
 at("guidance").oninput = () => { at("strength").textContent = at("guidance").value; };
 at("share").oninput = () => { at("percent").textContent = at("share").value + " %"; mix(); };

@@ -60,3 +60,10 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+# of a page that loads an encoder from this server, which is JavaScript and WebAssembly
+HEADERS_WITH_ENCODER = {
+    **HEADERS,
+    "Content-Security-Policy": HEADERS["Content-Security-Policy"].replace(
+        "script-src", "script-src 'self' 'wasm-unsafe-eval'"
+    ),
+}

@@ -21,7 +21,6 @@ import aiohttp
 FLAGS = [
     "--headless",
     "--no-sandbox",
-    "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -30,6 +29,8 @@ FLAGS = [
     "--remote-debugging-port=0",
     "--window-size=1200,900",
 ]
+WITHOUT_GPU = ["--disable-gpu"]
+SOFTWARE_GPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
 KEYS = {"Tab": 9, "Escape": 27, "ArrowRight": 39, " ": 32, "/": 191}
 
 
@@ -41,10 +42,10 @@ def chromium() -> str | None:
 class Browser:
     """One page of one browser process; `problems` holds what the page has thrown or been forbidden."""
 
-    def __init__(self, path: str, folder: Path):
+    def __init__(self, path: str, folder: Path, flags: list[str] = WITHOUT_GPU):
         self._folder = folder
         self._process = subprocess.Popen(
-            [path, *FLAGS, f"--user-data-dir={folder}", "about:blank"],
+            [path, *FLAGS, *flags, f"--user-data-dir={folder}", "about:blank"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -6,11 +6,9 @@ import asyncio
 import base64
 import functools
 import http.server
-import os
 import socket
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -29,38 +27,11 @@ from serve.http.app import Bounds
 from serve.http.auth import Keys
 from serve.http.gateway import Gateway, Upstream
 from serve.http.metrics import Metrics
+from tests.serve.serving import Recorded
+from tests.serve.web.conftest import BUNDLED, SCENES, needs_packages
 from vlv.checkpoints.folder import Checkpoint
-from vlv.data.image import load_crop
-from vlv.data.scenes import write_scenes
-from vlv.model.captioner import Captioner
 
-ROOT = Path(__file__).parents[3]
-BUNDLED = ROOT / "assets" / "vlv-tiny"
-SCENES = 32
 DONE = f"captions.cards.length === {SCENES} && captions.cards.every(card => card.caption || card.failed)"
-
-
-def library() -> Path:
-    """The npm package: where ONNXRUNTIME_WEB says, or in this folder's node_modules."""
-    folder = Path(os.environ.get("ONNXRUNTIME_WEB", ROOT / "node_modules" / "onnxruntime-web"))
-    if not (folder / "package.json").is_file():
-        pytest.skip(f"no onnxruntime-web: {INSTALL}, or ONNXRUNTIME_WEB=its folder")
-    return folder
-
-
-def needs_packages() -> None:
-    """Skip the test where the packages of the extra `edge` are not installed."""
-    for package in ("gguf", "xllamacpp"):
-        pytest.importorskip(package, reason="pip install --no-deps gguf==0.19.0 xllamacpp==2026.10.11549")
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    needs_packages()
-    out = tmp_path_factory.mktemp("edge") / "bundle"
-    flags = ["--no-captions", "--probes", "4", "--web", str(library())]
-    assert edge.main(["--ckpt", str(BUNDLED), "--out", str(out), *flags]) == 0
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -81,25 +52,6 @@ def site(bundle):
         thread.join()
 
 
-class Recorded:
-    """The bodies that reach the gateway."""
-
-    def __init__(self, app):
-        self.app, self.bodies = app, []
-
-    async def __call__(self, scope, receive, send):
-        body = bytearray()
-
-        async def recording():
-            message = await receive()
-            body.extend(message.get("body", b""))
-            return message
-
-        await self.app(scope, recording, send)
-        if scope["type"] == "http" and scope["method"] == "POST":
-            self.bodies.append(bytes(body))
-
-
 @pytest.fixture(scope="module")
 def gateway(site):
     """A gateway in front of transformers in float32, which the page's origin may call."""
@@ -112,7 +64,7 @@ def gateway(site):
         nonlocal server, recorded
         engine = TransformersEngine(LLMSpec.of(Checkpoint.open(BUNDLED)), 300, 8, False, Options())
         upstream = Upstream(engine, Metrics())
-        app = Gateway(upstream, Admission(64), Bounds(), Keys())
+        app = Gateway(upstream, Keys(), Admission(64), Bounds())
         app.cors = (site[0],)
         recorded = Recorded(app.app())
         server = uvicorn.Server(uvicorn.Config(recorded, port=port, log_level="error"))
@@ -135,24 +87,17 @@ def gateway(site):
     thread.join(20)
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, 5_000_000, SCENES)
-    return sorted(folder.glob("*.png"))
-
-
 def ready(browser, site, gateway) -> None:
     browser.problems.clear()
     browser.requests.clear()
     browser.open(f"{site[0]}/?gateway={gateway[0]}")
-    browser.wait("document.getElementById('status').textContent === 'Ready.'", 60)
+    browser.wait("document.getElementById('status').textContent === 'Ready.'", 180)
 
 
 def test_captions_without_the_photos(browser, site, gateway, scenes, checkpoint_captions):
     """32 scenes: the captions of the float32 reference; what leaves the page is embeddings in bfloat16."""
     ready(browser, site, gateway)
-    assert browser.run("captions.loaded") > 14_000_000  # nothing is in the cache yet
+    assert browser.run("captions.encoder.loaded") > 14_000_000  # nothing is in the cache yet
     browser.upload("#files", scenes)
     browser.wait(DONE, 120)
     found = browser.run("captions.cards.map(card => [card.name, card.caption])")
@@ -170,19 +115,11 @@ def test_captions_without_the_photos(browser, site, gateway, scenes, checkpoint_
         assert len(body) < 2 * config.queries * config.llm_width + 200
 
 
-@pytest.fixture(scope="module")
-def checkpoint_captions(scenes) -> dict[str, str]:
-    checkpoint = Checkpoint.open(BUNDLED)
-    crops = np.stack([load_crop(file, checkpoint.config.image_size) for file in scenes])
-    captions = Captioner.load(checkpoint).captions(torch.from_numpy(crops))
-    return {file.name: caption for file, caption in zip(scenes, captions, strict=True)}
-
-
 def test_a_second_visit_loads_from_the_cache(browser, site, gateway):
     ready(browser, site, gateway)
     site[1].clear()
     ready(browser, site, gateway)
-    assert browser.run("captions.loaded") == 0
+    assert browser.run("captions.encoder.loaded") == 0
     assert not [path for path in site[1] if "encoder.onnx" in path or path.endswith(".wasm")]
 
 
@@ -194,10 +131,10 @@ def test_embeddings_are_those_of_python(browser, site, gateway, bundle):
     file = bundle / "vectors" / "turned" / "image.png"
     content = base64.b64encode(file.read_bytes()).decode()
     script = f"""(async () => {{
-        const {{ pixels }} = await import('./page.js');
         const bytes = Uint8Array.from(atob('{content}'), c => c.charCodeAt(0));
-        const tensor = await pixels(new Blob([bytes], {{ type: 'image/png' }}));
-        const {{ crop, embeddings }} = await captions.session.run({{ image: tensor }});
+        const tensor = await captions.encoder.pixels(new Blob([bytes], {{ type: 'image/png' }}));
+        const {{ crop }} = await captions.encoder.cropping.run({{ image: tensor }});
+        const embeddings = await captions.encoder.run(tensor);
         return [[...tensor.dims], [...tensor.data], [...crop.data], [...embeddings.data]];
     }})()"""
     shape, data, crop, embeddings = browser.run(script)
@@ -207,6 +144,40 @@ def test_embeddings_are_those_of_python(browser, site, gateway, bundle):
     assert abs(np.array(crop) - recorded).max() <= 1
     values = np.fromfile(file.parent / "embeddings.f32", "<f4")
     assert abs(np.array(embeddings) - values).max() < 1e-4 * abs(values).max()
+
+
+def test_webgpu_where_there_is_one(gpu_browser, site, gateway, scenes, checkpoint_captions):
+    """Its embeddings are compared with the recorded ones before it is used."""
+    ready(gpu_browser, site, gateway)
+    assert gpu_browser.run("captions.encoder.provider") == "webgpu"
+    gpu_browser.upload("#files", scenes[:4])
+    gpu_browser.wait("captions.cards.length === 4 && captions.cards.every(card => card.caption || card.failed)", 60)
+    found = dict(gpu_browser.run("captions.cards.map(card => [card.name, card.caption])"))
+    assert found == {file.name: checkpoint_captions[file.name] for file in scenes[:4]}
+    assert gpu_browser.problems == []
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "GPU.prototype.requestAdapter = async () => null",
+        "fetch = (load => async (url, more) => `${url}`.includes('check.f32') ? new Response(new Uint8Array(16384))"
+        " : load(url, more))(fetch)",
+    ],
+)
+def test_webassembly_where_webgpu_fails(gpu_browser, site, gateway, scenes, checkpoint_captions, script):
+    """There is no adapter, or its embeddings are not the recorded ones (which are all zero here)."""
+    gpu_browser.open(site[0])
+    gpu_browser.run("caches.delete('vlv')")
+    key = gpu_browser.call("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
+    try:
+        ready(gpu_browser, site, gateway)
+        assert gpu_browser.run("captions.encoder.provider") == "wasm"
+        gpu_browser.upload("#files", scenes[:1])
+        gpu_browser.wait("captions.cards.length === 1 && captions.cards[0].caption")
+        assert gpu_browser.run("captions.cards[0].caption") == checkpoint_captions[scenes[0].name]
+    finally:
+        gpu_browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=key)
 
 
 def test_what_goes_wrong_is_said(browser, site, gateway, scenes, tmp_path):
