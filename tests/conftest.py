@@ -44,6 +44,7 @@ def built_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path
         with FileLock(shared / f"{name}.lock"):
             if not done.exists():
                 shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
                 build(folder)
                 done.touch()
         return Path(shutil.copytree(folder, tmp_path_factory.mktemp(name) / name))
