@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import shutil
 import tempfile
 import threading
 from dataclasses import replace
@@ -46,7 +46,9 @@ def generate(request, checkpoint, embeds):
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    before = set(Path(tempfile.gettempdir()).iterdir())
+    patch, folder = pytest.MonkeyPatch(), Path(tempfile.mkdtemp())  # of this engine alone: others leave sockets in /tmp
+    patch.setenv("TMPDIR", str(folder))
+    patch.setattr(tempfile, "tempdir", str(folder))
     engine = engine_class(request.param)(LLMSpec.of(checkpoint), TOKENS, 8)
 
     def run(coroutine):
@@ -65,8 +67,10 @@ def generate(request, checkpoint, embeds):
     run(engine.close())
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
-    left = [path for path in set(Path(tempfile.gettempdir()).iterdir()) - before if path.is_socket()]
-    assert not [path for path in left if path.stat().st_uid == os.getuid() and not path.name.startswith("pymp")]
+    left = [path.name for path in folder.iterdir() if path.is_socket()]
+    patch.undo()
+    shutil.rmtree(folder)
+    assert not [name for name in left if not name.startswith("pymp")]
 
 
 @pytest.fixture(scope="module")
