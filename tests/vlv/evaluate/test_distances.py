@@ -65,6 +65,12 @@ def test_all_distances_of_pairs():
         distances.distances(a[:1], a[:1])
 
 
+def test_the_deviation_over_subsets_needs_more_than_one_subset():
+    a = torch.rand(12, 4)
+    assert "kernel_std" not in distances.distances(a, a.roll(1, 0), subset=12)
+    assert distances.distances(a, a.roll(1, 0), subset=8)["kernel_std"] > 0
+
+
 def test_lpips_is_torchmetrics_lpips(monkeypatch):
     """The same random VGG16 in both: theirs gets it in the place of torchvision's."""
     import torchmetrics.functional.image.lpips as theirs

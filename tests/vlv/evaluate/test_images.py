@@ -47,7 +47,7 @@ def test_a_sweep_with_controls_and_its_resumption(tmp_path, originals, bundled, 
     assert other["frechet"] == pytest.approx(plain["frechet"], abs=128 * 1e-7)
     assert other["cosine"] < plain["cosine"]
     assert mixed["cosine"] < plain["cosine"]
-    assert set(plain) == {"frechet", "kernel", "kernel_std", "cmmd", "cosine"}
+    assert set(plain) == {"frechet", "kernel", "cmmd", "cosine"}
     # a run that was stopped draws what is missing, the same, and nothing else
     file, kept = tmp_path / "drawn" / "drawn-2" / "05.png", tmp_path / "drawn" / "drawn-2" / "00.png"
     before, content = kept.stat().st_mtime_ns, np.asarray(Image.open(file))

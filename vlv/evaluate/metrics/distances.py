@@ -31,8 +31,9 @@ class _Features(nn.Identity):
 def distances(real: Tensor, generated: Tensor, subset: int = 1000) -> dict[str, float]:
     """Return all distances of feature sets [N, D] whose rows are pairs.
 
-    frechet: FID where the features are Inception's. kernel, kernel_std: KID, over 100 subsets. cmmd: CMMD where they
-    are CLIP's. cosine: the mean similarity of an image and its original. Raises EvaluationError.
+    frechet: FID where the features are Inception's. kernel: KID, over 100 subsets; kernel_std: its deviation over them,
+    only if a subset is not the whole set. cmmd: CMMD where the features are CLIP's. cosine: the mean similarity of an
+    image and its original. Raises EvaluationError.
     """
     if real.shape != generated.shape or len(real) < 2:
         raise EvaluationError(
@@ -42,7 +43,7 @@ def distances(real: Tensor, generated: Tensor, subset: int = 1000) -> dict[str, 
     return {
         "frechet": frechet(real, generated),
         "kernel": mean,
-        "kernel_std": deviation,
+        **({"kernel_std": deviation} if len(real) > subset else {}),
         "cmmd": cmmd(real, generated),
         "cosine": cosine_similarity(real, generated, dim=1).mean().item(),
     }
