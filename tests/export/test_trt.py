@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -35,11 +37,12 @@ def rtx() -> str:
 
 
 @pytest.fixture(scope="module")
-def engines(artifacts, rtx):
-    """The folder of the artifacts, with engines for two targets."""
+def engines(artifacts, rtx, tmp_path_factory):
+    """A copy of the artifacts, with engines for two targets."""
+    folder = Path(shutil.copytree(artifacts, tmp_path_factory.mktemp("engines") / "artifacts"))
     for target in ("sm86", "sm89"):
-        assert build(artifacts, "--target", target, "--components", *PARTS) == 0
-    return artifacts
+        assert build(folder, "--target", target, "--components", *PARTS) == 0
+    return folder
 
 
 def test_engines_for_two_targets(engines, rtx):
