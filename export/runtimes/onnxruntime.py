@@ -98,11 +98,10 @@ class OrtSession(Session):
 
 
 def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Return the options of every session that is used, not inspected; threads: of a CPU, None for all cores."""
+    """Return the options of every session that is used, not inspected; threads: of a CPU, None for as many as PyTorch has."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or torch.get_num_threads()  # ONNX Runtime itself ignores OMP_NUM_THREADS
     options.log_severity_level = 3  # errors only: the warnings are about its own optimizer
-    options.intra_op_num_threads = torch.get_num_threads()  # which alone would ignore OMP_NUM_THREADS
     options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed`
     return options
 

@@ -92,11 +92,12 @@ def test_any_engine_samples_as_diffusers_does(checkpoint):
 
 
 def test_threads_of_a_session(artifacts, checkpoint):
-    """As many as the caller leaves to the encoder; without a number all cores."""
+    """As many as the caller leaves to the encoder; without a number those of PyTorch."""
     for threads in (None, 1):
         runtime = open_runtime("onnx", artifacts, checkpoint)
         runtime.threads = threads
-        assert runtime.session("encoder").session.get_session_options().intra_op_num_threads == (threads or 0)
+        options = runtime.session("encoder").session.get_session_options()
+        assert options.intra_op_num_threads == (threads or torch.get_num_threads())
 
 
 def test_batches_outside_the_profile_are_refused(artifacts, checkpoint):
