@@ -98,7 +98,7 @@ class OrtSession(Session):
 
 
 def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Return the options of every session that is used, not inspected; threads: of a CPU, None for as many as PyTorch has."""
+    """Return the options of every session that runs; threads: of a CPU, None for as many as PyTorch has."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()  # ONNX Runtime itself ignores OMP_NUM_THREADS
     options.log_severity_level = 3  # errors only: the warnings are about its own optimizer
