@@ -3,10 +3,10 @@
     python -m benchmarks.reruns_speed ../before                      # into benchmarks/reruns_speed.json
     python -m benchmarks.reruns_speed ../before --images 500 --pairs 1 -o /tmp/try.json
 
-Generated scenes of 64 px are captioned by the command as users give it (`with_models`), and once more with hashes in the
-place of encoder and language model (`without_models`, benchmarks/reruns_engine.py), where listing, decoding, records
-and files are all that takes time. The order of the two builds changes from pair to pair. Each figure is the median of
-its runs; a ratio is that of the medians. CPU seconds are those of all processes of a run, start-up included.
+Generated scenes of 64 px are captioned by the command as users give it (`with_models`), and once more with hashes in
+the place of encoder and language model (`without_models`, benchmarks/reruns_engine.py), where listing, decoding,
+records and files are all that takes time. The order of the two builds changes from pair to pair. Each figure is the
+median of its runs; a ratio is that of the medians. CPU seconds are those of all processes of a run, start-up included.
 """
 
 from __future__ import annotations
