@@ -276,7 +276,7 @@ def test_keyboard_names_and_dark_mode(page, scene_images):
     shades = []
     for scheme in ("light", "dark"):
         page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        for selector in ("body", "#status", "small", "button"):
+        for selector in ("body", "#status", "footer small", "button"):
             shades.append(contrast(page.run(COLOURS % selector)))
     assert min(shades) >= 4.5, shades  # WCAG AA
     page.call("Emulation.setEmulatedMedia", features=[])
@@ -306,7 +306,7 @@ def test_a_name_or_caption_is_never_markup(page, scene_images, tmp_path):
     (tmp_path / name).write_bytes((scene_images / "00.png").read_bytes())
     page.upload("#files", [tmp_path / name])
     page.wait(DONE)
-    assert page.run("document.querySelector('small').textContent").startswith(name)
+    assert page.run("document.querySelector('footer small').textContent").startswith(name)
     assert page.run("document.querySelectorAll('article img').length") == 2
 
 
