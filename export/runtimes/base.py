@@ -79,7 +79,7 @@ class EncoderRuntime(ABC):
     dtype: str  # what it computes in
     device: torch.device
     manifest: Manifest | None = None  # where its graphs come from
-    threads: int | None = None  # of a CPU, for sessions that are opened later; None: as the library chooses
+    threads: int | None = None  # of a CPU, for sessions that are opened later; None: as many as PyTorch has
     max_batch: int | None = None  # images that `encode` takes at once; None: any number
 
     def __init__(self):
