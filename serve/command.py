@@ -37,46 +37,50 @@ def engine_arguments() -> Parser:
     """Return a parent parser for commands that run the encoder and choose what runs the language model."""
     p = Parser(add_help=False)
     llm = p.add_argument_group(LANGUAGE_MODEL)
-    llm.add_argument("--engine", choices=ENGINES, help="what runs it (default: vllm, or remote with --llm-url)")
-    llm.add_argument("--llm-url", metavar="URL", help="the server that runs it: vLLM or serve.gateway")
-    llm.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for it (vllm)")
-    llm.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share it (vllm)")
+    llm.add_argument("--engine", choices=ENGINES, help="what runs the model (default: vllm, or remote with --llm-url)")
+    llm.add_argument("--llm-url", metavar="URL", help="the server that runs the model: vLLM or serve.gateway")
+    llm.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for the model (vllm)")
+    llm.add_argument(
+        "--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share the model (vllm)"
+    )
     llm.add_argument(
         "--llm-dtype",
         choices=LLM_DTYPES,
         default="auto",
-        help="data type of its weights (vllm; default: bfloat16 on a GPU, float32 on a CPU)",
+        help="data type of the weights (vllm; default: bfloat16 on a GPU, float32 on a CPU)",
     )
-    llm.add_argument("--llm-quantization", choices=("fp8",), help="quantise its weights while loading (vllm on a GPU)")
+    llm.add_argument("--llm-quantization", choices=("fp8",), help="quantise the weights while loading (vllm on a GPU)")
     llm.add_argument(
         "--kv-cache-dtype",
         choices=("auto", "fp8"),
         default="auto",
-        help="data type of its key-value cache (vllm; default: that of the weights)",
+        help="data type of the key-value cache (vllm; default: that of the weights)",
     )
-    llm.add_argument("--gguf", type=Path, metavar="FILE", help="its file, as export.gguf writes it (llamacpp)")
+    llm.add_argument("--gguf", type=Path, metavar="FILE", help="the model as a file that export.gguf wrote (llamacpp)")
     llm.add_argument(
         "--gguf-type",
         choices=GGUF_TYPES,
         default="f16",
-        help="without --gguf: the type that it is converted to, once (llamacpp; f16)",
+        help="without --gguf: type to which the model is converted once (llamacpp; f16)",
     )
     llm.add_argument(
         "--cache", type=Path, metavar="DIR", help="folder for what is compiled (default: the user's caches)"
     )
     encoder = p.add_argument_group(ENCODER)
     encoder.add_argument(
-        "--encoder", choices=RUNTIMES, default="torch", help="what runs it: PyTorch (default) or an export"
+        "--encoder", choices=RUNTIMES, default="torch", help="what runs the encoder: PyTorch (default) or an export"
     )
     encoder.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the export (export.onnx, export.trt)")
     encoder.add_argument(
-        "--precision", choices=TORCH_PRECISIONS, help="its precision in PyTorch (default: bf16 on a GPU, else fp32)"
+        "--precision",
+        choices=TORCH_PRECISIONS,
+        help="precision of the encoder in PyTorch (default: bf16 on a GPU, else fp32)",
     )
     encoder.add_argument(
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="in PyTorch on a GPU, run it from CUDA graphs (default); --no-cuda-graphs saves memory",
+        help="in PyTorch on a GPU, run the encoder from CUDA graphs (default); --no-cuda-graphs saves memory",
     )
     encoder.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images in a batch (32)")
     images = p.add_argument_group(IMAGES)
@@ -101,8 +105,8 @@ def placement_arguments() -> Parser:
         "--encoder-placement",
         choices=PLACEMENTS,
         default="process",
-        help="where it runs beside vLLM: in its own process, with embeddings as prompts (default) or as multimodal "
-        "input; inline in one process with vLLM; or inside vLLM's engine",
+        help="where the encoder runs beside vLLM: in its own process, with embeddings as prompts (default) or as "
+        "multimodal input; inline in one process with vLLM; or inside vLLM's engine",
     )
     return p
 

@@ -64,14 +64,11 @@ class TextSink:
     def __init__(self, files: TextFiles, overwrite: bool = False):
         self._files = files
         self._overwrite = overwrite
-        self._finished = IdSet()
         self._taken = IdSet()  # text files of the images so far
         self._without: set[str] = set()  # keys of images whose text file is another's
 
     def is_finished(self, item: Item, size: int | None) -> bool:
-        """Return True if an image has a text file, or was named before."""
-        if not self._finished.add(item.key):
-            return True
+        """Return True if an image, which comes once, has a text file."""
         try:
             text = self._files.of(item)
         except ImageError:  # raised again when it is captioned
