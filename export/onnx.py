@@ -34,8 +34,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="inside the graph (fp32)")
     p.add_argument("--max-batch", type=positive, default=32, metavar="N", help="images encoded together (32)")
-    drawn = ("--max-images", "--max-pictures")  # the second is the older name
-    p.add_argument(*drawn, type=positive, default=8, metavar="N", help="images reconstructed together (8)")
+    help_text = "images reconstructed together (8)"
+    p.add_argument("--max-images", type=positive, default=8, metavar="N", help=help_text)
     p.add_argument(
         "--calibrate",
         type=Path,

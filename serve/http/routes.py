@@ -247,9 +247,9 @@ class Routes(EmbeddingsApp):
             return await self.service.crop(await self.fetcher.get(url), crop)
 
         crops = await gather_or_cancel([one(url) for url in urls])
-        with self.metrics.stage("draw"):
+        with self.metrics.stage("reconstruct"):
             result = await self.reconstruction.reconstruct(crops, params)
-        answer = {"model": self.model, "picture": "data:image/png;base64," + base64.b64encode(result.png).decode()}
+        answer = {"model": self.model, "image": "data:image/png;base64," + base64.b64encode(result.png).decode()}
         if len(urls) == 2:  # a mixture has no caption yet
             caption_params = api.caption_params({}, self.service.engine.max_tokens)
             completion = await self.service.caption(result.prompts, caption_params.sampling)

@@ -73,7 +73,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
         else:
             source = FromImages(t2i, checkpoint, originals, args.device, settings, args.work)
     comparison = Comparison(list(originals.values()), dict(args.net), args.lpips, args.batch, args.device)
-    head = results_head("images", argv) | {"pictures": len(originals)}
+    head = results_head("images", argv) | {"images": len(originals)}
     found = {}
     for found in sweep(comparison, source, list(originals), args.guidance, args.shuffled):
         write_results(head | found, args.out, show=False)

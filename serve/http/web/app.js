@@ -157,7 +157,7 @@ async function reconstruct(card) {
   await reconstructing.run(async () => {
     const body = { images: [await dataUrl(card.file)], guidance: +at("guidance").value, steps: +at("steps").value };
     const answer = await (await post("v1/reconstructions", body, signal)).json();
-    image.src = answer.picture;
+    image.src = answer.image;
     image.alt = "Reconstruction from the embeddings of " + card.name;
     image.className = "";
   }, signal).catch(error => { if (!signal.aborted) { figure.hidden = true; toast(card.name, error); } });
@@ -274,7 +274,7 @@ async function mix() {
     const body = { images, share: at("share").value / 100, mix: how, guidance: +at("guidance").value, steps: +at("steps").value };
     const answer = await (await post("v1/reconstructions", body, signal)).json();
     if (signal.aborted) return;
-    at("mixed").src = answer.picture;
+    at("mixed").src = answer.image;
     at("mixcaption").textContent = answer.caption;
   } catch (error) {
     if (signal.aborted) return;

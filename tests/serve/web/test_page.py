@@ -354,7 +354,7 @@ def test_the_route_reconstructs_like_the_library(server, scene_images):
         contexts = torch.stack([first, 0.75 * first + 0.25 * second, torch.cat([first[:cut], second[cut:]])])
         expected = T2I.load(checkpoint.t2i).reconstruct(contexts, steps=3)
     for answer, image in zip(answers, expected, strict=True):
-        png = base64.b64decode(answer.json()["picture"].split(",")[1])
+        png = base64.b64decode(answer.json()["image"].split(",")[1])
         decoded = torch.from_numpy(np.array(Image.open(io.BytesIO(png)))).permute(2, 0, 1)
         # another batch adds in another order: a value at the edge of two steps of 1/255 may fall to either
         assert (decoded.int() - image.int()).abs().max() <= 1
@@ -394,7 +394,7 @@ def test_a_checkpoint_without_a_text_to_image_model(random_checkpoint, scene_ima
 
 def test_reconstructions_are_counted(server):
     text = httpx.get(server.url + "/metrics").text
-    assert 'vlv_stage_seconds_count{stage="draw"}' in text
+    assert 'vlv_stage_seconds_count{stage="reconstruct"}' in text
 
 
 def test_a_reconstructor_that_is_busy_or_has_no_memory(t2i_checkpoint, monkeypatch):

@@ -38,7 +38,7 @@ def test_a_sweep_with_controls_and_its_resumption(tmp_path, originals, bundled, 
     options = ["--ckpt", bundled, "--net", f"scenes={scene_net}", "--guidance", "2", "1", "--steps", "4"]
     options += ["--shuffled", "--batch", "4"]
     code, found = run(tmp_path, originals, *options)
-    assert code == 0 and found["kind"] == "images" and found["pictures"] == 8
+    assert code == 0 and found["kind"] == "images" and found["images"] == 8
     rows = {(r["guidance"], r["control"]): r["scenes"] for r in found["rows"]}
     assert len(rows) == 4  # controls at the first guidance only
     plain, other, mixed = (rows[2.0, c] for c in ("", "another image's embeddings", "mixed embeddings"))
@@ -68,7 +68,7 @@ def test_from_captions(tmp_path, originals, bundled, scene_net, capsys):
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     options = ["--captions", tmp_path / "captions.json", "--t2i", bundled / "t2i", "--net", f"scenes={scene_net}"]
     code, found = run(tmp_path, originals, *options, "--steps", "2")
-    assert code == 0 and found["pictures"] == 3
+    assert code == 0 and found["images"] == 3
     assert found["rows"][0]["scenes"]["frechet"] > 0
     assert {f.name for f in (tmp_path / "drawn" / "drawn-2").glob("*.png")} == {"00.png", "01.png", "02.png"}
     captions["elsewhere/01.png"] = "a small bus"  # of the same name, the file says something else

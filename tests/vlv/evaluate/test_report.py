@@ -23,7 +23,7 @@ def results(tmp_path):
     layout = {"probe": {"iou": 0.5, "centre_error": None, "placed": 1.0, "objects": 3}}
     found = {
         "images": {
-            "pictures": 3, "rows": rows,
+            "images": 3, "rows": rows,
             "examples": [{"label": "original", "files": [str(tmp_path / "red.png"), str(tmp_path / "gone.png")]}],
         },
         "judge": {
