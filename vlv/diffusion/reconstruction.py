@@ -60,7 +60,7 @@ class CaptionReconstructor:
     def __init__(self, folder: Path, device: str | torch.device):
         """Load the folder's pipeline in float32, without a safety checker."""
         options = {"safety_checker": None} if (folder / "text_encoder").is_dir() else {}
-        pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(folder, torch_dtype=torch.float32, **options)
+        pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float32, **options)
         self._pipeline: Any = pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
         self._settings = self._pipeline.scheduler.config

@@ -38,8 +38,8 @@ class T2I(nn.Module):
         if not (folder / "unet").is_dir():
             raise DiffusionError(f"{folder} is no diffusers text-to-image folder: it has no unet/")
         t2i = cls(
-            AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype),
-            UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype),
+            AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype),
+            UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype),
             CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype),
             CLIPTokenizer.from_pretrained(folder / "tokenizer"),
             DDPMScheduler.from_pretrained(folder / "scheduler"),

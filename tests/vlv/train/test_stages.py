@@ -21,7 +21,7 @@ from vlv.train.parallel import World
 def test_the_t2i_folder_is_a_plain_diffusers_pipeline(run):
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(run / "t2i", safety_checker=None, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(run / "t2i", safety_checker=None, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("a large cat at the top left", num_inference_steps=2, output_type="np").images[0]
     assert picture.shape == (64, 64, 3)
