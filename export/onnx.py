@@ -32,8 +32,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"what to export: {', '.join(COMPONENTS)} (default: all that the checkpoint has)",
     )
-    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="inside the graph (fp32)")
-    p.add_argument("--max-batch", type=positive, default=32, metavar="N", help="images encoded together (32)")
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision inside the graph (default: fp32)")
+    p.add_argument(
+        "--max-batch",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="largest batch of the encoder, in images (default: 32)",
+    )
     drawn = ("--max-images", "--max-pictures")  # the second is the older name
     p.add_argument(*drawn, type=positive, default=8, metavar="N", help="images reconstructed together (8)")
     p.add_argument(
