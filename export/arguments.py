@@ -28,9 +28,16 @@ def verification_arguments(p: argparse.ArgumentParser) -> None:
         type=_verification_inputs,
         default=8,
         metavar="N",
-        help="images to verify on, two of them noise (8)",
+        help="images to verify on, two of them noise (default: 8)",
     )
-    p.add_argument("--images", type=Path, nargs="+", default=[], metavar="FILE", help="photos to verify on first")
+    p.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="photos to verify on, before synthetic scenes fill up --probes",
+    )
     p.add_argument(
         "--captions",
         action=argparse.BooleanOptionalAction,

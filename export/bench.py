@@ -23,11 +23,32 @@ def parser() -> argparse.ArgumentParser:
     p = arguments.parser("bench", __doc__)
     p.add_argument("--artifacts", type=Path, required=True, metavar="DIR", help="the folder that an export wrote")
     p.add_argument("--ckpt", required=True, metavar="DIR", help="the checkpoint that it was made from")
-    p.add_argument("--runtimes", nargs="+", choices=TIMED, default=TIMED, metavar="NAME", help=", ".join(TIMED))
-    p.add_argument("--precision", choices=TORCH_PRECISIONS, help="of PyTorch's rows (bf16 on a GPU, else fp32)")
-    p.add_argument("--batches", nargs="+", type=positive, default=[1, 8], metavar="N", help="batch sizes (1 8)")
-    p.add_argument("--repeats", type=positive, default=20, metavar="N", help="timed calls each (20)")
-    p.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE", help="JSON; the plot is beside it")
+    p.add_argument(
+        "--runtimes",
+        nargs="+",
+        choices=TIMED,
+        default=TIMED,
+        metavar="NAME",
+        help=f"default: all of {', '.join(TIMED)}",
+    )
+    p.add_argument(
+        "--precision",
+        choices=TORCH_PRECISIONS,
+        help="precision of the PyTorch runtimes (default: bf16 on a GPU, else fp32)",
+    )
+    p.add_argument(
+        "--batches", nargs="+", type=positive, default=[1, 8], metavar="N", help="batch sizes (default: 1 8)"
+    )
+    p.add_argument(
+        "--repeats", type=positive, default=20, metavar="N", help="timed calls of each runtime (default: 20)"
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench.json"),
+        metavar="FILE",
+        help="JSON; the plot is beside it (default: bench.json)",
+    )
     p.add_argument("--memory-of", choices=TIMED, help=argparse.SUPPRESS)
     return p
 

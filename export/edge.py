@@ -22,8 +22,10 @@ def parser() -> argparse.ArgumentParser:
     p = arguments.parser("edge", __doc__)
     p.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write")
-    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the encoder (fp32)")
-    p.add_argument("--llm-type", choices=GGUF_TYPES, default="f16", help="of the language model's matrices (f16)")
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of the encoder (default: fp32)")
+    p.add_argument(
+        "--llm-type", choices=GGUF_TYPES, default="f16", help="type of the language model's weights (default: f16)"
+    )
     p.add_argument(
         "--web",
         type=Path,
@@ -31,7 +33,13 @@ def parser() -> argparse.ArgumentParser:
         help="add web/, a page that encodes in the browser; DIR: the npm package onnxruntime-web, such as "
         "node_modules/onnxruntime-web",
     )
-    p.add_argument("--scenes", type=positive, default=256, metavar="N", help="to verify the language model on (256)")
+    p.add_argument(
+        "--scenes",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="held-out scenes to verify the language model on (default: 256)",
+    )
     p.add_argument("--allow-drift", action="store_true", help="keep a model that fails its check")
     p.add_argument("--force", action="store_true", help="replace what is in BUNDLE")
     arguments.verification_arguments(p)

@@ -36,9 +36,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument("--out", type=Path, required=True, metavar="ARTIFACTS", help="folder of the artifacts")
     p.add_argument(
-        "--types", nargs="+", choices=GGUF_TYPES, default=["f16"], metavar="TYPE", help=f"{', '.join(GGUF_TYPES)} (f16)"
+        "--types",
+        nargs="+",
+        choices=GGUF_TYPES,
+        default=["f16"],
+        metavar="TYPE",
+        help=f"{', '.join(GGUF_TYPES)} (default: f16)",
     )
-    p.add_argument("--scenes", type=positive, default=256, metavar="N", help="held-out scenes to verify on (256)")
+    p.add_argument(
+        "--scenes", type=positive, default=256, metavar="N", help="held-out scenes to verify on (default: 256)"
+    )
     p.add_argument("--allow-drift", action="store_true", help="keep a file that fails the check")
     p.add_argument("--force", action="store_true", help="write again what is up to date")
     return p

@@ -32,7 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     p = arguments.parser("lint", __doc__)
     p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="ONNX graphs")
-    p.add_argument("--runtime", default="rtx", choices=("onnx", "rtx", "trt"), help="the runtime they are for (rtx)")
+    p.add_argument(
+        "--runtime",
+        default="rtx",
+        choices=("onnx", "rtx", "trt"),
+        help="runtime that the graphs are for (default: rtx)",
+    )
     return run_command(run, p.parse_args(argv))
 
 

@@ -32,9 +32,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"what to export: {', '.join(COMPONENTS)} (default: all that the checkpoint has)",
     )
-    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="inside the graph (fp32)")
-    p.add_argument("--max-batch", type=positive, default=32, metavar="N", help="images encoded together (32)")
-    help_text = "images reconstructed together (8)"
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision inside the graph (default: fp32)")
+    p.add_argument(
+        "--max-batch",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="largest batch of the encoder, in images (default: 32)",
+    )
+    help_text = "images reconstructed together (default: 8)"
     p.add_argument("--max-images", type=positive, default=8, metavar="N", help=help_text)
     p.add_argument(
         "--calibrate",

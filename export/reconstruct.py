@@ -20,7 +20,9 @@ from vlv.common.command import hush, run_command
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     p = reconstruct.parser("python -m export.reconstruct", __doc__)
-    p.add_argument("--backend", choices=RUNTIMES, default="onnx", help="runtime of encoder and reconstruction (onnx)")
+    p.add_argument(
+        "--backend", choices=RUNTIMES, default="onnx", help="runtime of encoder and reconstruction (default: onnx)"
+    )
     p.add_argument("--artifacts", type=Path, metavar="DIR", help="what an export wrote; torch needs none")
     args = reconstruct.parse(p, argv)
     if args.captions or args.t2i or args.device != p.get_default("device"):

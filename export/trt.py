@@ -27,13 +27,19 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser."""
     p = arguments.parser("trt", __doc__)
     onnx.add_arguments(p)
-    p.add_argument("--target", type=_target, required=True, metavar="SM", help="sm86, sm89, sm90 …: the GPU to run on")
+    p.add_argument(
+        "--target",
+        type=_target,
+        required=True,
+        metavar="SM",
+        help="compute capability of the GPU that runs the engine, such as sm89 (L4, L40S, RTX 4090)",
+    )
     p.add_argument("--runtime", choices=("rtx", "trt"), default="rtx", help="TensorRT-RTX (default) or TensorRT")
     p.add_argument(
         "--plugins",
         choices=("auto", "on", "off"),
         default="auto",
-        help="our kernels in the engine: auto means for TensorRT in half precision; TensorRT-RTX has no plugins (auto)",
+        help="fused kernels as plugins of a TensorRT engine (default: auto, in half precision); TensorRT-RTX has none",
     )
     p.add_argument("--refittable", action="store_true", help="build engines whose weights --refit can replace")
     p.add_argument("--refit", action="store_true", help="replace the weights of the existing engine")

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     p = arguments.parser("verify", __doc__)
     p.add_argument("--artifacts", type=Path, required=True, metavar="DIR", help="the folder that an export wrote")
     p.add_argument("--ckpt", required=True, metavar="DIR", help="the checkpoint that it was made from")
-    p.add_argument("--runtime", default="onnx", choices=RUNTIMES[1:], help=f"{', '.join(RUNTIMES[1:])} (onnx)")
+    p.add_argument("--runtime", default="onnx", choices=RUNTIMES[1:], help="runtime to check (default: onnx)")
     arguments.verification_arguments(p)
     return run_command(run, p.parse_args(argv))
 

@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m kernels.occupancy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", default=",".join(TARGETS), help="architectures, with commas (all)")
+    parser.add_argument("--target", default=",".join(TARGETS), metavar="SM,SM", help="architectures (default: all)")
     args = parser.parse_args()
     targets = args.target.split(",")
     if wrong := [target for target in targets if target not in LIMITS]:

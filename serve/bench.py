@@ -19,25 +19,60 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     p = Parser(
         prog="python -m serve.bench",
-        description="Measure a captioning server under offered load.",
+        description="Measure a captioning server under offered load.\n\n"
+        "    python -m serve.bench photos/ --url http://127.0.0.1:8000 --rates 2,4,8 --seconds 60 -o bench.json",
         parents=[debug_argument()],
     )
     p.add_argument("paths", nargs="+", metavar="PATH", help="images to ask for: files, folders, globs")
-    p.add_argument("--url", default="http://127.0.0.1:8000", help="the server (http://127.0.0.1:8000)")
-    p.add_argument("--rates", type=_rates, default=(1.0, 2.0, 4.0), metavar="R,R", help="requests a second (1,2,4)")
-    p.add_argument("--seconds", type=positive, default=30, metavar="S", help="of arrivals at each rate (30)")
-    p.add_argument("--max-tokens", type=positive, default=300, metavar="N", help="longest caption (300)")
-    p.add_argument("--slo-ttft", type=float, default=1.0, metavar="S", help="SLO: seconds to the first token (1)")
-    p.add_argument("--slo-e2e", type=float, default=10.0, metavar="S", help="SLO: seconds to the end (10)")
-    p.add_argument("--price", type=float, default=0.0, metavar="P", help="of the server per hour, for the cost")
-    p.add_argument("--devices", type=positive, default=1, metavar="N", help="that the server uses, for its figures")
-    p.add_argument("--seed", type=int, default=0, help="of the arrivals (0)")
+    p.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: http://127.0.0.1:8000)")
+    p.add_argument(
+        "--rates",
+        type=_rates,
+        default=(1.0, 2.0, 4.0),
+        metavar="R,R",
+        help="requests a second, one measurement each (default: 1,2,4)",
+    )
+    p.add_argument(
+        "--seconds", type=positive, default=30, metavar="S", help="seconds of arrivals at each rate (default: 30)"
+    )
+    p.add_argument(
+        "--max-tokens", type=positive, default=300, metavar="N", help="longest caption in tokens (default: 300)"
+    )
+    p.add_argument(
+        "--slo-ttft",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="limit for goodput: seconds to the first token (default: 1)",
+    )
+    p.add_argument(
+        "--slo-e2e",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="limit for goodput: seconds to the last token (default: 10)",
+    )
+    p.add_argument(
+        "--price",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="price of the server for an hour; gives the cost of 1,000 captions (default: 0)",
+    )
+    p.add_argument(
+        "--devices",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="GPUs of the server; gives tokens a second for each (default: 1)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of the arrival times (default: 0)")
     p.add_argument(
         "-o",
         "--output",
         default="out/bench.json",
         metavar="JSON",
-        help="figures (out/bench.json); the page is NAME.html",
+        help="figures; the page is NAME.html beside it (default: out/bench.json)",
     )
     return p
 

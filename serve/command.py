@@ -28,7 +28,11 @@ def model_arguments(in_flight: int | None = None) -> Parser:
     )
     default = in_flight or "by the GPU's memory, up to 512; 256 on a CPU"
     llm.add_argument(
-        "--in-flight", type=positive, default=in_flight, metavar="N", help=f"captions decoded together ({default})"
+        "--in-flight",
+        type=positive,
+        default=in_flight,
+        metavar="N",
+        help=f"captions decoded together (default: {default})",
     )
     return p
 
@@ -39,36 +43,50 @@ def engine_arguments() -> Parser:
     llm = p.add_argument_group(LANGUAGE_MODEL)
     llm.add_argument("--engine", choices=ENGINES, help="what runs the model (default: vllm, or remote with --llm-url)")
     llm.add_argument("--llm-url", metavar="URL", help="the server that runs the model: vLLM or serve.gateway")
-    llm.add_argument("--lora", type=Path, metavar="DIR", help="PEFT adapter for the model (vllm)")
+    llm.add_argument("--lora", type=Path, metavar="DIR", help="with --engine vllm: PEFT adapter for the model")
     llm.add_argument(
-        "--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share the model (vllm)"
+        "--tensor-parallel",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="with --engine vllm: GPUs that share the model (default: 1)",
     )
     llm.add_argument(
         "--llm-dtype",
         choices=LLM_DTYPES,
         default="auto",
-        help="data type of the weights (vllm; default: bfloat16 on a GPU, float32 on a CPU)",
+        help="with --engine vllm: data type of the weights (default: auto, bfloat16 on a GPU and float32 on a CPU)",
     )
-    llm.add_argument("--llm-quantization", choices=("fp8",), help="quantise the weights while loading (vllm on a GPU)")
+    llm.add_argument(
+        "--llm-quantization", choices=("fp8",), help="with --engine vllm, on a GPU: quantise the weights while loading"
+    )
     llm.add_argument(
         "--kv-cache-dtype",
         choices=("auto", "fp8"),
         default="auto",
-        help="data type of the key-value cache (vllm; default: that of the weights)",
+        help="with --engine vllm: data type of the key-value cache (default: auto, that of the weights)",
     )
-    llm.add_argument("--gguf", type=Path, metavar="FILE", help="the model as a file that export.gguf wrote (llamacpp)")
+    llm.add_argument(
+        "--gguf", type=Path, metavar="FILE", help="with --engine llamacpp: the model as a file that export.gguf wrote"
+    )
     llm.add_argument(
         "--gguf-type",
         choices=GGUF_TYPES,
         default="f16",
-        help="without --gguf: type to which the model is converted once (llamacpp; f16)",
+        help="with --engine llamacpp, without --gguf: type to which the model is converted once (default: f16)",
     )
     llm.add_argument(
-        "--cache", type=Path, metavar="DIR", help="folder for what is compiled (default: the user's caches)"
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder that keeps compiled kernels and graphs for the next start (default: the user's caches)",
     )
     encoder = p.add_argument_group(ENCODER)
     encoder.add_argument(
-        "--encoder", choices=RUNTIMES, default="torch", help="what runs the encoder: PyTorch (default) or an export"
+        "--encoder",
+        choices=RUNTIMES,
+        default="torch",
+        help="what runs the encoder: PyTorch (default), or a runtime of the export in --artifacts",
     )
     encoder.add_argument("--artifacts", type=Path, metavar="DIR", help="folder of the export (export.onnx, export.trt)")
     encoder.add_argument(
@@ -82,14 +100,20 @@ def engine_arguments() -> Parser:
         default=True,
         help="in PyTorch on a GPU, run the encoder from CUDA graphs (default); --no-cuda-graphs saves memory",
     )
-    encoder.add_argument("--prompt-batch", type=positive, default=32, metavar="N", help="images in a batch (32)")
+    encoder.add_argument(
+        "--prompt-batch",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="images that the encoder takes together (default: 32)",
+    )
     images = p.add_argument_group(IMAGES)
     images.add_argument(
         "--crop",
         choices=CROPS,
         default="center",
         help="what the model sees: the centre square (default, published), all of the image on a square of grey, "
-        "squashed, or in overlapping squares with a caption each",
+        "squashed, or in overlapping squares with a caption each (docs/images.md)",
     )
     images.add_argument(
         "--ignore-icc", action="store_true", help="do not convert colours to sRGB by the image's profile, as published"

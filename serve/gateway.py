@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     p = Parser(
         prog="python -m serve.gateway",
-        description="Take prompt embeddings from other machines, check them, and pass them to a vLLM on this machine.",
+        description="Take prompt embeddings from other machines, check them, and pass them to a vLLM here.\n\n"
+        "    vllm serve DIR/llm --enable-prompt-embeds --host 127.0.0.1 --port 8001 --generation-config vllm\n"
+        "    python -m serve.gateway --ckpt DIR --llm-url http://127.0.0.1:8001 --port 8002",
         epilog=EXIT_CODES,
         parents=[model_arguments(in_flight=512), listening_arguments(), debug_argument()],
     )

@@ -34,22 +34,39 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser. Light: neither torch nor ray is imported for --help."""
     p = Parser(
         prog="python -m serve.ray_batch",
-        description="Caption images on a Ray cluster, with progress that survives any kill.",
+        description="Caption images on a Ray cluster, with progress that survives any kill.\n\n"
+        "    python -m serve.ray_batch s3://bucket/photos s3://bucket/captions --ckpt DIR --address auto --llms 1-64",
         epilog="exit codes: 0 every image of this run has a caption, or nothing was left to do; "
-        "1 the run failed, or some of its images did (errors/); 2 misuse.",
+        "1 the run failed, or some of its images did (errors/); 2 wrong arguments.",
         parents=[model_arguments(), engine_arguments(), cluster_arguments(), debug_argument()],
     )
     p.add_argument("paths", nargs="+", metavar="SRC", help="images, folders, .tar shards, URLs, or .parquet lists")
     p.add_argument("output", metavar="DST", help="folder or URL of the parts")
-    p.add_argument("--format", choices=("parquet", "webdataset"), default="parquet", help="what a part is (parquet)")
-    p.add_argument("--unit", type=positive, default=UNIT, metavar="N", help=f"images a part ({UNIT})")
-    p.add_argument("--url-column", metavar="NAME", help="column of .parquet, .jsonl and .csv lists (url, path, ...)")
-    p.add_argument("--raw", action="store_true", help="captions as the model wrote them, without the clean-up")
-    p.add_argument("--decoders", type=span, default=(1, 16), metavar="A-B", help="decoding actors (1-16)")
-    p.add_argument("--encoders", type=span, default=(1, 8), metavar="A-B", help="encoder actors (1-8)")
-    p.add_argument("--llms", type=span, default=(1, 8), metavar="A-B", help="language-model actors (1-8)")
-    p.add_argument("--encoder-gpu", type=share, default=0.2, metavar="X", help="GPU that an encoder takes (0.2)")
-    p.add_argument("--llm-gpu", type=share, default=0.8, metavar="X", help="GPU that a language model takes (0.8)")
+    p.add_argument(
+        "--format", choices=("parquet", "webdataset"), default="parquet", help="format of the parts (default: parquet)"
+    )
+    p.add_argument("--unit", type=positive, default=UNIT, metavar="N", help=f"images in a part (default: {UNIT})")
+    p.add_argument(
+        "--url-column",
+        metavar="NAME",
+        help="column of .parquet, .jsonl and .csv lists (default: url, path, file_name, image or id)",
+    )
+    p.add_argument("--raw", action="store_true", help="leave out the published clean-up of captions")
+    p.add_argument(
+        "--decoders", type=span, default=(1, 16), metavar="A-B", help="fewest and most decoding actors (default: 1-16)"
+    )
+    p.add_argument(
+        "--encoders", type=span, default=(1, 8), metavar="A-B", help="fewest and most encoder actors (default: 1-8)"
+    )
+    p.add_argument(
+        "--llms", type=span, default=(1, 8), metavar="A-B", help="fewest and most language-model actors (default: 1-8)"
+    )
+    p.add_argument(
+        "--encoder-gpu", type=share, default=0.2, metavar="X", help="share of a GPU for each encoder (default: 0.2)"
+    )
+    p.add_argument(
+        "--llm-gpu", type=share, default=0.8, metavar="X", help="share of a GPU for each language model (default: 0.8)"
+    )
     return p
 
 

@@ -30,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser. Imports neither torch nor ray."""
     p = Parser(
         prog="python -m serve.ray_serve",
-        description="Serve captions of a VLV checkpoint over HTTP from a Ray cluster.",
+        description="Serve captions of a VLV checkpoint over HTTP from a Ray cluster.\n\n"
+        "    python -m serve.ray_serve --ckpt DIR --replicas 2-16 --host 0.0.0.0 --keys keys.json --address auto",
         epilog=EXIT_CODES,
         parents=[
             serving_arguments(),
@@ -38,9 +39,17 @@ def parser() -> argparse.ArgumentParser:
             debug_argument("tracebacks, and the replicas' logs on stderr"),
         ],
     )
-    p.add_argument("--replicas", type=span, default=(1, 4), metavar="A-B", help="fewest and most replicas (1-4)")
-    p.add_argument("--target", type=positive, default=64, metavar="N", help="requests a replica should have (64)")
-    p.add_argument("--gpu", type=share, default=1.0, metavar="X", help="GPU that a replica takes (1)")
+    p.add_argument(
+        "--replicas", type=span, default=(1, 4), metavar="A-B", help="fewest and most replicas (default: 1-4)"
+    )
+    p.add_argument(
+        "--target",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="requests that each replica should have; more of them start another (default: 64)",
+    )
+    p.add_argument("--gpu", type=share, default=1.0, metavar="X", help="share of a GPU for each replica (default: 1)")
     return p
 
 

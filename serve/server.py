@@ -25,7 +25,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser. Imports neither torch nor the server."""
     p = Parser(
         prog="python -m serve.server",
-        description="Serve captions of a VLV checkpoint over HTTP, as OpenAI's API.",
+        description="Serve captions of a VLV checkpoint over HTTP, as OpenAI's API.\n\n"
+        "    python -m serve.server --ckpt DIR --port 8000\n"
+        "    python -m serve.server --keys keys.json --new-key alice        # prints a key\n"
+        "    python -m serve.server --ckpt DIR --host 0.0.0.0 --keys keys.json",
         epilog=EXIT_CODES,
         parents=[
             serving_arguments(),
@@ -43,9 +46,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--new-key", metavar="NAME", help="make a key, add its hash to --keys, print it, and stop")
     p.add_argument(
-        "--per-minute", type=positive, default=6000, metavar="N", help="of --new-key: images a minute (6000)"
+        "--per-minute", type=positive, default=6000, metavar="N", help="with --new-key: images a minute (default: 6000)"
     )
-    p.add_argument("--concurrent", type=positive, default=256, metavar="N", help="of --new-key: images at a time (256)")
+    p.add_argument(
+        "--concurrent", type=positive, default=256, metavar="N", help="with --new-key: images at a time (default: 256)"
+    )
     return p
 
 
@@ -53,22 +58,34 @@ def listening_arguments() -> Parser:
     """Return a parent parser for servers: where they listen, whom they let in, and how long they wait."""
     p = Parser(add_help=False)
     group = p.add_argument_group("address, access and time")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    group.add_argument("--port", type=_port, default=8000, help="port to listen at (8000)")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    group.add_argument("--port", type=_port, default=8000, help="port to listen at (default: 8000)")
     group.add_argument(
-        "--keys", type=Path, metavar="FILE", help="hashes of the API keys that are let in (see --new-key)"
+        "--keys",
+        type=Path,
+        metavar="FILE",
+        help="file with the hashes of the API keys that are let in; --new-key writes it",
     )
     group.add_argument("--no-auth", action="store_true", help="listen beyond this machine without keys")
-    group.add_argument("--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (60)")
-    group.add_argument("--access-log", action="store_true", help="log every request (without: those that fail)")
+    group.add_argument(
+        "--deadline", type=positive, default=60, metavar="S", help="seconds for a whole request (default: 60)"
+    )
+    group.add_argument("--access-log", action="store_true", help="log every request, not only those that fail")
     group.add_argument(
         "--cors",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="let pages of this origin call the server (repeatable; '*' for all; none by default)",
+        help="let web pages of this origin call the server, such as https://app.example.org, or '*': all "
+        "(repeatable; default: none)",
     )
-    group.add_argument("--drain", type=positive, default=60, metavar="S", help="seconds to finish at SIGTERM (60)")
+    group.add_argument(
+        "--drain",
+        type=positive,
+        default=60,
+        metavar="S",
+        help="seconds that running requests get after SIGTERM (default: 60)",
+    )
     return p
 
 
@@ -94,25 +111,33 @@ def serving_arguments() -> Parser:
         action="append",
         default=[],
         metavar="HOST",
-        help="fetch http(s) images from this host (repeatable; *.example.org, host:port); none by default",
+        help="fetch http(s) images from this host, such as '*.example.org' or host:8080 (repeatable; default: none)",
     )
     limits.add_argument(
-        "--body-seconds", type=positive, default=20, metavar="S", help="seconds for a request to arrive (20)"
+        "--body-seconds", type=positive, default=20, metavar="S", help="seconds for a request to arrive (default: 20)"
     )
-    limits.add_argument("--max-body", type=positive, default=64, metavar="MIB", help="size of the largest request (64)")
     limits.add_argument(
-        "--max-bodies", type=positive, default=512, metavar="MIB", help="size of all requests together (512)"
+        "--max-body", type=positive, default=64, metavar="MIB", help="size of the largest request (default: 64)"
+    )
+    limits.add_argument(
+        "--max-bodies", type=positive, default=512, metavar="MIB", help="size of all requests together (default: 512)"
     )
     limits.add_argument(
         "--max-image",
         type=positive,
         default=20,
         metavar="MIB",
-        help="size of the largest image file that is fetched (20)",
+        help="size of the largest image file that is fetched (default: 20)",
     )
-    limits.add_argument("--max-images", type=positive, default=64, metavar="N", help="images in one request (64)")
     limits.add_argument(
-        "--max-pixels", type=positive, default=50_000_000, metavar="N", help="pixels of the largest image (50 million)"
+        "--max-images", type=positive, default=64, metavar="N", help="images in one request (default: 64)"
+    )
+    limits.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=50_000_000,
+        metavar="N",
+        help="pixels of the largest image (default: 50 million)",
     )
     return p
 

@@ -40,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser. Light: neither torch nor the service is imported for --help."""
     p = Parser(
         prog="python -m serve.vllm_caption",
-        description="Caption images with a VLV checkpoint, through vLLM.",
+        description="Caption images with a VLV checkpoint, through vLLM.\n\n"
+        "    python -m serve.vllm_caption photos/ --ckpt DIR -o captions.jsonl --gallery gallery.html\n"
+        "    python -m serve.vllm_caption photos/ --ckpt DIR --format txt               # photo.txt beside photo.jpg\n"
+        "    python -m serve.vllm_caption 'shards/{000..099}.tar' --ckpt DIR --format webdataset -o out --shard 1/8",
         epilog=EXIT_CODES,
         parents=[
             model_arguments(),
@@ -50,30 +53,41 @@ def parser() -> argparse.ArgumentParser:
         ],
     )
     p.add_argument("paths", nargs="*", metavar="PATH", help="image, folder (recursive), glob, list, .tar shard, or URL")
-    p.add_argument("-o", "--output", metavar="FILE", help="file, or folder of shards (captions.*); - for stdout")
+    p.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="file, or folder of shards; - for stdout (default: captions with the ending of the format)",
+    )
     p.add_argument(
         "--format",
         choices=FORMATS,
         default="jsonl",
-        help="form of the output (jsonl); txt: text files beside the images",
+        help="format of the output (default: jsonl); txt: text files beside the images",
     )
     listing = p.add_argument_group("input")
-    listing.add_argument("--url-column", metavar="NAME", help="column of tables that has the images, URLs or paths")
+    listing.add_argument(
+        "--url-column",
+        metavar="NAME",
+        help="column of tables that has the images, URLs or paths (default: url, path, file_name, image or id)",
+    )
     listing.add_argument("--limit", type=positive, metavar="N", help="only the first N images of the input")
     listing.add_argument(
-        "--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input (1/N to N/N)"
+        "--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the input, such as 3/16"
     )
     listing.add_argument(
         "--lenient", action="store_true", help="caption the intact part of a truncated JPEG file; the rest is grey"
     )
     listing.add_argument(
-        "--strict", action="store_true", help="fail if files are left out, such as .heic or dead links"
+        "--strict", action="store_true", help="exit with 1 if files are left out, such as broken links"
     )
     draws = p.add_argument_group("sampling")
-    draws.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
-    draws.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws at a temperature above 0")
+    draws.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     draws.add_argument(
-        "-n", type=positive, default=1, metavar="N", help="captions drawn per image; equal ones count once"
+        "--seed", type=int, default=0, metavar="N", help="seed of the sampling at a temperature above 0 (default: 0)"
+    )
+    draws.add_argument(
+        "-n", type=positive, default=1, metavar="N", help="captions drawn per image; equal ones count once (default: 1)"
     )
     draws.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end captions before TEXT (repeatable)"
@@ -89,12 +103,14 @@ def parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="find changed images by a hash of the file, not by size and time"
     )
     reruns.add_argument("--prune", action="store_true", help="remove records of images that are no longer in the input")
-    reruns.add_argument("--dry-run", action="store_true", help="only print the images that would be captioned")
+    reruns.add_argument("--dry-run", action="store_true", help="print the images that would be captioned, and stop")
     reruns.add_argument(
         "--patch", type=Path, metavar="JSONL", help="first apply captions that were edited on the --gallery page"
     )
     texts = p.add_argument_group("text files (--format txt without -o)")
-    texts.add_argument("--caption-extension", default=".txt", metavar="EXT", help="ending of the text files (.txt)")
+    texts.add_argument(
+        "--caption-extension", default=".txt", metavar="EXT", help="ending of the text files (default: .txt)"
+    )
     texts.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="write a tree of text files like that of the images"
     )
@@ -107,13 +123,22 @@ def parser() -> argparse.ArgumentParser:
     style.add_argument("--max-sentences", type=positive, metavar="N", help="only the first N sentences")
     style.add_argument("--max-words", type=positive, metavar="N", help="whole sentences that fit into N words")
     style.add_argument("--single-line", action="store_true", help="replace line breaks by spaces")
-    style.add_argument("--template", default="{caption}", metavar="TEXT", help='such as "a sks photo, {caption}"')
+    style.add_argument(
+        "--template",
+        default="{caption}",
+        metavar="TEXT",
+        help='text around the caption, such as "a sks photo, {caption}"',
+    )
     reports = p.add_argument_group("reports")
     reports.add_argument("--gallery", metavar="HTML", help="also write a page to look through and edit captions")
-    reports.add_argument("--trace", metavar="JSON", help="also write when each stage worked, for ui.perfetto.dev")
-    reports.add_argument("--doctor", action="store_true", help="only say what is installed and what is missing")
     reports.add_argument(
-        "--plan", metavar="CKPT", help="only say how much GPU memory and money captions cost; CKPT or a preset"
+        "--trace", metavar="JSON", help="also write when each stage worked, to open at ui.perfetto.dev"
+    )
+    reports.add_argument("--doctor", action="store_true", help="print what is installed and what is missing, and stop")
+    reports.add_argument(
+        "--plan",
+        metavar="CKPT",
+        help="print the GPU memory and the cost of captions, and stop; CKPT: as --ckpt, or qwen2.5-0.5b, -1.5b, -3b",
     )
     reports.add_argument(
         "--gpu-memory", type=_amount, metavar="GB", help="with --plan: the GPU's memory, to see what fits"

@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     p = Parser(
         prog="python -m serve.vllm_plugin",
-        description="Write a checkpoint as a folder for `vllm serve`.",
+        description="Write a checkpoint as a folder for `vllm serve`.\n\n"
+        "    python -m serve.vllm_plugin DIR --out VLLM_DIR",
         parents=[debug_argument()],
     )
     p.add_argument("ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")

@@ -25,9 +25,20 @@ def parser() -> Parser:
     """Return the parser of the command line."""
     p = Parser(prog="python -m vlv.published", description=__doc__, parents=[debug_argument()])
     p.add_argument("source", metavar="SRC", nargs="?", help="published weights: file, folder or hub id")
-    p.add_argument("--out", type=Path, required=True, help="folder or file to write; it appears when it is complete")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="folder or file to write; it appears when it is complete",
+    )
     p.add_argument("--to-published", action="store_true", help="SRC is a converted folder: write it back")
-    p.add_argument("--random-weights", metavar="PRESET", choices=sorted(PRESETS), help="instead of SRC: random weights")
+    p.add_argument(
+        "--random-weights",
+        metavar="PRESET",
+        choices=sorted(PRESETS),
+        help=f"write random weights of these sizes, without SRC: {', '.join(sorted(PRESETS))}",
+    )
     for name, model in {"florence": "Florence-2", "clip": "SD or its text encoder", "llm": "Qwen2.5"}.items():
         p.add_argument(f"--{name}", metavar="DIR", help=f"folder or hub id of {model} (default: found beside SRC)")
     p.add_argument("--t2i", type=Path, metavar="DIR", help="Stable Diffusion folder to link, for reconstruction")

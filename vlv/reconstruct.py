@@ -26,15 +26,36 @@ def parser(prog: str = "python -m vlv.reconstruct", doc: str = __doc__) -> Parse
     p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id")
     p.add_argument("--captions", type=Path, metavar="JSONL", help="reconstruct from these captions instead of images")
     p.add_argument("--t2i", type=Path, metavar="DIR", help="diffusers folder to use (default: the checkpoint's)")
-    p.add_argument("-o", "--output", type=Path, default=Path("reconstructions"), metavar="DIR")
-    p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
-    p.add_argument("--steps", type=int, default=50)
-    p.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 turns it off")
-    p.add_argument("--seed", type=int, default=0, help="of the initial noise, the same for every image")
-    p.add_argument("--batch", type=int, default=8, help="images reconstructed together")
-    p.add_argument("--interpolate", type=int, metavar="N", help="N images from the first image to the second")
-    p.add_argument("--mix", type=float, metavar="SHARE", help="this share of the first's embeddings, then the second's")
-    p.add_argument("--device", default="cpu", help="torch device (cpu)")
+    p.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("reconstructions"),
+        metavar="DIR",
+        help="folder to write (default: reconstructions)",
+    )
+    p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim", help="default: ddim")
+    p.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    p.add_argument(
+        "--guidance", type=float, default=2.0, help="classifier-free guidance; 1 turns it off (default: 2.0)"
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, help="seed of the initial noise, the same for every image (default: 0)"
+    )
+    p.add_argument("--batch", type=int, default=8, help="images reconstructed together (default: 8)")
+    p.add_argument(
+        "--interpolate",
+        type=int,
+        metavar="N",
+        help="reconstruct N embeddings on the line from the first image's to the second's, both ends included",
+    )
+    p.add_argument(
+        "--mix",
+        type=float,
+        metavar="SHARE",
+        help="join the first SHARE (0 to 1) of the first image's embeddings and the rest of the second's",
+    )
+    p.add_argument("--device", default="cpu", help="torch device, such as cuda (default: cpu)")
     return p
 
 
@@ -65,18 +86,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _work(args: argparse.Namespace) -> None:
     from vlv.checkpoints.published import resolve
+    from vlv.common.device import choose_device
     from vlv.diffusion.reconstruct_files import reconstruct_captions, reconstruct_images
     from vlv.diffusion.reconstruction import TorchReconstructor
 
     hush()
+    device = choose_device(args.device)
     if args.captions:
         folder = args.t2i or resolve(args.ckpt).t2i
-        print(reconstruct_captions(args.captions, folder, args.device, args.output, sampling(args)))
+        print(reconstruct_captions(args.captions, folder, device, args.output, sampling(args)))
         return
     checkpoint = resolve(args.ckpt)
 
     def open_reconstructor() -> TorchReconstructor:
-        return TorchReconstructor(checkpoint.load_encoder(), args.t2i or checkpoint.t2i, args.device)
+        return TorchReconstructor(checkpoint.load_encoder(), args.t2i or checkpoint.t2i, device)
 
     size, chosen = checkpoint.config.image_size, sampling(args)
     print(reconstruct_images(args.images, size, open_reconstructor, args.output, chosen, args.interpolate, args.mix))

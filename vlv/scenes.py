@@ -14,9 +14,9 @@ def parser() -> Parser:
     p = Parser(
         prog="python -m vlv.scenes", description="Write held-out scenes as PNG files.", parents=[debug_argument()]
     )
-    p.add_argument("folder", type=Path)
-    p.add_argument("--count", type=positive, default=512, help="how many (default: 512)")
-    p.add_argument("--first", type=int, default=0, help="the first one's number (default: 0)")
+    p.add_argument("folder", type=Path, metavar="DIR", help="folder to write")
+    p.add_argument("--count", type=positive, default=512, help="scenes to write (default: 512)")
+    p.add_argument("--first", type=int, default=0, help="number of the first scene (default: 0)")
     return p
 
 

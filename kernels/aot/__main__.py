@@ -24,10 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", default="sm90", help=f"architectures, with commas: {','.join(TARGETS)} (sm90)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the tensors (bfloat16)")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (all)")
-    parser.add_argument("--out", type=Path, help="folder for PTX, cubin and manifest")
+    parser.add_argument("--target", default="sm90", metavar="SM,SM", help=f"of {','.join(TARGETS)} (default: sm90)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="data type of the tensors (default: bfloat16)"
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="P,P", help=f"of {','.join(PARTS)} (default: all)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for PTX, cubin and manifest")
     parser.add_argument("--check", action="store_true", help="exit 1 on spills that the baseline does not list")
     parser.add_argument("--in-turn", action="store_true", help="build every launch for one of the targets, in turn")
     parser.add_argument("--write-baseline", action="store_true", help="record registers and spills as the baseline")

@@ -80,7 +80,10 @@ class RemoteEngine(LLMEngine):
             except (ValueError, LookupError, TypeError) as error:
                 raise EngineError(f"{self._base}/models is no list of models: {one_line(error)}") from error
             if asyncio.get_running_loop().time() > deadline:
-                raise EngineError(f"no language model at {self._base} after {self.patience:g} s: {problem}")
+                raise EngineError(
+                    f"no language model at {self._base} after {self.patience:g} s: start one, or correct --llm-url "
+                    f"({problem})"
+                )
             await asyncio.sleep(0.5)
 
     async def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:

@@ -1,6 +1,6 @@
 """Compute vLLM's engine arguments from the card, the language model and the captions in flight; loads nothing.
 
-The names are those of vLLM 0.23 to 0.33 (docs/compatibility.md). docs/serving.md says why each value is what it is.
+The names are those of vLLM 0.23 to 0.33 (docs/compatibility.md). docs/captioning.md says why each value is what it is.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ async def listen(app: ASGIApp, state: CaptionApp, config: ListenConfig, failure:
         loop.add_signal_handler(number, stop, number)
     failure.add_done_callback(lambda _: setattr(server, "should_exit", True))
     url = f"http://{config.host}:{config.port}"
-    say(f"listening at {url} (loading the models: /ready tells when they are there)")
+    say(f"opening {url}; the models are loading, and /ready tells when they are there")
     announcing = asyncio.create_task(announce(state, url, time.monotonic()))
     try:
         await server.serve()

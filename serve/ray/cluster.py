@@ -14,8 +14,12 @@ from vlv.common.command import Misuse, Parser, positive
 def cluster_arguments() -> Parser:
     """Return a parent parser for commands that run on a Ray cluster."""
     p = Parser(add_help=False)
-    p.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster (default: this machine alone)")
-    p.add_argument("--cpus", type=positive, metavar="N", help="without --address: CPUs that Ray counts on")
+    p.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="address of a Ray cluster; auto: the one of this machine (default: none, a Ray for this run)",
+    )
+    p.add_argument("--cpus", type=positive, metavar="N", help="without --address: CPUs that Ray may use (default: all)")
     return p
 
 

@@ -31,6 +31,7 @@ OUTSIDE = {
     "docker",
     "kubectl",
     "helm",
+    "hf",
     "curl",
     "source",
     "bash",

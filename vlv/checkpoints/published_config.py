@@ -51,7 +51,8 @@ def download(name: str, weights: bool) -> Path:
             mirrors = " and ".join(SD_MIRRORS)
             remedy = f"Stability AI removed its Stable Diffusion 2 repositories; mirrors of 2.1-base are {mirrors}"
         raise CheckpointError(
-            f"cannot get {name} from the Hugging Face hub, nor is it in the local cache ({reason}): {remedy}"
+            f"cannot get {name} from the Hugging Face hub, and it is no folder and not in the local cache ({reason}): "
+            f"{remedy}"
         ) from error
 
 

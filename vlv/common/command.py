@@ -22,6 +22,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 MANY = 12  # options, of which a usage line would need many lines
@@ -61,8 +62,15 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the help."""
+        for action in self._actions:
+            if action.option_strings and action.nargs != 0 and not (action.metavar or action.choices):
+                action.metavar = METAVARS.get(action.type, "TEXT")
         if self.usage is None and len(self._actions) > MANY:
-            required = [f"{a.option_strings[0]} {a.metavar}" for a in self._actions if a.option_strings and a.required]
+            required = [
+                f"{a.option_strings[0]} {a.metavar or a.dest.upper()}"
+                for a in self._actions
+                if a.option_strings and a.required
+            ]
             paths = [a for a in self._actions if not a.option_strings]
             names = [f"{a.metavar or a.dest}{' ...' if a.nargs in ('*', '+') else ''}" for a in paths]
             self.usage = " ".join(["%(prog)s", *required, "[options]", *names])
@@ -79,6 +87,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
+METAVARS = {int: "N", positive: "N", float: "X", Path: "PATH"}  # in --help, for options that name no other
+
+
 def debug_argument(shows: str = "tracebacks") -> Parser:
     """Return a parent parser with --debug."""
     p = Parser(add_help=False)
@@ -92,6 +103,8 @@ def run_command(
     interrupted: str = "stopped; what is finished is kept, and the same command continues from there",
 ) -> int:
     """Return the exit code of `work(args)`; an error becomes one sentence on stderr, or a traceback with --debug."""
+    # else transformers warns that torchvision is missing, which nothing here needs, and that breaks a CPU's torch
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return work(args) or DONE
     except KeyboardInterrupt:

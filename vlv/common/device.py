@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from vlv.common.command import Misuse
+
 
 def choose_device(word: str | torch.device | None = None) -> torch.device:
-    """Return the device named by `word`; without one, the first CUDA device, or the CPU where there is none."""
-    return torch.device(word or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return the device named by `word`; without one, the first CUDA device, or the CPU where there is none.
+
+    Raises Misuse where `word` names no device, or a GPU that PyTorch does not find.
+    """
+    try:
+        device = torch.device(word or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise Misuse(f"--device {word}: expected cpu, cuda, or one GPU such as cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise Misuse(f"--device {word}: PyTorch {torch.__version__} finds {count} GPUs here (nvidia-smi lists them)")
+    return device
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:

@@ -45,18 +45,27 @@ def add_flags(p: argparse.ArgumentParser, required: bool, **defaults: object) ->
     def add(name: str, text: str, **options: object) -> None:
         value = default[name]
         p.add_argument(
-            f"--{name.replace('_', '-')}", help=f"{text} ({value})" if value else text, default=value, **options
+            f"--{name.replace('_', '-')}",
+            help=f"{text} (default: {value})" if value else text,
+            default=value,
+            **options,
         )
 
     p.add_argument("--url", metavar="URL", required=required, help="server, such as http://127.0.0.1:8000/v1")
     p.add_argument("--model", metavar="NAME", required=required, help="the model's name there")
     add("key_env", "environment variable with the API key", metavar="VAR")
-    add("concurrency", "questions at a time", type=positive)
+    add("concurrency", "questions sent at a time", type=positive)
     add("retries", "times that a question is sent again, with growing pauses", type=int)
     add("timeout", "seconds for a request", type=float)
-    add("price", "dollars for a million tokens in and out, for the cost", type=float, nargs=2, metavar=("IN", "OUT"))
-    add("image_tokens", "tokens that an image counts in the estimate", type=positive)
-    add("max_cost", "limit of the cost", type=float, metavar="USD")
+    add(
+        "price",
+        "dollars for a million tokens in and for a million out; needed to compute the cost",
+        type=float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+    )
+    add("image_tokens", "tokens that an image is assumed to take, for the estimate", type=positive)
+    add("max_cost", "do not start, or stop, if the cost in dollars is higher; needs --price", type=float, metavar="USD")
     p.add_argument(
         "--reasoning", action="store_true", help="a model that thinks first: max_completion_tokens, no temperature"
     )

@@ -89,7 +89,9 @@ def select(source: Source, limits: Limits, say: Callable[[str], None] = lambda t
     rows = [np.flatnonzero(part) for part in np.split(flags, np.cumsum(source.rows)[:-1])]
     selection = Selection(rows, found["left_out"], [tuple(pair) for pair in found["bad"]])
     if not any(map(len, rows)):
-        raise DataError(f"no row can be used: {selection}")
+        missing = any("caption" in reason for reason in found["left_out"])
+        remedy = "; captions come from a .txt or .json beside each image, or from vlv.train.distill" if missing else ""
+        raise DataError(f"no row can be used: {selection}{remedy}")
     return selection
 
 

@@ -74,7 +74,9 @@ def reconstruct_images(
     return _write(output, names, images, crops)
 
 
-def reconstruct_captions(captions: Path, folder: Path, device: str, output: Path, sampling: Sampling) -> Path:
+def reconstruct_captions(
+    captions: Path, folder: Path, device: str | torch.device, output: Path, sampling: Sampling
+) -> Path:
     """Generate `output`/NAME.png for the records of `captions` (JSONL with id and caption); return the grid's path.
 
     folder: any diffusers text-to-image folder. Raises ReconstructionError where a line is no such record.

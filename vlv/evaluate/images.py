@@ -28,18 +28,43 @@ def parser() -> Parser:
     p.add_argument("--ckpt", metavar="DIR", help="checkpoint whose embeddings are reconstructed")
     p.add_argument("--captions", type=Path, metavar="FILE", help="generate from these captions instead")
     p.add_argument("--drawn", type=Path, metavar="DIR", help="images that exist already, named as the originals")
-    p.add_argument("--t2i", type=Path, metavar="DIR", help="text-to-image model, diffusers folder (the checkpoint's)")
-    p.add_argument("--net", type=named_path, action="append", default=[], metavar="NAME=PATH", help="a feature net")
+    p.add_argument(
+        "--t2i",
+        type=Path,
+        metavar="DIR",
+        help="text-to-image model, a diffusers folder (default: the checkpoint's t2i/)",
+    )
+    p.add_argument(
+        "--net",
+        type=named_path,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="feature net: a transformers folder or Inception's file (repeatable)",
+    )
     p.add_argument("--lpips", type=Path, metavar="FILE", help="VGG16's weights, for LPIPS")
-    p.add_argument("--guidance", type=float, nargs="+", default=[2.0], metavar="G", help="the sweep (2.0)")
-    p.add_argument("--shuffled", action="store_true", help="controls, at the first guidance: see above")
-    p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
-    p.add_argument("--steps", type=positive, default=50)
-    p.add_argument("--seed", type=int, default=0, help="of the first image's noise; the next one's is 1 higher")
-    p.add_argument("--batch", type=positive, default=32, help="images generated together")
+    p.add_argument(
+        "--guidance",
+        type=float,
+        nargs="+",
+        default=[2.0],
+        metavar="G",
+        help="guidance scales to compare (default: 2.0)",
+    )
+    p.add_argument(
+        "--shuffled", action="store_true", help="also measure the two controls, at the first guidance: see above"
+    )
+    p.add_argument("--sampler", choices=list(SAMPLERS), default="ddim", help="default: ddim")
+    p.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
+    p.add_argument(
+        "--seed", type=int, default=0, help="seed of the first image's noise, each next one is 1 higher (default: 0)"
+    )
+    p.add_argument("--batch", type=positive, default=32, help="images generated together (default: 32)")
     p.add_argument("--limit", type=positive, metavar="N", help="only the first N originals")
-    p.add_argument("--work", type=Path, default=Path("drawn"), metavar="DIR", help="folder of the reconstructions")
-    p.add_argument("--device", default="cpu", help="torch device (cpu)")
+    p.add_argument(
+        "--work", type=Path, default=Path("drawn"), metavar="DIR", help="folder of the reconstructions (default: drawn)"
+    )
+    p.add_argument("--device", default="cpu", help="torch device, such as cuda (default: cpu)")
     return p
 
 
@@ -52,11 +77,13 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
     _check(args)
 
     from vlv.checkpoints.published import resolve
+    from vlv.common.device import choose_device
     from vlv.evaluate import caption_files
     from vlv.evaluate.reconstructions.compare import Comparison, sweep
     from vlv.evaluate.reconstructions.generate import FromCaptions, FromImages, Settings
 
     hush()
+    device = str(choose_device(args.device))
     originals = caption_files.images(args.images)
     texts = caption_files.match(caption_files.read(args.captions), originals) if args.captions else None
     if texts:
@@ -69,10 +96,10 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
         checkpoint = resolve(args.ckpt) if args.ckpt else None
         t2i = args.t2i or checkpoint.t2i
         if texts:
-            source = FromCaptions(t2i, {k: texts[k] for k in originals}, args.device, settings, args.work, checkpoint)
+            source = FromCaptions(t2i, {k: texts[k] for k in originals}, device, settings, args.work, checkpoint)
         else:
-            source = FromImages(t2i, checkpoint, originals, args.device, settings, args.work)
-    comparison = Comparison(list(originals.values()), dict(args.net), args.lpips, args.batch, args.device)
+            source = FromImages(t2i, checkpoint, originals, device, settings, args.work)
+    comparison = Comparison(list(originals.values()), dict(args.net), args.lpips, args.batch, device)
     head = results_head("images", argv) | {"images": len(originals)}
     found = {}
     for found in sweep(comparison, source, list(originals), args.guidance, args.shuffled):

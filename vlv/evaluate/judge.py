@@ -25,9 +25,14 @@ def parser() -> Parser:
     p = evaluation_parser("judge", __doc__)
     p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     p.add_argument(
-        "--captions", type=named_path, nargs="+", required=True, metavar="NAME=FILE", help="systems; yours first"
+        "--captions",
+        type=named_path,
+        nargs="+",
+        required=True,
+        metavar="NAME=FILE",
+        help="a name for each system, and its captions; yours first",
     )
-    p.add_argument("--mode", choices=["all", "rubric", "pairs"], default="all")
+    p.add_argument("--mode", choices=["all", "rubric", "pairs"], default="all", help="default: all")
     p.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
     add_journal_flags(p)
     return p

@@ -19,7 +19,14 @@ from vlv.evaluate.results import evaluation_parser, named_path, results_head, wr
 
 def parser() -> Parser:
     p = evaluation_parser("references", __doc__)
-    p.add_argument("--captions", type=named_path, nargs="+", required=True, metavar="NAME=FILE", help="systems")
+    p.add_argument(
+        "--captions",
+        type=named_path,
+        nargs="+",
+        required=True,
+        metavar="NAME=FILE",
+        help="a name for each system, and its captions",
+    )
     p.add_argument("--references", type=Path, required=True, metavar="FILE", help="COCO annotations, or JSON lines")
     return p
 

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m vlv.evaluate.scene_net", description=__doc__.split("\n\n")[0], parents=[debug_argument()]
     )
     p.add_argument("folder", type=Path, help="folder to write")
-    p.add_argument("--steps", type=positive, default=600)
+    p.add_argument("--steps", type=positive, default=600, help="training steps (default: 600)")
     return run_command(_make, p.parse_args(argv))
 
 

@@ -19,9 +19,9 @@ from vlv.evaluate.results import evaluation_parser, results_head, write_results
 
 def parser() -> Parser:
     p = evaluation_parser("scenes", __doc__)
-    p.add_argument("--ckpt", required=True, help="checkpoint folder")
+    p.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder")
     p.add_argument("--count", type=positive, default=1000, help="held-out scenes (default: 1000)")
-    p.add_argument("--batch", type=positive, default=100)
+    p.add_argument("--batch", type=positive, default=100, help="scenes captioned together (default: 100)")
     part = p.add_mutually_exclusive_group()
     part.add_argument("--captions-only", action="store_true", help="skip the reconstructions")
     part.add_argument("--reconstructions-only", action="store_true", help="skip the captions (stage-1 folders)")

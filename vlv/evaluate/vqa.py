@@ -29,11 +29,18 @@ def parser() -> Parser:
     p.add_argument("--questions", type=Path, required=True, metavar="JSON", help="the official questions file")
     p.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="the official annotations file")
     p.add_argument("--train-questions", type=Path, metavar="JSON", help="questions that examples come from")
-    p.add_argument("--train-annotations", type=Path, metavar="JSON", help="and their answers")
+    p.add_argument("--train-annotations", type=Path, metavar="JSON", help="their answers")
     p.add_argument("--train-captions", default=[], help="each system's captions of the examples' images", **captions)
-    p.add_argument("--shots", type=int, nargs="+", default=[0, 4, 32], metavar="N", help="examples shown (0 4 32)")
+    p.add_argument(
+        "--shots",
+        type=int,
+        nargs="+",
+        default=[0, 4, 32],
+        metavar="N",
+        help="numbers of examples shown before the question (default: 0 4 32)",
+    )
     p.add_argument("--limit", type=positive, metavar="N", help="only N questions, drawn by --seed")
-    p.add_argument("--seed", type=int, default=0, help="of the draws")
+    p.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     add_journal_flags(p)
     return p
 

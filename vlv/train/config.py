@@ -62,7 +62,7 @@ class TrainConfig:
     schedule: str = _option("cosine", "decay of the learning rate", ("cosine", "linear"))  # P4.1, ds
     final_lr: float = _option(1e-4, "last learning rate, as a share of the peak")  # ds: cos_min_ratio
     warmup: int = _option(0, "steps of linear warm-up")  # sh1, ds, py2
-    beta2: float = _option(0.99, "AdamW's second beta; the first is 0.9")  # P4.1, ds
+    beta2: float = _option(0.99, "AdamW's second beta, the first is 0.9")  # P4.1, ds
     weight_decay: float = _option(0.01, "AdamW's decoupled weight decay")  # P4.1, ds; py2: torch's default, the same
     decay_norms: bool = _option(True, "weight decay of norms and biases too")  # py1, py2: of all weights
     clip: float = _option(1.0, "largest norm of the gradients")  # ds; at stage 2 ours: py2 clips nothing
@@ -75,17 +75,25 @@ class TrainConfig:
     unfreeze: str = _option("encoder", "stage 2: what is trained, each with those before it", ("mlp", "llm", "encoder"))
     encoder_from: int = _option(0, "stage 2: step from which the encoder is trained too")  # P3.3: progressive
     encoder_lr: float = _option(0.0, "stage 2: peak learning rate of the encoder; 0: --lr")  # ours
-    queries: int = _option(0, "learned queries; 0: as many as the start has (77)")  # P4.1, sh1; P4.3 tries 16 and 32
+    queries: int = _option(
+        0, "learned queries; 0: as many as --ckpt has, 77 as published"
+    )  # P4.1, sh1; P4.3 tries 16 and 32
     # sh1, sh2: --use_text_encoder
-    clip_layers: bool = _option(True, "CLIP's text layers between queries and UNet (--no-clip-layers: ablation)")
-    image_size: int = _option(0, "side of the square crop; 0: the start's (384)")  # py1's default, sh2's data
+    clip_layers: bool = _option(True, "CLIP's text layers between queries and UNet; without them: an ablation")
+    image_size: int = _option(
+        0, "side of the square crop in pixels; 0: that of --ckpt, 384 as published"
+    )  # py1's default, sh2's data
     noise_draws: int = _option(1, "stage 1: noises and time steps for each encoded image")  # ours
     readout: float = _option(0.0, "stage 1: weight of the error of latents read from the image features")  # ours
     max_tokens: int = _option(300, "stage 2: largest number of tokens of a caption")  # m2: max_length
-    end_token: bool = _option(True, "stage 2: learn where a caption ends (the published loop does not)")  # ours; m2
-    min_side: int = _option(0, "leave out images with a shorter side below this")  # ours; P4.1 chose its data before
+    end_token: bool = _option(True, "stage 2: learn where a caption ends; the published loop does not")  # ours; m2
+    min_side: int = _option(
+        0, "leave out images with a shorter side below so many pixels"
+    )  # ours; P4.1 chose its data before
     max_aspect: float = _option(0.0, "leave out images whose sides have a larger ratio than this; 0: none")
-    parallel: str = _option("ddp", "copies of the model, or shards of it", ("ddp", "fsdp"))  # ours; ds: ZeRO 2
+    parallel: str = _option(
+        "ddp", "ddp: each GPU holds the model; fsdp: each holds a part", ("ddp", "fsdp")
+    )  # ours; ds: ZeRO 2
     bf16: bool = _option(True, "compute in bfloat16; weights and optimiser stay float32")  # P4.1 at stage 2, sh2
     checkpoint_activations: bool = _option(True, "recompute activations in the backward pass")  # m1: UNet; m2: LLM
     compile: bool = _option(False, "torch.compile of every block")  # from here on all are ours
@@ -254,42 +262,64 @@ def check_inputs(preset: str, config: TrainConfig, inputs: Inputs, options: RunO
 def stage_parser(stage: str, presets: Iterable[str], doc: str) -> Parser:
     """Return a parser with --preset, --run, --out, --device and --debug of `python -m vlv.train.<stage>`."""
     p = Parser(prog=f"python -m vlv.train.{stage}", description=doc, parents=[debug_argument()])
-    p.add_argument("--preset", choices=sorted(presets), default="tiny", help="sizes and schedule")
+    p.add_argument(
+        "--preset",
+        choices=sorted(presets),
+        default="tiny",
+        help="sizes and schedule; the toy ones need no data (default: tiny)",
+    )
     # the longer spelling is for torchrun, which takes --run for its own --run-path
     p.add_argument(
-        "--run", "--run-folder", type=Path, help="folder of checkpoints and logs; resumed if it exists (runs/PRESET)"
+        "--run",
+        "--run-folder",
+        type=Path,
+        help="folder of checkpoints and logs; resumed if it exists (default: runs/PRESET)",
     )
-    p.add_argument("--out", type=Path, help=f"what to write (RUN/{stage})")
-    p.add_argument("--device", help="torch device: cpu, cuda, cuda:1 … (toy: cpu; paper's: cuda if there is one)")
+    p.add_argument("--out", type=Path, help=f"checkpoint folder to write (default: RUN/{stage})")
+    p.add_argument(
+        "--device", help="torch device: cpu, cuda, cuda:1 (default: cuda if there is one; the toy presets: cpu)"
+    )
     return p
 
 
 def add_flags(parser: argparse.ArgumentParser, preset: str, defaults: TrainConfig) -> None:
     """Add a flag for every field of TrainConfig, and those of runs on files; `defaults` are the ones of `preset`."""
-    group = parser.add_argument_group(f"with --preset {preset}, on any number of processes under torchrun")
+    group = parser.add_argument_group(
+        f"only with --preset {preset}, which runs on any number of processes under torchrun"
+    )
     group.add_argument("--data", nargs="+", metavar="SRC", help="images: folders, .tar, .parquet, .jsonl, hf:NAME")
     group.add_argument("--ckpt", metavar="DIR", help="checkpoint to start from: a folder, published weights, a hub id")
-    group.add_argument("--image-key", metavar="NAME", help="images' column, or their ending in a tar (mask.png)")
+    group.add_argument(
+        "--image-key",
+        metavar="NAME",
+        help="column of the images, or in a tar the ending of their names, such as mask.png",
+    )
     group.add_argument(
         "--continue-from", type=Path, metavar="DIR",
         help="start a new run from the weights of another: its RUN/NAME.saves, or one folder in there",
     )  # fmt: skip
     # the longer spelling is for torchrun, which takes --log for its own --log-dir
-    group.add_argument("--log", "--logger", default="none", help="wandb, tensorboard or trackio, beside RUN/*.jsonl")
+    group.add_argument(
+        "--log",
+        "--logger",
+        default="none",
+        metavar="NAME",
+        help="also log to wandb, tensorboard or trackio (RUN/*.log.jsonl is always written)",
+    )
     group.add_argument(
         "--plan", type=positive, nargs="?", const=1, metavar="GPUS",
-        help="print the memory of a step on each GPU, and stop",
+        help="print the memory of a step on each of so many GPUs, and stop (1)",
     )  # fmt: skip
     group.add_argument("--gpu-hour", type=float, metavar="USD", help="price of a GPU for an hour, for the estimate")
     group.add_argument("--max-cost", type=float, metavar="USD", help="do not start if the estimate is higher")
-    group = parser.add_argument_group(f"training (defaults of --preset {preset})")
+    group = parser.add_argument_group(f"training, with the defaults of --preset {preset}")
     for f in fields(TrainConfig):
         if not f.metadata:
             continue
         flag, default = "--" + f.name.replace("_", "-"), getattr(defaults, f.name)
         if isinstance(default, bool):
-            text = f"{f.metadata['help']} ({'on' if default else 'off'})"
+            text = f"{f.metadata['help']} (default: {'on' if default else 'off'})"
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            text = f"{f.metadata['help']} ({default})"
+            text = f"{f.metadata['help']} (default: {default})"
             group.add_argument(flag, type=type(default), choices=f.metadata["choices"], help=text)

@@ -30,17 +30,32 @@ def parser() -> Parser:
     p = Parser(prog="python -m vlv.train.distill", description=__doc__, parents=[debug_argument()])
     p.add_argument("images", nargs="+", metavar="SRC", help="folders, .tar, .parquet, .jsonl, hf:NAME")
     add_flags(p, required=True, concurrency=16, retries=6, timeout=120.0, image_tokens=1000)
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="JSONL")
-    p.add_argument("--prompt", default=PROMPT, help="what to ask (one paragraph, in detail)")
-    p.add_argument("--max-tokens", type=int, default=400, help="of a caption (400)")
-    p.add_argument("--size", type=int, default=768, help="side of the centre crop that is sent; 0: the file (768)")
-    p.add_argument("--license", default="unknown", help="of images whose row names none")
-    p.add_argument("--source", default="", help="origin of images whose row names none (their id)")
-    p.add_argument("--near", type=int, default=3, help="bits of 64 in which near-identical images may differ (3)")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="JSONL", help="file of captions to write")
+    p.add_argument(
+        "--prompt", default=PROMPT, help="question to the model (default: asks for one paragraph, in detail)"
+    )
+    p.add_argument("--max-tokens", type=int, default=400, help="most tokens of a caption (default: 400)")
+    p.add_argument(
+        "--size",
+        type=int,
+        default=768,
+        help="side in pixels of the centre crop that is sent; 0: the whole file (default: 768)",
+    )
+    p.add_argument("--license", default="unknown", help="licence of images whose row names none (default: unknown)")
+    p.add_argument("--source", default="", help="origin of images whose row names none (default: their id)")
+    p.add_argument(
+        "--near",
+        type=int,
+        default=3,
+        help="an image is a duplicate if at most so many of 64 hash bits differ (default: 3)",
+    )
     for f in fields(Limits):
         kind = int if f.type == "int" else float
         p.add_argument(
-            "--" + f.name.replace("_", "-"), type=kind, default=f.default, help=f"{f.metadata['help']} ({f.default})"
+            "--" + f.name.replace("_", "-"),
+            type=kind,
+            default=f.default,
+            help=f"{f.metadata['help']} (default: {f.default})",
         )
     return p
 
@@ -78,6 +93,8 @@ def _distill(args: argparse.Namespace) -> int:
     if args.max_cost is not None and dollars > args.max_cost:
         say(f"that may be above --max-cost {args.max_cost:g}; the run stops when it is spent")
     tally = asyncio.run(distiller.run())
+    if tally.rejected:
+        say(f"{tally.rejected} images are left out, for the reasons in {distiller.output.rejected}")
     dollars = config.client.dollars(tally.tokens_in, tally.tokens_out)
     print(json.dumps({**asdict(tally), "dollars": round(dollars, 4), "output": str(args.output)}))
     return 1 if tally.failed else 0

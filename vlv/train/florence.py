@@ -62,9 +62,15 @@ def parser() -> Parser:
     p = Parser(prog="python -m vlv.train.florence", description=__doc__, parents=[debug_argument()])
     p.add_argument("--florence", type=Path, required=True, metavar="DIR", help="folder of Florence-2")
     p.add_argument("--t2i", type=Path, required=True, metavar="DIR", help="folder of Stable Diffusion")
-    p.add_argument("--out", type=Path, required=True, help="what to write; appears complete or not at all")
-    p.add_argument("--queries", type=positive, default=77, help="learned queries (77)")
-    p.add_argument("--seed", type=int, default=0, help="of queries and projection (0)")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="checkpoint folder to write; it appears when it is complete",
+    )
+    p.add_argument("--queries", type=positive, default=77, help="learned queries (default: 77)")
+    p.add_argument("--seed", type=int, default=0, help="seed of queries and projection (default: 0)")
     p.add_argument("--force", action="store_true", help="replace what is at --out")
     return p
 

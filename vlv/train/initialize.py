@@ -377,7 +377,10 @@ class LongestCaption:
 def _text_to_image(folder: Path | None, weights: bool) -> T2I:
     """Return the frozen model of a diffusers folder; without weights by its sizes, Stable Diffusion 2.1's if None."""
     if folder and not (folder / "unet").is_dir():
-        raise TrainError(f"{folder} is no diffusers text-to-image folder: it has no unet/")
+        raise TrainError(
+            f"{folder} is no diffusers text-to-image folder: it has no unet/; give another as --t2i, "
+            "or for the toy presets run vlv.train.t2i first"
+        )
     if weights:
         return T2I.load(folder)
     unet = UNet2DConditionModel.load_config(folder / "unet") if folder else SD21_UNET

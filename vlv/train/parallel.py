@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from vlv.common.device import choose_device
 from vlv.model.bottleneck import BartLayer, ClipLayer
 from vlv.model.davit import Block
 from vlv.train.config import TrainConfig, TrainError
@@ -35,7 +36,7 @@ class World:
     @contextmanager
     def start(cls, device: str | None = None) -> Iterator[World]:
         """Join torchrun's processes, or be the only one; leave when the block ends."""
-        kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        kind = choose_device(device)
         if kind.type == "cuda":
             kind = torch.device("cuda", kind.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(kind)

@@ -97,7 +97,11 @@ def work(args: argparse.Namespace) -> None:
 
 def parser() -> Parser:
     p = stage_parser("stage1", STAGE1, __doc__)
-    p.add_argument("--t2i", type=Path, help="diffusers folder to draw through (RUN/t2i; paper's presets: CKPT/t2i)")
+    p.add_argument(
+        "--t2i",
+        type=Path,
+        help="frozen text-to-image model, a diffusers folder (default: RUN/t2i; paper-stage1: CKPT/t2i)",
+    )
     add_flags(p, "paper-stage1", STAGE1["paper-stage1"])
     p.add_argument("--cache-latents", type=Path, metavar="DIR", help="keep the autoencoder's latents in this folder")
     return p

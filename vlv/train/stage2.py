@@ -94,8 +94,14 @@ def work(args: argparse.Namespace) -> None:
 
 def parser() -> Parser:
     p = stage_parser("stage2", STAGE2, __doc__)
-    p.add_argument("--stage1", type=Path, help="stage-1 folder (RUN/stage1); with the paper's presets it is --ckpt")
-    p.add_argument("--llm", metavar="DIR", help="paper's presets: language model to start from (CKPT's)")
+    p.add_argument(
+        "--stage1", type=Path, help="stage-1 folder of the toy presets (default: RUN/stage1); paper-stage2 takes --ckpt"
+    )
+    p.add_argument(
+        "--llm",
+        metavar="DIR",
+        help="paper-stage2: language model to start from, a folder or hub id (default: CKPT's llm/)",
+    )
     add_flags(p, "paper-stage2", STAGE2["paper-stage2"])
     return p
 
