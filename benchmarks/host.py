@@ -32,7 +32,7 @@ import torch
 import uvloop
 
 import serve.core.service
-from benchmarks.gpu.serve import DISTINCT, write_images
+from benchmarks.gpu.serve import DISTINCT, scene_jpeg, write_images
 from benchmarks.machine import describe
 from serve.core.inputs import expand
 from serve.core.run import CaptionRun, RunConfig
@@ -43,13 +43,14 @@ from serve.reports.progress import Progress
 from vlv.checkpoints.folder import Checkpoint
 from vlv.common.command import command_line
 from vlv.common.files import write_json
-from vlv.data.image import load_crop
+from vlv.data.image import load_crop, load_crops
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 220
 TARGETS = {"pipeline_main_ms": 0.6, "decode_ms": 7.0}  # CPU milliseconds an image of 1024x1024
 RATE = 150  # captions a second, for which cores are counted
 REPEATS = 3
+PHOTOS = ((1024, 1024), (2000, 1500), (4000, 3000), (6000, 4000))  # sizes that are decoded with --fast-jpeg and without
 ENCODER_START, ENCODER_IMAGE = 0.0464, 0.0036  # seconds: an H200 takes 50 ms for one image, 163 for 32 (gpu/h200.json)
 
 
@@ -129,6 +130,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         write_images(images, args.images, 1024)
+        report["decode_photos_ms"] = decode_photos(args.crop)
         report |= uvloop.run(measure(Checkpoint.open(args.ckpt), images, args.crop))
     report["missed"] = [name for name, most in TARGETS.items() if report[name] > most]
     busy = RATE * (report["decode_ms"] + report["pipeline_main_ms"]) / 1000
@@ -140,6 +142,21 @@ def main() -> int:
     write_json(args.output, report)
     print(json.dumps(report, indent=1))
     return int(not report["crops_equal"] or bool(report["missed"]))
+
+
+def decode_photos(size: int) -> dict[str, dict[str, float]]:
+    """Return the CPU milliseconds that decoding a JPEG file of each of PHOTOS takes, exactly and with fast_jpeg."""
+    found = {}
+    for width, height in PHOTOS:
+        content = scene_jpeg(0, width, height)
+        rounds: dict[str, list[float]] = {"exact": [], "fast_jpeg": []}
+        for _ in range(2 * REPEATS):
+            for name, spent in rounds.items():
+                start = time.process_time()
+                load_crops(content, size, fast_jpeg=name == "fast_jpeg")
+                spent.append(1000 * (time.process_time() - start))
+        found[f"{width}x{height}"] = {name: round(statistics.median(spent), 1) for name, spent in rounds.items()}
+    return found
 
 
 async def measure(checkpoint: Checkpoint, images: Path, size: int) -> dict:

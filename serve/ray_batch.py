@@ -131,7 +131,7 @@ def _results(
     context.target_max_block_size = BLOCK
     gpus = args.llm_gpu if args.tensor_parallel == 1 else args.tensor_parallel
     stages = (
-        (Decode, (args.output, size, args.workers or 1, args.ignore_icc, args.crop), args.decoders, 0),
+        (Decode, (args.output, size, args.workers or 1, args.ignore_icc, args.crop, args.fast_jpeg), args.decoders, 0),
         (Encode, (options,), args.encoders, args.encoder_gpu),
         (Write, (options,), args.llms, gpus),
     )

@@ -245,6 +245,7 @@ def _caption(args: argparse.Namespace) -> int:
         args.cuda_graphs,
         args.crop,
         args.verify,
+        args.fast_jpeg,
     )
     engine = model.engine()
     if args.output == "-":

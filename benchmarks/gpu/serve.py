@@ -91,19 +91,20 @@ def main() -> int:
 def write_images(folder: Path, count: int, side: int) -> None:
     """Write JPEG files of held-out scenes with noise, as large as photographs are at this size."""
     folder.mkdir()
-
-    def content(number: int) -> bytes:
-        scene = Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + number)))
-        pixels = np.asarray(scene.resize((side, side), Image.Resampling.BICUBIC)).astype(np.int16)
-        noise = np.random.default_rng(number).integers(-12, 13, pixels.shape, np.int16)
-        file = io.BytesIO()
-        Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-        return file.getvalue()
-
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        contents = list(pool.map(content, range(min(count, DISTINCT))))
+        contents = list(pool.map(lambda number: scene_jpeg(number, side, side), range(min(count, DISTINCT))))
     for number in range(count):
         (folder / f"{number:05}.jpg").write_bytes(contents[number % len(contents)])
+
+
+def scene_jpeg(number: int, width: int, height: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> bytes:
+    """Return a JPEG file of a held-out scene, enlarged and with noise."""
+    scene = Image.fromarray(scenes.render(scenes.sample(scenes.HELD_OUT + number)))
+    pixels = np.asarray(scene.resize((width, height), resample)).astype(np.int16)
+    noise = np.random.default_rng(number).integers(-12, 13, pixels.shape, np.int16)
+    file = io.BytesIO()
+    Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 def run(name: str, sizes: Sizes, checkpoint: Path, work: Path, cache: Path, budget: Budget, report: Report) -> None:

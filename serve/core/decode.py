@@ -60,8 +60,8 @@ def _attach(slots: int, size: int, file) -> SharedSquares:
     return SharedSquares(slots, size, file.detach())
 
 
-def _work(pipe: Connection, max_pixels: int, ignore_icc: bool, memory: SharedSquares, size: int) -> None:
-    """Send None once running; then decode (item, slot, crop) until the pipe ends.
+def _work(pipe: Connection, memory: SharedSquares, size: int, *options) -> None:
+    """Send None once running; then decode (item, slot, crop) until the pipe ends. `options`: the others of load_crops.
 
     Sends for each item an error (kind, message) or None, its start and end by the machine's monotonic clock, and the
     boxes of its squares (none after an error).
@@ -76,7 +76,7 @@ def _work(pipe: Connection, max_pixels: int, ignore_icc: bool, memory: SharedSqu
             return
         start, boxes = time.monotonic(), []
         try:
-            found = load_crops(item.read(), size, crop, max_pixels, ignore_icc)
+            found = load_crops(item.read(), size, crop, *options)
             memory.pixels[slot, : len(found.pixels)] = found.pixels
             answer, boxes = None, found.boxes
         except ImageError as error:
@@ -113,8 +113,16 @@ class DecodePool:
     manager, from one event loop.
     """
 
-    def __init__(self, size: int, workers: int, slots: int, max_pixels: int = MAX_PIXELS, ignore_icc: bool = False):
-        """size: of the crops. max_pixels, ignore_icc: as for `vlv.data.image.load_crops`."""
+    def __init__(
+        self,
+        size: int,
+        workers: int,
+        slots: int,
+        max_pixels: int = MAX_PIXELS,
+        ignore_icc: bool = False,
+        fast_jpeg: bool = False,
+    ):
+        """size: of the crops. max_pixels, ignore_icc, fast_jpeg: as for `vlv.data.image.load_crops`."""
         self._context = multiprocessing.get_context("spawn")
         self._memory = SharedSquares(slots, size)
         self.crops = self._memory.pixels[:, 0]  # uint8 [slots, 3, size, size]: the first square of each image
@@ -124,8 +132,7 @@ class DecodePool:
         self._available = asyncio.Semaphore(slots)
         self._count = workers
         self._workers: list[DecodeWorker] = []
-        self._max_pixels = max_pixels
-        self._ignore_icc = ignore_icc
+        self._options = max_pixels, ignore_icc, fast_jpeg
         self._backlog: deque[_Job] = deque()
         self._broken: DecodeError | None = None
 
@@ -177,7 +184,7 @@ class DecodePool:
         return start, end
 
     def _start(self) -> None:
-        worker = DecodeWorker(self._context, self._max_pixels, self._ignore_icc, self._memory, self._size)
+        worker = DecodeWorker(self._context, self._memory, self._size, *self._options)
         self._workers.append(worker)
         asyncio.get_running_loop().add_reader(worker.pipe.fileno(), self._readable, worker)
 

@@ -46,6 +46,7 @@ class ModelOptions:
     prompt_batch: int = 32
     workers: int | None = None
     ignore_icc: bool = False
+    fast_jpeg: bool = False
     crop: str = "center"  # what the model sees of an image: one of vlv.data.decoding.crop.CROPS
     debug: bool = False
     precision: str | None = None  # of the encoder in torch; one of TORCH_PRECISIONS
@@ -105,7 +106,7 @@ class Model:
             ("gguf-type", options.gguf_type, "f16"),
         )
         given = [f"--{flag} {value}" for flag, value, default in settings if value != default]
-        return " ".join(given + ["--ignore-icc"] * options.ignore_icc)
+        return " ".join(given + ["--ignore-icc"] * options.ignore_icc + ["--fast-jpeg"] * options.fast_jpeg)
 
     def engine(self) -> LLMEngine:
         """Return a new engine, not started. Raises OptionError for an option that it does not take."""

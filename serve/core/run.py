@@ -52,6 +52,7 @@ class RunConfig:
     cuda_graphs: bool = True  # for the encoder in torch on a GPU
     crop: str = "center"  # what the model sees of an image: one of vlv.data.decoding.crop.CROPS
     verify: bool = False  # record the hashes of the files
+    fast_jpeg: bool = False  # decode large JPEG files at a part of their size
 
 
 class CaptionRun:
@@ -96,6 +97,7 @@ class CaptionRun:
             config.ignore_icc,
             config.precision,
             config.cuda_graphs,
+            config.fast_jpeg,
             restarts=0,
         )
         self._service = service = CaptionService(self.checkpoint, lambda: self.engine, limits, self.timeline)

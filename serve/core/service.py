@@ -49,6 +49,7 @@ class ServiceConfig:
     ignore_icc: bool = False  # take colours as they are stored, as published
     precision: str | None = None  # of the encoder in torch
     cuda_graphs: bool = True  # for the encoder in torch on a GPU
+    fast_jpeg: bool = False  # decode large JPEG files at a part of their size
     restarts: int = 3  # of an engine that dies, in a row without a caption between them; then the service fails
 
 
@@ -81,7 +82,8 @@ class CaptionService:
         self.failure = asyncio.get_running_loop().create_future()
         self.workers = config.workers or default_workers()
         slots = 2 * config.batch + self.workers
-        self.pool = DecodePool(checkpoint.config.image_size, self.workers, slots, config.max_pixels, config.ignore_icc)
+        decoding = config.max_pixels, config.ignore_icc, config.fast_jpeg
+        self.pool = DecodePool(checkpoint.config.image_size, self.workers, slots, *decoding)
         self.batcher = Batcher(self.pool, self._open_encoder, self.engine.in_flight, timeline)
         self._make_engine = make_engine
         self._timeline = timeline

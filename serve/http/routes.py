@@ -322,6 +322,7 @@ async def open_routes(config: ServerConfig) -> AsyncIterator[Routes]:
         config.ignore_icc,
         config.precision,
         config.cuda_graphs,
+        config.fast_jpeg,
     )
     service = Service(model.checkpoint, model.engine, stages)
     fetcher = Fetcher(tuple(config.image_host), config.max_image << 20)

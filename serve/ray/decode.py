@@ -17,12 +17,20 @@ Batch = dict[str, Any]
 class Decode:
     """Decode a unit's images in processes of the actor's own: a file that kills its decoder costs that image."""
 
-    def __init__(self, output: str, size: int, workers: int = 1, ignore_icc: bool = False, crop: str = "center"):
+    def __init__(
+        self,
+        output: str,
+        size: int,
+        workers: int = 1,
+        ignore_icc: bool = False,
+        crop: str = "center",
+        fast_jpeg: bool = False,
+    ):
         """`output`: folder or URL of the parts; `size`: pixels of a crop's side; others as for `load_crops`."""
         self._store = Store(output)
         self._loop = asyncio.new_event_loop()
         self._crop = crop
-        self._pool = DecodePool(size, workers, 4 * workers, ignore_icc=ignore_icc)
+        self._pool = DecodePool(size, workers, 4 * workers, ignore_icc=ignore_icc, fast_jpeg=fast_jpeg)
         self._loop.run_until_complete(self._pool.__aenter__())
 
     def __call__(self, batch: Batch) -> Batch:

@@ -91,8 +91,8 @@ def test_arguments_become_a_model_and_its_engine(captioning_checkpoint):
 def test_what_changes_captions_is_in_their_flags(captioning_checkpoint, monkeypatch):
     monkeypatch.setattr(VLLMEngine, "_device", Device(cuda=True, memory=80 << 30))  # on a CPU vLLM has no FP8
     given = ("--ckpt", captioning_checkpoint, "--llm-quantization", "fp8", "--kv-cache-dtype", "fp8", "--ignore-icc")
-    model = open_model(parse(*given, "--encoder-placement", "inline"))
-    assert model.flags == "--llm-quantization fp8 --kv-cache-dtype fp8 --ignore-icc"  # a placement changes nothing
+    model = open_model(parse(*given, "--fast-jpeg", "--encoder-placement", "inline"))  # a placement changes nothing
+    assert model.flags == "--llm-quantization fp8 --kv-cache-dtype fp8 --ignore-icc --fast-jpeg"
     assert (model.engine().options.quantization, model.engine().options.placement) == ("fp8", "inline")
     assert open_model(parse("--ckpt", captioning_checkpoint)).flags == ""
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms
 
 from vlv.common.command import UserError, why
 from vlv.data.decoding.color import lab_to_srgb, srgb_transform
-from vlv.data.decoding.crop import Box, boxes, padded, squares
+from vlv.data.decoding.crop import Box, Extent, boxes, padded, sides_of, squares
 from vlv.data.decoding.jpeg import START, with_end_marker
 from vlv.data.decoding.optional import (
     HEIF,
@@ -35,6 +35,7 @@ from vlv.data.decoding.optional import (
 from vlv.data.decoding.png import SIGNATURE, with_transparency, without_side_data
 from vlv.data.decoding.tiff import MAGIC, TiffError, decode_tiff, scale_floats, tiff_size
 
+FAST_JPEG = 1.5  # with fast_jpeg, both sides that are decoded have at least so many pixels for one of the crop
 MAX_PIXELS = 178_956_970  # Pillow's own refusal: 2/3 of a GiB as RGBA
 
 # Only formats that Pillow decodes in the process itself: EPS, for one, would run Ghostscript on the file.
@@ -95,13 +96,16 @@ def load_crops(
     crop: str = "center",
     max_pixels: int = MAX_PIXELS,
     ignore_icc: bool = False,
+    fast_jpeg: bool = False,
 ) -> Crops:
     """Decode a file (path or content) as `decode` does, and cut its squares in one of `vlv.data.decoding.crop.CROPS`.
 
-    Raises ImageError.
+    `fast_jpeg`: decode a JPEG file at 1/2, 1/4 or 1/8 of its size, if FAST_JPEG * size pixels of both sides remain;
+    its pixels differ a little then. Raises ImageError.
     """
     with _quiet():
-        return _crops(_load(source, max_pixels), size, crop, max_pixels, ignore_icc)
+        image = _load(source, max_pixels, round(FAST_JPEG * size) if fast_jpeg else None)
+        return _crops(image, size, crop, max_pixels, ignore_icc)
 
 
 def load_crop(
@@ -203,8 +207,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _load(source: str | Path | bytes, max_pixels: int) -> Image.Image:
-    """Return the upright image of a file, in a mode of 8 bits. Raises ImageError."""
+def _load(source: str | Path | bytes, max_pixels: int, min_side: int | None = None) -> Image.Image:
+    """Return the upright image of a file, in a mode of 8 bits. Raises ImageError.
+
+    `min_side`: a JPEG file may be decoded at 1 / scale of its size, if so many pixels of both sides remain; `info` then
+    has scale and extent as "reduced".
+    """
     content = source if isinstance(source, bytes) else _read(source)
     if not content:
         raise ImageError("empty", "the file is empty (0 bytes)")
@@ -212,7 +220,7 @@ def _load(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     try:
         if content.startswith(MAGIC):
             image = decode_tiff(content, max_pixels)
-        image = image or _pillow(content, max_pixels)
+        image = image or _pillow(content, max_pixels, min_side)
         return _eight_bits(_upright(image))
     except ImageError:
         raise
@@ -223,10 +231,10 @@ def _load(source: str | Path | bytes, max_pixels: int) -> Image.Image:
         raise ImageError("damaged", f"the {name} is damaged or truncated: {error}") from error
 
 
-def _pillow(content: bytes, max_pixels: int) -> Image.Image:
+def _pillow(content: bytes, max_pixels: int, min_side: int | None) -> Image.Image:
     """Decode with Pillow; what only Pillow's limits refuse is tried again without it. Raises ImageError."""
     try:
-        return _loaded(content, max_pixels)
+        return _loaded(content, max_pixels, min_side)
     except ImageError as error:
         if content.startswith(SIGNATURE) and error.kind in ("damaged", "format"):
             bare, profile = without_side_data(content)
@@ -235,12 +243,16 @@ def _pillow(content: bytes, max_pixels: int) -> Image.Image:
                 image.info["icc_profile"] = profile
                 return image
         elif content.startswith(START) and error.kind == "damaged" and (completed := with_end_marker(content)):
-            return _loaded(completed, max_pixels)
+            return _loaded(completed, max_pixels, min_side)
         raise
 
 
-def _loaded(content: bytes, max_pixels: int) -> Image.Image:
+def _loaded(content: bytes, max_pixels: int, min_side: int | None = None) -> Image.Image:
     image = _open(content, max_pixels)
+    width = image.width
+    if min_side and (drafted := image.draft(None, (min_side, min_side))):  # None but for JPEG
+        _, extent = drafted
+        image.info["reduced"] = round(width / extent[2]), extent
     try:
         image.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
@@ -304,19 +316,36 @@ def _upright(image: Image.Image) -> Image.Image:
         turn = _UPRIGHT.get(orientation)
     except Exception:  # damaged EXIF says nothing about the pixels
         return image
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    if "reduced" in image.info:
+        scale, extent = image.info["reduced"]
+        upright.info["reduced"] = scale, _turned(extent, orientation, upright.size)
+    return upright
+
+
+def _turned(extent: Extent, orientation: int, size: tuple[int, int]) -> Extent:
+    """Return an extent from the top left corner of an image as it lies once the image is turned, and has `size`."""
+    width, height = sides_of(extent) if orientation < 5 else reversed(sides_of(extent))
+    left = size[0] - width if orientation in (2, 3, 6, 7) else 0
+    top = size[1] - height if orientation in (3, 4, 7, 8) else 0
+    return left, top, left + width, top + height
 
 
 def _crops(image: Image.Image, size: int, crop: str, max_pixels: int, ignore_icc: bool) -> Crops:
     """Return the squares of an upright image in a mode of 8 bits."""
+    scale, extent = image.info.get("reduced", (1, (0, 0, *image.size)))
     profile = None if ignore_icc else image.info.get("icc_profile")
     transform = None if image.has_transparency_data else srgb_transform(profile, image.mode)
     if transform is None:
-        parts = squares(_rgb(image, profile), size, crop, max_pixels)
+        parts = squares(_rgb(image, profile), size, crop, max_pixels, extent)
     else:  # the squares have far fewer pixels to convert
-        parts = [ImageCms.applyTransform(part, transform) for part in squares(image, size, crop, max_pixels)]
+        parts = squares(image, size, crop, max_pixels, extent)
+        parts = [ImageCms.applyTransform(part, transform) for part in parts]
     pixels = np.stack([np.asarray(padded(part, size)) for part in parts]).transpose(0, 3, 1, 2)
-    return Crops(np.ascontiguousarray(pixels), boxes(*image.size, crop))
+    sides = (round(scale * side) for side in sides_of(extent))
+    return Crops(np.ascontiguousarray(pixels), boxes(*sides, crop))
 
 
 def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -7,7 +7,10 @@ import itertools
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from serve.core.inputs import expand
 from serve.core.run import CaptionRun, RunConfig
@@ -17,6 +20,7 @@ from serve.outputs.jsonl import FileSink
 from serve.reports.progress import Progress
 from serve.reports.timeline import Timeline
 from vlv.checkpoints.folder import Checkpoint
+from vlv.data.image import load_crops
 
 
 class Fake(LLMEngine):
@@ -74,6 +78,28 @@ def test_captions_every_image_within_its_bounds(checkpoint, scene_images, tmp_pa
     assert record["caption"].startswith("Seed ") and record["caption"].endswith(". Again.")  # cleaned
     assert (record["tokens"], record["finish_reason"], record["model"]) == (7, "stop", checkpoint.hash)
     assert record["path"] == record["id"] and record["timings"]["llm"] > 0 and record["timings"]["encode"] > 0
+
+
+def test_large_jpeg_files_are_decoded_at_a_part_of_their_size(checkpoint, tmp_path, monkeypatch):
+    seen, size, spec = [], checkpoint.config.image_size, LLMSpec.of(checkpoint)
+    pixels = np.random.default_rng(0).integers(0, 256, (12 * size, 12 * size, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "large.jpg")
+
+    class Zeros:
+        batch = 4
+
+        def __init__(self, *given):
+            pass
+
+        def __call__(self, crops):
+            seen.append(crops[0].copy())
+            return torch.zeros(len(crops), spec.queries, spec.width)
+
+    monkeypatch.setattr("serve.core.service.Encoder", Zeros)
+    for fast in (False, True):
+        caption(checkpoint, [tmp_path / "large.jpg"], tmp_path / f"{fast}.jsonl", fast_jpeg=fast)
+        assert np.array_equal(seen[-1], load_crops(tmp_path / "large.jpg", size, fast_jpeg=fast).pixels[0])
+    assert not np.array_equal(*seen)
 
 
 def test_the_timeline_names_the_slowest_stage(checkpoint, scene_images, tmp_path, monkeypatch):

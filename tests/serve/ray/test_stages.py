@@ -143,13 +143,13 @@ def test_the_stages_one_after_another(args, options, pictures, captioning_checkp
 def test_a_unit_in_another_crop(args, pictures, capsys):
     store = Store(args.output)
     plan(store, expand(args.paths, column="url"), {}, args.unit)
-    decode = Decode(args.output, SIZE, 1, False, "pad")
+    decode = Decode(args.output, SIZE, 1, False, "pad", True)
     try:
         columns = decode({"unit": np.array([0])})
     finally:
         decode._loop.run_until_complete(decode._pool.__aexit__())
     for item, crop in zip(unit_items(store, 0), columns["crop"], strict=True):
-        assert np.array_equal(crop, load_crops(item.read(), SIZE, "pad").pixels[0])
+        assert np.array_equal(crop, load_crops(item.read(), SIZE, "pad", fast_jpeg=True).pixels[0])
     assert ray_batch.main([*args.paths, args.output, "--ckpt", "x", "--crop", "tiles"]) == 2
     assert "--crop tiles: a unit has one caption an image here" in capsys.readouterr().err
 

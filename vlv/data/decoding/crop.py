@@ -13,25 +13,33 @@ from __future__ import annotations
 from PIL import Image
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the upright image
+Extent = tuple[float, float, float, float]  # the same, in pixels of an image that was decoded at a part of its size
 
 CROPS = ("center", "pad", "squash", "tiles")
 PAD_COLOR = (124, 116, 104)  # the mean of ImageNet, which the model's normalisation maps to zero
 MAX_TILES = 8  # of one image; beyond 8 : 1 they leave gaps
 
 
-def squares(image: Image.Image, size: int, crop: str, max_pixels: int) -> list[Image.Image]:
+def squares(image: Image.Image, size: int, crop: str, max_pixels: int, extent: Extent) -> list[Image.Image]:
     """Return the squares of an image for one of CROPS, one but for tiles, each of size x size pixels.
 
     Of "pad" the square is not filled up yet (`padded` does that), since the image may not be RGB yet. No intermediate
-    image has more than `max_pixels`.
+    image has more than `max_pixels`. `extent`: the part of `image` that is the image, whose last column and row may
+    count in part.
     """
     if crop == "center":
-        return [center(image, size, max_pixels)]
+        return [center(image, size, max_pixels, extent)]
     if crop == "squash":
-        return [image.resize((size, size), Image.Resampling.BILINEAR)]
+        return [image.resize((size, size), Image.Resampling.BILINEAR, extent)]
     if crop == "pad":
-        return [image.resize(_fitted(image.size, size), Image.Resampling.BILINEAR)]
-    return _tiles(image, size, max_pixels)
+        return [image.resize(_fitted(sides_of(extent), size), Image.Resampling.BILINEAR, extent)]
+    return _tiles(image, size, max_pixels, extent)
+
+
+def sides_of(extent: Extent) -> tuple[float, float]:
+    """Return width and height."""
+    left, top, right, bottom = extent
+    return right - left, bottom - top
 
 
 def boxes(width: int, height: int, crop: str) -> list[Box]:
@@ -57,28 +65,31 @@ def padded(image: Image.Image, size: int) -> Image.Image:
     return canvas
 
 
-def center(image: Image.Image, size: int, max_pixels: int) -> Image.Image:
-    """Resize the short side to `size` and crop the centre, with torchvision's rounding."""
-    width, height = _scaled(image.size, size)
+def center(image: Image.Image, size: int, max_pixels: int, extent: Extent | None = None) -> Image.Image:
+    """Resize the short side to `size` and crop the centre, with torchvision's rounding. `extent`: None for all."""
+    extent = extent or (0, 0, *image.size)
+    sides = sides_of(extent)
+    width, height = _scaled(sides, size)
     if width * height > max_pixels:
         # an extreme aspect ratio: resize only what the crop keeps, or it would not fit in memory
-        short = min(image.size)
+        short = min(image.size)  # it is enlarged: it was decoded at its size
         left, top = (image.width - short) / 2, (image.height - short) / 2
-        return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short))
-    image = _resized(image, width, height)
+        return image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + short, top + short))
+    image = image.resize((width, height), Image.Resampling.BILINEAR, extent)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 
 
-def _tiles(image: Image.Image, size: int, max_pixels: int) -> list[Image.Image]:
-    width, height = _scaled(image.size, size)
+def _tiles(image: Image.Image, size: int, max_pixels: int, extent: Extent) -> list[Image.Image]:
+    sides = sides_of(extent)
+    width, height = _scaled(sides, size)
     if width * height > max_pixels:
         found = boxes(*image.size, "tiles")
-        return [image.resize((size, size), Image.Resampling.BILINEAR, box=box) for box in found]
-    count = _tile_count(*image.size)
+        return [image.resize((size, size), Image.Resampling.BILINEAR, box) for box in found]
+    count = _tile_count(*sides)
     if count == 1:
-        return [center(image, size, max_pixels)]
-    image = _resized(image, width, height)
+        return [center(image, size, max_pixels, extent)]
+    image = image.resize((width, height), Image.Resampling.BILINEAR, extent)
     corners = [
         (round((width - size) * index / (count - 1)), round((height - size) * index / (count - 1)))
         for index in range(count)
@@ -86,25 +97,21 @@ def _tiles(image: Image.Image, size: int, max_pixels: int) -> list[Image.Image]:
     return [image.crop((left, top, left + size, top + size)) for left, top in corners]
 
 
-def _tile_count(width: int, height: int) -> int:
+def _tile_count(width: float, height: float) -> int:
     """Return the fewest squares that cover the long side with an overlap of at least a fifth, at most MAX_TILES."""
     short, long = sorted((width, height))
-    return min(-(-(5 * long - short) // (4 * short)), MAX_TILES)
+    return min(int(-(-(5 * long - short) // (4 * short))), MAX_TILES)
 
 
-def _scaled(sides: tuple[int, int], size: int) -> tuple[int, int]:
+def _scaled(sides: tuple[float, float], size: int) -> tuple[int, int]:
     """Return width and height once the short side is `size`."""
     short, long = sorted(sides)
     scaled = int(size * long / short)
     return (size, scaled) if sides[0] <= sides[1] else (scaled, size)
 
 
-def _fitted(sides: tuple[int, int], size: int) -> tuple[int, int]:
+def _fitted(sides: tuple[float, float], size: int) -> tuple[int, int]:
     """Return width and height once the long side is `size`."""
     long = max(sides)
     width, height = (max(1, round(size * side / long)) for side in sides)
     return width, height
-
-
-def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
