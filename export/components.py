@@ -21,6 +21,7 @@ RUNTIMES = ("torch", "onnx", "onnx-cuda", "onnx-trt", "trt", "rtx")  # see expor
 PRECISIONS = ("fp32", "fp16", "bf16", "mixed", "int8", "int8-static", "int8-trt", "fp8")
 TORCH_PRECISIONS = ("fp32", "bf16", "fp8", "fp8-emulated")  # of PyTorch itself, see export/runtimes/torch.py
 GGUF_TYPES = ("f32", "f16", "q8_0", "q4_k_m", "q4_0")  # of the language model for llama.cpp
+DTYPES = ("uint8", "int32", "float32")  # of inputs and outputs
 ORT_ONLY = ("int8", "int8-static")
 QUANTIZED = (*ORT_ONLY, "int8-trt", "fp8")  # made from a float32 or float16 graph
 CALIBRATED = ("int8-static", "int8-trt", "fp8")  # with measured ranges of activations

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,17 @@ class Graph(nn.Module):
     constants: tuple[str, ...] = ()  # buffers that stay float32 in every precision
     dtype = torch.float32
 
-    def cast(self, dtype: torch.dtype, fp32_blocks: Iterable[str] = ()) -> Graph:
-        """Compute in `dtype`, except for `fp32_blocks`, which compute in float32 between casts."""
-        kept = {name: self.get_buffer(name).clone() for name in self.constants}
+    def cast(self, dtype: torch.dtype, fp32_blocks: Collection[str] = ()) -> Graph:
+        """Compute in `dtype`, except for `fp32_blocks`, which keep their weights and compute between casts."""
+        blocks = tuple(f"{path}." for path in fp32_blocks)
+        weights = (*self.named_parameters(), *self.named_buffers())
+        kept = {name: value.data for name, value in weights if name in self.constants or name.startswith(blocks)}
         self.dtype = dtype
         self.to(dtype)
-        for name, value in kept.items():
-            self.get_buffer(name).data = value
+        for name, value in (*self.named_parameters(), *self.named_buffers()):
+            value.data = kept.get(name, value.data)
         for path in fp32_blocks:
             block = self.get_submodule(path)
-            block.to(torch.float32)
             block.register_forward_pre_hook(_caster(torch.float32), with_kwargs=True)
             block.register_forward_hook(lambda _, __, output: _cast(output, dtype))
         return self

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import kernels
-from export.components import COMPONENTS, Batch, Port
+from export.components import COMPONENTS, DTYPES, GGUF_TYPES, PRECISIONS, Batch, Port
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
-from vlv.common.command import UserError
+from vlv.common.command import UserError, one_line
 from vlv.common.files import sha256, write_json
 
 FORMAT = 2
@@ -68,10 +68,24 @@ class Artifact:
 
     @classmethod
     def from_dict(cls, values: dict) -> Artifact:
-        """Rebuild from JSON. Raises TypeError or KeyError on another shape."""
+        """Rebuild from JSON. Raises TypeError, KeyError or ValueError on what no export writes."""
         ports = {k: tuple(Port(**{**p, "shape": tuple(p["shape"])}) for p in values[k]) for k in ("inputs", "outputs")}
         blocks = {k: tuple(values[k]) for k in ("fp32_blocks", "excluded_blocks")}
-        return cls(**{**values, **ports, **blocks, "profile": Batch(**values["profile"])})
+        found = cls(**{**values, **ports, **blocks, "profile": Batch(**values["profile"])})
+        kinds = {"component": COMPONENTS, "precision": PRECISIONS, "runtime": ("onnx", "trt", "rtx")}
+        if found.runtime == "gguf":
+            kinds = {"component": ("llm",), "precision": GGUF_TYPES}
+        for key, valid in kinds.items():
+            if (value := getattr(found, key)) not in valid:
+                raise ValueError(f"{key} is {value!r}, expected one of {', '.join(valid)}")
+        if found.runtime != "gguf" and not (any(p.batched for p in found.inputs) and found.outputs):
+            raise ValueError(f"{found.name} has no inputs or no outputs")
+        for port in (*found.inputs, *found.outputs):
+            if port.dtype not in DTYPES or not all(type(size) is int for size in port.shape):
+                raise ValueError(f"{port.name} is {port.dtype} {port.shape}, expected sizes of {', '.join(DTYPES)}")
+        if not found.files or any(entry.keys() != {"sha256", "bytes"} for entry in found.files.values()):
+            raise ValueError(f"{found.name} has no files, or one without a hash")
+        return found
 
 
 def name_of(component: str, runtime: str, target: str = "") -> str:
@@ -104,11 +118,13 @@ class Manifest:
                     f"{file} has format {values['format']}; this version reads {FORMAT}: export again into a new folder"
                 )
             artifacts = {name: Artifact.from_dict(entry) for name, entry in values["artifacts"].items()}
+            if wrong := [name for name, artifact in artifacts.items() if name != artifact.name]:
+                raise ValueError(f"{wrong[0]} holds the entry of {artifacts[wrong[0]].name}")
             return cls(folder, artifacts, values["sampling"])
         except ArtifactError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{file} is damaged ({error!r}): delete the folder and export again") from error
+            raise ArtifactError(f"{file} is damaged ({one_line(error)}): delete the folder and export again") from error
 
     @classmethod
     def open_or_new(cls, folder: Path) -> Manifest:

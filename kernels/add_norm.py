@@ -48,7 +48,7 @@ def _repeats(small: Tensor, large: Tensor) -> bool:
     shape = small.shape
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
-    return len(shape) <= large.ndim and large.shape[-len(shape) :] == shape
+    return small.ndim <= large.ndim and large.shape[-len(shape) :] == shape
 
 
 @torch.library.custom_op("vlv::add_norm", mutates_args=())

@@ -28,7 +28,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """
     m, n, d = q.shape[2], k.shape[2], q.shape[3]
     shape = f"m{m}n{n}d{d}{' causal' if causal else ''}"
-    if fused("attention", q, k, v, fits=16 <= d <= 256 and n > 0) and not reference_is_faster("attention", shape, q):
+    # the kernel does not broadcast batches or heads, as the reference does
+    fits = 16 <= d <= 256 and n > 0 and k.shape == v.shape == (*q.shape[:2], n, d)
+    if fused("attention", q, k, v, fits=fits) and not reference_is_faster("attention", shape, q):
         return attention_op(q, k, v, causal)[0]
     return attention_reference(q, k, v, causal)
 

@@ -24,10 +24,13 @@ def cross_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute `cross_attention_reference`, fused on CUDA for up to 160 keys. The kernel has no gradient."""
-    m, n, d = q.shape[1], k.shape[1], q.shape[3]
+    batch, m, heads, d = q.shape
+    n = k.shape[1]
+    # the kernel does not broadcast batches or heads, as the reference does
+    fits = 16 <= d <= 256 and 0 < n <= MAX_KEYS and k.shape == v.shape == (batch, n, heads, d)
     if (
         not needs_gradient(q, k, v)
-        and fused("cross_attention", q, k, v, fits=16 <= d <= 256 and 0 < n <= MAX_KEYS)
+        and fused("cross_attention", q, k, v, fits=fits)
         and not reference_is_faster("cross_attention", f"m{m}n{n}d{d}", q)
     ):
         return cross_attention_op(q, k, v)

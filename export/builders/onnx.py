@@ -159,6 +159,7 @@ class Exporter:
     def export(self, expected: Artifact) -> list[str]:
         """Make, verify and publish an artifact; return the problems for which it was refused."""
         name, start = expected.component, time.monotonic()
+        self.verifier.references(name)
         say(f"{name}: tracing in {expected.precision} …")
         try:
             graph, traced, fp32_blocks = self._trace(expected)
@@ -197,6 +198,8 @@ class Exporter:
         sets = self.inputs.inputs(name) if kind == "mixed" else []
         reference = self.inputs.reference.session(name).graph
         graph, fp32_blocks = precision.prepare(reference, lambda: load(self.checkpoint, name), kind, sets)
+        if fp32_blocks and kind != "mixed":
+            say(f"{name}: in float32, because weights overflow in float16: {', '.join(fp32_blocks)}")
         folder = self.work_dir / "plain" if kind in QUANTIZED else self.work_dir
         folder.mkdir(exist_ok=True)
         while True:

@@ -34,8 +34,9 @@ class Range:
 def float16_ranges(graph: Path, traced: Traced, rows: Iterable[dict[str, np.ndarray]]) -> list[Range]:
     """Return the range, over all `rows` of inputs, of every value that `graph` keeps in float16.
 
-    Masks are left out: infinite values, and the negative values that only a softmax reads (also through sums), which
-    may become infinite without harm. A file is made beside `graph` for a while.
+    Masks are left out: infinite values, and of scores, which only a softmax reads (also through sums), the negative
+    ones, which may become infinite as long as one of their row does not: the softmax of nothing but -inf is NaN.
+    A file is made beside `graph` for a while.
     """
     observed = graph.with_name(f"observed-{graph.name}")
     try:
@@ -111,15 +112,19 @@ def _scores(model: ModelProto) -> set[str]:
 
 
 def _observe_magnitudes(model: ModelProto, names: list[str]) -> None:
-    """Add an output `<name>_max` for each value: the largest finite magnitude."""
+    """Add an output `<name>_max` for each value: the largest finite magnitude; of scores, that of a row's largest."""
     body = model.graph
     body.initializer.append(helper.make_tensor("observed_zero", TensorProto.FLOAT, [], [0.0]))
+    body.initializer.append(helper.make_tensor("observed_row", TensorProto.INT64, [1], [-1]))
     scores = _scores(model)
     # in reverse: ONNX Runtime visits ends without successors from the last one, and frees what nothing waits for
     for name in reversed(names):
-        body.node.append(helper.make_node("IsInf", [name], [f"{name}_infinite"]))
-        body.node.append(helper.make_node("Where", [f"{name}_infinite", "observed_zero", name], [f"{name}_finite"]))
-        magnitude = "Relu" if name in scores else "Abs"
-        body.node.append(helper.make_node(magnitude, [f"{name}_finite"], [f"{name}_magnitude"]))
+        value = name
+        if name in scores:
+            value = f"{name}_row"
+            body.node.append(helper.make_node("ReduceMax", [name, "observed_row"], [value]))
+        body.node.append(helper.make_node("IsInf", [value], [f"{name}_infinite"]))
+        body.node.append(helper.make_node("Where", [f"{name}_infinite", "observed_zero", value], [f"{name}_finite"]))
+        body.node.append(helper.make_node("Abs", [f"{name}_finite"], [f"{name}_magnitude"]))
         body.node.append(helper.make_node("ReduceMax", [f"{name}_magnitude"], [f"{name}_max"], keepdims=0))
         body.output.append(helper.make_tensor_value_info(f"{name}_max", TensorProto.FLOAT, []))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from export.components import PEAK, tolerance
 from export.graphs import Graph
-from export.verification.layer_drift import reference_outputs
+from export.verification.layer_drift import compare, reference_outputs
 from vlv.common.command import UserError
 
 FREE_SHARE = 0.03  # of a graph's `block_costs`: blocks up to that are never quantized
@@ -49,7 +49,17 @@ def prepare(
     if precision == "mixed":
         return _mixed(load, reference, sets)
     dtype = DTYPES.get(precision)
-    return (load().cast(dtype) if dtype else reference), ()
+    fp32_blocks = _too_large(reference) if dtype == torch.float16 else ()
+    return (load().cast(dtype, fp32_blocks) if dtype else reference), fp32_blocks
+
+
+def _too_large(reference: Graph) -> tuple[str, ...]:
+    """Return the blocks with weights that float16 does not hold. Raises NotPossible for such weights between blocks."""
+    large = [name for name, weight in reference.named_parameters() if weight.abs().max() > torch.finfo(torch.half).max]
+    for name in large:
+        if not name.startswith(tuple(f"{block}." for block in reference.blocks)):
+            raise NotPossible(f"{name} has weights above 65,504, where float16 ends: use --precision bf16 or fp32")
+    return tuple(block for block in reference.blocks if any(name.startswith(f"{block}.") for name in large))
 
 
 @torch.inference_mode()
@@ -63,11 +73,11 @@ def _mixed(load: Callable[[], Graph], reference: Graph, sets: list[dict[str, Ten
         fp32_blocks = tuple(path for path, _ in ranking[:count])
         graph = load().cast(torch.float16, fp32_blocks)
         errors = [
-            _error(found, exact)
+            compare(found, exact)
             for inputs, outputs in zip(sets, expected, strict=True)
             for found, exact in zip(_outputs(graph, inputs), outputs, strict=True)
         ]
-        if all(rms <= allowed and peak <= PEAK * allowed for rms, peak in errors):
+        if all(error["rms"] <= allowed and error["max"] <= PEAK * allowed for error in errors):
             return graph, fp32_blocks
         if count >= len(ranking):
             raise NotPossible("mixed: values between the blocks overflow in fp16: use fp32 or bf16")
@@ -91,7 +101,7 @@ def own_errors(reference: Graph, graph: Graph, inputs: dict[str, Tensor]) -> dic
     for path in reference.blocks:
         args, kwargs = arguments[path]
         found = graph.get_submodule(path)(*_half(args), **{k: _half(v) for k, v in kwargs.items()})
-        rms, _ = _error(found if isinstance(found, Tensor) else found[0], expected[path])
+        rms = compare(found if isinstance(found, Tensor) else found[0], expected[path])["rms"]
         errors[path] = rms if np.isfinite(rms) else float("inf")
     return errors
 
@@ -105,13 +115,6 @@ def _half(value):
 def _outputs(graph: Graph, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     found = graph(*(inputs[port.name] for port in graph.inputs))
     return (found,) if isinstance(found, Tensor) else found
-
-
-def _error(found: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Return the RMS error over the RMS, and the largest error over the largest magnitude."""
-    difference, expected = found.double() - expected.double(), expected.double()
-    rms = difference.square().mean().sqrt() / expected.square().mean().sqrt()
-    return rms.item(), (difference.abs().max() / expected.abs().max()).item()
 
 
 @torch.inference_mode()

@@ -17,9 +17,10 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from export.manifest import Artifact
+from export.manifest import Artifact, ArtifactError
 from export.quantize.bf16_upcast import upcast
 from export.runtimes.base import ArtifactRuntime, RuntimeUnavailable, Session
+from vlv.common.command import one_line
 
 _NUMPY = {"uint8": np.uint8, "int32": np.int32, "float32": np.float32}
 _GPU_WHEEL = "python -m pip install --no-deps onnxruntime-gpu"
@@ -45,8 +46,20 @@ class OrtSession(Session):
         emulated = device.type == "cpu" and artifact.precision == "bf16"
         if emulated:  # the optimizer would remove the casts that round
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        with _upcast_file(file) if emulated else contextlib.nullcontext(file) as graph, flushed():
-            self.session = onnxruntime.InferenceSession(graph, options, providers=providers)
+        try:
+            with _upcast_file(file) if emulated else contextlib.nullcontext(file) as graph, flushed():
+                self.session = onnxruntime.InferenceSession(graph, options, providers=providers)
+        except Exception as error:  # ONNX Runtime's have no common class, onnx raises protobuf's
+            raise ArtifactError(
+                f"ONNX Runtime does not load {file} ({one_line(error)}); make it again: {artifact.command}"
+            ) from error
+        given = {value.name: value.shape[1:] for value in (*self.session.get_inputs(), *self.session.get_outputs())}
+        for port in (*self.inputs, *self.outputs):
+            if port.batched and given.get(port.name) != list(port.shape):
+                raise ArtifactError(
+                    f"{file} has {port.name} as {given.get(port.name)}, its entry in the manifest as "
+                    f"{list(port.shape)}; make it again: {artifact.command}"
+                )
         self._buffers: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._held: dict[tuple[int, str], Tensor] = {}
 

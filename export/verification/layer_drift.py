@@ -17,6 +17,22 @@ from export.manifest import Artifact
 from export.quantize.bf16_upcast import upcast
 
 
+def compare(found: Tensor, expected: Tensor) -> dict[str, float]:
+    """Return the largest error over the largest magnitude, and the RMS error over the RMS.
+
+    Both are 0 where the values are equal, as zeros are, and inf where the expected ones alone are all zero.
+    """
+    difference, expected = found.double() - expected.double(), expected.double()
+    return {
+        "max": _ratio(difference.abs().max(), expected.abs().max()),
+        "rms": _ratio(difference.square().mean().sqrt(), expected.square().mean().sqrt()),
+    }
+
+
+def _ratio(error: Tensor, size: Tensor) -> float:
+    return 0.0 if error == 0 else (error / size).item()
+
+
 def drift(artifact: Artifact, folder: Path, graph: Graph, inputs: dict[str, Tensor]) -> list[dict]:
     """Return per block its path, its RMS error relative to the reference's RMS, and whether that exceeds the tolerance.
 
@@ -28,11 +44,9 @@ def drift(artifact: Artifact, folder: Path, graph: Graph, inputs: dict[str, Tens
     for depth, path in enumerate(artifact.blocks, 1):
         if path not in found or found[path].size != expected[path].numel():
             continue
-        reference = expected[path].double().numpy().ravel()
-        difference = found[path].astype(np.float64).ravel() - reference
-        error = np.sqrt(np.square(difference).mean() / np.square(reference).mean())
+        error = compare(torch.from_numpy(found[path]).flatten(), expected[path].flatten())["rms"]
         allowed = tolerance(artifact.precision, depth, graph.longest_sum)
-        report.append({"block": path, "rms": float(error), "drifts": not error <= allowed})
+        report.append({"block": path, "rms": error, "drifts": not error <= allowed})
     return report
 
 

@@ -20,23 +20,15 @@ from export.manifest import Artifact, ArtifactError, name_of
 from export.runtimes.base import ArtifactRuntime, Session
 from export.verification.captions import Captions
 from export.verification.inputs import NOISE, VerificationInputs, border_images
-from export.verification.layer_drift import drift
+from export.verification.layer_drift import compare, drift
 from vlv.checkpoints.folder import Checkpoint
 
 AGREEMENT = 0.99  # share of greedy tokens that must stay; float32 must keep every one
 # 8-bit graphs are not compared at the borders: their error hides the difference, and they upsample as the float32 or
 # float16 graph that they are made from
 FLOATS = ("fp32", "fp16", "mixed", "bf16")
+Sets = tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]
 MAX_SECONDS = 60.0  # for one batch; after a slower one, larger batches are left out
-
-
-def compare(found: Tensor, expected: Tensor) -> dict[str, float]:
-    """Return the largest error over the largest magnitude, and the RMS error over the RMS."""
-    difference = (found - expected).double()
-    return {
-        "max": (difference.abs().max() / expected.abs().max()).item(),
-        "rms": (difference.square().mean() / expected.double().square().mean()).sqrt().item(),
-    }
 
 
 class Verifier:
@@ -47,7 +39,7 @@ class Verifier:
         self.inputs = inputs
         self._with_captions = captions and "caption" in checkpoint.can
         self._captions: Captions | None = None
-        self._expected: dict[str, list[dict[str, Tensor]]] = {}
+        self._references: dict[str, Sets] = {}
         self._at_borders: dict[str, Tensor] = {}
 
     def check_all(self, runtime: ArtifactRuntime) -> list[Artifact]:
@@ -63,18 +55,18 @@ class Verifier:
                 checked.append(replace(artifact, verification=self.check(artifact, session, manifest.folder)))
         if not checked:
             raise ArtifactError(
-                f"{manifest.folder} has nothing for {runtime.word} {runtime.target}: "
-                f"it has {', '.join(manifest.artifacts)}"
+                f"{manifest.folder} has nothing for {' '.join([runtime.word, runtime.target]).strip()}: "
+                f"it has {', '.join(manifest.artifacts) or 'no artifacts'}"
             )
         return checked
 
     def check(self, artifact: Artifact, session: Session, folder: Path) -> dict:
         """Return the verification figures of an artifact; figures["problems"] is empty if it passes."""
-        sets = self.inputs.inputs(artifact.component)
+        sets, references = self.references(artifact.component)
         worst: dict[str, dict[str, float]] = {}
         problems: list[str] = []
         batches, found = self._run_batches(artifact, session, sets, problems)
-        for results, expected in zip(found, self._references(artifact.component, sets), strict=True):
+        for results, expected in zip(found, references, strict=True):
             for name, value in results.items():
                 problems += _garbage(name, value, expected[name])
                 errors = compare(value, expected[name])
@@ -108,12 +100,24 @@ class Verifier:
                 problems.append(f"the first block that drifts is {first}")
         return figures
 
-    def _references(self, component: str, sets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        if component not in self._expected:
-            session = self.inputs.reference.session(component)
+    def references(self, component: str) -> Sets:
+        """Return the inputs of a component, and the outputs of float32 PyTorch on them, computed once.
+
+        Raises ArtifactError where those are not finite: such a checkpoint has no right values.
+        """
+        if component not in self._references:
+            session, sets = self.inputs.reference.session(component), self.inputs.inputs(component)
             with torch.inference_mode():
-                self._expected[component] = [session(**inputs) for inputs in sets]
-        return self._expected[component]
+                expected = [session(**inputs) for inputs in sets]
+            if wrong := [n for outputs in expected for n, value in outputs.items() if not value.isfinite().all()]:
+                weights = [n for n, weight in session.graph.named_parameters() if not weight.isfinite().all()]
+                cause = f"{weights[0]} is not finite" if weights else "its values overflow"
+                raise ArtifactError(
+                    f"{component}: {wrong[0]} is not finite in float32 PyTorch either, since {cause}: "
+                    "copy the checkpoint again, or take an earlier one"
+                )
+            self._references[component] = sets, expected
+        return self._references[component]
 
     def _check_borders(self, artifact: Artifact, session: Session, allowed: float, problems: list[str]) -> dict:
         """Return the largest errors over images with content at the borders.
@@ -126,6 +130,7 @@ class Verifier:
             with torch.inference_mode():
                 self._at_borders = self.inputs.reference.session("encoder")(pixels=images)
         worst = {}
+        hint = "" if problems else ": does a resize read pixels beyond the border?"
         for name, value in _in_batches(session, {"pixels": images}, artifact.profile.max).items():
             errors = [compare(*pair) for pair in zip(value, self._at_borders[name], strict=True)]
             worst[name] = {key: max(e[key] for e in errors) for key in errors[0]}
@@ -133,7 +138,7 @@ class Verifier:
                 problems.append(
                     f"{name} of images with content at the borders is off by {worst[name]['rms']:.1e} RMS, "
                     f"{worst[name]['max']:.1e} at most; {artifact.precision} explains {allowed:.1e} and "
-                    f"{PEAK * allowed:.1e}: does a resize read pixels beyond the border?"
+                    f"{PEAK * allowed:.1e}{hint}"
                 )
         return worst
 

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from export.components import Batch, Component, tolerance
-from export.manifest import Artifact, ArtifactError, Manifest, source_hash
+from export.manifest import Artifact, ArtifactError, Manifest, describe_files, source_hash
 from export.runtimes.factory import open_runtime
 from vlv.checkpoints.folder import Checkpoint
 
@@ -54,6 +54,44 @@ def test_a_manifest_that_is_none(copied, tmp_path):
     assert "is damaged" in refused(copied)
     (copied / "manifest.json").write_text("[]")
     assert "is damaged" in refused(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"files": {}}, "encoder has no files"),
+        ({"files": {"encoder.onnx": {"bytes": 1}}}, "one without a hash"),
+        ({"precision": "fp99"}, "precision is 'fp99', expected one of fp32, fp16"),
+        ({"component": "decoder"}, "component is 'decoder', expected one of encoder"),
+        ({"component": "unet"}, "encoder holds the entry of unet"),
+        ({"runtime": "cuda"}, "runtime is 'cuda'"),
+        ({"inputs": []}, "encoder has no inputs or no outputs"),
+        ({"outputs": []}, "encoder has no inputs or no outputs"),
+        (
+            {"inputs": [{"name": "pixels", "dtype": "float8", "shape": [3, 64, 64], "batched": True}]},
+            "pixels is float8",
+        ),
+    ],
+)
+def test_entries_that_no_export_writes(copied, change, words):
+    edit(copied, lambda values: values["artifacts"]["encoder"].update(change))
+    sentence = refused(copied)
+    assert "is damaged" in sentence and words in sentence and "delete the folder and export again" in sentence
+
+
+def test_a_graph_that_does_not_fit_its_entry(copied):
+    """Files whose hashes are right, but of another graph, or no graph."""
+
+    def exchange(content):
+        (copied / "encoder.onnx").write_bytes(content)
+        files = describe_files(copied, ["encoder.onnx"])
+        edit(copied, lambda values: values["artifacts"]["encoder"].update(files=files))
+        return refused(copied)
+
+    sentence = exchange((copied / "vae_encoder.onnx").read_bytes())
+    assert "has context as None, its entry in the manifest as [32, 128]; make it again: python" in sentence
+    sentence = exchange(b"no graph")
+    assert "ONNX Runtime does not load" in sentence and "; make it again: python" in sentence
 
 
 def test_files_outside_the_folder(copied):

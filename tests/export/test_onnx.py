@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -187,7 +188,8 @@ def test_an_interrupted_export_leaves_the_old_state_and_goes_on(copied, capsys):
 
 def test_verify_finds_something_to_check(copied, capsys):
     manifest = Manifest.open(copied)
-    manifest.artifacts = {"encoder@rtx-sm86": manifest.artifacts["encoder"]}
+    engine = dataclasses.replace(manifest.artifacts["encoder"], runtime="rtx", target="sm86")
+    manifest.artifacts = {engine.name: engine}
     manifest.save()
     assert verify.main(["--artifacts", str(copied), "--ckpt", str(BUNDLED)]) == 1
     assert "has nothing for onnx" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -105,6 +106,67 @@ def test_the_block_stays_in_float32(rescaled, tmp_path, capsys, precision):
     kinds = {w.name: w.data_type for w in model.graph.initializer}
     wide = [n for n in model.graph.node if n.op_type == "MatMul" and kinds.get(n.input[1]) == TensorProto.FLOAT]
     assert wide, "its products are float32, and not quantized"
+
+
+def edited(source, target, change):
+    """Copy a checkpoint with changed weights, all of them in float32."""
+    shutil.copytree(source, target)
+    weights = {name: weight.float() for name, weight in load_file(target / "encoder.safetensors").items()}
+    change(weights)
+    save_file(weights, target / "encoder.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def low_scores(weights) -> None:
+    """All scores of a layer's attention are -119 * 119 * sqrt(32) = -80,107: even probabilities, but NaN in float16."""
+    weight, bias = (weights[f"bottleneck.text.layers.0.attention.qkv.{name}"] for name in ("weight", "bias"))
+    weight[:256] = 0
+    bias[:128], bias[128:256] = 119, -119
+
+
+def large_weights(weights) -> None:
+    """A norm's weights, and those of the layer behind it, in another proportion: the same function."""
+    for name in ("norm2.weight", "norm2.bias"):
+        weights[f"bottleneck.text.layers.1.{name}"] *= 2.0**18
+    weights["bottleneck.text.layers.1.fc1.weight"] *= 2.0**-18
+
+
+def test_float16_as_a_gpu_computes_it(small, tmp_path):
+    """ONNX's reference implementation rounds every result; ONNX Runtime on a CPU does not."""
+    changes = lambda weights: (low_scores(weights), large_weights(weights))  # noqa: E731
+    other, out = edited(small, tmp_path / "checkpoint", changes), tmp_path / "out"
+    checkpoint = Checkpoint.open(other)
+    pixels = VerificationInputs(checkpoint, 4).images
+    with torch.inference_mode():
+        expected = load(checkpoint, "encoder")(pixels)[0]
+    options = ["--components", "encoder", "--no-captions", "--probes", "4", *LIMITS]
+    assert toy.onnx.main(["--ckpt", str(other), "--out", str(out), "--precision", "fp16", *options]) == 0
+    assert Manifest.open(out).checked("encoder").fp32_blocks == (BLOCK, BLOCK.replace("1", "0"))
+    (found,) = ReferenceEvaluator(str(out / "encoder.onnx")).run(["context"], {"pixels": pixels.numpy()})
+    assert compare(torch.from_numpy(found), expected)["rms"] < 5e-3
+
+
+def test_zeros_are_right_where_zeros_are_expected(small, tmp_path):
+    def zero(weights):
+        for name in ("to_llm.2.weight", "to_llm.2.bias"):
+            weights[name].zero_()
+
+    other, out = edited(small, tmp_path / "checkpoint", zero), tmp_path / "out"
+    options = ["--components", "encoder", "--no-captions", "--probes", "4", *LIMITS]
+    assert toy.onnx.main(["--ckpt", str(other), "--out", str(out), *options]) == 0
+    assert Manifest.open(out).checked("encoder").verification["outputs"]["prompts"] == {"max": 0, "rms": 0}
+
+
+def test_weights_that_are_not_finite_are_named(small, tmp_path, capsys):
+    def damage(weights):
+        weights["bottleneck.text.layers.1.fc2.weight"][3, 5] = float("nan")
+
+    other = edited(small, tmp_path / "checkpoint", damage)
+    command = ["--ckpt", str(other), "--out", str(tmp_path / "out"), "--components", "encoder", "--no-captions"]
+    assert toy.onnx.main(command) == 1
+    error = capsys.readouterr().err.strip()
+    assert "encoder.bottleneck.text.layers.1.fc2.weight is not finite: copy the checkpoint again" in error
+    assert "\n" not in error and not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_what_no_block_can_help_is_refused(small, tmp_path, capsys):

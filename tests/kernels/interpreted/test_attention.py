@@ -71,6 +71,14 @@ def test_scores_that_overflow_without_a_maximum():
     compare(attention, attention_reference, [q * 100, k, v], False, depth=25)
 
 
+def test_fewer_batches_or_heads_of_keys_are_broadcast():
+    q, k, v = qkv(2, 4, 5, 9, 32)
+    for part in ((slice(0, 1), slice(None)), (slice(None), slice(0, 1))):
+        compare(attention, attention_reference, [q, k[part], v[part]], False, depth=41)
+        inputs = [x.transpose(1, 2) for x in (q, k[part], v[part])]
+        compare(cross_attention, cross_attention_reference, inputs, depth=41)
+
+
 def context(b, m, n, heads, d, dtype=torch.float32):
     """Queries, keys, values [B, tokens, heads, d] amid NaN."""
     return [surrounded(torch.randn(b, length, heads, d).to(dtype)) for length in (m, n, n)]

@@ -67,7 +67,8 @@ def test_add_norm_repeats_fewer_rows(shape, other, rows, dtype, monkeypatch):
 def test_add_norm_takes_no_other_broadcast():
     norm, x = layer_norm(8), torch.randn(2, 3, 8)
     with torch.no_grad():
-        for other in (x[:, :1].contiguous(), x[..., :1].contiguous(), torch.randn(2, 2, 3, 8)[:, :1].contiguous()):
+        others = [x[:, :1], x[..., :1], torch.randn(2, 2, 3, 8)[:, :1], torch.randn(1, 1, 3, 8)]
+        for other in (one.contiguous() for one in others):
             assert not fuses(x, other, norm) and not fuses(other, x, norm)
             exact = add_norm_reference(x, other, norm.weight, norm.bias, norm.eps)
             torch.testing.assert_close(add_norm(x, other, norm), exact)
