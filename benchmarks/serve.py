@@ -104,7 +104,7 @@ async def measure(args) -> dict:
     from serve.outputs.jsonl import FileSink
     from serve.reports.progress import Progress
     from vlv.checkpoints.folder import Checkpoint
-    from vlv.model.captioner import clean_caption
+    from vlv.model.clean_up import clean_caption
 
     checkpoint, cls = Checkpoint.open(args.ckpt), engine_class(args.engine)
     spec = LLMSpec.of(checkpoint)

@@ -21,7 +21,8 @@ from export.verification.inputs import scene_images, scene_numbers
 from vlv.checkpoints.folder import Checkpoint
 from vlv.data import scenes
 from vlv.evaluate.synthetic.scenes import true_claims
-from vlv.model.captioner import Captioner, clean_caption
+from vlv.model.captioner import Captioner
+from vlv.model.clean_up import clean_caption
 from vlv.model.generation import cut_at_end, greedy_generation_config
 
 TOKENS = 96  # of a caption that are compared

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from serve.core.inputs import Item
 from serve.core.style import CaptionStyle
-from serve.engines.base import Completion
+from serve.engines.sampling import Completion
 from vlv.data.decoding.crop import Box
-from vlv.model.captioner import clean_caption
+from vlv.model.clean_up import clean_caption
 
 PLAIN = CaptionStyle()
 

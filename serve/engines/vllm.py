@@ -28,8 +28,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from serve.engines.base import EngineError, LLMEngine, OptionError, Sampling, Tokens
+from serve.engines.base import EngineError, LLMEngine, OptionError, Sampling
 from serve.engines.child_reaper import ChildProcessReaper
+from serve.engines.sampling import Tokens
 from serve.engines.vllm_settings import Device, VLLMSettings, flashinfer_problem, free_memory, settings
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.llm_folder import check_llm_folder

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from serve.engines.base import Completion, Sampling
 from serve.http.errors import ApiError, invalid_request, invalid_value
 from vlv.data.decoding.crop import CROPS
-from vlv.model.captioner import clean_caption
+from vlv.model.clean_up import clean_caption
 
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20  # alternatives per token, as OpenAI's

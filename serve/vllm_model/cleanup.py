@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.http.errors import ApiError
 from serve.http.openai_api import Cleaner, error_body, require_neutral
-from vlv.model.captioner import clean_caption
+from vlv.model.clean_up import clean_caption
 
 PATH = "/v1/chat/completions"
 PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty")

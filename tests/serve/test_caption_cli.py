@@ -109,7 +109,7 @@ def test_every_kind_of_bad_image(caption, bomb, tmp_path):
 
 
 def test_raw_captions_and_the_clean_up(caption, scene_images, tmp_path):
-    from vlv.model.captioner import clean_caption
+    from vlv.model.clean_up import clean_caption
 
     code, records, errors, stderr = caption(scene_images, "--limit", 8)
     assert (code, len(records), errors) == (0, 8, [])

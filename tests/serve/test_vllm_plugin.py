@@ -26,7 +26,7 @@ from serve import vllm_plugin
 from serve.vllm_model.folder import write
 from tests.vlv.data.pixel_cases import PROFILES
 from vlv.checkpoints.folder import Checkpoint
-from vlv.model.captioner import clean_caption
+from vlv.model.clean_up import clean_caption
 
 SCENES = 16
 

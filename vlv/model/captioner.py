@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vlv.checkpoints.folder import Checkpoint
 from vlv.checkpoints.llm_folder import check_llm_folder
+from vlv.model.clean_up import clean_caption
 from vlv.model.encoder import VLVEncoder
 from vlv.model.generation import cut_at_end, end_tokens, greedy_generation_config
-
-
-def clean_caption(text: str) -> str:
-    """Clean a caption as published: cut it at the last period, drop repeated sentences.
-
-    A text without a period is returned stripped.
-    """
-    text = text.strip()
-    if "." in text:
-        text = text[: text.rindex(".") + 1]
-    sentences = re.split(r"(?<=[.!?])\s+", text)
-    return " ".join(dict.fromkeys(sentences))
 
 
 class Captioner(nn.Module):

@@ -159,8 +159,8 @@ def test_no_process_outlives_a_killed_parent(tmp_path):
 
 
 def test_import_is_light():
-    """A decode process imports this module: torch would cost each two seconds and 300 MB."""
-    code = "import sys, serve.core.decode, serve.vllm_caption; print('torch' in sys.modules)"
+    """A decode process and the writers of outputs do not need torch, which would cost each two seconds and 300 MB."""
+    code = "import sys, serve.core.decode, serve.vllm_caption, serve.outputs.factory; print('torch' in sys.modules)"
     started = time.monotonic()
     run_ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run_.stdout.strip() == "False", run_.stderr

@@ -11,7 +11,7 @@ from serve.http.admission import Admission
 from serve.http.auth import Key, Keys, KeysError
 from serve.http.errors import ApiError
 from serve.http.openai_api import Cleaner
-from vlv.model.captioner import clean_caption
+from vlv.model.clean_up import clean_caption
 
 
 def test_keys_are_kept_as_hashes(tmp_path):

@@ -26,7 +26,7 @@ class LLMEngine(Scripted):
     samplings = []  # noqa: RUF012
 
     async def tokens(self, embeds, sampling, every):
-        from serve.engines.base import Tokens
+        from serve.engines.sampling import Tokens
 
         type(self).samplings.append(sampling)
         async for ids in super().tokens(embeds, sampling, every):

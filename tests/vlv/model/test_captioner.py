@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vlv.model.captioner import Captioner, clean_caption
+from vlv.model.captioner import Captioner
+from vlv.model.clean_up import clean_caption
 from vlv.model.config import PRESETS
 from vlv.model.encoder import VLVEncoder
 from vlv.train.config import Synthetic
