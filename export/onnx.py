@@ -41,7 +41,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="largest batch of the encoder, in images (default: 32)",
     )
     drawn = ("--max-images", "--max-pictures")  # the second is the older name
-    p.add_argument(*drawn, type=positive, default=8, metavar="N", help="images reconstructed together (8)")
+    p.add_argument(*drawn, type=positive, default=8, metavar="N", help="images reconstructed together (default: 8)")
     p.add_argument(
         "--calibrate",
         type=Path,
