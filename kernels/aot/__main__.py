@@ -22,7 +22,10 @@ from kernels.aot.manifest import BASELINE, DTYPES, PARTS, TARGETS, new_spills, s
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kernels.aot",
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", default="sm90", metavar="SM,SM", help=f"of {','.join(TARGETS)} (default: sm90)")
     parser.add_argument(

@@ -105,6 +105,8 @@ def run_command(
     """Return the exit code of `work(args)`; an error becomes one sentence on stderr, or a traceback with --debug."""
     # else transformers warns that torchvision is missing, which nothing here needs, and that breaks a CPU's torch
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # bars of its downloads and loading would fill a log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return work(args) or DONE
     except KeyboardInterrupt:
