@@ -343,9 +343,9 @@ def _crops(image: Image.Image, size: int, crop: str, max_pixels: int, ignore_icc
     else:  # the squares have far fewer pixels to convert
         parts = squares(image, size, crop, max_pixels, extent)
         parts = [ImageCms.applyTransform(part, transform) for part in parts]
-    pixels = np.stack([np.asarray(padded(part, size)) for part in parts]).transpose(0, 3, 1, 2)
+    pixels = np.stack([[np.asarray(plane) for plane in padded(part, size).split()] for part in parts])
     sides = (round(scale * side) for side in sides_of(extent))
-    return Crops(np.ascontiguousarray(pixels), boxes(*sides, crop))
+    return Crops(pixels, boxes(*sides, crop))
 
 
 def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
