@@ -35,7 +35,7 @@ from vlv.data.decoding.optional import (
 from vlv.data.decoding.png import SIGNATURE, with_transparency, without_side_data
 from vlv.data.decoding.tiff import MAGIC, TiffError, decode_tiff, scale_floats, tiff_size
 
-FAST_JPEG = 1.5  # with fast_jpeg, both sides that are decoded have at least so many pixels for one of the crop
+FAST_JPEG = 4 / 3  # with fast_jpeg, both sides are decoded to so many pixels or more for one of the crop
 MAX_PIXELS = 178_956_970  # Pillow's own refusal: 2/3 of a GiB as RGBA
 
 # Only formats that Pillow decodes in the process itself: EPS, for one, would run Ghostscript on the file.
