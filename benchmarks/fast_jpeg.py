@@ -29,7 +29,7 @@ from vlv.common.files import write_json
 from vlv.data.image import decode, load_crops
 
 ROOT = Path(__file__).resolve().parents[1]
-FACTORS = (1.0, 1.5, 2.0)
+FACTORS = (1.0, 4 / 3, 1.5, 2.0)
 SCALES = (2, 4, 8)
 SCENES = 256
 SIDES = 512, 1024  # of the scenes that are captioned
@@ -52,7 +52,7 @@ def pixels(contents: list[bytes]) -> Iterator[dict]:
                 exact, fast = (crops(content, size, chosen).astype(np.float64) for chosen in (None, factor))
                 differences.append(fast - exact)
             rms = [float(np.sqrt(np.square(d).mean())) for d in differences]
-            row = {"factor": factor, "decoded": f"1/{scale}", "rms": round(float(np.mean(rms)), 3)}
+            row = {"factor": round(factor, 3), "decoded": f"1/{scale}", "rms": round(float(np.mean(rms)), 3)}
             largest = max(float(np.abs(d).max()) for d in differences)
             p999 = float(np.mean([np.quantile(np.abs(d), 0.999) for d in differences]))
             yield row | {"rms_of_worst": round(max(rms), 3), "p99.9": round(p999, 2), "max": largest}
@@ -74,7 +74,7 @@ def captions(checkpoint: Checkpoint) -> Iterator[dict]:
     exact = Captions(checkpoint, reference, images(None))
     for factor in FACTORS:
         found = exact.agreement(lambda _, factor=factor: encode(images(factor)), 1.0)
-        row = {"factor": factor, "images": found.images, "tokens": found.tokens}
+        row = {"factor": round(factor, 3), "images": found.images, "tokens": found.tokens}
         yield row | {"agreement": round(found.agreement, 4), "standard_error": round(found.error, 4)}
 
 

@@ -135,7 +135,6 @@ class Batcher:
         """Encode batches until cancelled. Raises what keeps the encoder from loading or running."""
         loop = asyncio.get_running_loop()
         encoder = await loop.run_in_executor(self._thread, self._open_encoder)
-        memory = np.empty((0, *self._pool.crops.shape[1:]), np.uint8)  # of all batches: new pages cost more than a copy
         while True:
             batch = [await self._decoded.get()]
             await self._below_limit.wait()
@@ -144,10 +143,7 @@ class Batcher:
             needed = [(slot, encoded) for slot, encoded in batch if not encoded.done()]  # the others were cancelled
             squares = [self._pool.squares(slot) for slot, _ in needed]
             boxes = [self._pool.boxes(slot) for slot, _ in needed]
-            count = sum(map(len, squares))
-            if count > len(memory):
-                memory = np.empty((count, *memory.shape[1:]), np.uint8)
-            images = np.concatenate(squares, out=memory[:count]) if needed else None
+            images = np.concatenate(squares) if needed else None  # copies them
             for slot, _ in batch:
                 self._pool.release(slot)
             if not needed:

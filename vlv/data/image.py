@@ -35,7 +35,7 @@ from vlv.data.decoding.optional import (
 from vlv.data.decoding.png import SIGNATURE, with_transparency, without_side_data
 from vlv.data.decoding.tiff import MAGIC, TiffError, decode_tiff, scale_floats, tiff_size
 
-FAST_JPEG = 1.5  # with fast_jpeg, both sides that are decoded have at least so many pixels for one of the crop
+FAST_JPEG = 4 / 3  # with fast_jpeg, both sides are decoded to so many pixels or more for one of the crop
 MAX_PIXELS = 178_956_970  # Pillow's own refusal: 2/3 of a GiB as RGBA
 
 # Only formats that Pillow decodes in the process itself: EPS, for one, would run Ghostscript on the file.
@@ -343,9 +343,9 @@ def _crops(image: Image.Image, size: int, crop: str, max_pixels: int, ignore_icc
     else:  # the squares have far fewer pixels to convert
         parts = squares(image, size, crop, max_pixels, extent)
         parts = [ImageCms.applyTransform(part, transform) for part in parts]
-    pixels = np.stack([np.asarray(padded(part, size)) for part in parts]).transpose(0, 3, 1, 2)
+    pixels = np.stack([[np.asarray(plane) for plane in padded(part, size).split()] for part in parts])
     sides = (round(scale * side) for side in sides_of(extent))
-    return Crops(np.ascontiguousarray(pixels), boxes(*sides, crop))
+    return Crops(pixels, boxes(*sides, crop))
 
 
 def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -65,7 +65,9 @@ def test_a_replica(flags, body, expected):
 
     async def life() -> None:
         replica = Replica.__new__(Replica)
-        await replica.__init__(config_from(ray_serve.parser().parse_args(flags), ServerConfig))
+        args = ray_serve.parser().parse_args([*flags, "--fast-jpeg"])
+        await replica.__init__(config_from(args, ServerConfig))
+        assert replica.routes.service.config.fast_jpeg
         async with httpx.AsyncClient(transport=httpx.ASGITransport(replica.answer), base_url="http://here") as client:
             assert (await client.get("/ready")).json() == {"status": "ready"}
             assert captions(await client.post("/v1/captions", json=body, timeout=60)) == expected

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pyarrow import Table, parquet
 
 from serve import ray_batch
@@ -142,6 +143,8 @@ def test_the_stages_one_after_another(args, options, pictures, captioning_checkp
 
 def test_a_unit_in_another_crop(args, pictures, capsys):
     store = Store(args.output)
+    pixels = np.random.default_rng(0).integers(0, 256, (6 * SIZE, 8 * SIZE, 3), np.uint8)
+    Image.fromarray(pixels).save(pictures / "00.png", "JPEG")
     plan(store, expand(args.paths, column="url"), {}, args.unit)
     decode = Decode(args.output, SIZE, 1, False, "pad", True)
     try:
@@ -150,6 +153,7 @@ def test_a_unit_in_another_crop(args, pictures, capsys):
         decode._loop.run_until_complete(decode._pool.__aexit__())
     for item, crop in zip(unit_items(store, 0), columns["crop"], strict=True):
         assert np.array_equal(crop, load_crops(item.read(), SIZE, "pad", fast_jpeg=True).pixels[0])
+    assert not np.array_equal(columns["crop"][0], load_crops(pictures / "00.png", SIZE, "pad").pixels[0])
     assert ray_batch.main([*args.paths, args.output, "--ckpt", "x", "--crop", "tiles"]) == 2
     assert "--crop tiles: a unit has one caption an image here" in capsys.readouterr().err
 
