@@ -92,7 +92,8 @@ class EncoderGraph(Graph):
         paths += ["image", *_children(encoder, "bottleneck.encoder.layers")]
         paths += [*_children(encoder, "bottleneck.decoder.layers"), "bottleneck.projection"]
         paths += _children(encoder, "bottleneck.text.layers")
-        self.blocks = tuple(f"encoder.{p}" for p in [*paths, "to_llm"] if encoder.get_submodule(p) is not None)
+        paths += [] if encoder.to_llm is None else ["to_llm"]
+        self.blocks = tuple(f"encoder.{p}" for p in paths)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         context = self.encoder.context(pixels)

@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -145,6 +145,10 @@ class _Config:
             "quantization_config": (values.get("quantization_config"), None),
             "hidden_act": (values.get("hidden_act", "silu"), "silu"),
             "use_sliding_window": (bool(values.get("use_sliding_window")), False),
+            "layer_types": (
+                next((kind for kind in values.get("layer_types") or () if kind != "full_attention"), "full_attention"),
+                "full_attention",
+            ),
             "rope_type": (
                 rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type", "default"),
                 "default",
@@ -168,8 +172,11 @@ class _Config:
                 rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
                 tied=bool(values.get("tie_word_embeddings")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise GGUFError(f"{file} does not describe a Qwen2 model: {error!r}") from error
+        for field in fields(found):  # llama.cpp ends the process where one is 0
+            if field.name != "tied" and getattr(found, field.name) <= 0:
+                raise GGUFError(f"{file}: {field.name} is {getattr(found, field.name)}, expected a number above 0")
         if found.heads * found.head != found.width:
             raise GGUFError(
                 f"{file}: {heads} heads of {found.head} numbers and a hidden size of {found.width}; llama.cpp runs "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -36,10 +37,9 @@ class ModelParams(Structure):
 class ContextParams(Structure):
     """llama_context_params: the fields that are set, and the 128 bytes of the rest."""
 
-    _fields_ = [(name, c_uint32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq")]
-    _fields_ += [(name, c_uint32) for name in ("n_outputs_max", "n_outputs_max_per_seq")]
-    _fields_ += [(name, c_int32) for name in ("n_threads", "n_threads_batch", "ctx_type")]
-    _fields_ += [("rest", c_void_p * 16)]
+    _fields_ = [(name, c_uint32) for name in "n_ctx n_batch n_ubatch n_seq_max n_rs_seq n_outputs_max".split()]
+    _fields_ += [("n_outputs_max_per_seq", c_uint32), ("n_threads", c_int32), ("n_threads_batch", c_int32)]
+    _fields_ += [("ctx_type", c_int32), ("rest", c_void_p * 16)]
 
 
 class Batch(Structure):
@@ -116,15 +116,14 @@ class Captioner:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         self._decode(Batch(n_tokens=self.queries, embd=values.ctypes.data_as(POINTER(c_float))))
         found: list[int] = []
-        while True:
+        while len(found) < self.max_tokens:
+            if found:
+                self._decode(Batch(n_tokens=1, token=(c_int32 * 1)(found[-1])))
             logits = np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, -1), (self.words,))
-            token = int(logits.argmax())
-            if token in self.end_tokens:
-                return found
-            found.append(token)
-            if len(found) == self.max_tokens:
-                return found
-            self._decode(Batch(n_tokens=1, token=(c_int32 * 1)(token)))
+            found.append(int(logits.argmax()))
+            if found[-1] in self.end_tokens:
+                return found[:-1]
+        return found
 
     def _decode(self, batch: Batch) -> None:
         if code := self.lib.llama_decode(self.context, batch):
@@ -133,8 +132,7 @@ class Captioner:
     def text(self, tokens: list[int]) -> str:
         """Return the caption: cut at its last period, without repeated sentences."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=False).strip()
-        if "." in text:
-            text = text[: text.rindex(".") + 1]
+        text = text[: text.rindex(".") + 1] if "." in text else text
         return " ".join(dict.fromkeys(re.split(r"(?<=[.!?])\s+", text)))
 
 
@@ -153,8 +151,10 @@ def read_image(file: str | Path) -> np.ndarray:
 
 
 def check(captioner: Captioner, folder: Path) -> list[str]:
-    """Return how the results on the test vectors differ from those recorded: one sentence each."""
-    problems = []
+    """Return which files changed, and how the results on the test vectors differ from those recorded."""
+    files = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))["files"]
+    hashes = {name: hashlib.sha256(np.memmap(folder / name, np.uint8, "r")).hexdigest() for name in files}
+    problems = [f"{name} is damaged: copy it again" for name in files if hashes[name] != files[name]["sha256"]]
     for case in sorted((folder / "vectors").iterdir()):
         crop, embeddings = captioner.encode(read_image(case / "image.png"))
         levels = np.abs(crop[0].transpose(1, 2, 0).astype(int) - read_image(case / "crop.ppm")).max()
@@ -181,18 +181,18 @@ def main() -> int:
     folder = Path(__file__).resolve().parent
     try:
         captioner = Captioner(folder, args.threads)
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
-    problems = check(captioner, folder) if args.check else []
+        problems = check(captioner, folder) if args.check else []
+    except Exception as error:  # ONNX Runtime and tokenizers raise their own
+        hint = "" if isinstance(error, RuntimeError) else "; is the folder complete? Copy it again"
+        sys.exit(f"error: {' '.join(str(error).split())}{hint}")
     for file in args.images:
         try:
             caption = captioner.text(captioner.tokens(captioner.encode(read_image(file))[1]))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            problems.append(f"{file}: {error}")
+        except Exception as error:  # of Pillow, ONNX Runtime or llama.cpp: the next image may be well
+            problems.append(f"{file}: {' '.join(str(error).split())}")
         else:
             print(json.dumps({"image": file, "caption": caption}, ensure_ascii=False), flush=True)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    sys.stderr.writelines(f"error: {problem}\n" for problem in problems)
     return 1 if problems else 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from export.builders.gguf import GGUFError
 from export.runtimes.llama_library import Entry, Llama
 from export.verification.inputs import scene_images, scene_numbers
 from vlv.checkpoints.folder import Checkpoint
@@ -25,7 +26,7 @@ from vlv.model.captioner import Captioner
 from vlv.model.clean_up import clean_caption
 from vlv.model.generation import cut_at_end, greedy_generation_config
 
-TOKENS = 96  # of a caption that are compared
+TOKENS = 96  # of a caption that are compared, or as many as the model has positions for
 ENCODED = 32  # scenes that the reference encodes and captions together
 SEQUENCES = 8  # captions that llama.cpp decodes together
 FLOORS = {"f32": 0.9999, "f16": 0.998, "q8_0": 0.985, "q4_k_m": 0.975, "q4_0": 0.96}  # of the agreement, by type
@@ -50,7 +51,12 @@ class Reference:
         """Caption `count` scenes with float32 PyTorch."""
         captioner = Captioner.load(checkpoint)
         images = scene_images(checkpoint.config.image_size, 0, 0, count)
-        config = greedy_generation_config(captioner.llm, TOKENS, captioner.end_tokens)
+        positions, queries = captioner.llm.config.max_position_embeddings, checkpoint.config.queries
+        if positions <= queries:
+            raise GGUFError(
+                f"{checkpoint.llm} has {positions} positions, and an image's embeddings fill {queries}: no text fits"
+            )
+        config = greedy_generation_config(captioner.llm, min(TOKENS, positions - queries), captioner.end_tokens)
         embeds, rows = [], []
         for part in images.split(ENCODED):
             prompt = captioner.encoder(part)
@@ -111,6 +117,8 @@ def decode(
 ) -> list[list[int]]:
     """Continue embeds [captions, queries, width] greedily, up to TOKENS tokens or an end token, which is kept.
 
+    Fewer where the model has fewer positions.
+
     forced: token ids of every caption; then the choice at each is returned, made after the forced ones before it.
     """
     rows: list[list[int]] = [[] for _ in embeds]
@@ -130,7 +138,7 @@ def decode(
         for entry, token in zip(entries, llama.step(entries).argmax(axis=1).tolist(), strict=True):
             caption = running[entry.sequence]
             rows[caption].append(token)
-            whole = len(forced[caption]) if forced else TOKENS
+            whole = len(forced[caption]) if forced else min(TOKENS, llama.max_position - embeds.shape[1])
             if len(rows[caption]) == whole or (token in ends and not forced):
                 llama.release(entry.sequence)
                 free.append(entry.sequence)

@@ -44,7 +44,9 @@ def problems(file: Path, artifact: Artifact | None = None, runtime: str = "onnx"
     try:
         model = onnx.load(file, load_external_data=False)
     except Exception as error:  # protobuf's own exception, whichever implementation it is
-        return [f"{file} is not an ONNX graph ({type(error).__name__}): export again"]
+        return [f"not an ONNX graph ({type(error).__name__}): export again"]
+    if not model.graph.node or not model.graph.output:  # an empty file is a valid message of protobuf
+        return ["not an ONNX graph, it has no nodes or no outputs: export again"]
     found = [*_operators(model, runtime), *_edges(model, artifact), *_leaks(model), *_inexact(model)]
     if runtime != "onnx":
         found += _memory(file)

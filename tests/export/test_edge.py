@@ -275,6 +275,24 @@ def test_a_damaged_language_model(copied):
     assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
 
 
+def test_a_damaged_file_is_named(copied):
+    """One byte of a weight changes no caption, and is found; what does not load is one sentence."""
+    content = bytearray((copied / "llm.gguf").read_bytes())
+    content[-100] ^= 1
+    (copied / "llm.gguf").write_bytes(content)
+    run = caption(copied, "--check")
+    assert run.returncode == 1 and "error: llm.gguf is damaged: copy it again" in run.stderr.splitlines()
+    for name, words in {
+        "vectors/turned/embeddings.f32": "embeddings.f32",
+        "tokenizer.json": "Model missing",
+        "encoder.onnx": "Protobuf parsing failed",
+    }.items():
+        (copied / name).write_text("{}") if name.startswith(("tok", "enc")) else (copied / name).unlink()
+        run = caption(copied, "--check")
+        assert run.returncode == 1 and run.stderr.startswith("error: ") and words in run.stderr
+        assert run.stderr.endswith("; is the folder complete? Copy it again\n") and run.stderr.count("\n") == 1
+
+
 def test_an_existing_folder_is_kept(bundle, capsys):
     assert export(bundle) == 1
     assert "exists and is not empty" in capsys.readouterr().err

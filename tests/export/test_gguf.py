@@ -150,6 +150,9 @@ def test_the_tokenizer_and_sizes_are_described(copy, tmp_path):
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is 'sliding_attention'"),
+        ({"num_hidden_layers": 0}, "layers is 0, expected a number above 0"),
+        ({"num_attention_heads": 0}, "does not describe a Qwen2 model: ZeroDivisionError"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"head_dim": 32}, "2 heads of 32 numbers and a hidden size of 128"),
         ({"num_hidden_layers": 5}, "missing model.layers.4.input_layernorm.weight"),
@@ -361,6 +364,22 @@ def test_export_verifies_on_256_unseen_scenes(tmp_path, capsys):
     assert small.files["llm-q4_0.gguf"]["bytes"] < exact.files["llm-f32.gguf"]["bytes"] / 6
     assert command.main(args) == 0
     assert capsys.readouterr().err.splitlines() == ["f32: up to date", "q4_0: up to date"]
+
+
+@pytest.mark.parametrize(
+    ("positions", "code", "words"),
+    [(40, 0, "f32: verified"), (32, 1, "has 32 positions, and an image's embeddings fill 32: no text fits")],
+)
+def test_a_model_with_few_positions(positions, code, words, tmp_path, capsys):
+    """An image takes 32 of them; what is left bounds the captions that are compared."""
+    shutil.copytree(BUNDLED, tmp_path / "ckpt", ignore=shutil.ignore_patterns("t2i"))
+    update(tmp_path / "ckpt" / "llm" / "config.json", max_position_embeddings=positions)
+    args = ["--ckpt", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out"), "--scenes", "4", "--types", "f32"]
+    assert command.main(args) == code
+    assert words in capsys.readouterr().err
+    if code == 0:
+        checked = Manifest.open(tmp_path / "out").checked("llm", "gguf", "f32").verification
+        assert checked["tokens"] == 4 * (40 - 32) and checked["captions_equal"] == 4
 
 
 def test_a_type_that_drifts_is_refused(tmp_path, capsys):

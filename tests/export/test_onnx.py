@@ -17,12 +17,15 @@ import torch
 
 from export import onnx, verify
 from export.components import COMPONENTS, Batch, Port
+from export.graphs import EncoderGraph
 from export.manifest import Artifact, ArtifactError, Manifest
 from export.runtimes.factory import open_runtime
 from export.runtimes.onnxruntime import OrtSession
 from export.runtimes.torch import TorchRuntime
 from export.verification.inputs import VerificationInputs
 from tests.export.conftest import BUNDLED, LIMITS
+from vlv.model.config import PRESETS
+from vlv.model.encoder import VLVEncoder
 
 ROOT = Path(__file__).parents[2]
 
@@ -217,6 +220,15 @@ def test_bad_arguments_are_one_sentence(tmp_path, capsys, args, code, sentence):
     assert export("--out", tmp_path / "out", *args) == code
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and sentence in error and "\n" not in error
+
+
+def test_a_stage_1_checkpoint_gives_its_context_alone():
+    encoder = VLVEncoder(dataclasses.replace(PRESETS["tiny"], llm_width=0)).eval().requires_grad_(False)
+    graph = EncoderGraph(encoder)
+    assert graph.outputs == ("context",) and "encoder.bottleneck.text.layers.2" in graph.blocks
+    pixels = graph.example(2)
+    (found,) = graph(*pixels)
+    torch.testing.assert_close(found, encoder.context(*pixels), rtol=0, atol=0)
 
 
 def test_a_checkpoint_without_t2i(random_checkpoint, tmp_path, capsys):

@@ -46,11 +46,16 @@ class Checkpoint:
             version = values["format"]
             if version != FORMAT:
                 raise CheckpointError(f"{description} has format {version}; this version reads {FORMAT}: upgrade vlv")
-            return cls(folder, VLVConfig.from_dict(values["model"]))
+            config = VLVConfig.from_dict(values["model"])
         except CheckpointError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{description} is not readable: {error}") from error
+        try:
+            config.check()
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{description} describes no possible encoder: {error}") from error
+        return cls(folder, config)
 
     @property
     def encoder_file(self) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 
+ACTIVATIONS = ("gelu", "quick_gelu")
+MAY_BE_0 = frozenset({"llm_width", "encoder_layers", "context_layers", "depths", "paddings"})
 FORMAT = 1  # of vlv.json; raised when an older reader would misread a folder
 
 
@@ -59,6 +61,34 @@ class VLVConfig:
         vision = values.pop("vision", {})
         vision = {k: tuple(v) if isinstance(v, list) else v for k, v in vision.items()}
         return cls(vision=DaViTConfig(**vision), **values)
+
+    def check(self) -> None:
+        """Raise ValueError for sizes that no encoder can have, such as heads that do not divide the width."""
+        vision = asdict(self.vision)
+        numbers = [(name, value) for name, value in vision.items() if name != "window"]
+        if len({len(stages) for _, stages in numbers}) != 1 or not self.vision.dims:
+            raise ValueError("the stages of vision differ in number: expected one entry a stage in every list")
+        numbers = [(name, value) for name, stages in numbers if name != "prenorm" for value in stages]
+        numbers += [("window", self.vision.window), *((f.name, getattr(self, f.name)) for f in fields(self)[1:])]
+        for name, value in numbers:
+            least = 0 if name in MAY_BE_0 else 1
+            if name != "context_activation" and (type(value) is not int or value < least):
+                raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+        if self.context_activation not in ACTIVATIONS:
+            raise ValueError(f"context_activation is {self.context_activation!r}, expected {' or '.join(ACTIVATIONS)}")
+        widths = [*zip(self.vision.dims, self.vision.heads, strict=True), (self.width, self.heads)]
+        widths += [*zip(self.vision.dims, self.vision.groups, strict=True), (self.context_width, self.context_heads)]
+        for width, heads in widths:
+            if width % heads:
+                raise ValueError(f"a width of {width} does not divide into {heads} heads or groups")
+        side = self.image_size * self.upsample
+        for patch, stride, padding in zip(self.vision.patches, self.vision.strides, self.vision.paddings, strict=True):
+            side = (side + 2 * padding - patch) // stride + 1
+        if not 1 <= side <= self.image_positions:
+            raise ValueError(f"image_size {self.image_size} makes {side} rows, expected 1 to {self.image_positions}")
+        longest = max(1 + side**2 + self.prompt_tokens, self.queries)
+        if longest > self.text_positions:
+            raise ValueError(f"text_positions is {self.text_positions}, expected at least {longest}")
 
 
 _PUBLISHED = VLVConfig()

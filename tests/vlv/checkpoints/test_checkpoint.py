@@ -180,11 +180,43 @@ def test_unknown_model_field(folder):
         Checkpoint.open(folder)
 
 
-@pytest.mark.parametrize("field", [{"width": "wide"}, {"width": -3}, {"context_activation": "relu"}])
-def test_impossible_sizes(field, folder, encoder):
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ({"width": "wide"}, "width is 'wide', expected an integer of at least 1"),
+        ({"width": -3}, "width is -3"),
+        ({"heads": True}, "heads is True"),
+        ({"upsample": 1.5}, "upsample is 1.5"),
+        ({"queries": 0}, "queries is 0"),
+        ({"decoder_layers": 0}, "decoder_layers is 0"),
+        ({"context_activation": "relu"}, "context_activation is 'relu', expected gelu or quick_gelu"),
+        ({"heads": 5}, "a width of 128 does not divide into 5 heads"),
+        ({"image_size": 3}, "image_size 3 makes 0 rows, expected 1 to 8"),
+        ({"image_positions": 3}, "makes 4 rows, expected 1 to 3"),
+        ({"queries": 97}, "text_positions is 96, expected at least 97"),
+        ({"text_positions": 20}, "text_positions is 20, expected at least 32"),
+    ],
+)
+def test_impossible_sizes(field, words, folder, encoder):
     rewrite(folder, model={**encoder.config.to_dict(), **field})
-    with pytest.raises(CheckpointError, match="no possible encoder"):
-        Checkpoint.open(folder).load_encoder()
+    with pytest.raises(CheckpointError, match=f"describes no possible encoder: .*{words}"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ({"window": 0}, "window is 0"),
+        ({"heads": (2, 4)}, "the stages of vision differ in number"),
+        ({"groups": (2, 4, 5)}, "a width of 192 does not divide into 5 heads or groups"),
+        ({"dims": "wide"}, "the stages of vision differ in number"),
+    ],
+)
+def test_impossible_sizes_of_the_vision_tower(field, words, folder, encoder):
+    values = encoder.config.to_dict()
+    rewrite(folder, model={**values, "vision": {**values["vision"], **field}})
+    with pytest.raises(CheckpointError, match=f"describes no possible encoder: .*{words}"):
+        Checkpoint.open(folder)
 
 
 def test_wrong_width_is_named(folder, encoder):
