@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
-from vlv.common.command import UserError, why
+from vlv.common.command import UserError, one_line, why
 from vlv.data.decoding.color import lab_to_srgb, srgb_transform
 from vlv.data.decoding.crop import Box, boxes, padded, squares
 from vlv.data.decoding.jpeg import START, with_end_marker
+from vlv.data.decoding.jpeg2000 import with_highlights
 from vlv.data.decoding.optional import (
     HEIF,
     JXL,
@@ -200,7 +201,12 @@ def _quiet() -> Iterator[None]:
     """Silence Pillow's warnings of odd metadata and of large images: here an image is usable or an ImageError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # Pillow's conversions raise AssertionError, ValueError and others
+            raise ImageError("damaged", f"its pixels cannot be converted to RGB ({one_line(error)})") from error
 
 
 def _load(source: str | Path | bytes, max_pixels: int) -> Image.Image:
@@ -236,6 +242,8 @@ def _pillow(content: bytes, max_pixels: int) -> Image.Image:
                 return image
         elif content.startswith(START) and error.kind == "damaged" and (completed := with_end_marker(content)):
             return _loaded(completed, max_pixels)
+        elif content.startswith(MAGIC) and error.kind == "format" and (image := decode_tiff(content, max_pixels, True)):
+            return image
         raise
 
 
@@ -246,6 +254,8 @@ def _loaded(content: bytes, max_pixels: int) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
         about = " ".join(str(error).split())
         raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {about}") from error
+    if image.format == "JPEG2000":
+        return with_highlights(image, content)
     return with_transparency(image, content) if content.startswith(SIGNATURE) else image
 
 
@@ -339,7 +349,12 @@ def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale greys of 16 bits and floats to 8 bits (Pillow's own conversion would clip them); other modes stay."""
+    """Scale greys of 16 bits and floats to 8 bits (Pillow's own conversion would clip them); other modes stay.
+
+    Premultiplied grey becomes plain grey and alpha, since Pillow converts it to nothing else.
+    """
+    if image.mode == "La":
+        return image.convert("LA")
     if image.mode != "I" and image.mode != "F" and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image).astype(np.float32)

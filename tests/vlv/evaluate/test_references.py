@@ -251,6 +251,14 @@ def test_caption_files(tmp_path):
         ('[{"caption": "x"}]', "record 1: an image"),
         ('[{"id": "a", "caption": 3}]', "record 1: an image"),
         ('[{"id": "a", "caption": "x"}, {"id": "b/a.jpg", "caption": "y"}]', "two captions of 'a'"),
+        ('{"a.png": "x", "b.png": "y", "a.png": "z"}', "'a.png' is twice in one object"),
+        ("[" * 100_000, "cannot be read: maximum recursion depth"),
+        ('[{"id": ' + "9" * 5000 + ', "caption": "x"}]', "cannot be read: .* 5000 digits"),
+        (
+            '{"images": [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}],'
+            ' "annotations": [{"image_id": 1, "caption": "x"}]}',
+            "two of its images, a and b, have the id 1",
+        ),
     ],
 )
 def test_caption_files_that_are_none(tmp_path, content, message):
