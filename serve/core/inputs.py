@@ -142,7 +142,10 @@ def key_of(image_id: str, path: str | None) -> str:
 
 @functools.lru_cache(1 << 12)
 def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+    try:
+        return os.path.realpath(folder)
+    except ValueError:  # no name of a file, such as in a record that was edited
+        return folder
 
 
 def stamp_of(path: str) -> tuple[int, int] | None:
