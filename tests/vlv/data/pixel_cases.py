@@ -271,6 +271,15 @@ def cases() -> Iterator[tuple[str, bytes]]:
     palette = {320: (3, (entries >> 8)[:, ::256].ravel().tolist())}
     yield "tiff palette 8 of 8 bits", tiff(levels(1, 8).astype(np.uint8), 3, tags=palette)
     share = shares(2)
+    content = tiff(levels(1, 16).astype(np.uint16), 0)
+    without = content.replace(struct.pack("<HHI", 279, 4, 1), struct.pack("<HHI", 280, 4, 1))  # MinSampleValue
+    yield "tiff grey 16 white is zero without byte counts", without
+    for deflate in (False, True):
+        content = tiff(levels(1, 16).astype(np.uint16), 0, deflate=deflate, tags={266: (3, [2])})
+        if deflate:  # FillOrder 2 reverses the bits of the compressed bytes, too
+            start = content.index(packed_strip := zlib.compress(levels(1, 16).astype("<u2").tobytes()))
+            content = content[:start] + bytes(int(f"{b:08b}"[::-1], 2) for b in packed_strip)
+        yield f"tiff grey 16 white is zero, bits reversed{' and deflate' * deflate}", content
     yield "tiff grey alpha 8 white is zero", tiff(levels(2, 8).astype(np.uint8), 0, extra=(2,))
     share[..., :1] *= share[..., 1:]
     yield "tiff grey premultiplied 8", tiff(np.rint(share * 255).astype(np.uint8), 1, extra=(1,))

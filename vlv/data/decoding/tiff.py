@@ -28,7 +28,7 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _OFFSETS, _SAMPLES, _ROWS, _COUNTS, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
 _ORIENTATION, _FILL_ORDER, _PROFILE, _COLOR_MAP = 274, 266, 34675, 320
-_SHORTS = (_BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _PREDICTOR, _FORMAT)
+_SHORTS = (_BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _SAMPLES, _PLANAR, _PREDICTOR, _FORMAT)
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _LOSSLESS = {
     1: "no compression",
@@ -102,7 +102,7 @@ def decode_tiff(content: bytes, max_pixels: int, refused: bool = False) -> Image
     color = _COLORS.get(layout.photometric)
     if color is None or layout.samples < color or layout.kind not in (_UNSIGNED, _SIGNED, _FLOAT):
         raise TiffError(f"a TIFF of {layout}, photometric interpretation {layout.photometric}: not supported")
-    if layout.compression not in _LOSSLESS or tags.get(_FILL_ORDER, 1) != 1:
+    if layout.compression not in _LOSSLESS:
         known = ", ".join(dict.fromkeys(_LOSSLESS.values()))
         raise TiffError(f"a TIFF of {layout}, compression {layout.compression}: not supported (those read: {known})")
     size = f"{layout.width} x {layout.height}"
@@ -149,6 +149,8 @@ def _layout(tags: TiffImagePlugin.ImageFileDirectory_v2, big_endian: bool) -> _L
     try:
         bits, kinds = tags.get(_BITS, (1,)), tags.get(_FORMAT, (_UNSIGNED,))
         samples = tags.get(_SAMPLES, 1)
+        if not isinstance(tags[_WIDTH], int) or not isinstance(tags[_HEIGHT], int):
+            return None
         if len(set(bits)) != 1 or len(set(kinds)) != 1 or not 1 <= samples <= _MAX_SAMPLES:
             return None
         return _Layout(
@@ -219,7 +221,7 @@ def _rows(
 ) -> np.ndarray:
     """Return the decompressed bytes [H, width] of a plane: Pillow decodes them as an 8-bit grey image."""
     tiled = _TILE_OFFSETS in tags
-    offsets, counts = tags[_TILE_OFFSETS if tiled else _OFFSETS], tags[_TILE_COUNTS if tiled else _COUNTS]
+    offsets, counts = tags[_TILE_OFFSETS if tiled else _OFFSETS], tags.get(_TILE_COUNTS if tiled else _COUNTS)
     share = len(offsets) // layout.planes
     part = slice(plane * share, (plane + 1) * share)
     entries: dict[int, list[int]] = {
@@ -228,10 +230,12 @@ def _rows(
         _BITS: [8],
         _COMPRESSION: [layout.compression],
         _PHOTOMETRIC: [1],
+        _FILL_ORDER: [tags.get(_FILL_ORDER, 1)],
         _SAMPLES: [1],
         _TILE_OFFSETS if tiled else _OFFSETS: [*offsets[part]],
-        _TILE_COUNTS if tiled else _COUNTS: [*counts[part]],
     }
+    if counts:  # old files lack them, and samples without compression need none
+        entries[_TILE_COUNTS if tiled else _COUNTS] = [*counts[part]]
     if tiled:
         bits = tags[_TILE_WIDTH] * layout.together * layout.bits
         if bits % 128:  # libtiff takes tiles of a multiple of 16 pixels
