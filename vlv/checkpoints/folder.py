@@ -133,6 +133,7 @@ class Checkpoint:
             for k in expected.keys() & found.keys()
             if found[k] != expected[k]
         ]
+        problems += [f"{k} is {v.dtype}, expected floats" for k, v in tensors.items() if not v.is_floating_point()]
         if problems:
             shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise CheckpointError(f"{self.encoder_file} does not fit vlv.json: {shown}")
@@ -182,7 +183,7 @@ def read_json(file: Path) -> dict:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable as JSON ({error}): copy it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object: copy it again")
