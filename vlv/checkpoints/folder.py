@@ -45,11 +45,11 @@ class Checkpoint:
             values = json.loads(description.read_text())
             version = values["format"]
             if version != FORMAT:
-                raise CheckpointError(f"{description} has format {version}; this version reads {FORMAT}: upgrade vlv")
+                raise CheckpointError(f"{description} has format {version!r}; this version reads {FORMAT}: upgrade vlv")
             return cls(folder, VLVConfig.from_dict(values["model"]))
         except CheckpointError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{description} is not readable: {error}") from error
 
     @property

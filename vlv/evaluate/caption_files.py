@@ -175,7 +175,18 @@ def _records(path: Path) -> Iterator[tuple[str, str]]:
                 raise EvaluationError(f"{path}, record {i}: image_id {record['image_id']} is not among its images")
             name = files[str(record["image_id"])]
         for caption in texts:
+            if not caption.isascii():
+                _require_unicode(caption, f"{path}, record {i}")
             yield key(name), caption
+
+
+def _require_unicode(caption: str, where: str) -> None:
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair
+        raise EvaluationError(
+            f"{where}: the caption {ascii(caption)[:60]} is no Unicode text: write it again"
+        ) from error
 
 
 def _coco_files(path: Path, content: dict) -> dict[str, str]:
