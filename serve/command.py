@@ -24,7 +24,7 @@ def model_arguments(in_flight: int | None = None) -> Parser:
     p.add_argument("--ckpt", metavar="DIR", help="checkpoint folder, published weights, or a hub id (owner/model)")
     llm = p.add_argument_group(LANGUAGE_MODEL)
     llm.add_argument(
-        "--max-tokens", type=int, metavar="N", help="longest caption in tokens (default: 300, or what fits)"
+        "--max-tokens", type=positive, metavar="N", help="longest caption in tokens (default: 300, or what fits)"
     )
     default = in_flight or "by the GPU's memory, up to 512; 256 on a CPU"
     llm.add_argument(

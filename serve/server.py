@@ -150,12 +150,14 @@ def config_from(args: argparse.Namespace, kind: type[Config]) -> Config:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = parser().parse_args(argv)
-    return run_command(_new_key if args.new_key else _serve, args, interrupted="stopped")
+    return run_command(_serve if args.new_key is None else _new_key, args, interrupted="stopped")
 
 
 def _new_key(args: argparse.Namespace) -> int:
     from serve.http.auth import Keys, KeysError
 
+    if not args.new_key:
+        raise Misuse("--new-key needs a name, such as --new-key alice")
     if not args.keys:
         raise Misuse("--new-key needs --keys FILE, where the key's hash is added")
     try:

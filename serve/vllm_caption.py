@@ -346,6 +346,7 @@ def _check(args: argparse.Namespace) -> None:
         raise Misuse(f"--template {args.template!r}: expected a text with {{caption}}, such as 'a photo, {{caption}}'")
     if (args.overwrite or args.output_dir or args.caption_extension != ".txt") and not _only_texts(args):
         raise Misuse("--output-dir, --overwrite and --caption-extension go with --format txt and without -o")
+    _check_extension(args.caption_extension)
     if (args.verify or args.prune) and (args.output == "-" or _only_texts(args)):
         raise Misuse("--verify and --prune need the records of a run: give -o a file or folder")
     if args.output == "-" and args.format != "jsonl":
@@ -357,6 +358,30 @@ def _check(args: argparse.Namespace) -> None:
             "--gallery reads the captions back from JSON lines, which --patch edits: give -o a file, in a --format "
             "other than parquet and webdataset"
         )
+    _check_reports(args)
+
+
+def _check_extension(extension: str) -> None:
+    """Raise Misuse for an extension that would replace images, or gives no file's name."""
+    from vlv.data.image_files import is_image
+
+    name = "x." + extension.removeprefix(".")
+    if is_image(name) or name.endswith(".") or "/" in name or "\0" in name:
+        raise Misuse(f"--caption-extension {extension!r}: expected the ending of a text file, such as .caption")
+
+
+def _check_reports(args: argparse.Namespace) -> None:
+    """Raise Misuse if a report would replace the output, another report, or a file that is no such report."""
+    output = None if args.output == "-" or _only_texts(args) else _output(args)
+    named: dict[str, str] = {}  # option by file
+    for option, path in (("-o", output), ("--patch", args.patch), ("--gallery", args.gallery), ("--trace", args.trace)):
+        if path and (other := named.setdefault(os.path.realpath(path), option)) != option:
+            raise Misuse(f"{other} and {option} are one file, {path}: choose another name")
+    for option, path, start in (("--gallery", args.gallery, b"<!doctype html"), ("--trace", args.trace, b"[")):
+        if path and os.path.isfile(path):
+            with open(path, "rb") as file:
+                if not start.startswith(file.read(len(start)).lower()):
+                    raise Misuse(f"{option} {path} is there already, and no such report: choose another name")
 
 
 def _flags(args: argparse.Namespace, model: Model) -> str:

@@ -21,7 +21,7 @@ from multiprocessing.reduction import DupFd
 import numpy as np
 
 from serve.core.inputs import Item
-from vlv.common.command import UserError
+from vlv.common.command import UserError, one_line
 from vlv.data.decoding.crop import MAX_TILES, Box
 from vlv.data.image import MAX_PIXELS, ImageError, load_crops
 
@@ -83,6 +83,8 @@ def _work(pipe: Connection, memory: SharedSquares, size: int, *options) -> None:
             answer = (error.kind, str(error))
         except MemoryError:
             answer = ("too-large", "not enough memory to decode the image")
+        except Exception as error:  # of a codec, or ours: it costs one image
+            answer = ("damaged", f"it cannot be decoded: {one_line(error)}")
         try:
             pipe.send((answer, start, time.monotonic(), boxes))
         except OSError:

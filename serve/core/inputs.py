@@ -30,7 +30,7 @@ from vlv.data.decoding.jpeg import intact_part
 from vlv.data.decoding.optional import missing_package
 from vlv.data.image import EXTENSIONS, ImageError
 from vlv.data.image_files import is_image, numbered_paths
-from vlv.data.parquet import FOOTER, Parquet, image_column
+from vlv.data.parquet import FOOTER, NESTED, Parquet, image_column
 from vlv.data.remote import DataError, Range, is_url, need, open_ranged, read_ranges
 from vlv.data.samples import table_records
 from vlv.data.sources import HuggingFace
@@ -142,7 +142,10 @@ def key_of(image_id: str, path: str | None) -> str:
 
 @functools.lru_cache(1 << 12)
 def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+    try:
+        return os.path.realpath(folder)
+    except ValueError:  # no name of a file, such as in a record that was edited
+        return folder
 
 
 def stamp_of(path: str) -> tuple[int, int] | None:
@@ -310,7 +313,13 @@ class _Listing:
 
     def url(self, path: str, listed: bool) -> Iterator[Item]:
         """Yield the images of a URL; one that a list or table names is an image, if it is no shard."""
-        inside = urlsplit(path).path.lower()
+        try:
+            inside = urlsplit(path).path.lower()
+        except ValueError as error:
+            if not listed:
+                raise SourceError(f"{path} is no URL: {error}") from error
+            yield Item(path, path, problem=f"it is no URL: {error}")
+            return
         fs, name = file_system(path)
         if glob.has_magic(name) and not listed:
             yield from self.remote_folder(path)
@@ -392,6 +401,10 @@ class _Listing:
         """
         beside, folder = os.path.dirname(table), None
         for name in names:
+            if not name or "\0" in name or not _is_encodable(name):
+                shown = ascii(name) if name else "a record without one"
+                yield Item(f"{table}/{shown}", table, problem=f"expected the name of an image, got {shown}")
+                continue
             if is_url(name) or is_url(table):
                 yield from self.url(name if is_url(name) else f"{beside}/{name}", True)
                 continue
@@ -415,6 +428,12 @@ class _Listing:
                     yield from self.rows(path, path if is_url(path) else os.path.abspath(path), column)
                 elif named:
                     name = self._column(path, file.schema_arrow.names)
+                    kind = str(file.schema_arrow.field(name).type)
+                    if kind.startswith(NESTED):
+                        raise SourceError(
+                            f"{path}: expected image files (binary) or their names in column {name}, got {kind}; "
+                            "choose --url-column"
+                        )
                     batches = (batch.column(0).to_pylist() for batch in file.iter_batches(columns=[name]))
                     yield from self.named((str(value or "") for values in batches for value in values), path)
                 else:
@@ -471,6 +490,15 @@ class _Listing:
                 members[name] = (member.offset_data, member.size)
             elif not member.isdir():
                 self.left_out.images["links or sparse files in shards"] += 1
+
+
+def _is_encodable(name: str) -> bool:
+    """Return True if a file can have this name: JSON can hold text that no file system takes."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_caption(path: str) -> bool:

@@ -95,8 +95,9 @@ class LLMSpec:
         return requested or min(default, limit)
 
     def check(self, embeds: Tensor) -> None:
-        """Raise EmbedsError unless `embeds` is a finite float tensor [queries, width]."""
-        if tuple(embeds.shape) != (self.queries, self.width) or not embeds.is_floating_point():
+        """Raise EmbedsError unless `embeds` is a finite float tensor [queries, width] of at least 16 bits."""
+        is_float = embeds.is_floating_point() and embeds.itemsize > 1  # torch cannot compute with 8 bits
+        if tuple(embeds.shape) != (self.queries, self.width) or not is_float:
             raise EmbedsError(
                 f"the language model takes float embeddings [{self.queries}, {self.width}], "
                 f"not {embeds.dtype} {list(embeds.shape)}"

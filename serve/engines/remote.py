@@ -46,6 +46,8 @@ class RemoteEngine(LLMEngine):
         super().__init__(*args, **options)
         if not self.options.url:
             raise OptionError("--engine remote needs --llm-url, the server that runs the language model")
+        if not self.options.url.startswith(("http://", "https://")):
+            raise OptionError(f"--llm-url {self.options.url}: expected a URL such as http://localhost:8000")
 
     async def start(self) -> None:
         self._load_tokenizer()

@@ -343,10 +343,11 @@ def embeddings(model: str, rows: list, encoding: str, shape: tuple[int, int]) ->
 
 
 def error_body(error: ApiError) -> dict:
-    """Return an error in OpenAI's format."""
+    """Return an error in OpenAI's format; half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes "?"."""
     kind = {429: "rate_limit_error"}.get(error.status)
     kind = kind or ("invalid_request_error" if error.status < 500 else "server_error")
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+    message, param = (text and text.encode(errors="replace").decode() for text in (str(error), error.param))
+    return {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
 
 
 def _head(kind: str, model: str) -> dict:

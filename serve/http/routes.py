@@ -180,7 +180,7 @@ class Routes(EmbeddingsApp):
 
     async def captions(self, request: Request, lease: AdmissionLease) -> dict:
         """POST /v1/captions: an image file, multipart files, or JSON {"images": [url, ...]}; one result per image."""
-        kind = request.headers.get("content-type", "")
+        kind = request.headers.get("content-type", "").lower()
         if kind.startswith("multipart/form-data"):
             sources, body = await read_form(request, self.bounds.body_seconds, self.bounds.images)
         elif kind.startswith(("image/", "application/octet-stream")):

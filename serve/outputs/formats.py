@@ -305,7 +305,10 @@ class ParquetSink(FolderSink):
         """Yield what identifies every row; parts of earlier versions lack some columns."""
         from pyarrow import parquet
 
-        part = parquet.ParquetFile(file)
+        try:
+            part = parquet.ParquetFile(file)
+        except ValueError as error:  # pyarrow's
+            raise SinkError(f"{file} is no complete Parquet file: move it away, and run the command again") from error
         columns = [name for name in IDENTITY if name in part.schema_arrow.names]
         for batch in part.iter_batches(columns=columns):
             yield from batch.to_pylist()

@@ -67,16 +67,17 @@ class JsonLines:
             append(self._fd, json_bytes(record) + b"\n", self._regular)
 
     def records(self):
-        """Yield the records so far. Raises SinkError if a line is not a JSON object."""
+        """Yield the records so far. Raises SinkError if a line is not a JSON object with an id."""
         if not self._regular:  # a device holds no records
             return
         good = 0
         try:
             for record in read_records(self.path):
-                record["id"]
+                if not isinstance(record["id"], str) or not isinstance(record.get("path"), str | None):
+                    raise TypeError("id and path are texts")
                 good += 1
                 yield record
-        except (ValueError, KeyError, TypeError) as error:
+        except (AttributeError, ValueError, KeyError, TypeError) as error:
             raise SinkError(
                 f"line {good + 1} of {self.path} is no record of a run: remove the line, or choose another -o"
             ) from error

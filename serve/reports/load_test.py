@@ -59,6 +59,8 @@ class Request:
 
 async def measure(config: LoadConfig) -> dict:
     """Return the report over all rates. Raises Misuse if no server answers."""
+    if not config.url.startswith(("http://", "https://")):
+        raise Misuse(f"--url {config.url}: expected a URL such as http://127.0.0.1:8000")
     urls = [_data_url(item.read()) for item, _ in zip(expand(config.paths), range(MAX_IMAGES), strict=False)]
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=600)

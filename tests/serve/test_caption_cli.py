@@ -316,6 +316,31 @@ def test_arguments_that_cannot_be_meant(caption, scene_images, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
+def test_reports_and_text_files_replace_no_other_file(caption, scene_images, tmp_path, capsys):
+    """A report that names the output, an image or the patch, and text files that are called as the images."""
+    image, patch = tmp_path / "a.png", tmp_path / "p.jsonl"
+    shutil.copy(scene_images / "00.png", image)
+    shutil.copy(image, patch)
+    before, output = image.read_bytes(), tmp_path / "out" / "captions.jsonl"
+    for args, words in (
+        (("--trace", output), f"error: -o and --trace are one file, {output}: choose"),
+        (("--gallery", f"{output.parent}/./captions.jsonl"), "error: -o and --gallery are one file"),
+        (("--gallery", tmp_path / "x", "--trace", tmp_path / "x"), "error: --gallery and --trace are one file"),
+        (("--patch", patch, "--trace", patch), "error: --patch and --trace are one file"),
+        (("--gallery", image), f"error: --gallery {image} is there already, and no such report: choose"),
+        (("--trace", image), f"error: --trace {image} is there already, and no such report: choose"),
+    ):
+        code, *_, stderr = caption(image, *args)
+        assert code == 2 and stderr.startswith(words) and stderr.count("\n") == 1, stderr
+    for extension in ("png", ".JPG", "", ".", "../x"):
+        texts = ["--ckpt", "x", "--format", "txt", "--overwrite", "--caption-extension", extension]
+        assert main([str(image), *texts]) == 2
+        assert capsys.readouterr().err.startswith(
+            f"error: --caption-extension {extension!r}: expected the ending of a "
+        )
+    assert image.read_bytes() == patch.read_bytes() == before and not output.exists()
+
+
 def test_too_many_tokens(random_checkpoint, scene_images, tmp_path, capsys):
     args = [scene_images, "--ckpt", random_checkpoint, "-o", tmp_path / "c.jsonl", "--max-tokens", "993"]
     assert main([str(a) for a in args]) == 2

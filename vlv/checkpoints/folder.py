@@ -45,11 +45,11 @@ class Checkpoint:
             values = json.loads(description.read_text())
             version = values["format"]
             if version != FORMAT:
-                raise CheckpointError(f"{description} has format {version}; this version reads {FORMAT}: upgrade vlv")
+                raise CheckpointError(f"{description} has format {version!r}; this version reads {FORMAT}: upgrade vlv")
             config = VLVConfig.from_dict(values["model"])
         except CheckpointError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{description} is not readable: {error}") from error
         try:
             config.check()
@@ -138,6 +138,7 @@ class Checkpoint:
             for k in expected.keys() & found.keys()
             if found[k] != expected[k]
         ]
+        problems += [f"{k} is {v.dtype}, expected floats" for k, v in tensors.items() if not v.is_floating_point()]
         if problems:
             shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise CheckpointError(f"{self.encoder_file} does not fit vlv.json: {shown}")
@@ -187,7 +188,7 @@ def read_json(file: Path) -> dict:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable as JSON ({error}): copy it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object: copy it again")

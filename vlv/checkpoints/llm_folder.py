@@ -48,9 +48,8 @@ def check_llm_folder(folder: Path) -> None:
     files = _weight_files(folder)
     if not files:
         return
-    found: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        found |= {name: tuple(tensor["shape"]) for name, tensor in safetensors_header(file).items()}
+    tensors = {name: tensor for file in files for name, tensor in safetensors_header(file).items()}
+    found = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
     if wrapped := next((name for name in found if _WRAPPED.match(name)), None):
         raise CheckpointError(
             f"{files[0]} has a tensor {wrapped!r}, so it was saved from a wrapper (DDP, torch.compile, FSDP, PEFT): "
@@ -59,6 +58,7 @@ def check_llm_folder(folder: Path) -> None:
     if "quantization_config" in values or values.get("model_type") not in _SAME_NAMES:
         return
     problems = _problems(folder, found)
+    problems += [f"{name} is {t['dtype']}, expected floats" for name, t in tensors.items() if "F" not in t["dtype"]]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{folder} does not fit its config.json: {'; '.join(problems[:5])}{more}")

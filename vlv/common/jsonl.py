@@ -44,5 +44,5 @@ def read_records(file: Path) -> Iterator[dict]:
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{file}, line {number}: expected a JSON object, got {line[:60]!r}") from error

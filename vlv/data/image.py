@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
-from vlv.common.command import UserError, why
+from vlv.common.command import UserError, one_line, why
 from vlv.data.decoding.color import lab_to_srgb, srgb_transform
 from vlv.data.decoding.crop import Box, Extent, boxes, padded, sides_of, squares
 from vlv.data.decoding.jpeg import START, with_end_marker
+from vlv.data.decoding.jpeg2000 import with_highlights
 from vlv.data.decoding.optional import (
     HEIF,
     JXL,
@@ -204,7 +205,12 @@ def _quiet() -> Iterator[None]:
     """Silence Pillow's warnings of odd metadata and of large images: here an image is usable or an ImageError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # Pillow's conversions raise AssertionError, ValueError and others
+            raise ImageError("damaged", f"its pixels cannot be converted to RGB ({one_line(error)})") from error
 
 
 def _load(source: str | Path | bytes, max_pixels: int, min_side: int | None = None) -> Image.Image:
@@ -244,6 +250,8 @@ def _pillow(content: bytes, max_pixels: int, min_side: int | None) -> Image.Imag
                 return image
         elif content.startswith(START) and error.kind == "damaged" and (completed := with_end_marker(content)):
             return _loaded(completed, max_pixels, min_side)
+        elif content.startswith(MAGIC) and error.kind == "format" and (image := decode_tiff(content, max_pixels, True)):
+            return image
         raise
 
 
@@ -258,6 +266,8 @@ def _loaded(content: bytes, max_pixels: int, min_side: int | None = None) -> Ima
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
         about = " ".join(str(error).split())
         raise ImageError("damaged", f"the {image.format} data is damaged or truncated: {about}") from error
+    if image.format == "JPEG2000":
+        return with_highlights(image, content)
     return with_transparency(image, content) if content.startswith(SIGNATURE) else image
 
 
@@ -368,7 +378,12 @@ def _rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale greys of 16 bits and floats to 8 bits (Pillow's own conversion would clip them); other modes stay."""
+    """Scale greys of 16 bits and floats to 8 bits (Pillow's own conversion would clip them); other modes stay.
+
+    Premultiplied grey becomes plain grey and alpha, since Pillow converts it to nothing else.
+    """
+    if image.mode == "La":
+        return image.convert("LA")
     if image.mode != "I" and image.mode != "F" and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image).astype(np.float32)

@@ -24,9 +24,9 @@ def image_files(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def numbered_paths(path: str) -> list[str]:
-    """Return the paths of a pattern such as shard-{00000..00099}.tar; another path as it is."""
+    """Return the paths of a pattern such as shard-{00000..00099}.tar; another path, as {9..0}.tar, as it is."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", path)
-    if match is None or os.path.lexists(path):
+    if match is None or int(match[1]) > int(match[2]) or os.path.lexists(path):
         return [path]
     first, last = match.groups()
     numbers = range(int(first), int(last) + 1)

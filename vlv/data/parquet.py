@@ -19,6 +19,7 @@ from vlv.data.samples import ABOUT, CAPTION, IMAGE, WINDOW, Rows, Sample, check_
 
 KEPT_BYTES = 4 << 30  # of row groups on the disk, three windows of them
 OPEN = 64  # row groups mapped by one process
+NESTED = ("struct<", "list<", "large_list<", "fixed_size_list<", "list_view<", "map<")  # types of columns
 FOOTER = 65_536  # bytes read first at a remote file's end
 
 
@@ -62,11 +63,10 @@ class Parquet(Rows):
             try:
                 table = self._texts(shard) if head == 0 else self._table(shard)
                 values = table.slice(row, 1).to_pylist()[0]
-            except ValueError as error:  # pyarrow's errors of a damaged file
+                file, group = self._groups[shard]
+                samples.append(row_sample(values, f"{file}#{group}:{row}", self.image_key))
+            except (OSError, ValueError) as error:  # also pyarrow's of a damaged file
                 samples.append(error)
-                continue
-            file, group = self._groups[shard]
-            samples.append(row_sample(values, f"{file}#{group}:{row}", self.image_key))
         return samples
 
     def _open_group(self, shard: int):
@@ -113,8 +113,13 @@ def image_column(schema, image_key: str | None = None) -> str | None:
     `image_key` is the only column looked at; else IMAGE come first, then the first struct.
     """
     kinds = {field.name: str(field.type) for field in schema}
-    struct = [name for name, kind in kinds.items() if kind.startswith("struct<") and "bytes: " in kind]
-    binary = [name for name in IMAGE if "binary" in kinds.get(name, "")]
+    struct = [field.name for field in schema if _has_bytes(field.type)]
+    binary = [name for name, kind in kinds.items() if "binary" in kind and not kind.startswith(NESTED)]
     if image_key:
-        return image_key if image_key in struct or "binary" in kinds.get(image_key, "") else None
+        return image_key if image_key in struct or image_key in binary else None
     return next((name for name in (*IMAGE, *struct) if name in binary or name in struct), None)
+
+
+def _has_bytes(kind) -> bool:
+    """Return True if an Arrow type is a struct with binary `bytes`."""
+    return str(kind).startswith("struct<") and any(f.name == "bytes" and "binary" in str(f.type) for f in kind)

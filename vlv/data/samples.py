@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from vlv.data.remote import DataError, ServerError, not_found, open_file
@@ -17,6 +18,7 @@ IMAGE, CAPTION = ("image", "jpg", "png", "webp"), ("caption", "text", "txt")
 # what else a row may tell of its image, for vlv.train.distill
 ABOUT = ("license", "url", "source", "author", "copyright", "pwatermark")
 PATH = ("path", "file_name", "id")  # names an image in a table without its content
+MAX_FIELD = 1 << 30  # bytes of a CSV file's field
 WINDOW = 65_536  # rows shuffled together, unless a source asks for fewer
 
 
@@ -147,7 +149,7 @@ def about(values: dict) -> dict:
 def table_records(file: str) -> Iterator[tuple[int, dict]]:
     """Yield the line and the content of each record of a .jsonl or .csv file, local or remote.
 
-    Raises DataError for a line that is no JSON object, OSError.
+    Raises DataError for a line that is no JSON object and for text that is not UTF-8, OSError.
     """
     try:
         opened = open_file(file)
@@ -155,14 +157,21 @@ def table_records(file: str) -> Iterator[tuple[int, dict]]:
         raise DataError(not_found(file, error)) from error
     with opened as stream:
         if file.lower().endswith(".csv"):
+            csv.field_size_limit(MAX_FIELD)
             rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
-            yield from ((rows.line_num, row) for row in rows)
+            try:
+                yield from ((rows.line_num, row) for row in rows)
+            except (UnicodeDecodeError, csv.Error) as error:
+                reason = error if isinstance(error, csv.Error) else "it is not UTF-8"
+                raise DataError(
+                    f"{file} cannot be read after line {rows.line_num} ({reason}): save it as UTF-8"
+                ) from error
             return
         for number, line in enumerate(stream, 1):
             if line.strip():
                 try:
                     record = json.loads(line.decode("utf-8-sig"))
-                except ValueError:
+                except (ValueError, RecursionError):
                     record = None
                 if not isinstance(record, dict):
                     raise DataError(f"{file}, line {number}: expected a JSON object, got {line[:60]!r}")
@@ -175,9 +184,17 @@ def first_of(values: dict, names: Sequence[str]):
 
 
 def row_sample(values: dict, name: str, image_key: str | None = None) -> Sample:
-    """Return a sample from a row with an image (bytes, or {"bytes": …}) and maybe captions and an id."""
+    """Return a sample from a row with an image and maybe captions and an id.
+
+    The image is a file's bytes, or {"bytes": …, "path": …}, whose path counts where it has no bytes, as in the
+    `datasets` library. Raises OSError where that file cannot be read, ValueError for anything else.
+    """
     image = first_of(values, (image_key,) if image_key else IMAGE)
-    image = image.get("bytes") if isinstance(image, dict) else image
+    if isinstance(image, dict):
+        path = image.get("path")
+        image = Path(path).read_bytes() if image.get("bytes") is None and isinstance(path, str) else image.get("bytes")
+    if not isinstance(image, bytes | None):
+        raise ValueError(f"{name} holds a {type(image).__name__}, and an image file's content (bytes) is expected")
     captions = captions_of(values)
     return Sample(
         str(values.get("id") or name), image or b"", captions[0] if captions else None, about(values),

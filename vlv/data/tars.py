@@ -211,6 +211,11 @@ def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would remember every header
         yield member
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    rest = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if rest.count(0) < len(rest):  # tarfile takes a damaged header for the end
+        raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged")
 
 
 def _scan(file: str) -> list[Member]:

@@ -131,9 +131,27 @@ def _content(path: Path) -> object:
     """Return what a JSON file, or a file of JSON lines, holds."""
     text = read_text(path)
     try:
-        return json.loads(text)
+        return _parsed(path, text)
     except json.JSONDecodeError:
         return [_line(path, i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _parsed(path: Path, text: str) -> object:
+    """Return what a JSON text holds. Raises JSONDecodeError, and EvaluationError for a name twice in one object."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # also of numbers too long, and of lists in lists without end
+        raise EvaluationError(f"{path} cannot be read: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} is twice in one object")
+    return found
 
 
 def _records(path: Path) -> Iterator[tuple[str, str]]:
@@ -157,15 +175,30 @@ def _records(path: Path) -> Iterator[tuple[str, str]]:
                 raise EvaluationError(f"{path}, record {i}: image_id {record['image_id']} is not among its images")
             name = files[str(record["image_id"])]
         for caption in texts:
+            if not caption.isascii():
+                _require_unicode(caption, f"{path}, record {i}")
             yield key(name), caption
+
+
+def _require_unicode(caption: str, where: str) -> None:
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair
+        raise EvaluationError(
+            f"{where}: the caption {ascii(caption)[:60]} is no Unicode text: write it again"
+        ) from error
 
 
 def _coco_files(path: Path, content: dict) -> dict[str, str]:
     listed = content.get("images") or []
+    files: dict[str, str] = {}
     try:
-        return {str(image["id"]): key(image["file_name"]) for image in listed if "file_name" in image}
+        for number, name in [(str(image["id"]), key(image["file_name"])) for image in listed if "file_name" in image]:
+            if files.setdefault(number, name) != name:
+                raise EvaluationError(f"{path}: two of its images, {files[number]} and {name}, have the id {number}")
     except (KeyError, TypeError) as error:
         raise EvaluationError(f"{path}: its images are expected as [{{'id': ..., 'file_name': ...}}, ...]") from error
+    return files
 
 
 def _name(record: object) -> str | int | None:
@@ -185,6 +218,6 @@ def _texts(record: object) -> list[str] | None:
 
 def _line(path: Path, number: int, line: str) -> object:
     try:
-        return json.loads(line.lstrip("\ufeff"))
+        return _parsed(path, line.lstrip("\ufeff"))
     except json.JSONDecodeError as error:
         raise EvaluationError(f"{path}, line {number} is no JSON: {error}") from error

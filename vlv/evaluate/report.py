@@ -32,7 +32,7 @@ def _report(args: argparse.Namespace) -> int:
     for file in args.results:
         try:
             sections.append(section(file.name, json.loads(file.read_text("utf-8-sig"))))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise EvaluationError(f"{file} is no result of these commands ({type(error).__name__}: {error})") from error
     write_text(page("VLV evaluation", "\n".join(sections), STYLE), args.out)
     print(args.out)

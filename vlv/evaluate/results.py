@@ -18,9 +18,20 @@ class EvaluationError(UserError, ValueError):
 def evaluation_parser(name: str, doc: str | None) -> Parser:
     """Return the parser of `python -m vlv.evaluate NAME`, with -o and --debug."""
     p = Parser(prog=f"python -m vlv.evaluate {name}", description=doc)
-    p.add_argument("-o", "--out", type=Path, metavar="JSON", help="file of the results (also printed)")
+    p.add_argument("-o", "--out", type=results_file, metavar="JSON", help="file of the results (also printed)")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     return p
+
+
+def results_file(text: str) -> Path:
+    """Parse the argument of -o: a new file, or one that such a command wrote, and not one that it would read."""
+    path = Path(text)
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(64).lower()
+        if start and not start.startswith((b'{\n "kind"', b"<!doctype html")):
+            raise argparse.ArgumentTypeError(f"{text} is there already, and holds no results: choose another name")
+    return path
 
 
 def named_path(text: str) -> tuple[str, Path]:

@@ -74,6 +74,23 @@ def test_numbered_shards_for_both(here):
     assert [*contents(pattern).values()] == trained(pattern) == IMAGES[1:4]
 
 
+def test_parquet_of_other_columns(here):
+    """A struct without bytes names a file, as in the `datasets` library; lists are refused by name."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (here / "x.png").write_bytes(IMAGES[0])
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    structs = pa.array([{"bytes": IMAGES[1], "path": "x.png"}, {"bytes": None, "path": "x.png"}], kind)
+    parquet.write_table(pa.table({"image": structs}), "paths.parquet")
+    assert list(contents("paths.parquet").values()) == [IMAGES[1], IMAGES[0]] == trained("paths.parquet")
+    parquet.write_table(pa.table({"image": pa.array([IMAGES[:2]], pa.list_(pa.binary()))}), "lists.parquet")
+    with pytest.raises(SourceError, match=r"lists\.parquet: expected image files .* got list<"):
+        list(expand(["lists.parquet"]))
+    with pytest.raises(ValueError, match="holds a list, and an image file's content"):
+        trained("lists.parquet")
+
+
 def test_parquet_with_images(here):
     pa = pytest.importorskip("pyarrow", reason="pip install pyarrow")
     from pyarrow import parquet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import tarfile
 
@@ -97,6 +98,65 @@ def test_damaged_shard_is_an_item_of_its_own(here):
     for item in (cut, last, other):
         with pytest.raises(ImageError):
             item.read()
+
+
+@pytest.mark.parametrize("cut", [0, 200])
+def test_a_damaged_header_within_a_shard_is_an_item_of_its_own(here, cut):
+    """tarfile takes such a header for the end: the images after it would be lost in silence."""
+    shard("s.tar", {f"{i}.jpg": bytes([i]) * 600 for i in range(3)})
+    start = 512 + 1024  # of the second header
+    with open("s.tar", "r+b") as file:
+        file.seek(start)
+        file.write(b"X" * 512)
+        if cut:
+            file.truncate(start + cut)
+    first, last = expand(["s.tar"])
+    assert first.id == "s.tar/0.jpg" and first.read() == bytes(600) and last.id == "s.tar"
+    with pytest.raises(ImageError, match=r"cannot be read to its end: the header at byte 1,536 is damaged"):
+        last.read()
+
+
+def test_names_that_no_file_can_have(here):
+    touch("a.png")
+    records = [{"path": "a\0b/c.png"}, {"path": "\ud800/c.png"}, {"path": None}, {"path": ""}, {"path": "a.png"}]
+    (here / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    *wrong, right = expand(["t.jsonl"])
+    assert right.read() == b"a.png" and len({item.key for item in wrong}) == 3
+    for item, shown in zip(wrong, ("a\\x00b/c.png", "\\ud800/c.png", "without one", "without one"), strict=True):
+        json.dumps(item.id, ensure_ascii=False).encode()
+        with pytest.raises(ImageError) as raised:
+            item.read()
+        assert str(raised.value).startswith("expected the name of an image, got ") and shown in str(raised.value)
+
+
+def test_urls_that_are_none(here):
+    (here / "t.jsonl").write_text('{"url": "http://["}\n{"path": "x.png"}\n')
+    wrong, other = expand(["t.jsonl"])
+    assert other.id == "x.png"
+    with pytest.raises(ImageError, match="it is no URL"):
+        wrong.read()
+    with pytest.raises(SourceError, match=r"http://\[ is no URL"):
+        list(expand(["http://["]))
+
+
+def test_csv_files_of_odd_content(here):
+    """A field may be longer than Python's own limit, 128 KiB."""
+    (here / "long.csv").write_text("path,caption\na.png," + "y" * 200_000 + "\nb.png,y\n")
+    assert ids("long.csv") == ["a.png", "b.png"]
+    for name, content in (("latin", "path,t\na.png,é\n".encode("latin1")), ("wide", "path\na.png\n".encode("utf-16"))):
+        (here / f"{name}.csv").write_bytes(content)
+        with pytest.raises(SourceError, match=rf"{name}\.csv cannot be read .*it is not UTF-8"):
+            list(expand([f"{name}.csv"]))
+    (here / "deep.jsonl").write_text('{"path": ' + "[" * 100_000)
+    with pytest.raises(SourceError, match=r"deep\.jsonl, line 1: expected a JSON object"):
+        list(expand(["deep.jsonl"]))
+
+
+def test_numbers_that_go_down_are_a_name(here):
+    touch("{9..7}.png", "7.png")
+    assert ids("{9..7}.png") == ["{9..7}.png"]
+    with pytest.raises(SourceError, match=r"no such file or folder: x\{2\.\.1\}\.png"):
+        ids("x{2..1}.png")
 
 
 def test_what_leads_nowhere(here):

@@ -228,6 +228,7 @@ def test_what_the_language_model_takes(checkpoint):
     for wrong in (
         torch.zeros(spec.queries, spec.width + 1), torch.zeros(1, spec.queries, spec.width),
         torch.zeros(spec.queries, spec.width, dtype=torch.int64), torch.full((spec.queries, spec.width), torch.inf),
+        torch.zeros(spec.queries, spec.width, dtype=torch.float8_e4m3fn),
     ):  # fmt: skip
         with pytest.raises(EmbedsError):
             spec.check(wrong)

@@ -194,6 +194,8 @@ def test_where_no_server_is(checkpoint):
         asyncio.run(using(engine, lambda: None))
     with pytest.raises(OptionError, match="needs --llm-url"):
         RemoteEngine(LLMSpec.of(checkpoint), TOKENS, 1)
+    with pytest.raises(OptionError, match="--llm-url localhost:8000: expected a URL such as http://localhost:8000"):
+        engine_at(checkpoint, "localhost:8000")
 
 
 def at_fake(checkpoint, work, model: dict, answer=None, with_body=None):

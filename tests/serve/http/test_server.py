@@ -180,6 +180,10 @@ def test_curl(server, keys, image, scene_images, tmp_path):
     assert [r["index"] for r in results] == [0, 1, 2] and results[0]["tokens"] == results[2]["tokens"] == 20
     assert results[0]["filename"] == "00.png" and TEXT.startswith(results[0]["caption"])
     assert "not recognised as an image" in results[1]["error"]["message"]
+    (upper,) = json.loads(
+        curl(f"{server.url}/v1/captions", "-H", "Content-Type: IMAGE/PNG", "--data-binary", f"@{files[0]}")
+    )["captions"]
+    assert upper["caption"] == CLEAN
     assert "<title>VLV captions" in curl(server.url)
     metrics = curl(f"{server.url}/metrics")
     for line in ('vlv_requests_total{route="/v1/captions",status="200"} 1.0', "vlv_ready 1.0", "vlv_active_images 0.0"):
@@ -226,6 +230,7 @@ def test_curl(server, keys, image, scene_images, tmp_path):
         ({"raw": "yes"}, 400, "raw must be"),
         ({"url": "data:image/png;base64,!!"}, 400, "no base64"),
         ({"url": "data:image/png"}, 400, "no comma"),
+        ({"\ud800": 1}, 400, "? is not supported here: leave it out"),
         ({"url": "data:,hello"}, 400, "not recognised as an image"),
         ({"url": "http://example.org/x.png"}, 400, "fetches no images from example.org"),
         ({"url": "file:///etc/passwd"}, 400, "images come as data: URLs"),

@@ -288,6 +288,17 @@ def test_parquet(images, tmp_path):
     assert rows[0]["encode_seconds"] == 0.5 and rows[0]["llm_seconds"] == 1.5 and rows[0]["tokens"] == 3
 
 
+@pytest.mark.parametrize("size", [0, -20])
+def test_a_damaged_part_is_named_and_stays(images, tmp_path, size):
+    pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    fill(sink_class("parquet")(tmp_path / "c.parquet", "m"), images)
+    part = tmp_path / "c.parquet" / "part-00000.parquet"
+    part.write_bytes(content := part.read_bytes()[:size])
+    with pytest.raises(SinkError, match=r"part-00000\.parquet is no complete Parquet file: move it away"):
+        sink_class("parquet")(tmp_path / "c.parquet", "m")
+    assert part.read_bytes() == content
+
+
 def test_parquet_refuses_a_name_that_is_no_utf8(images, tmp_path):
     """In a part there is no way to say it, and a record that waits for a part would stop every later run."""
     pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")

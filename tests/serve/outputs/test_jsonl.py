@@ -75,6 +75,25 @@ def test_a_file_that_is_no_output_stays_as_it_is(output, name, content, resume):
     assert file.read_bytes() == content
 
 
+@pytest.mark.parametrize("line", ['{"id": 5}', '{"id": "a", "path": 5}', '{"id": ' + "[" * 100_000, '["id"]'])
+def test_a_line_that_is_no_record_is_named(output, line):
+    FileSink(output, "m").close()
+    content = '{"id": "a.png", "path": "/a.png", "caption": "x", "model": "m", "flags": ""}\n' + line + "\n"
+    output.write_text(content)
+    with pytest.raises(SinkError, match=r"line 2 of .*captions\.jsonl is no record of a run: remove the line"):
+        FileSink(output, "m")
+    assert output.read_text() == content
+
+
+@pytest.mark.parametrize("path", ["/a\0b/c.png", "/\ud800/c.png"])
+def test_a_path_that_no_file_can_have(output, path):
+    FileSink(output, "m").close()
+    record = {"id": "c.png", "path": path, "caption": "x", "model": "m", "flags": ""}
+    output.write_text(json.dumps(record) + "\n")
+    FileSink(output, "m").close()
+    assert json.loads(output.read_text()) == record
+
+
 def test_file_names_that_are_no_utf8(output):
     name = os.fsdecode(b"caf\xe9.jpg")
     sink = FileSink(output, "m")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.vlv.agreement import random_weights
 from vlv import checkpoint as command
@@ -222,6 +222,15 @@ def test_impossible_sizes_of_the_vision_tower(field, words, folder, encoder):
 def test_wrong_width_is_named(folder, encoder):
     rewrite(folder, model=replace(encoder.config, llm_width=96).to_dict())
     with pytest.raises(CheckpointError, match=r"does not fit vlv\.json: to_llm\.0\.bias is \[128\], expected \[96\]"):
+        Checkpoint.open(folder).load_encoder()
+
+
+def test_whole_numbers_are_no_weights(folder):
+    """Their values would have lost what follows the point."""
+    tensors = load_file(folder / "encoder.safetensors")
+    tensors["to_llm.0.bias"] = tensors["to_llm.0.bias"].to(torch.int64)
+    save_file(tensors, folder / "encoder.safetensors")
+    with pytest.raises(CheckpointError, match=r"to_llm\.0\.bias is torch\.int64, expected floats"):
         Checkpoint.open(folder).load_encoder()
 
 

@@ -80,6 +80,9 @@ def test_missing_misshapen_and_unknown_tensors_are_named(folder):
     save(folder, {**tensors, down: tensors[down][:-1].clone(), "extra.weight": torch.ones(1)})
     with pytest.raises(CheckpointError, match=rf"{down} is \[.*\], expected \[.*\]; unexpected extra\.weight"):
         check_llm_folder(folder)
+    save(folder, {**tensors, down: tensors[down].to(torch.int8)})
+    with pytest.raises(CheckpointError, match=f"does not fit its config.json: {down} is I8, expected floats$"):
+        check_llm_folder(folder)
     save(folder, tensors)
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     change(folder / "config.json", num_hidden_layers=layers + 1, layer_types=None)

@@ -82,6 +82,7 @@ def tiff(
     parts = []
     for plane in np.split(samples, count, -1) if planar else [samples]:
         if tile:
+            plane = np.pad(plane, ((0, -height % tile), (0, -width % tile), (0, 0)))
             blocks = [plane[y : y + tile, x : x + tile] for y in range(0, height, tile) for x in range(0, width, tile)]
         else:
             blocks = np.split(plane, strips)
@@ -254,6 +255,34 @@ def cases() -> Iterator[tuple[str, bytes]]:
     yield "tiff rgb 16 tiles planes", tiff(wide, 2, planar=True, tile=16)
     yield "tiff rgb 16 tiles predictor planes", tiff(wide, 2, planar=True, tile=16, deflate=True, predictor=2)
     yield "tiff grey 16 tiles white is zero predictor", tiff(wide[..., :1], 0, tile=16, deflate=True, predictor=2)
+    for planar in (False, True):
+        floats = np.tile(shares(3), (2, 2, 1))[:24, :24].astype(np.float32)
+        content = tiff(floats, 2, planar=planar, tile=16, deflate=True, predictor=3)
+        yield f"tiff float32 tiles predictor {'planes' if planar else 'pixels'}", content
+    for bits in (2, 4):
+        yield f"tiff rgb {bits}", tiff(levels(3, bits).astype(np.uint8), 2, bits=bits)
+    for bits, dtype in ((8, np.uint8), (16, np.uint16)):
+        five = tiff(levels(5, bits).astype(dtype), 2, extra=(0, 2))
+        yield f"tiff rgb {bits} spare sample and alpha", five
+        yield f"tiff cmyk {bits} and a sample", tiff(levels(5, bits).astype(dtype), 5, extra=(0,))
+        entries = np.stack([np.arange(2**bits), np.arange(2**bits)[::-1], np.arange(2**bits) // 2]) << (16 - bits)
+        palette = {320: (3, entries.ravel().tolist())}
+        yield f"tiff palette {bits}", tiff(levels(1, bits).astype(dtype), 3, tags=palette)
+    palette = {320: (3, (entries >> 8)[:, ::256].ravel().tolist())}
+    yield "tiff palette 8 of 8 bits", tiff(levels(1, 8).astype(np.uint8), 3, tags=palette)
+    share = shares(2)
+    content = tiff(levels(1, 16).astype(np.uint16), 0)
+    without = content.replace(struct.pack("<HHI", 279, 4, 1), struct.pack("<HHI", 280, 4, 1))  # MinSampleValue
+    yield "tiff grey 16 white is zero without byte counts", without
+    for deflate in (False, True):
+        content = tiff(levels(1, 16).astype(np.uint16), 0, deflate=deflate, tags={266: (3, [2])})
+        if deflate:  # FillOrder 2 reverses the bits of the compressed bytes, too
+            start = content.index(packed_strip := zlib.compress(levels(1, 16).astype("<u2").tobytes()))
+            content = content[:start] + bytes(int(f"{b:08b}"[::-1], 2) for b in packed_strip)
+        yield f"tiff grey 16 white is zero, bits reversed{' and deflate' * deflate}", content
+    yield "tiff grey alpha 8 white is zero", tiff(levels(2, 8).astype(np.uint8), 0, extra=(2,))
+    share[..., :1] *= share[..., 1:]
+    yield "tiff grey premultiplied 8", tiff(np.rint(share * 255).astype(np.uint8), 1, extra=(1,))
     yield "tiff cmyk 8", tiff(levels(4, 8).astype(np.uint8), 5)
     yield "tiff cmyk 16 planes", tiff(levels(4, 16).astype(np.uint16), 5, planar=True)
     yield "tiff rgb 16 spare sample planes", tiff(levels(4, 16).astype(np.uint16), 2, planar=True, extra=(0,))
@@ -286,7 +315,7 @@ def cases() -> Iterator[tuple[str, bytes]]:
 
 OWN_RULE = ("float", "32", "tiff signed", "tiff cmyk 8", "tiff cmyk 16", "spare sample")
 # by libvips: samples that are no whole bytes, planes in tiles; grey and alpha in planes are mixed up
-NOT_READ = ("tiff grey 12", "tiles", "grey alpha 8 planes", "grey alpha 16 planes")
+NOT_READ = ("tiff grey 12", "tiff rgb 2", "tiff rgb 4", "tiles", "grey alpha 8 planes", "grey alpha 16 planes")
 
 
 def reference(name: str, content: bytes) -> tuple[str, np.ndarray]:
@@ -321,7 +350,7 @@ def reference(name: str, content: bytes) -> tuple[str, np.ndarray]:
         values = values // 256 if bits == 16 else values * 255 / (2**bits - 1)
     values = 255 - values if photometric == 0 else values
     if photometric == 5:  # the plain conversion of Pillow, and of the published preprocessing
-        values = (255 - values[..., :3]) * (255 - values[..., 3:]) / 255
+        values = (255 - values[..., :3]) * (255 - values[..., 3:4]) / 255
     if transparent:
         alpha = values[..., -1:] / 255
         values = values[..., :-1] * alpha + 255 * (1 - alpha)

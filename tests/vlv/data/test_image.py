@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import io
 import pickle
 import struct
@@ -105,6 +106,36 @@ def test_sixteen_bit_greys_are_scaled_not_clipped():
     constant = load_crop(encode(Image.fromarray(np.full((9, 9), 3.5, np.float32)), "TIFF"), 8)
     assert (constant == 4).all()  # its value, rounded
     assert failure(encode(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF")).kind == "damaged"
+
+
+# lossless files of imagecodecs 2026.3.6 (OpenJPEG 2.5.4): levels from 0 to 2^bits - 1 in equal steps, [2, 2, channels]
+DEEP_JPEG2000 = {
+    (16, 3): "/0//UQAvAAAAAAACAAAAAgAAAAAAAAAAAAAAAgAAAAIAAAAAAAAAAAADDwEBDwEBDwEB/1IADAAAAAEBAAQEAAH/XAAEQID/ZAAl"
+    "AAFDcmVhdGVkIGJ5IE9wZW5KUEVHIHZlcnNpb24gMi41LjT/kAAKAAAAAAA2AAH/k8/8MCgGyTsRZ7d2ZuI/w/8ABAAB1Ptnhmd8P8P/AAQA"
+    "CI0PZ4Znkb//2Q==",
+    (16, 4): "AAAADGpQICANCocKAAAAFGZ0eXBqcDIgAAAAAGpwMiAAAAAtanAyaAAAABZpaGRyAAAAAgAAAAIABA8HAAAAAAAPY29scgEAAAAA"
+    "ABAAAAC+anAyY/9P/1EAMgAAAAAAAgAAAAIAAAAAAAAAAAAAAAIAAAACAAAAAAAAAAAABA8BAQ8BAQ8BAQ8BAf9SAAwAAAABAAAEBAAB/1wA"
+    "BECA/2QAJQABQ3JlYXRlZCBieSBPcGVuSlBFRyB2ZXJzaW9uIDIuNS40/5AACgAAAAAAQwAB/5Pf+JBIB7frjDapArKhz/wwJAbQbu4cj6u8"
+    "p8/8MCgGxHGw/xWsgT5/z/wwJAbEQlXvfsqMp//Z",
+    (12, 2): "AAAADGpQICANCocKAAAAFGZ0eXBqcDIgAAAAAGpwMiAAAAAtanAyaAAAABZpaGRyAAAAAgAAAAIAAgsHAAAAAAAPY29scgEAAAAA"
+    "ABEAAACYanAyY/9P/1EALAAAAAAAAgAAAAIAAAAAAAAAAAAAAAIAAAACAAAAAAAAAAAAAgsBAQsBAf9SAAwAAAABAAAEBAAB/1wABEBg/2QA"
+    "JQABQ3JlYXRlZCBieSBPcGVuSlBFRyB2ZXJzaW9uIDIuNS40/5AACgAAAAAAIwAB/5Pf4CAHuA7b+bbbv8/kHAbEaEbx4V//2Q==",
+}
+
+
+@pytest.mark.parametrize(("bits", "channels"), DEEP_JPEG2000)
+def test_the_brightest_levels_of_deep_jpeg2000(bits, channels):
+    """Pillow 13.0 makes them black, and an opaque alpha channel transparent."""
+    shares = np.linspace(0, 1, 4 * channels).reshape(2, 2, channels)
+    alpha = shares[..., -1:] if channels in (2, 4) else 1
+    color = shares[..., : 3 if channels > 2 else 1] * alpha + 1 - alpha
+    crop = load_crop(base64.b64decode(DEEP_JPEG2000[bits, channels]), 2).transpose(1, 2, 0)
+    assert np.abs(crop - 255 * color).max() <= 1
+
+
+def test_a_palette_image_without_a_palette_is_damaged():
+    content = pixel_cases.png(pixel_cases.levels(1, 8), 8, 3)
+    assert failure(content).kind == "damaged" and "cannot be converted to RGB" in str(failure(content))
 
 
 def test_cmyk():
@@ -280,6 +311,7 @@ def test_layouts_that_are_not_supported_are_named():
         (pixel_cases.tiff(samples, 8), "3 unsigned samples of 16 bits"),
         (pixel_cases.tiff(np.zeros((4, 4, 3), np.float32), 6), "3 float samples of 32 bits"),
         (pixel_cases.tiff(samples, 2, planar=True, tags={259: (3, [7])}), "compression 7"),
+        (pixel_cases.tiff(samples.astype(np.uint8), 2, tags={259: (3, [34712])}), "compression 34712"),
     ):
         error = failure(content)
         assert error.kind in ("format", "damaged") and named in str(error)

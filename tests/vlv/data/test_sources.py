@@ -68,8 +68,12 @@ def test_tars_and_their_index(rows, tmp_path, monkeypatch):
     same(everything(open_sources([str(tmp_path / "*.tar")])), rows)
 
 
-def test_a_broken_tar_is_named(tmp_path):
-    (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
+@pytest.mark.parametrize("damaged", [b"no tar" * 200, None])
+def test_a_broken_tar_is_named(rows, tmp_path, damaged):
+    if damaged is None:  # its second header
+        tar_of(tmp_path / "a.tar", [("1.txt", b"a"), ("1.png", rows[0][1])])
+        damaged = (tmp_path / "a.tar").read_bytes().replace(b"1.png", b"2.png")
+    (tmp_path / "a.tar").write_bytes(damaged)
     with pytest.raises(ValueError, match=r"a\.tar is no complete tar file"):
         open_sources([str(tmp_path)])
 

@@ -251,6 +251,15 @@ def test_caption_files(tmp_path):
         ('[{"caption": "x"}]', "record 1: an image"),
         ('[{"id": "a", "caption": 3}]', "record 1: an image"),
         ('[{"id": "a", "caption": "x"}, {"id": "b/a.jpg", "caption": "y"}]', "two captions of 'a'"),
+        ('{"a.png": "x", "b.png": "y", "a.png": "z"}', "'a.png' is twice in one object"),
+        ("[" * 100_000, "cannot be read: maximum recursion depth"),
+        ('[{"id": ' + "9" * 5000 + ', "caption": "x"}]', "cannot be read: .* 5000 digits"),
+        (
+            '{"images": [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}],'
+            ' "annotations": [{"image_id": 1, "caption": "x"}]}',
+            "two of its images, a and b, have the id 1",
+        ),
+        ('[{"id": "a", "caption": "\\ud800 cat"}]', r"record 1: the caption '\\ud800 cat' is no Unicode text"),
     ],
 )
 def test_caption_files_that_are_none(tmp_path, content, message):
@@ -271,6 +280,19 @@ sys.exit(main({words}))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr == "error: pycocoevalcap is not installed: pip install --no-deps pycocoevalcap\n"
+
+
+def test_results_replace_nothing_but_results(tmp_path, capsys):
+    """As with -o FILE, where FILE holds the captions."""
+    captions, results = tmp_path / "c.json", tmp_path / "r.json"
+    captions.write_text('{"a.png": "a cat"}')
+    results.write_text(json.dumps({"kind": "references"}, indent=1))
+    words = ["references", "--captions", f"a={captions}", "--references", f"{tmp_path}/none.json"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "-o", str(captions)])
+    assert stopped.value.code == 2 and "c.json is there already, and holds no results" in capsys.readouterr().err
+    assert captions.read_text() == '{"a.png": "a cat"}'
+    assert main([*words, "-o", str(results)]) == 1 and "none.json" in capsys.readouterr().err
 
 
 def test_commands(capsys):

@@ -142,6 +142,24 @@ def test_examples_come_from_other_images(words, server, tmp_path):
     assert len(server.asked) == asked  # the draws are the same, so nothing is asked again
 
 
+def test_ids_may_be_texts_and_come_once(tmp_path):
+    questions, annotations = tmp_path / "q.json", tmp_path / "a.json"
+    asked = {"question_id": 7, "question": "What?"}
+    answered = {"question_id": "7", "image_id": "42", "answers": [{"answer": "cat"}]}
+    questions.write_text(json.dumps({"questions": [asked]}))
+    annotations.write_text(json.dumps({"annotations": [answered]}))
+    (item,) = vqa.load_items(questions, annotations)
+    assert (item.image, item.question, item.answers) == (42, "What?", ("cat",))
+    for wrong, words in (
+        ([answered, {**answered, "question_id": 7}], "two annotations of one question"),
+        ([{**answered, "answers": []}], "question 7 has no answers"),
+        ([{**answered, "image_id": "a.png"}], "no pair of official VQA files"),
+    ):
+        annotations.write_text(json.dumps({"annotations": wrong}))
+        with pytest.raises(ValueError, match=words):
+            vqa.load_items(questions, annotations)
+
+
 def test_what_cannot_be_done(words, tmp_path, capsys):
     assert main([*words, "--shots", "4"]) == 2 and "--shots above 0 needs" in capsys.readouterr().err
     assert main([*words, *shots(tmp_path), "--shots", "41"]) == 1 and "too few for 41" in capsys.readouterr().err

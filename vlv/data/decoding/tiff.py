@@ -1,8 +1,9 @@
 """Decode the TIFF layouts that Pillow decodes wrongly or not at all.
 
 These are samples of other than 8 bits (except those that Pillow reads: 16-bit colour in one plane), signed and float
-samples, planes of more than 8 bits, WhiteIsZero above 8 bits, and grey with alpha in planes or of 16 bits. libtiff
-decompresses them, through Pillow, as if the rows were 8-bit grey pixels; the samples are then read from these bytes.
+samples, planes of more than 8 bits, WhiteIsZero above 8 bits, grey with alpha in planes or of 16 bits, palettes of 16
+bits or with entries of 8 bits, and more samples than Pillow knows. libtiff decompresses them, through Pillow, as if the
+rows were 8-bit grey pixels; the samples are then read from these bytes.
 
 Values become 8 bits so:
 
@@ -26,11 +27,21 @@ MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _OFFSETS, _SAMPLES, _ROWS, _COUNTS, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
-_ORIENTATION, _FILL_ORDER, _PROFILE = 274, 266, 34675
-_SHORTS = (_BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _PREDICTOR, _FORMAT)
+_ORIENTATION, _FILL_ORDER, _PROFILE, _COLOR_MAP = 274, 266, 34675, 320
+_SHORTS = (_BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _SAMPLES, _PLANAR, _PREDICTOR, _FORMAT)
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
-_LOSSLESS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 34925: "LZMA", 50000: "Zstandard"}
-_COLORS = {0: 1, 1: 1, 2: 3, 5: 4}  # photometric interpretation -> colour samples: white or black is zero, RGB, CMYK
+_LOSSLESS = {
+    1: "no compression",
+    5: "LZW",
+    8: "deflate",
+    32946: "deflate",
+    32773: "PackBits",
+    34925: "LZMA",
+    50000: "Zstandard",
+}
+_PALETTE = 3
+# photometric interpretation -> colour samples: white or black is zero, RGB, palette, CMYK
+_COLORS = {0: 1, 1: 1, 2: 3, _PALETTE: 1, 5: 4}
 _MODES = {1: ("L", "LA"), 3: ("RGB", "RGBA"), 4: ("CMYK", "CMYK")}  # without and with alpha
 _MAX_SAMPLES = 32
 _BYTES = 8  # of samples for each pixel of the limit: RGBA of 16 bits
@@ -75,20 +86,25 @@ class _Layout:
         return f"{self.samples} {kinds.get(self.kind, 'complex or unknown')} samples of {self.bits} bits"
 
 
-def decode_tiff(content: bytes, max_pixels: int) -> Image.Image | None:
+def decode_tiff(content: bytes, max_pixels: int, refused: bool = False) -> Image.Image | None:
     """Decode the first page to an upright image of mode L, LA, RGB, RGBA or CMYK with its ICC profile in `info`.
 
-    Returns None where Pillow decodes the file right, or where it is no complete TIFF. Raises TiffError on a layout
-    that neither supports, and on more than `max_pixels` pixels; OSError and ValueError on damaged data.
+    Returns None where Pillow decodes the file right, unless it has `refused` it, or where it is no complete TIFF.
+    Raises TiffError on a layout that neither supports, and on more than `max_pixels` pixels; OSError and ValueError on
+    damaged data.
     """
     tags = _tags(content)
-    if tags is None or not (layout := _layout(tags, content[:1] == b"M")) or _pillow_is_right(layout):
+    if tags is None or not (layout := _layout(tags, content[:1] == b"M")):
+        return None
+    colors = _color_map(tags, layout)
+    if not refused and _pillow_is_right(layout) and (colors is None or colors.max() > 255):
         return None
     color = _COLORS.get(layout.photometric)
     if color is None or layout.samples < color or layout.kind not in (_UNSIGNED, _SIGNED, _FLOAT):
         raise TiffError(f"a TIFF of {layout}, photometric interpretation {layout.photometric}: not supported")
-    if layout.compression not in _LOSSLESS or tags.get(_FILL_ORDER, 1) != 1:
-        raise TiffError(f"a TIFF of {layout}, compression {layout.compression}: not supported")
+    if layout.compression not in _LOSSLESS:
+        known = ", ".join(dict.fromkeys(_LOSSLESS.values()))
+        raise TiffError(f"a TIFF of {layout}, compression {layout.compression}: not supported (those read: {known})")
     size = f"{layout.width} x {layout.height}"
     if layout.width * layout.height > max_pixels:
         raise TiffError(f"the header announces {size} pixels, more than the limit of {max_pixels:,}", "too-large")
@@ -96,7 +112,12 @@ def decode_tiff(content: bytes, max_pixels: int) -> Image.Image | None:
         message = f"the header announces {size} pixels of {layout}, more than {_BYTES * max_pixels:,} bytes"
         raise TiffError(message, "too-large")
     values = np.stack([_samples(content, tags, layout, plane) for plane in range(layout.planes)], -1)
-    image = _image(values.reshape(layout.height, layout.width, layout.samples), layout, color)
+    values = values.reshape(layout.height, layout.width, layout.samples)
+    if colors is None:
+        image = _image(values, layout, color)
+    else:
+        entries = (colors if colors.max() <= 255 else colors >> 8).astype(np.uint8)
+        image = Image.fromarray(entries.T[values[..., 0]])
     if profile := tags.get(_PROFILE):
         image.info["icc_profile"] = bytes(profile)
     image.info["orientation"] = tags.get(_ORIENTATION, 1)
@@ -128,6 +149,8 @@ def _layout(tags: TiffImagePlugin.ImageFileDirectory_v2, big_endian: bool) -> _L
     try:
         bits, kinds = tags.get(_BITS, (1,)), tags.get(_FORMAT, (_UNSIGNED,))
         samples = tags.get(_SAMPLES, 1)
+        if not isinstance(tags[_WIDTH], int) or not isinstance(tags[_HEIGHT], int):
+            return None
         if len(set(bits)) != 1 or len(set(kinds)) != 1 or not 1 <= samples <= _MAX_SAMPLES:
             return None
         return _Layout(
@@ -147,11 +170,19 @@ def _layout(tags: TiffImagePlugin.ImageFileDirectory_v2, big_endian: bool) -> _L
         return None
 
 
+def _color_map(tags: TiffImagePlugin.ImageFileDirectory_v2, layout: _Layout) -> np.ndarray | None:
+    """Return the entries [3, 2 ** bits] of a palette, of 16 bits each, or in some files of 8; None without one."""
+    entries = np.array(tags.get(_COLOR_MAP, ()), np.uint16)
+    if layout.photometric != _PALETTE or layout.kind != _UNSIGNED or entries.size != 3 << layout.bits:
+        return None
+    return entries.reshape(3, -1)
+
+
 def _pillow_is_right(layout: _Layout) -> bool:
     """Return True for a layout that Pillow decodes as it should."""
     if layout.kind != _UNSIGNED:
         return False
-    if layout.photometric not in _COLORS:  # palettes, YCbCr, Lab, masks
+    if layout.photometric not in _COLORS or layout.photometric == _PALETTE:  # palettes, YCbCr, Lab, masks
         return layout.bits <= 8
     color = layout.samples >= 3
     if layout.bits <= 8:
@@ -163,11 +194,11 @@ def _pillow_is_right(layout: _Layout) -> bool:
 
 def _samples(content: bytes, tags: TiffImagePlugin.ImageFileDirectory_v2, layout: _Layout, plane: int) -> np.ndarray:
     """Return the samples of a plane [H, W * together] as they are stored, unsigned, signed or float."""
-    row_bits = layout.width * layout.together * layout.bits
-    rows = _rows(content, tags, layout, plane, -(-row_bits // 8))
+    count = layout.width * layout.together
     tile = tags.get(_TILE_WIDTH)
+    whole = -(-layout.width // tile) * tile if tile and layout.predictor == 3 else layout.width  # of the last tile, all
+    rows = _rows(content, tags, layout, plane, -(-whole * layout.together * layout.bits // 8))
     if layout.bits % 8:
-        count = layout.width * layout.together
         flags = np.unpackbits(rows, axis=1)[:, : count * layout.bits].reshape(len(rows), count, layout.bits)
         values = flags @ (1 << np.arange(layout.bits - 1, -1, -1, dtype=np.int64))
         if layout.kind == _SIGNED:
@@ -178,7 +209,7 @@ def _samples(content: bytes, tags: TiffImagePlugin.ImageFileDirectory_v2, layout
         raise TiffError(f"a TIFF of {layout}: not supported")
     letter = {_UNSIGNED: "u", _SIGNED: "i", _FLOAT: "f"}[layout.kind]
     if layout.predictor == 3:
-        return _undo_float_predictor(rows, layout, size, tile).view(f"<f{size}")
+        return _undo_float_predictor(rows, layout, size, tile).view(f"<f{size}")[:, :count]
     values = rows.view(f"{'>' if layout.big_endian else '<'}u{size}").astype(f"<u{size}")
     if layout.predictor == 2:
         values = _accumulate(values, layout.together, tile and tile * layout.together)
@@ -190,7 +221,7 @@ def _rows(
 ) -> np.ndarray:
     """Return the decompressed bytes [H, width] of a plane: Pillow decodes them as an 8-bit grey image."""
     tiled = _TILE_OFFSETS in tags
-    offsets, counts = tags[_TILE_OFFSETS if tiled else _OFFSETS], tags[_TILE_COUNTS if tiled else _COUNTS]
+    offsets, counts = tags[_TILE_OFFSETS if tiled else _OFFSETS], tags.get(_TILE_COUNTS if tiled else _COUNTS)
     share = len(offsets) // layout.planes
     part = slice(plane * share, (plane + 1) * share)
     entries: dict[int, list[int]] = {
@@ -199,10 +230,12 @@ def _rows(
         _BITS: [8],
         _COMPRESSION: [layout.compression],
         _PHOTOMETRIC: [1],
+        _FILL_ORDER: [tags.get(_FILL_ORDER, 1)],
         _SAMPLES: [1],
         _TILE_OFFSETS if tiled else _OFFSETS: [*offsets[part]],
-        _TILE_COUNTS if tiled else _COUNTS: [*counts[part]],
     }
+    if counts:  # old files lack them, and samples without compression need none
+        entries[_TILE_COUNTS if tiled else _COUNTS] = [*counts[part]]
     if tiled:
         bits = tags[_TILE_WIDTH] * layout.together * layout.bits
         if bits % 128:  # libtiff takes tiles of a multiple of 16 pixels
@@ -250,8 +283,6 @@ def _accumulate(values: np.ndarray, stride: int, tile: int | None) -> np.ndarray
 def _undo_float_predictor(rows: np.ndarray, layout: _Layout, size: int, tile: int | None) -> np.ndarray:
     """Return the little-endian bytes [H, W * size] of floats whose bytes were separated and differenced."""
     width = (tile or layout.width) * layout.together * size
-    if rows.shape[1] % width:
-        raise TiffError(f"a TIFF of {layout} in tiles, with the predictor for floats: not supported")
     parts = []
     for start in range(0, rows.shape[1], width):
         part = _accumulate(rows[:, start : start + width], layout.together, None)

@@ -33,23 +33,30 @@ class Item:
 
 
 def load_items(questions: Path, annotations: Path) -> list[Item]:
-    """Read questions and answers from the official files. Raises OSError, EvaluationError."""
+    """Read questions and answers from the official files; ids may be texts. Raises OSError, EvaluationError."""
     try:
-        asked = {q["question_id"]: q for q in json.loads(caption_files.read_text(questions))["questions"]}
+        asked = {str(q["question_id"]): q for q in json.loads(caption_files.read_text(questions))["questions"]}
         found = [
             Item(
                 a["question_id"],
-                a["image_id"],
-                asked[a["question_id"]]["question"],
+                int(a["image_id"]),
+                asked[str(a["question_id"])]["question"],
                 tuple(str(x["answer"]) for x in a["answers"]),
                 a.get("answer_type", "other"),
             )
             for a in json.loads(caption_files.read_text(annotations))["annotations"]
         ]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, EvaluationError):
+            raise
         raise EvaluationError(f"{questions} and {annotations} are no pair of official VQA files: {error!r}") from error
     if not found:
         raise EvaluationError(f"{annotations} has no annotations")
+    for item in found:
+        if not item.answers:
+            raise EvaluationError(f"{annotations}: question {item.id} has no answers: it cannot be graded")
+    if len({str(item.id) for item in found}) < len(found):
+        raise EvaluationError(f"{annotations} has two annotations of one question")
     return found
 
 
