@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # --fmad=false holds for float16 and bfloat16 in a cubin, but not in PTX: what assembles the PTX fuses them again.
 #
-# Guess, written before the first run: CUDA code compiled with --fmad=false never fuses a * b + c, whatever the type;
-#   the PTX states it, so whatever assembles that PTX, as the driver does at load time, gives the cubin's results.
+# Guess, worded after a first look with another nvcc: CUDA code compiled with --fmad=false never fuses a * b + c,
+#   whatever the type; the PTX states it, so whatever assembles that PTX, as the driver does at load time, gives the
+#   cubin's results.
 # Versions: nvidia-cuda-nvrtc 13.4.92 (NVRTC), nvidia-cuda-nvcc 13.4.92 (ptxas), nvidia-cuda-runtime 13.4.92 (headers),
 #   nvidia-cuda-nvdisasm 13.4.92, Linux x86-64. No GPU is used: the machine code is disassembled.
 # Behaviour: for float and double the PTX has mul.rn and add.rn, which must not be fused. The operators of cuda_fp16.h
