@@ -12,6 +12,7 @@ With --captions it takes captions, as the paper judges them; any diffusers text-
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -76,6 +77,10 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namesp
         p.error(f"--mix {args.mix}: expected a share from 0 to 1")
     if args.steps < 1 or args.batch < 1:
         p.error(f"--steps {args.steps} --batch {args.batch}: expected at least 1 each")
+    if not math.isfinite(args.guidance):
+        p.error(f"--guidance {args.guidance}: expected a finite number, such as 2.0")
+    if not -(2**63) <= args.seed < 2**64:
+        p.error(f"--seed {args.seed}: expected an integer of 64 bits")
     return args
 
 

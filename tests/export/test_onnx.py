@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from export import onnx, verify
+from export.builders.onnx import ExportConfig, Exporter, open_export
 from export.components import COMPONENTS, Batch, Port
 from export.graphs import EncoderGraph
 from export.manifest import Artifact, ArtifactError, Manifest
@@ -161,6 +162,15 @@ def test_the_same_command_does_nothing_twice(copied, capsys):
     assert export("--ckpt", BUNDLED, "--out", copied, *LIMITS) == 0
     assert capsys.readouterr().err.count("up to date") == len(COMPONENTS)
     assert {f.name: f.stat().st_mtime_ns for f in copied.iterdir()} == before
+
+
+def test_captions_that_were_not_compared_are_asked_for(artifacts, checkpoint):
+    """What was exported with --no-captions is not up to date without it."""
+    encoder = Manifest.open(artifacts).checked("encoder")
+    quick = dataclasses.replace(encoder, verification={**encoder.verification, "captions": None})
+    for captions, artifact, expected in [(True, encoder, True), (True, quick, False), (False, quick, True)]:
+        with open_export(ExportConfig(str(BUNDLED), artifacts, captions=captions), checkpoint) as export:
+            assert Exporter(export).is_verified(artifact) == expected
 
 
 def test_a_damaged_component_alone_is_made_again(copied, capsys):

@@ -37,6 +37,8 @@ def test_pictures_are_pytorchs(artifacts, scene_images, tmp_path):
         (["--backend", "torch", "--artifacts", "there"], "--backend torch takes no --artifacts"),
         (["--backend", "vulkan"], "invalid choice: 'vulkan'"),
         (["--artifacts", "there", "--t2i", "sd"], "are vlv.reconstruct's"),
+        (["--artifacts", "there", "--guidance", "nan"], "--guidance nan: expected a finite number"),
+        (["--artifacts", "there", "--seed", str(2**64)], "expected an integer of 64 bits"),
     ],
 )
 def test_misuse(args, sentence, capsys):
