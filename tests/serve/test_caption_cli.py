@@ -304,6 +304,7 @@ def test_arguments_that_cannot_be_meant(caption, scene_images, tmp_path, capsys)
         ): ("error: argument --shard: expected a part such as 3/16 (from 1/16 to 16/16), got '0/3'"),
         (scene_images, "-n", "3"): "error: -n 3 draws captions: give --temperature above 0",
         (scene_images, "--stop", ""): "error: --stop needs a text",
+        (scene_images, "--workers", "1025"): "error: argument --workers: expected at most 1024 processes, got '1025'",
         (scene_images, "--lora", "x"): "error: --lora does not go with --engine transformers",
         (scene_images, "--engine", "magic"): "error: argument --engine: invalid choice: 'magic'",
     }.items():
