@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from serve.core.model import Model
 
 LANGUAGE_MODEL, ENCODER, IMAGES = "language model", "encoder", "images"  # groups of arguments
+MAX_WORKERS = 1024  # decode processes
 
 
 def model_arguments(in_flight: int | None = None) -> Parser:
@@ -123,8 +124,14 @@ def engine_arguments() -> Parser:
         action="store_true",
         help="decode large JPEG files at 1/2, 1/4 or 1/8 of their size: less work for the CPU, slightly other pixels",
     )
-    images.add_argument("--workers", type=positive, metavar="N", help="decode processes (default: cores less one)")
+    images.add_argument("--workers", type=_workers, metavar="N", help="decode processes (default: cores less one)")
     return p
+
+
+def _workers(text: str) -> int:
+    if (count := positive(text)) > MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"expected at most {MAX_WORKERS} processes, got {text!r}")
+    return count
 
 
 def placement_arguments() -> Parser:

@@ -75,7 +75,7 @@ class LLMSpec:
             width, heads = config["hidden_size"], config["num_attention_heads"]
             kv_heads, head = config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
             positions, layers = config["max_position_embeddings"], config["num_hidden_layers"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"{file} does not describe a causal language model: {error!r}") from error
         if width != checkpoint.config.llm_width:
             raise CheckpointError(
@@ -242,7 +242,7 @@ def load_tokenizer(folder: Path):
     """Return the tokenizer of a language model's folder. Raises CheckpointError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises what has no class of its own
         raise CheckpointError(f"{folder} holds no tokenizer: {one_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers invents an empty one for some models
         raise CheckpointError(f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json there")

@@ -117,7 +117,11 @@ class TransformersEngine(LLMEngine):
         mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
         with torch.inference_mode():
             self._llm.generate(
-                inputs_embeds=prompt, attention_mask=mask, generation_config=config, stopping_criteria=[after_step]
+                inputs_embeds=prompt,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=[_require_numbers],
+                stopping_criteria=[after_step],
             )
 
     def _deliver(self, jobs: list[_Job], step: list[int]) -> None:
@@ -135,3 +139,10 @@ class TransformersEngine(LLMEngine):
     async def close(self) -> None:
         if task := getattr(self, "_task", None):
             task.cancel()
+
+
+def _require_numbers(_, scores: Tensor) -> Tensor:
+    """Return the logits [B, vocabulary]. Raises EngineError for NaN, of which generate would make an empty caption."""
+    if scores.isnan().any():
+        raise EngineError("the language model computes NaN: its weights are damaged, or overflow")
+    return scores

@@ -57,6 +57,8 @@ def test_what_a_request_adds():
 def test_no_server(scene_images, tmp_path, capsys):
     assert main([str(scene_images), "--url", "http://127.0.0.1:9", "-o", str(tmp_path / "b.json")]) == 2
     assert capsys.readouterr().err.startswith("error: --url: no captioning server answers at http://127.0.0.1:9")
+    assert main([str(scene_images), "--url", "localhost:9", "-o", str(tmp_path / "b.json")]) == 2
+    assert capsys.readouterr().err == "error: --url localhost:9: expected a URL such as http://127.0.0.1:8000\n"
 
 
 def test_labels_of_a_plot_are_whole():

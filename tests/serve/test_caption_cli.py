@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from serve.vllm_caption import main
 from tests.vlv.data.pixel_cases import PROFILES
@@ -303,6 +304,7 @@ def test_arguments_that_cannot_be_meant(caption, scene_images, tmp_path, capsys)
         ): ("error: argument --shard: expected a part such as 3/16 (from 1/16 to 16/16), got '0/3'"),
         (scene_images, "-n", "3"): "error: -n 3 draws captions: give --temperature above 0",
         (scene_images, "--stop", ""): "error: --stop needs a text",
+        (scene_images, "--workers", "1025"): "error: argument --workers: expected at most 1024 processes, got '1025'",
         (scene_images, "--lora", "x"): "error: --lora does not go with --engine transformers",
         (scene_images, "--engine", "magic"): "error: argument --engine: invalid choice: 'magic'",
     }.items():
@@ -369,6 +371,12 @@ def test_checkpoints_that_do_not_fit(caption, random_checkpoint, scene_images, t
         description["model"]["width"] = 64
         file.write_text(json.dumps(description))
 
+    def not_a_number(file: Path) -> None:
+        weights = load_file(file)
+        weights["model.norm.weight"] = weights["model.norm.weight"] * float("nan")
+        file.unlink()
+        save_file(weights, file, metadata={"format": "pt"})
+
     code, error = damage("vlv.json", other_width)
     assert code == 1 and "has a hidden size of 128" in error and "width 256" in error
     code, error = damage("vlv.json", other_layers)
@@ -377,6 +385,8 @@ def test_checkpoints_that_do_not_fit(caption, random_checkpoint, scene_images, t
     assert code == 1 and "encoder.safetensors is damaged" in error
     code, error = damage("llm/model.safetensors", lambda file: os.truncate(file, 1000))
     assert code == 1 and error.startswith("error: transformers cannot load COPY/llm")
+    code, error = damage("llm/model.safetensors", not_a_number)
+    assert code == 1 and "the language model computes NaN: its weights are damaged" in error
     code, error = damage("llm/config.json", os.unlink)
     assert code == 1 and "has no llm/" in error
 

@@ -125,6 +125,7 @@ def test_arguments_that_are_refused(captioning_checkpoint, tmp_path, capsys):
         ("--ckpt", captioning_checkpoint, "--encoder", "onnx"): "error: --encoder onnx and --artifacts: an exported",
         ("--ckpt", captioning_checkpoint, "--encoder", "onnx", "--artifacts", tmp_path): "error: --artifacts: no artif",
         ("--new-key", "me"): "error: --new-key needs --keys FILE",
+        ("--new-key", "", "--keys", "k.json"): "error: --new-key needs a name",
     }.items():
         assert main([str(a) for a in args]) == 2
         stderr = capsys.readouterr().err

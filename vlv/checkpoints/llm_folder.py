@@ -28,7 +28,12 @@ def end_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
     """
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
     files = (read_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json"))
-    ids = join_end_tokens(tokenizer.eos_token_id, next((i for i in files if i is not None), None))
+    named = next((i for i in files if i is not None), None)
+    if named is not None and not all(isinstance(i, int) for i in (named if isinstance(named, list) else [named])):
+        raise CheckpointError(
+            f"{folder}: expected eos_token_id to be a token's number or a list of them, got {named!r}"
+        )
+    ids = join_end_tokens(tokenizer.eos_token_id, named)
     if not ids:
         raise CheckpointError(
             f"{folder} names no end token, so captions would never end: set eos_token in tokenizer_config.json"

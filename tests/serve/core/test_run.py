@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +16,12 @@ from PIL import Image
 
 from serve.core.inputs import expand
 from serve.core.run import CaptionRun, RunConfig
-from serve.engines.base import Completion, EmbedsError, EngineError, LLMEngine, LLMSpec, Sampling
+from serve.engines.base import Completion, EmbedsError, EngineError, LLMEngine, LLMSpec, Sampling, load_tokenizer
 from serve.outputs.formats import SidecarSink
 from serve.outputs.jsonl import FileSink
 from serve.reports.progress import Progress
 from serve.reports.timeline import Timeline
-from vlv.checkpoints.folder import Checkpoint
+from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.data.image import load_crops
 
 
@@ -218,6 +220,17 @@ def test_only_bad_images_do_not_wait_for_the_engine(checkpoint, tmp_path):
     engine = Slow(LLMSpec.of(checkpoint), 20, 4)
     progress, *_ = caption(checkpoint, [tmp_path / "empty.jpg"], tmp_path / "c.jsonl", engine)
     assert progress.failed == 1
+
+
+@pytest.mark.parametrize("content", ["[1]", "5", "{}", '{"hidden_size": 128, "num_attention_heads": 0}', "[" * 100_000])
+def test_configurations_that_describe_no_language_model(captioning_checkpoint, tmp_path, content):
+    folder = Path(shutil.copytree(captioning_checkpoint, tmp_path / "c", ignore=shutil.ignore_patterns("t2i")))
+    (folder / "llm" / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"llm/config\.json does not describe a causal language model"):
+        LLMSpec.of(Checkpoint.open(folder))
+    (folder / "llm" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="llm holds no tokenizer"):
+        load_tokenizer(folder / "llm")
 
 
 def test_what_the_language_model_takes(checkpoint):

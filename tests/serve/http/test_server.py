@@ -186,7 +186,7 @@ def test_curl(server, keys, image, scene_images, tmp_path):
     assert upper["caption"] == CLEAN
     assert "<title>VLV captions" in curl(server.url)
     metrics = curl(f"{server.url}/metrics")
-    for line in ('vlv_requests_total{route="/v1/captions",status="200"} 1.0', "vlv_ready 1.0", "vlv_active_images 0.0"):
+    for line in ('vlv_requests_total{route="/v1/captions",status="200"} 2.0', "vlv_ready 1.0", "vlv_active_images 0.0"):
         assert line in metrics
 
 

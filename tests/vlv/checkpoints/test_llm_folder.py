@@ -126,6 +126,13 @@ def test_end_tokens_are_the_tokenizers_and_the_models(folder):
     assert end_token_ids(folder) == (count, 3)
 
 
+@pytest.mark.parametrize("wrong", ["<|end|>", [0, "x"], {"id": 0}])
+def test_end_tokens_are_numbers(folder, wrong):
+    change(folder / "generation_config.json", eos_token_id=wrong)
+    with pytest.raises(CheckpointError, match="expected eos_token_id to be a number or a list of them, got "):
+        end_token_ids(folder)
+
+
 def test_no_end_token_at_all(folder):
     change(folder / "tokenizer_config.json", eos_token=None, pad_token=None)
     assert end_token_ids(folder) == (0,)

@@ -130,7 +130,7 @@ def test_the_brightest_levels_of_deep_jpeg2000(bits, channels):
     alpha = shares[..., -1:] if channels in (2, 4) else 1
     color = shares[..., : 3 if channels > 2 else 1] * alpha + 1 - alpha
     crop = load_crop(base64.b64decode(DEEP_JPEG2000[bits, channels]), 2).transpose(1, 2, 0)
-    assert np.abs(crop - 255 * color).max() <= 1
+    assert np.abs(crop - 255 * color).max() <= 1.5  # half a level of rounding, and one as 65,535 / 256 is 256
 
 
 def test_a_palette_image_without_a_palette_is_damaged():

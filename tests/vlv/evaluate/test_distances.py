@@ -99,3 +99,7 @@ def test_lpips_files(tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="no weights of VGG16"):
         LPIPS.load(tmp_path / "other.pth")
+    for name in ("image.pth", "image.safetensors"):
+        (tmp_path / name).write_bytes(b"\x89PNG no weights" * 9)
+        with pytest.raises(EvaluationError, match=rf"{name}: no weights; --lpips takes VGG16's"):
+            LPIPS.load(tmp_path / name)

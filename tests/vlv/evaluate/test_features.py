@@ -41,6 +41,12 @@ def test_a_net_trained_here(scene_net, images):
     assert (features - expected).abs().max() / expected.abs().max() < 1e-5
 
 
+def test_a_file_that_is_no_net(tmp_path):
+    (tmp_path / "net.pt").write_bytes(b"\x89PNG no net" * 9)
+    with pytest.raises(EvaluationError, match=r"net\.pt is no TorchScript file: expected inception"):
+        FeatureNet(tmp_path / "net.pt")
+
+
 def test_a_net_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert scene_net_command.main([str(tmp_path / "file")]) == 1

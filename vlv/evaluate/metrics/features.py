@@ -27,7 +27,10 @@ class FeatureNet:
         """Load a folder or a TorchScript file. Raises EvaluationError."""
         self.device = device
         if path.is_file():
-            self.model = torch.jit.load(path, map_location=device).eval()
+            try:
+                self.model = torch.jit.load(path, map_location=device).eval()
+            except RuntimeError as error:
+                raise EvaluationError(f"{path} is no TorchScript file: expected inception-2015-12-05.pt") from error
             if not hasattr(self.model, "layers"):
                 raise EvaluationError(f"{path} has no `layers`: it is not inception-2015-12-05.pt")
             self._forward = self._inception

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -53,9 +55,11 @@ class LPIPS(nn.Module):
         """Read a .safetensors file or a torch state dict. Raises OSError, EvaluationError."""
         if not file.is_file():
             raise EvaluationError(f"{file}: no such file; --lpips takes VGG16's weights (torchvision's, or timm's)")
-        if file.suffix == ".safetensors":
-            return cls(load_file(file))
-        return cls(torch.load(file, map_location="cpu", weights_only=True))
+        try:
+            weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+            raise EvaluationError(f"{file}: no weights; --lpips takes VGG16's (torchvision's, or timm's)") from error
+        return cls(weights)
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """Return the five maps [B, C, H, W], each of unit length over its channels."""
