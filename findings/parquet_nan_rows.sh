@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Parquet dataset split by `score > 0.5` and its negation loses rows whose score is NaN, the more the smaller the groups.
+# A Parquet dataset split by `score > 0.5` and its negation loses rows whose score is NaN, as row groups get smaller.
 #
 # Guess, written before the first run: a filter pushed down to a file's statistics returns the rows that the same filter
 #   returns in memory, NaN included; what `score > 0.5` does not keep, its negation does.
@@ -9,7 +9,7 @@
 #   it. Sorted or clustered scores lose NaN rows in most groups, shuffled ones in none, and one group as large as
 #   the file keeps all: the number of rows depends on row_group_size. Where all other values of a group are equal (a
 #   constant default), even is_nan finds nothing: the search for broken rows says that there are none. read_table
-#   with filters, Dataset.to_table and count_rows agree with each other. Arrow issue 34162 is about is_null(nan_is_null).
+#   with filters, Dataset.to_table and count_rows agree with each other. Arrow issue 34162 has the case of is_null.
 # Output seen (100000 rows in order of score, 100 of them NaN):
 #   in memory: 49848 kept + 50152 rejected
 #   row groups of 1000: 49848 kept + 50099 rejected, 53 lost

@@ -16,7 +16,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -68,6 +68,17 @@ class Sampling:
     min_tokens: int = 0  # the end token is not sampled before these
     ignore_eos: bool = False  # write max_tokens whatever comes
     logprobs: int | None = None  # log probabilities of each token and of so many alternatives (vllm)
+
+    def draw(self, number: int) -> Sampling:
+        """Return the sampling of one of several draws; the first has this seed.
+
+        The others' seeds are hashes of seed and number. With seed + number, requests with consecutive seeds would draw
+        the same captions (findings/vllm_seeded_samples.sh).
+        """
+        if not number:
+            return self
+        digest = hashlib.blake2b(f"{self.seed}.{number}".encode(), digest_size=4).digest()
+        return replace(self, seed=int.from_bytes(digest, "big"))
 
 
 @dataclass(frozen=True)
