@@ -149,7 +149,7 @@ class CaptionRun:
             head = await loop.run_in_executor(self._listing, _take, rest)  # listing may wait for a slow disk
 
     async def _caption(self, item: Item, of_file: dict, slot: int) -> None:
-        samplings = [self._sampling(item, number) for number in range(self.config.captions)]
+        samplings = [self._sampling(item).draw(number) for number in range(self.config.captions)]
         config = self.config
         try:
             encoded = await self._service.encode(item, slot, config.crop)
@@ -169,9 +169,9 @@ class CaptionRun:
         else:
             self.progress.caption()
 
-    def _sampling(self, item: Item, number: int) -> Sampling:
-        """Return the sampling of a draw: its seed depends on the image alone, not on what else is captioned."""
-        key = f"{self.config.sampling.seed + number}:{item.id}".encode("utf-8", "surrogateescape")
+    def _sampling(self, item: Item) -> Sampling:
+        """Return the sampling of an image: its seed depends on the image alone, not on what else is captioned."""
+        key = f"{self.config.sampling.seed}:{item.id}".encode("utf-8", "surrogateescape")
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
         return replace(self.config.sampling, seed=seed)
 

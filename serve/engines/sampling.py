@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,17 @@ class Sampling:
     min_tokens: int = 0  # the end token is not sampled before these
     ignore_eos: bool = False  # write max_tokens whatever comes
     logprobs: int | None = None  # log probabilities of each token and of so many alternatives (vllm)
+
+    def draw(self, number: int) -> Sampling:
+        """Return the sampling of one of several draws; the first has this seed.
+
+        The others' seeds are hashes of seed and number. With seed + number, requests with consecutive seeds would draw
+        the same captions (findings/vllm_seeded_samples.sh).
+        """
+        if not number:
+            return self
+        digest = hashlib.blake2b(f"{self.seed}.{number}".encode(), digest_size=4).digest()
+        return replace(self, seed=int.from_bytes(digest, "big"))
 
 
 @dataclass(frozen=True)

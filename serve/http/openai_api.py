@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from serve.engines.base import Completion, Sampling
 from serve.http.errors import ApiError, invalid_request, invalid_value
@@ -62,7 +62,7 @@ class CaptionParams:
         """Return one sampling per caption, each with a seed of its own; greedy captions are all equal: one for all."""
         if not self.sampling.temperature:
             return [self.sampling]
-        return [replace(self.sampling, seed=self.sampling.seed + i) for i in range(self.count)]
+        return [self.sampling.draw(number) for number in range(self.count)]
 
 
 def caption_params(body: dict, max_tokens: int, has_logprobs: bool = False, crop: str = "center") -> CaptionParams:

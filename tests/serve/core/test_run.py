@@ -60,7 +60,7 @@ def caption(
 ) -> tuple[Progress, list[dict], list[dict]]:
     engine = engine or Fake(LLMSpec.of(checkpoint), max_tokens=20, in_flight=4)
     progress, sink = Progress(), sink_class(output, checkpoint.hash)
-    settings = RunConfig(Sampling(20), **{"prompt_batch": 4, "workers": 1, **config})
+    settings = RunConfig(**{"sampling": Sampling(20), "prompt_batch": 4, "workers": 1, **config})
     try:
         asyncio.run(CaptionRun(checkpoint, engine, sink, settings, progress).run(expand([str(p) for p in paths])))
     finally:
@@ -157,6 +157,20 @@ def test_several_captions_an_image(checkpoint, scene_images, tmp_path):
     kinds = {tuple(r["captions"]) for r in records}
     assert kinds == {("Even 0.",), ("Even 1.",), ("Even 0.", "Even 1."), ("Even 1.", "Even 0.")}
     assert all(r["caption"] == r["captions"][0] and r["tokens"] == 6 for r in records) and len(records) == 64
+
+
+def test_runs_of_consecutive_seeds_share_no_draw(checkpoint, scene_images, tmp_path):
+    seeds = []
+    for seed in (0, 1, 2):
+
+        class Seeds(Fake):
+            async def generate(self, embeds, sampling):
+                seeds.append(sampling.seed)
+                return Completion("A circle.", [1, 2], "stop")
+
+        engine, sampling = Seeds(LLMSpec.of(checkpoint), 20, 4), Sampling(20, 1.0, seed)
+        caption(checkpoint, [scene_images], tmp_path / f"{seed}.jsonl", engine, captions=3, limit=4, sampling=sampling)
+    assert len(set(seeds)) == len(seeds) == 3 * 3 * 4
 
 
 def test_bad_images_are_records_of_their_own(checkpoint, scene_images, tmp_path):

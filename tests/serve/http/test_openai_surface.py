@@ -107,12 +107,16 @@ def test_more_tokens_than_possible_are_clamped_and_said(server, client, body):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_several_choices(client, body, temperature):
-    """Greedy ones are equal, and written once; drawn ones have seeds of their own."""
-    before = len(LLMEngine.samplings)
-    answer = client.chat.completions.create(model="tiny", **body, n=3, temperature=temperature, seed=5)
-    assert [(c.index, c.message.content) for c in answer.choices] == [(i, CLEAN) for i in range(3)]
-    seeds = sorted(sampling.seed for sampling in LLMEngine.samplings[before:])
-    assert seeds == ([5, 6, 7] if temperature else [5])
+    """Greedy ones are equal, and written once; drawn ones have seeds of their own, which no other request has."""
+    drawn = []
+    for seed in (5, 6, 7):
+        before = len(LLMEngine.samplings)
+        answer = client.chat.completions.create(model="tiny", **body, n=3, temperature=temperature, seed=seed)
+        assert [(c.index, c.message.content) for c in answer.choices] == [(i, CLEAN) for i in range(3)]
+        seeds = [sampling.seed for sampling in LLMEngine.samplings[before:]]
+        assert seed in seeds and len(seeds) == (3 if temperature else 1)
+        drawn += seeds
+    assert len(set(drawn)) == len(drawn)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
