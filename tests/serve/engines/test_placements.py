@@ -61,18 +61,10 @@ def expected(checkpoint, embeds) -> list[list[int]]:
     return [completion.token_ids for completion in asyncio.run(generate())]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """Of all placements: vLLM keeps there what it has learned of a model's class, by a process of its own."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.parametrize("placement", [p for p in PLACEMENTS if p != "process"])  # test_vllm.py is all about that
-def test_captions_are_the_same(
-    placement, checkpoint, scene_images, crops, embeds, expected, cache, tmp_path, monkeypatch
-):
+def test_captions_are_the_same(placement, checkpoint, scene_images, crops, embeds, expected, tmp_path, monkeypatch):
     """By requests of each kind, and through the whole pipeline from files."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # where vLLM's processes find VLV's model
     engine = Shared(LLMSpec.of(checkpoint), TOKENS, 16, options=Options(placement=placement))
     inputs = crops if engine.takes_crops else embeds
