@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
-from onnxscript import optimizer
+from onnxscript import optimizer, rewriter
 
 from export.components import Batch, Port
 from export.graphs import Graph
@@ -26,6 +26,9 @@ from kernels.tensorrt.onnx_nodes import translations
 EXTERNAL = 1 << 26
 TRACED_BATCH = 5  # batch while tracing: neither 1, which would be specialised, nor any other size in the model
 _FOLDED = 1 << 31  # largest constant that folding may make, in numbers
+# its matcher goes through the whole graph at every node (onnxscript 0.7.2): half of the optimizer's time, and more of a
+# larger graph's; none of our graphs has the slices that it joins
+_SLOW_RULE = "SlicesSplit"
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def is_large(sizes: Iterable[int]) -> bool:
 def _optimize(model) -> None:
     """Simplify the graph, and fold constants, larger ones than torch folds: else every load would transpose weights."""
     logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)
+    rewriter._DEFAULT_REWRITE_RULES = tuple(r for r in rewriter._DEFAULT_REWRITE_RULES if r.name != _SLOW_RULE)
     optimizer.optimize_ir(model, num_iterations=1)  # a second one, torch's default, costs time and changes nothing
     found = True
     while found:

@@ -30,6 +30,7 @@ class InlineEngine:
 
     def __init__(self, config):
         """Load the model that vLLM's configuration describes. Raises what vLLM raises."""
+        self.model_config = config.model_config
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()  # ("add", ...), ("abort", id) or None to end
         self._outputs: dict[str, asyncio.Queue] = {}
         self._loop: asyncio.AbstractEventLoop | None = None

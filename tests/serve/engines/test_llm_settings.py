@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from serve.engines.base import EngineError, LLMSpec, Sampling
+from serve.engines.base import EngineError, LLMSpec, Options, Sampling
 from serve.engines.factory import engine_class
 from serve.engines.transformers import TransformersEngine
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
@@ -81,7 +81,8 @@ def embeds(captioning_checkpoint, scene_images):
 
 
 def completions(word: str, checkpoint: Path, embeds) -> list:
-    engine = engine_class(word)(LLMSpec.of(Checkpoint.open(checkpoint)), TOKENS, IMAGES)
+    options = Options(placement="inline") if word == "vllm" else None  # in this process: it imports vLLM no second time
+    engine = engine_class(word)(LLMSpec.of(Checkpoint.open(checkpoint)), TOKENS, IMAGES, options=options)
 
     async def run():
         try:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from serve.engines.base import LLMSpec, Sampling
+from serve.engines.base import Completion, LLMEngine, LLMSpec, Sampling
 from serve.engines.factory import engine_class
 from vlv.checkpoints.folder import Checkpoint
 from vlv.common.command import INSTALL
@@ -37,40 +35,45 @@ def embeds(checkpoint, scene_images) -> Tensor:
         return checkpoint.load_encoder()(torch.from_numpy(crops))
 
 
-@pytest.fixture(scope="module", params=["vllm", "transformers", "llamacpp"])
+class Running:
+    """An engine that runs; call it with a sampling: completions of every image."""
+
+    def __init__(self, engine: LLMEngine, run: Callable, embeds: Tensor):
+        """`run`: complete a coroutine on the engine's event loop; `embeds` [images, queries, width]."""
+        self.engine, self.run, self.embeds = engine, run, embeds
+
+    def __call__(self, sampling: Sampling) -> list[Completion]:
+        async def all_of():
+            return await asyncio.gather(*(self.engine.generate(row, sampling) for row in self.embeds))
+
+        return self.run(all_of())
+
+    def stream(self, sampling: Sampling) -> list[Completion]:
+        """Return the pieces of the first image's completion."""
+
+        async def streamed():
+            return [piece async for piece in self.engine.stream(self.embeds[0], sampling)]
+
+        return self.run(streamed())
+
+
+@pytest.fixture(scope="module", params=["transformers", "llamacpp"])  # test_vllm.py runs these tests with its engine
 def generate(request, checkpoint, embeds):
-    """Call it with samplings: completions of every image, from one running engine; `generate.engine` is that."""
-    if request.param != "transformers":
-        needed = {"vllm": "vllm", "llamacpp": "xllamacpp"}[request.param]
-        pytest.importorskip(needed, reason=INSTALL[needed])
+    if request.param == "llamacpp":
+        pytest.importorskip("xllamacpp", reason=INSTALL["xllamacpp"])
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    patch, folder = pytest.MonkeyPatch(), Path(tempfile.mkdtemp())  # of this engine alone: others leave sockets in /tmp
-    patch.setenv("TMPDIR", str(folder))
-    patch.setattr(tempfile, "tempdir", str(folder))
     engine = engine_class(request.param)(LLMSpec.of(checkpoint), TOKENS, 8)
 
     def run(coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(300)
 
-    async def all_of(sampling: Sampling):
-        return await asyncio.gather(*(engine.generate(row, sampling) for row in embeds))
-
-    async def streamed(sampling: Sampling):
-        return [piece async for piece in engine.stream(embeds[0], sampling)]
-
     run(engine.start())
-    call = lambda sampling: run(all_of(sampling))  # noqa: E731
-    call.engine, call.stream, call.name = engine, lambda sampling: run(streamed(sampling)), request.param
-    yield call
+    yield Running(engine, run, embeds)
     run(engine.close())
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
-    left = [path.name for path in folder.iterdir() if path.is_socket()]
-    patch.undo()
-    shutil.rmtree(folder)
-    assert not [name for name in left if not name.startswith("pymp")]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,7 @@ def test_lengths(generate, greedy):
     assert len(ids) == TOKENS
 
 
-def test_log_probabilities_are_the_models(generate, greedy, checkpoint, embeds):
+def test_log_probabilities_are_the_models(generate, greedy, checkpoint):
     """Against one forward pass of transformers over prompt and caption."""
     if not generate.engine.has_logprobs:
         assert all(completion.logprobs is None for completion in generate(Sampling(TOKENS)))
@@ -105,7 +108,7 @@ def test_log_probabilities_are_the_models(generate, greedy, checkpoint, embeds):
     from transformers import AutoModelForCausalLM
 
     llm = AutoModelForCausalLM.from_pretrained(checkpoint.llm, dtype=torch.float32).eval()
-    for completion, row in zip(generate(Sampling(TOKENS, logprobs=2)), embeds, strict=True):
+    for completion, row in zip(generate(Sampling(TOKENS, logprobs=2)), generate.embeds, strict=True):
         ids = torch.tensor(completion.token_ids)
         with torch.inference_mode():
             prompt = torch.cat([row, llm.get_input_embeddings()(ids)])[None]

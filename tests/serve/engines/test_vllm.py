@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,6 +24,14 @@ from serve.engines.base import EmbedsError, EngineError, LLMSpec, Options, Sampl
 from serve.engines.vllm import VLLMEngine
 from serve.outputs.jsonl import FileSink
 from serve.reports.progress import Progress
+from tests.serve.engines.test_sampling import (  # noqa: F401
+    COUNT,
+    Running,
+    greedy,
+    test_lengths,
+    test_log_probabilities_are_the_models,
+    test_sampling_that_leaves_one_token_is_greedy,
+)
 from vlv.checkpoints.folder import Checkpoint
 from vlv.model.generation import cut_at_end
 
@@ -63,15 +72,19 @@ def command_line(process: psutil.Process) -> str:
 
 
 @pytest.fixture(scope="module")
-def vllm(checkpoint, loop):
-    engine = Shared(LLMSpec.of(checkpoint), TOKENS, 32)
-    loop(VLLMEngine.start(engine))
+def vllm(checkpoint, loop, tmp_path_factory):
+    engine, folder = Shared(LLMSpec.of(checkpoint), TOKENS, 32), tmp_path_factory.mktemp("sockets")
+    with pytest.MonkeyPatch.context() as patch:  # of this engine alone: others leave sockets in /tmp
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", str(folder))
+        loop(VLLMEngine.start(engine))
     yield engine
     children = psutil.Process().children(recursive=True)
     workers = [p for p in children if "VLLM" in command_line(p)]
     loop(VLLMEngine.close(engine))
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive, "vLLM's processes outlive close()"
+    assert not [path.name for path in folder.iterdir() if path.is_socket() and not path.name.startswith("pymp")]
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +128,12 @@ def reference(checkpoint, embeds) -> list[tuple[list[int], list[float]]]:
     best, second = torch.stack(out.logits, 1).topk(2).values.unbind(-1)
     rows = [row[: row.index(end)] if end in row else row for row in out.sequences.tolist()]
     return list(zip(rows, (best - second).tolist(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def generate(vllm, loop, embeds) -> Running:
+    """Make the tests of test_sampling.py run with this engine."""
+    return Running(vllm, loop, embeds[:COUNT])
 
 
 def test_greedy_tokens_equal_transformers(vllm, loop, embeds, reference):
@@ -205,7 +224,8 @@ def test_a_lora_adapter_gives_the_captions_of_merged_weights(loop, checkpoint, e
         inputs_embeds=embeds[:16], attention_mask=torch.ones(16, embeds.shape[1], dtype=torch.long),
         max_new_tokens=TOKENS, do_sample=False, pad_token_id=0,
     ).tolist()  # fmt: skip
-    engine = VLLMEngine(LLMSpec.of(checkpoint), TOKENS, 16, options=Options(lora=tmp_path))
+    options = Options(lora=tmp_path, placement="inline")  # which imports vLLM no second time
+    engine = VLLMEngine(LLMSpec.of(checkpoint), TOKENS, 16, options=options)
 
     async def generate():
         try:
@@ -220,7 +240,7 @@ def test_a_lora_adapter_gives_the_captions_of_merged_weights(loop, checkpoint, e
     assert tokens != [tokens for tokens, _ in reference[:16]]
     if not has_patterns:
         (tmp_path / "adapter_config.json").write_text(json.dumps(description | pattern))
-        engine = VLLMEngine(LLMSpec.of(checkpoint), TOKENS, 16, options=Options(lora=tmp_path))
+        engine = VLLMEngine(LLMSpec.of(checkpoint), TOKENS, 16, options=options)
         with pytest.raises(EngineError, match=r"layers of their own scale \(rank_pattern\)"):
             loop(generate())
 
@@ -229,7 +249,7 @@ def test_bfloat16_is_chosen_by_an_option(loop, checkpoint, embeds, reference):
     """An engine of its own: its captions begin as float32's do, and few are equal to their ends."""
     import torch
 
-    engine = VLLMEngine(LLMSpec.of(checkpoint), TOKENS, 32, options=Options(dtype="bfloat16"))
+    engine = VLLMEngine(LLMSpec.of(checkpoint), TOKENS, 32, options=Options(dtype="bfloat16", placement="inline"))
 
     async def generate():
         try:
