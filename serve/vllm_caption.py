@@ -202,7 +202,7 @@ def _plan(args: argparse.Namespace) -> None:
     from vlv.model.config import PRESETS
 
     try:
-        print(report(args.plan, args.gpu_memory, args.price, args.max_tokens or 300))
+        print(report(args.plan, args.gpu_memory, args.price, args.max_tokens or 300, args.prompt_batch))
     except CheckpointError as error:
         raise Misuse(f"--plan: {error}, or a preset: {', '.join(PRESETS)}") from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from export.manifest import ArtifactError, Manifest
 from serve.engines.base import LLMEngine, LLMSpec, Options
 from serve.engines.factory import engine_class
+from serve.engines.vllm_settings import encoder_bytes
 from vlv.checkpoints.folder import Checkpoint, CheckpointError
 from vlv.checkpoints.published import resolve
 from vlv.common.command import Misuse
@@ -122,8 +123,16 @@ class Model:
             options.encoder_placement,
             options.llm_quantization,
             options.kv_cache_dtype,
+            self._encoder_bytes(),
         )
         return kind(self.spec, self.max_tokens, options.in_flight, options.debug, engine_options)
+
+    def _encoder_bytes(self) -> int:
+        """Return the bytes of a GPU that the encoder takes outside of the engine."""
+        if self.options.encoder_placement == "engine":
+            return 0
+        width = 4 if self.options.precision == "fp32" else 2  # bytes of a number
+        return encoder_bytes(self.checkpoint, self.options.prompt_batch, width)
 
 
 def use_cache(folder: Path) -> None:

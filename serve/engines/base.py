@@ -119,6 +119,7 @@ class Options:
     placement: str = "process"  # one of serve.PLACEMENTS
     quantization: str | None = None  # of the language model while it is loaded: fp8
     cache_dtype: str = "auto"  # of keys and values: auto or fp8
+    encoder_bytes: int = 0  # of the GPU's memory that the encoder needs beside the engine
 
     def model_id(self, checkpoint_hash: str) -> str:
         """Return the id that records carry: the checkpoint's hash, and the hash of the adapter if there is one."""

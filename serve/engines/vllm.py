@@ -195,6 +195,7 @@ class VLLMEngine(LLMEngine):
             self._placement == "inline",
             options.tensor_parallel,
             options.dtype,
+            options.encoder_bytes,
         )
 
     @property

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve.engines.base import LLMSpec
-from vlv.checkpoints.folder import safetensors_header
+from vlv.checkpoints.folder import Checkpoint, safetensors_header
 
-GPU_SHARE = 0.8  # of the card's memory that vLLM may use; the encoder has the rest
+GPU_SHARE = 0.8  # of the card's memory that vLLM may use at most, as was measured; the encoder has the rest
+ENCODER_MAPS = 12  # maps of the first stage's size that the encoder holds at its peak; 11.2 for the published sizes
+ENCODER_OVERHEAD = 1e9  # bytes: CUDA's context and what PyTorch keeps; an estimate
 SHARED_CHECK = 0.5
 GPU_OVERHEAD = 3e9  # bytes: CUDA's context, graphs and the activations of a step; an estimate
 IN_FLIGHT = (16, 32, 64, 128, 256, 512)  # what is chosen from: 512 is the best that was measured (h200.json)
@@ -54,12 +56,14 @@ def settings(
     shared: bool = False,
     devices: int = 1,
     dtype: str = "auto",
+    encoder: int = 0,
 ) -> VLLMSettings:
     """Return how to start vLLM.
 
     `in_flight`: as asked for; None: as many as the card's memory takes at their longest, at most the largest of
     IN_FLIGHT. `quantization`, `cache_dtype`: of vLLM. `shared`: the encoder runs in the engine's process, where vLLM's
     own measurement of free memory would count it. `devices`: that share the language model. `dtype`: of its weights.
+    `encoder`: bytes of the card that it needs.
     """
     length = spec.queries + max_tokens
     if dtype == "auto":
@@ -69,10 +73,11 @@ def settings(
     caption = length * spec.kv_values * value  # bytes of its keys and values
     if device.cuda:
         weights = weight_bytes(spec.folder) * number // 2 // (2 if quantization == "fp8" else 1)
-        fit = int(max(0, devices * (GPU_SHARE * device.memory - GPU_OVERHEAD) - weights) // caption)
+        share = max(0.0, min(GPU_SHARE, 1 - encoder / device.memory))
+        fit = int(max(0, devices * (share * device.memory - GPU_OVERHEAD) - weights) // caption)
         chosen = in_flight or max((n for n in IN_FLIGHT if n <= fit), default=IN_FLIGHT[0])
         arguments = {
-            "gpu_memory_utilization": GPU_SHARE,
+            "gpu_memory_utilization": round(share, 3),
             "max_num_batched_tokens": max(STEP_TOKENS, chosen),
             # beyond the largest size a step runs without a graph: 54.9 captions/s instead of 79.7 on an H200
             "compilation_config": {"cudagraph_capture_sizes": graph_sizes(chosen)},
@@ -104,15 +109,29 @@ def settings(
         arguments["quantization"] = quantization
     if cache_dtype != "auto":
         arguments["kv_cache_dtype"] = cache_dtype
-    return VLLMSettings(chosen, arguments, _notes(in_flight, fit, length))
+    notes = []
+    if device.cuda and fit < IN_FLIGHT[0]:
+        notes.append(
+            f"the GPU has {device.memory / 1e9:.1f} GB, of which the encoder needs about {encoder / 1e9:.1f} and the "
+            f"language model {(weights + GPU_OVERHEAD) / 1e9:.1f}: room for {fit} captions of {length} tokens; a "
+            "smaller --prompt-batch leaves more"
+        )
+    elif in_flight and in_flight > fit:
+        notes.append(
+            f"--in-flight {in_flight}: the memory takes about {fit} captions of {length} tokens at a time; the others "
+            "wait"
+        )
+    return VLLMSettings(chosen, arguments, tuple(notes))
 
 
-def _notes(in_flight: int | None, fit: int, length: int) -> tuple[str, ...]:
-    if in_flight is None or in_flight <= fit:
-        return ()
-    return (
-        f"--in-flight {in_flight}: the memory takes about {fit} captions of {length} tokens at a time; the others wait",
-    )
+def encoder_bytes(checkpoint: Checkpoint, batch: int, width: int = 2) -> int:
+    """Estimate the bytes of a GPU that the encoder needs for `batch` images, with numbers of `width` bytes."""
+    config, file = checkpoint.config, checkpoint.encoder_file
+    vision = config.vision
+    side = config.image_size * config.upsample // vision.strides[0]
+    activations = ENCODER_MAPS * batch * side**2 * vision.dims[0] * width
+    weights = _bfloat16_bytes(file) * width // 2 if file.is_file() else 0
+    return int(weights + activations + ENCODER_OVERHEAD)
 
 
 def graph_sizes(in_flight: int) -> list[int]:
@@ -130,11 +149,15 @@ def weight_bytes(folder: Path) -> int:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return sum(file.stat().st_size for file in folder.glob("*.bin"))
+    return sum(map(_bfloat16_bytes, files))
+
+
+def _bfloat16_bytes(file: Path) -> int:
+    """Return the bytes of a safetensors file's tensors, with those of float32 counted as bfloat16."""
     total = 0
-    for file in files:
-        for tensor in safetensors_header(file).values():
-            start, end = tensor["data_offsets"]
-            total += (end - start) // 2 if tensor["dtype"] == "F32" else end - start
+    for tensor in safetensors_header(file).values():
+        start, end = tensor["data_offsets"]
+        total += (end - start) // 2 if tensor["dtype"] == "F32" else end - start
     return total
 
 

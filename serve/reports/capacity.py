@@ -76,9 +76,11 @@ def capacity(config: VLVConfig, llm_config, max_tokens: int = 300, batch: int = 
     )
 
 
-def report(name: str, gpu_memory: float | None, price: float | None, max_tokens: int = 300) -> str:
+def report(
+    name: str, gpu_memory: float | None, price: float | None, max_tokens: int = 300, batch: int = 32
+) -> str:
     """Return the text of `--plan`: memory by requests in flight; with a price per GPU hour, dollars per million."""
-    found = capacity(*sizes_of(name), max_tokens)
+    found = capacity(*sizes_of(name), max_tokens, batch)
     head = ["in flight", "GPU memory", *(["fits"] if gpu_memory else [])]
     rows = []
     for count in IN_FLIGHT:
@@ -87,7 +89,7 @@ def report(name: str, gpu_memory: float | None, price: float | None, max_tokens:
         rows.append([count, f"{gigabytes:.1f} GB", *fits])
     weights = f"encoder {found.encoder / 1e9:.1f} GB, language model {found.language_model / 1e9:.1f} GB"
     lines = [
-        f"{name}, bfloat16: {weights}; encoder activations {found.activations / 1e9:.1f} GB;",
+        f"{name}, bfloat16: {weights}; {batch} images in the encoder {found.activations / 1e9:.1f} GB;",
         f"a caption of {found.prompt_tokens} + {max_tokens} tokens {found.cache_per_request / 1e6:.1f} MB;",
         f"CUDA and vLLM about {OVERHEAD / 1e9:.1f} GB",
         "",
