@@ -16,13 +16,14 @@ BUNDLED = Path(__file__).parents[1] / "assets" / "vlv-tiny"
 # Files of more than half a minute, the longest first. `make test` gives its workers a file at a time in this order:
 # whoever is last then has little left.
 LONGEST = (
-    "export/test_overflow.py", "vlv/train/test_trainer.py", "test_readme.py", "export/test_precisions.py",
-    "serve/test_vllm_plugin.py", "export/test_qdq.py", "serve/engines/test_vllm.py", "export/test_captions.py",
-    "docs/test_measure.py", "serve/engines/test_placements.py", "kernels/test_interpreted.py", "export/test_edge.py",
-    "serve/engines/test_remote.py", "kernels/test_gpu_benchmark.py", "export/test_plugins.py",
-    "serve/test_server_process.py", "serve/test_caption_cli.py", "export/test_trt.py", "vlv/train/test_paper_stages.py",
-    "export/test_onnx.py", "export/test_int8.py", "docs/test_docs.py", "vlv/evaluate/test_images.py",
-    "serve/outputs/test_formats.py", "serve/engines/test_llm_settings.py", "serve/http/test_admission.py",
+    "vlv/train/test_trainer.py", "test_readme.py", "export/test_precisions.py", "serve/test_caption_cli.py",
+    "export/test_overflow.py", "kernels/test_interpreted.py", "serve/engines/test_vllm.py",
+    "serve/engines/test_placements.py", "export/test_captions.py", "serve/test_vllm_plugin.py",
+    "export/test_plugins.py", "docs/test_measure.py", "serve/test_server_process.py", "docs/test_docs.py",
+    "kernels/test_gpu_benchmark.py",
+    "serve/engines/test_remote.py", "export/test_trt.py", "export/test_edge.py", "export/test_qdq.py",
+    "vlv/train/test_paper_stages.py", "export/test_onnx.py", "export/test_int8.py", "vlv/evaluate/test_images.py",
+    "serve/http/test_admission.py",
 )  # fmt: skip
 
 
