@@ -18,8 +18,9 @@ BUNDLED = Path(__file__).parents[1] / "assets" / "vlv-tiny"
 LONGEST = (
     "vlv/train/test_trainer.py", "test_readme.py", "export/test_precisions.py", "serve/test_caption_cli.py",
     "export/test_overflow.py", "kernels/test_interpreted.py", "serve/engines/test_vllm.py",
-    "serve/engines/test_placements.py", "export/test_captions.py", "serve/test_vllm_plugin.py", "export/test_plugins.py",
-    "docs/test_measure.py", "serve/test_server_process.py", "docs/test_docs.py", "kernels/test_gpu_benchmark.py",
+    "serve/engines/test_placements.py", "export/test_captions.py", "serve/test_vllm_plugin.py",
+    "export/test_plugins.py", "docs/test_measure.py", "serve/test_server_process.py", "docs/test_docs.py",
+    "kernels/test_gpu_benchmark.py",
     "serve/engines/test_remote.py", "export/test_trt.py", "export/test_edge.py", "export/test_qdq.py",
     "vlv/train/test_paper_stages.py", "export/test_onnx.py", "export/test_int8.py", "vlv/evaluate/test_images.py",
     "serve/http/test_admission.py",

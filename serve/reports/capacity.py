@@ -76,9 +76,7 @@ def capacity(config: VLVConfig, llm_config, max_tokens: int = 300, batch: int = 
     )
 
 
-def report(
-    name: str, gpu_memory: float | None, price: float | None, max_tokens: int = 300, batch: int = 32
-) -> str:
+def report(name: str, gpu_memory: float | None, price: float | None, max_tokens: int = 300, batch: int = 32) -> str:
     """Return the text of `--plan`: memory by requests in flight; with a price per GPU hour, dollars per million."""
     found = capacity(*sizes_of(name), max_tokens, batch)
     head = ["in flight", "GPU memory", *(["fits"] if gpu_memory else [])]

@@ -10,7 +10,17 @@ import pytest
 
 from serve.engines import vllm_settings
 from serve.engines.base import LLMSpec
-from serve.engines.vllm_settings import Device, flashinfer_problem, graph_sizes, settings, weight_bytes
+from serve.engines.vllm_settings import (
+    ENCODER_OVERHEAD,
+    Device,
+    encoder_bytes,
+    flashinfer_problem,
+    graph_sizes,
+    settings,
+    weight_bytes,
+)
+from serve.reports.capacity import capacity, sizes_of
+from vlv.checkpoints.folder import Checkpoint
 
 H200, L4 = Device(True, 141 << 30), Device(True, 23 << 30)
 
@@ -76,6 +86,28 @@ def test_vllm_shares_a_process_with_a_cache_of_a_known_size(qwen):
     assert "kv_cache_memory_bytes" not in settings(H200, qwen, 300).arguments
 
 
+def test_a_small_card_leaves_the_encoder_its_memory(qwen):
+    """23 GiB less 9.8 GB of the encoder, 3 and 6.2 GB leave 5.7 GB: 412 captions, as --plan says (256 fit, 512 not)."""
+    found = settings(L4, qwen, 300, encoder=9_800_000_000)
+    assert found.in_flight == 256 and found.arguments["gpu_memory_utilization"] == 0.603 and not found.notes
+    assert settings(H200, qwen, 300, encoder=9_800_000_000).arguments["gpu_memory_utilization"] == 0.8
+    (note,) = settings(Device(True, 16 << 30), qwen, 300, encoder=9_800_000_000).notes
+    assert note.startswith("the GPU has 17.2 GB, of which the encoder needs about 9.8 and the language model 9.2: room")
+    assert not settings(Device(True, 16 << 30), qwen, 300, encoder=4_700_000_000).notes  # --prompt-batch 8
+
+
+@pytest.mark.parametrize("batch", [8, 32])
+def test_the_encoders_memory_is_not_underestimated(batch, tmp_path):
+    """Its layers are run on tensors without data, and those that are alive at a time added up."""
+    config, llm_config = sizes_of("qwen2.5-3b")
+    found = capacity(config, llm_config, batch=batch)
+    checkpoint = Checkpoint(tmp_path, config)
+    llm(tmp_path, found.encoder // 4, "F32", 4)
+    (tmp_path / "model.safetensors").rename(checkpoint.encoder_file)
+    estimate = encoder_bytes(checkpoint, batch) - ENCODER_OVERHEAD
+    assert 1 <= estimate / (found.encoder + found.activations) < 1.2
+
+
 def test_two_cards_share_the_weights(qwen):
     eight = Device(True, 12 << 30)
     found = settings(eight, qwen, 300, devices=2)
@@ -106,8 +138,6 @@ def test_vllm_takes_the_arguments(captioning_checkpoint):
     """The names are those of its own configuration, which it completes without a GPU."""
     pytest.importorskip("vllm")
     from vllm import AsyncEngineArgs
-
-    from vlv.checkpoints.folder import Checkpoint
 
     spec = LLMSpec.of(Checkpoint.open(captioning_checkpoint))
     cuda = settings(H200, spec, 48).arguments
