@@ -224,7 +224,7 @@ def test_a_lora_adapter_gives_the_captions_of_merged_weights(loop, checkpoint, e
         inputs_embeds=embeds[:16], attention_mask=torch.ones(16, embeds.shape[1], dtype=torch.long),
         max_new_tokens=TOKENS, do_sample=False, pad_token_id=0,
     ).tolist()  # fmt: skip
-    options = Options(lora=tmp_path, placement="inline")  # which imports vLLM no second time
+    options = Options(lora=tmp_path)
     engine = VLLMEngine(LLMSpec.of(checkpoint), TOKENS, 16, options=options)
 
     async def generate():
