@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -31,7 +31,7 @@ from vlv.common.command import Misuse, UserError, one_line
 from vlv.model.generation import cut_at_end
 
 DEFAULT_IN_FLIGHT = 256
-FLAGS = {  # of Options
+FLAGS = {  # of the fields of Options that a user sets
     "lora": "lora",
     "tensor_parallel": "tensor-parallel",
     "url": "llm-url",
@@ -159,9 +159,9 @@ class LLMEngine(ABC):
         self._in_flight = in_flight
         self.debug = debug
         self.options = options or Options()
-        for field in fields(Options):
-            if field.name not in self.takes and getattr(self.options, field.name) != field.default:
-                raise OptionError(f"--{FLAGS[field.name]} does not go with --engine {self.name}")
+        for name, flag in FLAGS.items():
+            if name not in self.takes and getattr(self.options, name) != getattr(Options, name):
+                raise OptionError(f"--{flag} does not go with --engine {self.name}")
 
     @property
     def in_flight(self) -> int:
