@@ -12,7 +12,8 @@ REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character
 def decode(tokenizer, ids: list[int]) -> str:
     """Return the text of ids, without the part of a character at which they end."""
     # transformers' own method, which for BPE returns the same, takes longer to look at every id than to decode it
-    return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True).rstrip(REPLACEMENT)
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)  # a tokenizer written in Python has none
+    return backend.decode(ids, skip_special_tokens=True).rstrip(REPLACEMENT)
 
 
 class Detokenizer:
