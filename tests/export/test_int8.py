@@ -59,7 +59,7 @@ def exporting(tmp_path, monkeypatch):
                 self.manifest = SimpleNamespace(
                     sampling=True, publish=lambda artifact, work_dir: published.append(artifact)
                 )
-                self.verifier = SimpleNamespace(check=check)
+                self.verifier = SimpleNamespace(check=check, references=lambda name: None)
                 self.config = SimpleNamespace(allow_drift=allow_drift)
                 self.work_dir, self._trace = tmp_path, lambda expected: (graph, None, fp32_blocks)
 

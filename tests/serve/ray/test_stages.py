@@ -201,7 +201,7 @@ def test_a_shard_that_loses_an_image_and_is_written_again(args, options, picture
 
 def test_the_page_says_how_many_images_a_unit_may_have():
     page = (Path(__file__).parents[3] / "docs" / "scale.md").read_text()
-    assert f"with the published 3B checkpoint {ray_batch.max_images(VLVConfig()):,} images" in page
+    assert f"With the published 3B checkpoint that is {ray_batch.max_images(VLVConfig()):,} images" in page
 
 
 def test_refused_in_one_sentence(command, capsys, tmp_path):

@@ -129,7 +129,7 @@ def test_end_tokens_are_the_tokenizers_and_the_models(folder):
 @pytest.mark.parametrize("wrong", ["<|end|>", [0, "x"], {"id": 0}])
 def test_end_tokens_are_numbers(folder, wrong):
     change(folder / "generation_config.json", eos_token_id=wrong)
-    with pytest.raises(CheckpointError, match="expected eos_token_id to be a number or a list of them, got "):
+    with pytest.raises(CheckpointError, match=r"expected eos_token_id to be a token's number or a list of them, got "):
         end_token_ids(folder)
 
 
