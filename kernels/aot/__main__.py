@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     if find_spec("triton") is None:
         print("error: building needs Triton: pip install triton", file=sys.stderr)
         return 1
-    from kernels.aot.build import build
-
     try:
+        from kernels.aot.build import build
+
         turns = [slice(i, None, len(targets)) if args.in_turn else slice(None) for i in range(len(targets))]
         builds = {t: build(t, args.dtype, parts, args.out, turn) for t, turn in zip(targets, turns, strict=True)}
         if args.out:

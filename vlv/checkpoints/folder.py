@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from vlv.common.command import UserError
+from vlv.common.command import MISUSED, UserError
 from vlv.common.files import atomic_write, sha256
 from vlv.model.config import FORMAT, VLVConfig
 from vlv.model.encoder import VLVEncoder
@@ -23,6 +23,12 @@ _LOADED = _TEXT | {".safetensors", ".bin", ".model", ".tiktoken"}
 
 class CheckpointError(UserError, ValueError):
     """Raised for a folder that is no usable checkpoint; the message says what is wrong and what to do."""
+
+
+class MissingCheckpoint(CheckpointError):
+    """Raised for a name at which there is no checkpoint."""
+
+    exit_code = MISUSED
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Checkpoint:
         folder = Path(folder)
         description = folder / "vlv.json"
         if not folder.is_dir():
-            raise CheckpointError(f"no checkpoint at {folder}: expected a folder with vlv.json")
+            raise MissingCheckpoint(f"no checkpoint at {folder}: expected a folder with vlv.json")
         if not description.is_file():
             raise CheckpointError(f"{folder} is no VLV checkpoint: it has no vlv.json")
         try:

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from vlv.checkpoints.folder import Checkpoint, CheckpointError
+from vlv.checkpoints.folder import Checkpoint, MissingCheckpoint
 from vlv.checkpoints.names import is_hub_id, missing_reason
 from vlv.checkpoints.published_config import download
 from vlv.checkpoints.published_read import convert
@@ -21,7 +21,7 @@ def fetch(source: str | Path) -> Path:
     if is_hub_id(str(source)):
         return download(str(source), weights=True)
     if reason := missing_reason(source):
-        raise CheckpointError(reason)
+        raise MissingCheckpoint(reason)
     return Path(source)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
-from vlv.common.command import UserError, one_line, why
+from vlv.common.command import MISUSED, UserError, one_line, why
 from vlv.data.decoding.color import lab_to_srgb, srgb_transform
 from vlv.data.decoding.crop import Box, Extent, boxes, padded, sides_of, squares
 from vlv.data.decoding.jpeg import START, with_end_marker
@@ -78,6 +78,8 @@ class ImageError(UserError, ValueError):
     def __init__(self, kind: str, message: str):
         super().__init__(message)
         self.kind = kind
+        if kind == "missing":
+            self.exit_code = MISUSED
 
     def __reduce__(self):
         return ImageError, (self.kind, str(self))

@@ -144,7 +144,7 @@ def test_description_of_a_whole_checkpoint(random_checkpoint):
 
 
 def test_command_fails_in_one_sentence(tmp_path, capsys):
-    assert command.main([str(tmp_path / "none")]) == 1
+    assert command.main([str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err == f"error: no checkpoint at {tmp_path / 'none'}: expected a folder with vlv.json\n"
 
 

@@ -237,7 +237,7 @@ def test_command(weights: Weights, source: Path, capsys):
     code, out, _ = run(str(source / "out"), "--to-published", "--out", str(source / "b.pt"), capsys=capsys)
     assert code == 0 and json.loads(out) == {"published": str(source / "b.pt")}
     code, out, err = run(str(source / "no"), "--out", str(source / "x"), capsys=capsys)
-    assert code == 1 and err.startswith("error: no checkpoint at ") and not out
+    assert code == 2 and err.startswith("error: no checkpoint at ") and not out
     code, _, err = run("--out", str(source / "x"), capsys=capsys)
     assert code == 2 and "either SRC or --random-weights" in err
 

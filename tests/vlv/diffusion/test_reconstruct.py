@@ -139,13 +139,13 @@ def test_misuse(arguments, message, capsys):
 def test_failures_are_one_sentence(pair, bundled, tmp_path, capsys):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
-    for images, options, message in (
-        ([str(broken)], [], "broken.jpg: not recognised"),
-        ([str(tmp_path / "none.png")], [], "there is no such file"),
-        ([pair[0]], ["-o", pair[0].rsplit("/", 1)[0]], "would overwrite the images"),
-        ([pair[0]], ["--ckpt", str(tmp_path)], "error: "),
+    for images, options, code, message in (
+        ([str(broken)], [], 1, "broken.jpg: not recognised"),
+        ([str(tmp_path / "none.png")], [], 2, "there is no such file"),
+        ([pair[0]], ["-o", pair[0].rsplit("/", 1)[0]], 1, "would overwrite the images"),
+        ([pair[0]], ["--ckpt", str(tmp_path)], 1, "error: "),
     ):
-        assert run(images, bundled, tmp_path / "out", *options) == 1
+        assert run(images, bundled, tmp_path / "out", *options) == code
         error = capsys.readouterr().err
         assert error.splitlines()[-1].startswith("error: ") and message in error
 
