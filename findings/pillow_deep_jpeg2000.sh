@@ -6,8 +6,8 @@
 # Versions: Pillow 13.0.0, imagecodecs 2026.3.6, numpy 2.3.5, Python 3.11.
 # Behaviour: with two or more components Pillow adds half a level before it shifts, and keeps the lower 8 bits of the
 #   result: samples from 65408 on become 256, stored as 0. So the highlights of a scan or satellite image turn black
-#   channel by channel, and an opaque alpha channel becomes transparent. 12 bits wrap at 4088. One component (grey) keeps
-#   its 16 bits and is right. imagecodecs, which has the same OpenJPEG, reads back what was written.
+#   channel by channel, and an opaque alpha channel becomes transparent. 12 bits wrap at 4088. One component (grey)
+#   keeps its 16 bits and is right. imagecodecs, which has the same OpenJPEG, reads back what was written.
 # Output seen:
 #   RGB, 16 bits: 65407 is 255, 65408 is 0, 65535 is 0; imagecodecs 65407, 65408, 65535
 #   RGB, 12 bits: 4087 is 255, 4088 is 0, 4095 is 0; imagecodecs 4087, 4088, 4095

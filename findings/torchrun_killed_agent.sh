@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # torchrun killed by SIGKILL leaves its workers running: they go on with their collectives to the end of the job.
 #
-# Guess, written before the first run: the workers end with the agent, or at the latest in the next all_reduce, since the
-#   rendezvous store that they were started with lives in the agent and is gone.
+# Guess, written before the first run: the workers end with the agent, or at the latest in the next all_reduce, since
+#   the rendezvous store that they were started with lives in the agent and is gone.
 # Versions: torch 2.13.0 (gloo, CPU), numpy 2.3.5, Python 3.11, two workers on one machine.
 # Behaviour: every worker is the leader of a session of its own, so neither the agent's death nor a kill of its process
 #   group reaches it, and no parent-death signal is set. Collectives run over connections that exist already; only what
