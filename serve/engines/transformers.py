@@ -139,6 +139,8 @@ class TransformersEngine(LLMEngine):
     async def close(self) -> None:
         if task := getattr(self, "_task", None):
             task.cancel()
+        if thread := getattr(self, "_thread", None):
+            thread.shutdown(wait=False)
 
 
 def _require_numbers(_, scores: Tensor) -> Tensor:

@@ -328,10 +328,11 @@ def read_patch(file: Path) -> dict[str, dict]:
         raise SinkError(f"--patch: no such file: {file}")
     try:
         for record in read_records(file):
-            if not all(isinstance(record.get(name), str) for name in ("id", "before", "caption")):
+            texts = record if isinstance(record, dict) else {}
+            if not all(isinstance(texts.get(name), str) for name in ("id", "before", "caption")):
                 raise ValueError(f"expected texts id, before and caption in each line, got {str(record)[:80]}")
             edits[record["id"]] = record
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise SinkError(f"--patch {file} is not a patch of a gallery page: {error}") from error
     return edits
 

@@ -223,7 +223,7 @@ def test_verify_again(artifacts, capsys):
         (["--ckpt", BUNDLED, "--components", "decoder"], 2, "invalid choice: 'decoder'"),
         (["--ckpt", BUNDLED, "--max-batch", "0"], 2, "expected a positive integer, got '0'"),
         (["--ckpt", BUNDLED, "--probes", "3"], 2, "argument --probes: 3 are too few: at least 4"),
-        (["--ckpt", BUNDLED, "--images", "absent.jpg", "--components", "text_encoder"], 1, "absent.jpg"),
+        (["--ckpt", BUNDLED, "--images", "absent.jpg", "--components", "text_encoder"], 2, "absent.jpg"),
     ],
 )
 def test_bad_arguments_are_one_sentence(tmp_path, capsys, args, code, sentence):

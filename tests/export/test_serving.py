@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 
 import torch
 
@@ -15,6 +16,9 @@ def caption(tmp_path, name: str, images, *args) -> tuple[int, dict[str, str]]:
     output = tmp_path / f"{name}.jsonl"
     flags = ["--engine", "transformers", "--workers", "1", "--raw", "--max-tokens", "48", "--prompt-batch", "8"]
     code = main([str(images), "--ckpt", str(BUNDLED), "-o", str(output), *flags, *map(str, args)])
+    for thread in threading.enumerate():  # a run that failed goes on loading, and changes torch's default dtype
+        if thread.name.startswith("llm"):
+            thread.join(60)
     lines = output.read_text().splitlines() if output.exists() else []
     return code, {r["id"]: (r["caption"], r["tokens"]) for r in map(json.loads, lines)}
 

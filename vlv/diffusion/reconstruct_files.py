@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlv.common.command import UserError, say
+from vlv.common.command import Misuse, UserError, say
 from vlv.common.files import atomic_write
 from vlv.data.image import EXTENSIONS, ImageError, load_crop, png
 from vlv.data.image_files import image_files
@@ -58,7 +58,7 @@ def reconstruct_images(
         names = ["mix"] if mix_share is not None else unique_names([file.stem for file in files])
     given = {file.resolve() for file in files}
     if any((output / f"{name}.png").resolve() in given for name in [*names, "grid"]):
-        raise ReconstructionError(f"--output {output} would overwrite the images themselves: choose another folder")
+        raise Misuse(f"--output {output} would overwrite the images themselves: choose another folder")
     crops = [_crop(file, image_size) for file in files]
     reconstructor = open_reconstructor()
     stacks = [np.stack(crops[i : i + sampling.batch]) for i in range(0, len(crops), sampling.batch)]

@@ -32,7 +32,7 @@ from vlv.checkpoints.folder import Checkpoint
 from vlv.checkpoints.published import resolve
 from vlv.checkpoints.published_write import carry_published
 from vlv.checkpoints.random_weights import llm_plan
-from vlv.common.command import say
+from vlv.common.command import Misuse, say
 from vlv.common.files import link_tree, write_json
 from vlv.data import scene_batches, scenes
 from vlv.data.latents import LatentCache
@@ -377,7 +377,7 @@ class LongestCaption:
 def _text_to_image(folder: Path | None, weights: bool) -> T2I:
     """Return the frozen model of a diffusers folder; without weights by its sizes, Stable Diffusion 2.1's if None."""
     if folder and not (folder / "unet").is_dir():
-        raise TrainError(
+        raise Misuse(
             f"{folder} is no diffusers text-to-image folder: it has no unet/; give another as --t2i, "
             "or for the toy presets run vlv.train.t2i first"
         )

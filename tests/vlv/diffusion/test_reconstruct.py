@@ -112,7 +112,7 @@ def test_only_what_would_be_overwritten_is_refused(pair, bundled, tmp_path, caps
     for source, name in zip(pair, ("first", "grid"), strict=True):
         shutil.copy(source, tmp_path / f"{name}.png")
     before = (tmp_path / "grid.png").read_bytes()
-    assert run([str(tmp_path / "grid.png")], bundled, tmp_path) == 1
+    assert run([str(tmp_path / "grid.png")], bundled, tmp_path) == 2
     assert "would overwrite the images" in capsys.readouterr().err
     assert (tmp_path / "grid.png").read_bytes() == before
     (tmp_path / "grid.png").rename(tmp_path / "second.png")
@@ -142,7 +142,7 @@ def test_failures_are_one_sentence(pair, bundled, tmp_path, capsys):
     for images, options, code, message in (
         ([str(broken)], [], 1, "broken.jpg: not recognised"),
         ([str(tmp_path / "none.png")], [], 2, "there is no such file"),
-        ([pair[0]], ["-o", pair[0].rsplit("/", 1)[0]], 1, "would overwrite the images"),
+        ([pair[0]], ["-o", pair[0].rsplit("/", 1)[0]], 2, "would overwrite the images"),
         ([pair[0]], ["--ckpt", str(tmp_path)], 1, "error: "),
     ):
         assert run(images, bundled, tmp_path / "out", *options) == code

@@ -322,6 +322,7 @@ def test_what_is_refused(run, captioned, tmp_path, capsys):
     for args, code in {
         (*at_scale,): 2,
         (*ready, "--steps", "0"): 2,
+        (*ready, "--encoder-part", "none", "--t2i", tmp_path / "no"): 2,
         (*ready, "--data", tmp_path / "no.tar"): 1,
     }.items():
         assert stage1.main([*map(str, args)]) == code and capsys.readouterr().err.count("\n") == 1
