@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from vlv.checkpoints.llm_folder import check_llm_folder
 from vlv.common.command import hush, one_line
 from vlv.common.device import choose_device, inference_dtype
 from vlv.model.generation import greedy_generation_config
+
+_LOADING = threading.Lock()  # loading changes torch's default dtype; two at once would not restore it
 
 
 @dataclass
@@ -56,7 +59,8 @@ class TransformersEngine(LLMEngine):
         hush()  # stderr has a progress line of its own
         self._load_tokenizer()
         device = choose_device()
-        llm = AutoModelForCausalLM.from_pretrained(self.spec.folder, dtype=inference_dtype(device))
+        with _LOADING:
+            llm = AutoModelForCausalLM.from_pretrained(self.spec.folder, dtype=inference_dtype(device))
         self._llm = llm.to(device).eval()
 
     async def tokens(self, embeds: Tensor, sampling: Sampling, every: bool) -> AsyncGenerator[list[int]]:
