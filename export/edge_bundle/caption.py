@@ -188,7 +188,7 @@ def main() -> int:
     for file in args.images:
         try:
             caption = captioner.text(captioner.tokens(captioner.encode(read_image(file))[1]))
-        except Exception as error:  # of Pillow, ONNX Runtime or llama.cpp: the next image may be well
+        except Exception as error:  # of Pillow, ONNX Runtime or llama.cpp: the next image may be readable
             problems.append(f"{file}: {' '.join(str(error).split())}")
         else:
             print(json.dumps({"image": file, "caption": caption}, ensure_ascii=False), flush=True)

@@ -117,8 +117,7 @@ def decode(
 ) -> list[list[int]]:
     """Continue embeds [captions, queries, width] greedily, up to TOKENS tokens or an end token, which is kept.
 
-    Fewer where the model has fewer positions.
-
+    A model with fewer positions gives fewer tokens.
     forced: token ids of every caption; then the choice at each is returned, made after the forced ones before it.
     """
     rows: list[list[int]] = [[] for _ in embeds]

@@ -317,8 +317,8 @@ class _Listing:
             inside = urlsplit(path).path.lower()
         except ValueError as error:
             if not listed:
-                raise SourceError(f"{path} is no URL: {error}") from error
-            yield Item(path, path, problem=f"it is no URL: {error}")
+                raise SourceError(f"{path} is not a URL: {error}") from error
+            yield Item(path, path, problem=f"it is not a URL: {error}")
             return
         fs, name = file_system(path)
         if glob.has_magic(name) and not listed:

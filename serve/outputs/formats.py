@@ -308,7 +308,9 @@ class ParquetSink(FolderSink):
         try:
             part = parquet.ParquetFile(file)
         except ValueError as error:  # pyarrow's
-            raise SinkError(f"{file} is no complete Parquet file: move it away, and run the command again") from error
+            raise SinkError(
+                f"{file} is not a complete Parquet file: move it away, and run the command again"
+            ) from error
         columns = [name for name in IDENTITY if name in part.schema_arrow.names]
         for batch in part.iter_batches(columns=columns):
             yield from batch.to_pylist()

@@ -79,7 +79,7 @@ class JsonLines:
                 yield record
         except (AttributeError, ValueError, KeyError, TypeError) as error:
             raise SinkError(
-                f"line {good + 1} of {self.path} is no record of a run: remove the line, or choose another -o"
+                f"line {good + 1} of {self.path} is not a record of a run: remove the line, or choose another -o"
             ) from error
 
     def clear(self) -> None:

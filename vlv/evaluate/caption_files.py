@@ -185,7 +185,7 @@ def _require_unicode(caption: str, where: str) -> None:
         caption.encode()
     except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair
         raise EvaluationError(
-            f"{where}: the caption {ascii(caption)[:60]} is no Unicode text: write it again"
+            f"{where}: the caption {ascii(caption)[:60]} is not Unicode text: write it again"
         ) from error
 
 

@@ -133,9 +133,9 @@ def test_urls_that_are_none(here):
     (here / "t.jsonl").write_text('{"url": "http://["}\n{"path": "x.png"}\n')
     wrong, other = expand(["t.jsonl"])
     assert other.id == "x.png"
-    with pytest.raises(ImageError, match="it is no URL"):
+    with pytest.raises(ImageError, match="it is not a URL"):
         wrong.read()
-    with pytest.raises(SourceError, match=r"http://\[ is no URL"):
+    with pytest.raises(SourceError, match=r"http://\[ is not a URL"):
         list(expand(["http://["]))
 
 

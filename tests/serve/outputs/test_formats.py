@@ -294,7 +294,7 @@ def test_a_damaged_part_is_named_and_stays(images, tmp_path, size):
     fill(sink_class("parquet")(tmp_path / "c.parquet", "m"), images)
     part = tmp_path / "c.parquet" / "part-00000.parquet"
     part.write_bytes(content := part.read_bytes()[:size])
-    with pytest.raises(SinkError, match=r"part-00000\.parquet is no complete Parquet file: move it away"):
+    with pytest.raises(SinkError, match=r"part-00000\.parquet is not a complete Parquet file: move it away"):
         sink_class("parquet")(tmp_path / "c.parquet", "m")
     assert part.read_bytes() == content
 

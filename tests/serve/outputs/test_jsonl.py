@@ -80,7 +80,7 @@ def test_a_line_that_is_no_record_is_named(output, line):
     FileSink(output, "m").close()
     content = '{"id": "a.png", "path": "/a.png", "caption": "x", "model": "m", "flags": ""}\n' + line + "\n"
     output.write_text(content)
-    with pytest.raises(SinkError, match=r"line 2 of .*captions\.jsonl is no record of a run: remove the line"):
+    with pytest.raises(SinkError, match=r"line 2 of .*captions\.jsonl is not a record of a run: remove the line"):
         FileSink(output, "m")
     assert output.read_text() == content
 

@@ -259,7 +259,7 @@ def test_caption_files(tmp_path):
             ' "annotations": [{"image_id": 1, "caption": "x"}]}',
             "two of its images, a and b, have the id 1",
         ),
-        ('[{"id": "a", "caption": "\\ud800 cat"}]', r"record 1: the caption '\\ud800 cat' is no Unicode text"),
+        ('[{"id": "a", "caption": "\\ud800 cat"}]', r"record 1: the caption '\\ud800 cat' is not Unicode text"),
     ],
 )
 def test_caption_files_that_are_none(tmp_path, content, message):

@@ -46,9 +46,9 @@ def load_items(questions: Path, annotations: Path) -> list[Item]:
             )
             for a in json.loads(caption_files.read_text(annotations))["annotations"]
         ]
+    except EvaluationError:
+        raise
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, EvaluationError):
-            raise
         raise EvaluationError(f"{questions} and {annotations} are no pair of official VQA files: {error!r}") from error
     if not found:
         raise EvaluationError(f"{annotations} has no annotations")
