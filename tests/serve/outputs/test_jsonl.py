@@ -125,7 +125,7 @@ def test_refusals(output):
     with pytest.raises(SinkError, match="holds captions of model m1, and this checkpoint is m2"):
         FileSink(output, "m2")
     output.write_text('{"id": "a"}\nsomething else\n')
-    with pytest.raises(SinkError, match=r"line 2 of .*captions.jsonl is no record"):
+    with pytest.raises(SinkError, match=r"line 2 of .*captions.jsonl is not a record"):
         FileSink(output, "m1")
 
 
